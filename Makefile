@@ -1,0 +1,94 @@
+# make help: what there is. The environment is made when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+SEED ?= 0
+UPGRADE ?=
+
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+UV := $(BIN)/uv pip$(if $(CI), --quiet)
+REQUIREMENTS := requirements/cpu.lock requirements/dev.lock requirements/cpu-overrides.txt
+TORCH := $(shell grep '^torch==' requirements/cpu.lock)
+PYTORCH_CPU := https://download.pytorch.org/whl/cpu
+SHELL_FILES = .ci/run $(shell find . -name '*.sh' -not -path './.venv*' -not -path './.git/*')
+
+# Caches of byte code make every start of torch, vLLM and Ray seconds faster.
+unexport PYTHONDONTWRITEBYTECODE
+
+# uv reads none of pip's settings.
+space := $(subst ,, )
+comma := ,
+export UV_HTTP_TIMEOUT ?= 180
+export UV_PYTHON_DOWNLOADS ?= never
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+
+# The registry has torch for CUDA only. The CPU build comes from a folder or page of wheels where PIP_FIND_LINKS names
+# one, else from PyTorch's own index; it is installed by itself, so nothing else is ever taken from there.
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--no-index,--default-index $(PYTORCH_CPU))
+LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-all lint format lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+env: $(STAMP) ## make .venv: everything pinned, no CUDA package (PYTHON=python3.12 chooses the interpreter)
+
+$(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo >&2 "make env: needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	    "install a newer one and name it, as in: make env PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(UV) install --python $(BIN)/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
+	$(UV) install --python $(BIN)/python --compile-bytecode --override requirements/cpu-overrides.txt \
+	  -r requirements/cpu.lock -r requirements/dev.lock
+	$(UV) install --python $(BIN)/python --no-deps -e .
+	touch $@
+
+quickstart: $(STAMP) ## PPO from scratch on the real stack, on two cores (SEED=1 for another seed); starts over each time
+	rm -rf runs/quickstart
+	$(BIN)/python examples/arithmetic_cpu/task.py runs/quickstart/task
+	$(BIN)/megatron-rl sft examples/arithmetic_cpu/warmup.toml
+	$(BIN)/megatron-rl train examples/arithmetic_cpu/ppo.toml seed=$(SEED)
+
+test: $(STAMP) ## the tests that need no GPU, without the slow ones
+	$(BIN)/pytest
+
+test-all: $(STAMP) ## the slow ones too
+	$(BIN)/pytest -m ''
+
+lint: $(STAMP) ## style, types, layers, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck $(SHELL_FILES)
+	for file in $(SHELL_FILES); do bash -n "$$file" || exit 1; done
+
+format: $(STAMP) ## what ruff can put right by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(STAMP) ## resolve the lock files anew (UPGRADE=--upgrade moves every version)
+	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
+	  --override requirements/cpu-overrides.txt requirements/cpu.in -o requirements/cpu.lock
+	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
+	  requirements/dev.in -o requirements/dev.lock
+	$(UV) compile --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
+	  $(UPGRADE) requirements/gpu.in -o requirements/gpu.lock
+
+clean: ## everything that was made, but for runs/
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

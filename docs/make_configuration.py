@@ -1,0 +1,55 @@
+"""Write docs/configuration.md from the schema: ``python docs/make_configuration.py`` (a test holds the two together)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / "megatron_rl" / "config" / "schema.py"
+LAYOUT = ROOT / "megatron_rl" / "layout.py"
+
+HEAD = """# Settings
+
+Written by `docs/make_configuration.py` from `megatron_rl/config/schema.py`. A TOML file has one table per section
+(`[ppo]`, `[policy.optimizer]`); several files are merged left to right, and `key.path=value` on the command line wins.
+`megatron-rl show-config FILE.toml...` prints the result, or everything that is wrong with it.
+"""
+
+
+def sections(file: Path) -> dict[str, ast.ClassDef]:
+    """The dataclasses of a file, by name."""
+    return {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+def rows(section: ast.ClassDef) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of each setting."""
+    found = []
+    for node, following in zip(section.body, [*section.body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        default = "required" if node.value is None else f"`{ast.unparse(node.value)}`"
+        if default.startswith("`field("):
+            default = "see its table"
+        meaning = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            meaning = " ".join(str(following.value.value).split())
+        kind = ast.unparse(node.annotation).replace("|", "\\|")
+        found.append((node.target.id, f"`{kind}`", default.replace("|", "\\|"), meaning.replace("|", "\\|")))
+    return found
+
+
+def document() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    known = sections(SCHEMA) | {"ParallelLayout": sections(LAYOUT)["ParallelLayout"]}
+    for name in ("RunConfig", "SFTConfig", *(name for name in known if name not in {"RunConfig", "SFTConfig"})):
+        parts.append(f"## {name}\n\n{ast.get_docstring(known[name], clean=True)}\n")
+        parts.append("| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        parts.append("\n".join(f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(known[name])))
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "configuration.md").write_text(document())

@@ -1,0 +1,91 @@
+"""``megatron-rl train|sft|show-config FILE.toml... key=value...``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_rl.config.load import ConfigError, dump, load
+from megatron_rl.config.schema import RunConfig, SFTConfig
+
+_USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 (failed), 2 (the configuration is wrong) or 130 (interrupted)."""
+    parser = argparse.ArgumentParser(prog="megatron-rl", description="Reinforcement learning for reasoning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "PPO from a base model"),
+        ("sft", "supervised stage"),
+        ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("settings", nargs="+", metavar="FILE.toml|key=value")
+    asked = parser.parse_args(arguments)
+    files = [Path(item) for item in asked.settings if "=" not in item]
+    overrides = [item for item in asked.settings if "=" in item]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if asked.command == "train":
+            _train(load(RunConfig, files, overrides))
+        elif asked.command == "sft":
+            _sft(load(SFTConfig, files, overrides))
+        else:
+            _print(dump(load(RunConfig, files, overrides)))
+    except ConfigError as error:
+        return _fail(str(error), _USAGE_ERROR)
+    except KeyboardInterrupt as interrupt:
+        return _fail(_told("interrupted", interrupt), _INTERRUPTED)
+    except (RuntimeError, ValueError, OSError) as error:
+        return _fail(_told(f"{type(error).__name__}: {error}", error), _FAILURE)
+    return 0
+
+
+def _train(config: RunConfig) -> None:
+    started = time.monotonic()
+    from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
+    from megatron_rl.ppo import train
+    from megatron_rl.report import plot_curve, summarise, summary_table
+
+    with open_run(config) as run:
+        train(run)
+    summary = summarise(config.run_dir / "metrics.jsonl") | {"seconds": round(time.monotonic() - started, 1)}
+    (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
+    _print(summary_table(summary))
+
+
+def _sft(config: SFTConfig) -> None:
+    from megatron_rl.assemble import open_supervised
+    from megatron_rl.sft import supervise
+
+    with open_supervised(config) as run:
+        supervise(run)
+
+
+def _interrupt(_signal: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _told(text: str, error: BaseException) -> str:
+    return "\n".join([text, *getattr(error, "__notes__", [])])
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def _fail(text: str, status: int) -> int:
+    sys.stderr.write(f"megatron-rl: {text}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The composition root: from a configuration to a run. The only file that sees Megatron, vLLM and Ray together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from megatron_rl import device
+from megatron_rl.batches import TokenRows
+from megatron_rl.checkpoints import RunCheckpoints
+from megatron_rl.config.load import dump
+from megatron_rl.config.schema import RunConfig, SFTConfig
+from megatron_rl.dataflow import Prompt
+from megatron_rl.experience.collect import FreshRollouts
+from megatron_rl.experience.prompts import PromptStream, load_prompts
+from megatron_rl.experience.supervised import supervised_batches
+from megatron_rl.interfaces import Pending, results
+from megatron_rl.maths.kl import KlControl
+from megatron_rl.maths.losses import PolicyLoss, SupervisedLoss, ValueLoss
+from megatron_rl.mcore.spec import WorkerSpec, start_worker
+from megatron_rl.metrics import MetricLog
+from megatron_rl.model_dims import ModelDims, read_model_dims
+from megatron_rl.ppo import Run
+from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
+from megatron_rl.ray_runtime.roles import (
+    HELD_TYPES,
+    RemoteCritic,
+    RemoteEngine,
+    RemotePolicy,
+    RemoteReference,
+    connect,
+)
+from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.rewards.service import RewardService
+from megatron_rl.sft import SupervisedRun
+from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.sync import CheckedSync
+from megatron_rl.weights.weight_map import Head
+
+_PROBE_ROWS = 8
+
+
+@contextmanager
+def open_run(config: RunConfig) -> Iterator[Run]:
+    """Start everything that a PPO run needs; leaving the block ends all of it.
+
+    Raises:
+        ClusterProblem: the machine or the cluster is too small.
+        ValueError: a data file is unusable.
+        WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
+    """
+    gpus = device.gpu_count()
+    policy_layout, critic_layout = config.policy.layout, config.critic.layout
+    check_machine(policy_layout.world_size + critic_layout.world_size + 1, gpus, config.cluster)
+    dims = read_model_dims(config.model.path)
+    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    prompts = load_prompts(config.data.train, tokenizer, config.data)
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+    prepare_folder(config)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(
+            RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
+        )
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs"))
+        groups = cluster.start(
+            [
+                Role(name="policy", workers=policy_layout.world_size, held_types=HELD_TYPES),
+                Role(name="critic", workers=critic_layout.world_size, held_types=HELD_TYPES),
+                Role(name="engine", workers=1),
+            ],
+            device.worker_environment(),
+        )
+        critic_updates = config.steps * config.updates_per_step
+        policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
+        results(
+            {
+                "policy": _start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
+                "critic": _start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates),
+                "engine": groups["engine"].build(start_engine, [(_engine_spec(config, config.model.path),)]),
+            }
+        )
+        policy, critic, engine = (
+            RemotePolicy(groups["policy"]),
+            RemoteCritic(groups["critic"]),
+            RemoteEngine(groups["engine"]),
+        )
+        connect(policy, engine, config.cluster.start_deadline_s)
+        stream = PromptStream(prompts.prompts, config.seed)
+        kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
+        checkpoints = RunCheckpoints(
+            folder=config.run_dir / "checkpoints",
+            keep=config.checkpoint.keep,
+            models={"policy": policy, "critic": critic},
+            parts={"prompts": stream, "kl_control": kl_control},
+            like=config.model.path.resolve(),
+            wait=results,
+        )
+        start_step = checkpoints.resume()
+        metrics = stack.enter_context(
+            MetricLog(
+                config.run_dir,
+                total_steps=config.steps,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+                sources=[_MachineMetrics(groups, rewards)],
+            )
+        )
+        yield Run(
+            config=config,
+            start_step=start_step,
+            collect=FreshRollouts(
+                prompts=stream, engine=engine, rewards=rewards, config=config.rollout, seed=config.seed
+            ),
+            engine=engine,
+            rewards=rewards,
+            policy=policy,
+            reference=RemoteReference(groups["policy"]) if config.ppo.kl_coef > 0 else None,
+            critic=critic,
+            policy_loss=PolicyLoss(
+                clip_low=config.ppo.clip_low,
+                clip_high=config.ppo.clip_high,
+                dual_clip=config.ppo.dual_clip,
+                entropy_coef=config.ppo.entropy_coef,
+                kl_coef=config.ppo.kl_coef if config.ppo.kl_in == "loss" else 0.0,
+                kl_kind=config.ppo.kl_kind,
+            ),
+            value_loss=ValueLoss(clip=config.ppo.value_clip),
+            kl_control=kl_control,
+            weights=CheckedSync(policy, engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance),
+            checkpoints=checkpoints,
+            heldout=heldout.prompts[: config.evaluation.prompts],
+            forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, RewardService, tuple[Prompt, ...]]]:
+    """An engine on the weights in folder ``model``, a scorer and the held-out prompts; no trainer. Errors as
+    :func:`open_run`.
+    """
+    gpus = device.gpu_count()
+    check_machine(1, gpus, config.cluster)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+    with (
+        RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as rewards,
+        Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs") as cluster,
+    ):
+        group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
+        group.build(start_engine, [(_engine_spec(config, model, version=0),)]).result()
+        yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
+
+
+@contextmanager
+def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
+    """Start what the supervised stage needs; errors as :func:`open_run`."""
+    gpus, world = device.gpu_count(), config.trainer.layout.world_size
+    check_machine(world, gpus, config.cluster)
+    if config.output.exists():
+        raise FileExistsError(f"output: {config.output} exists; remove it or name another folder")
+    dims = read_model_dims(config.model.path)
+    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    batches = supervised_batches(
+        config.data,
+        tokenizer,
+        dims.eos_ids[0],
+        dims.max_positions,
+        steps=config.steps,
+        samples_per_step=config.samples_per_step,
+    )
+    prepare_folder(config)
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs"))
+        roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
+        group = cluster.start(roles, device.worker_environment())["trainer"]
+        _start_trainer(group, config, Head.TOKEN, dims, config.steps).result()
+        model = RemotePolicy(group)
+        metrics = stack.enter_context(
+            MetricLog(
+                config.run_dir,
+                total_steps=config.steps,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+            )
+        )
+        yield SupervisedRun(
+            batches=batches,
+            model=model,
+            loss=SupervisedLoss(),
+            export=lambda: model.export_hf(config.output.resolve(), config.model.path.resolve()).result(),
+            metrics=metrics,
+        )
+
+
+def prepare_folder(config: RunConfig | SFTConfig) -> None:
+    """Make the run's folder and leave the resolved configuration in it."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.json").write_text(dump(config))
+
+
+@dataclass(frozen=True)
+class _MachineMetrics:
+    """What the workers say of a step: busy seconds and tokens per second by role and verb, largest resident set."""
+
+    groups: Mapping[str, WorkerGroup]
+    rewards: RewardService
+
+    def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
+        found = {"busy_s/rewards/score": self.rewards.busy_seconds}
+        for role, group in self.groups.items():
+            taken = group.take_statistics()
+            found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}
+            found[f"peak_rss_gib/{role}"] = taken.peak_rss_bytes / 2**30
+        for role, verb, tokens in (
+            ("engine", "generate", "rollout/response_tokens"),
+            ("policy", "logprobs", "rollout/total_tokens"),
+            ("critic", "values", "rollout/total_tokens"),
+            ("policy", "update", "rollout/total_tokens"),
+            ("critic", "update", "rollout/total_tokens"),
+        ):
+            seconds = found.get(f"busy_s/{role}/{verb}", 0.0)
+            if seconds > 0 and tokens in step:
+                found[f"tokens_per_s/{role}/{verb}"] = step[tokens] / seconds
+        return found
+
+
+def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
+    """A few fixed rows that trainer and engine score after every push: held-out prompts of at least two tokens."""
+    rows = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_PROBE_ROWS]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), dims.pad_id)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+    places = torch.arange(tokens.shape[1])
+    return TokenRows(tokens=tokens, lengths=lengths, response_mask=(places > 0) & (places < lengths[:, None]))
+
+
+def _engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
+    """An engine for this run; with a ``version`` it may generate from the weights it loads."""
+    return EngineSpec(
+        model=model.resolve(),
+        dtype=config.model.dtype,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        kv_cache_mib=config.engine.kv_cache_mib,
+        max_concurrent=config.engine.max_concurrent,
+        on_cpu=not device.has_cuda(),
+        version=version,
+    )
+
+
+def _start_trainer(
+    group: WorkerGroup, config: RunConfig | SFTConfig, head: Head, dims: ModelDims, total_updates: int
+) -> Pending[None]:
+    """Build the ranks of one model."""
+    if isinstance(config, SFTConfig):
+        trainer, temperature, keep_reference = config.trainer, 1.0, False
+    else:
+        trainer = config.policy if head is Head.TOKEN else config.critic
+        temperature, keep_reference = config.rollout.temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
+    spec = WorkerSpec(
+        role=group.name,
+        head=head,
+        model=config.model,
+        dims=dims,
+        trainer=trainer,
+        temperature=temperature,
+        total_updates=total_updates,
+        seed=config.seed,
+        keep_reference=keep_reference,
+    )
+    host = group.births(config.cluster.start_deadline_s)[0].address
+    port = group.free_port(config.cluster.start_deadline_s)
+    deadline = config.cluster.call_deadline_s
+    return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in range(trainer.layout.world_size)])

@@ -1,0 +1,232 @@
+"""Tensors, ready to compute: what the stages of the loop hand on once samples have become arrays.
+
+Every per-token tensor is aligned with ``tokens``: index ``t`` speaks of token ``t`` (the log-prob of emitting it, the
+value of the state just before it, the reward received for it). ``B`` rows (samples), ``T`` padded length, ``N`` tokens
+of a packed micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+
+def _check(owner: object, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    value: Tensor = getattr(owner, name)
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{type(owner).__name__}.{name} must be {dtype} of shape {shape}, got {value.dtype} of {tuple(value.shape)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Right-padded rows of tokens.
+
+    Attributes:
+        tokens: [B, T] int64, prompt then response.
+        lengths: [B] int64, tokens of each row without padding.
+        response_mask: [B, T] bool, the tokens a loss or a reward speaks of; never derived from pad ids.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    response_mask: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and types, and that no row's response leaves the row."""
+        shape = tuple(self.tokens.shape)
+        _check(self, "tokens", shape, torch.int64)
+        _check(self, "lengths", shape[:1], torch.int64)
+        _check(self, "response_mask", shape, torch.bool)
+        outside = torch.arange(shape[1]) >= self.lengths[:, None]
+        if bool((self.response_mask & outside).any()) or bool(self.response_mask[:, 0].any()):
+            raise ValueError("response_mask must lie inside each row and leave out its first token")
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch(TokenRows):
+    """Scored samples as arrays.
+
+    Attributes:
+        rollout_logprobs: [B, T] f32, by the engine that sampled; 0 outside ``sampled_mask``.
+        sampled_mask: [B, T] bool, response tokens that the engine drew (a forced end of sequence is not).
+        truncated: [B] bool, the response limit cut the sample.
+        scores: [B] f32, what the reward rule gave.
+        group: [B] int64, which prompt of the step the row answers.
+        policy_version: version of the weights that sampled all rows.
+    """
+
+    rollout_logprobs: Tensor
+    sampled_mask: Tensor
+    truncated: Tensor
+    scores: Tensor
+    group: Tensor
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        """Check shapes and types."""
+        super().__post_init__()
+        shape = tuple(self.tokens.shape)
+        _check(self, "rollout_logprobs", shape, torch.float32)
+        _check(self, "sampled_mask", shape, torch.bool)
+        _check(self, "truncated", shape[:1], torch.bool)
+        _check(self, "scores", shape[:1], torch.float32)
+        _check(self, "group", shape[:1], torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperienceBatch:
+    """A rollout batch with everything PPO trains on; each tensor [B, T] f32, 0 outside the response.
+
+    Attributes:
+        rollouts: the batch it was built from.
+        old_logprobs: by the trainer before the update (not by the engine).
+        ref_logprobs: by the frozen reference; None where none is kept (no KL term).
+        values: by the critic before the update.
+        rewards: per token, after the KL penalty.
+        advantages: after whitening.
+        returns: advantages before whitening + values.
+    """
+
+    rollouts: RolloutBatch
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and types."""
+        shape = tuple(self.rollouts.tokens.shape)
+        for name in ("old_logprobs", "values", "rewards", "advantages", "returns"):
+            _check(self, name, shape, torch.float32)
+        if self.ref_logprobs is not None:
+            _check(self, "ref_logprobs", shape, torch.float32)
+
+
+Rows = TypeVar("Rows", ExperienceBatch, TokenRows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch(Generic[Rows]):
+    """The rows of one optimizer step.
+
+    Attributes:
+        source: the batch the rows belong to.
+        rows: [b] int64 indices into it.
+        loss_weight: [b, T] f32. The loss is sum(loss_weight x term) / (loss tokens of all b rows): 1 everywhere is the
+            mean over tokens; every other average is a weight.
+    """
+
+    source: Rows
+    rows: Tensor
+    loss_weight: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes, types and that the rows exist."""
+        token_rows = rows_of(self.source)
+        _check(self, "rows", tuple(self.rows.shape), torch.int64)
+        _check(self, "loss_weight", (len(self.rows), token_rows.tokens.shape[1]), torch.float32)
+        if len(self.rows) == 0 or int(self.rows.max()) >= token_rows.rows:
+            raise ValueError(f"a minibatch needs rows in [0, {token_rows.rows}), got {self.rows.tolist()[:8]}")
+
+
+def rows_of(source: ExperienceBatch | TokenRows) -> TokenRows:
+    """The token rows that a batch speaks of."""
+    return source.rollouts if isinstance(source, ExperienceBatch) else source
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens:
+    """Rows laid end to end without padding between them, and shifted once: position ``i`` reads ``inputs[i]`` and
+    speaks of ``targets[i]``, the token that follows it in its row. A row of L tokens takes L - 1 positions.
+
+    Attributes:
+        inputs, targets, positions: [N] int64.
+        cu_seqlens: [S + 1] int32, where each row starts; the last entry is N.
+        max_length: positions of the longest row.
+        loss_mask: [N] bool, the target is a response token.
+        loss_weight: [N] f32, 0 outside ``loss_mask``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_length: int
+    loss_mask: Tensor
+    loss_weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(PackedTokens):
+    """Packed tokens with the experience of each target; every tensor [N] f32, 0 outside ``loss_mask``."""
+
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOutputs:
+    """What the policy says of each target: log-prob and entropy (nats), [N] f32, already whole across tensor ranks."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueOutputs:
+    """What the critic says of the state before each target, [N] f32."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """A loss before it is divided.
+
+    Attributes:
+        total: scalar, the SUM over loss tokens of ``loss_weight`` x term. Whoever runs the optimizer divides it once
+            by the number of loss tokens of the whole step, so the result is the same for any split.
+        metrics: detached sums over loss tokens, to be divided by the same number.
+    """
+
+    total: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+def merge_rows(parts: Iterable[tuple[Tensor, Tensor]], like: TokenRows) -> Tensor:
+    """Put what several workers computed of their rows together.
+
+    Args:
+        parts: (row indices [b], values [b, T]) of each worker.
+        like: the batch the rows belong to.
+
+    Returns:
+        [B, T] f32.
+
+    Raises:
+        ValueError: a row is missing or was computed twice.
+    """
+    merged, seen = torch.zeros(like.tokens.shape), torch.zeros(like.rows, dtype=torch.int64)
+    for rows, values in parts:
+        merged[rows] = values
+        seen[rows] += 1
+    if bool((seen != 1).any()):
+        raise ValueError(f"every row must be computed once, got counts {seen.unique().tolist()} for {like.rows} rows")
+    return merged

@@ -1,0 +1,348 @@
+"""Every setting, its type, its default and its meaning: the only place where a default lives.
+
+Plain frozen dataclasses; :mod:`megatron_rl.config.load` fills and validates them. A section that lacks
+``__pydantic_config__`` would accept misspelt keys in silence, which a test forbids. Each section's ``problems()`` says
+what its own values contradict; what needs several sections or the files on disk stands in the root's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import ModelDims, read_model_dims
+
+Positive = Annotated[int, Gt(0)]
+Count = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+FORBID_UNKNOWN = {"extra": "forbid"}
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    """The multiple of ``of`` nearest to ``value``, at least ``of``."""
+    return max(of, round(value / of) * of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that training starts from."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    path: Path
+    """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights in training and in the engine; bfloat16 keeps float32 main weights in the optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Questions and how they become prompts."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    train: Path
+    """JSON lines with ``question`` and ``answer`` (other keys are ignored; ``id`` is used when there)."""
+    heldout: Path
+    """The same, for evaluation."""
+    template: str = "{question}"
+    """The prompt; ``{question}`` is replaced."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are dropped and counted."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself or is not there."""
+        if "{question}" not in self.template:
+            yield f"template must contain {{question}}, got {self.template!r}"
+        for name, path in (("train", self.train), ("heldout", self.heldout)):
+            if not path.is_file():
+                yield f"{name}: no such file: {path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How samples are drawn."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    samples_per_prompt: Positive = 8
+    temperature: PositiveFloat = 1.0
+    """The trainer divides its logits by the same number."""
+    max_response_tokens: Positive = 3000
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the model's end-of-sequence tokens."""
+    force_eos: bool = False
+    """Put an end-of-sequence token where a response has none, and train on it (as the seed recipe does)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The rule that scores a response."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    rule: str = "seed"
+    """A name from megatron_rl.rewards.rules.RULES, or ``path/to/file.py:callable`` for a rule of your own."""
+    workers: Positive = 1
+    timeout_s: PositiveFloat = 5.0
+    """Per sample; a sample that takes longer is killed and counted as a time-out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """The algorithm. Formulas and sources stand with the functions in :mod:`megatron_rl.maths`."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    whiten_advantages: bool = True
+    """Over all response tokens of the rollout, before it is cut into minibatches."""
+    kl_coef: NonNegative = 0.01
+    """0 keeps no reference at all."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: PositiveFloat | None = None
+    """Mean KL per response (nats) that an adaptive coefficient aims at; unset keeps ``kl_coef`` fixed."""
+    kl_horizon: Positive = 10_000
+    """Samples over which the adaptive coefficient moves."""
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: PositiveFloat | None = None
+    """Bound c > 1 on the loss of tokens with a negative advantage; unset: none."""
+    value_clip: PositiveFloat | None = 0.2
+    entropy_coef: NonNegative = 0.0
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of an optimizer step, or over the tokens of each sample and then over samples."""
+    minibatch_samples: Positive = 128
+    """Samples of one optimizer step."""
+    epochs: Positive = 1
+    """Passes over a rollout."""
+    critic_warmup_steps: Count = 0
+    """First steps in which only the critic learns."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            yield f"dual_clip must be above 1, got {self.dual_clip}"
+        if self.clip_low >= 1:
+            yield f"clip_low must be below 1, got {self.clip_low}"
+        if self.kl_in == "loss" and self.kl_target is not None:
+            yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam with a warm-up and a cosine to a floor."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    lr: NonNegative
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip_grad: PositiveFloat = 1.0
+    """Bound on the global L2 norm of the gradient."""
+    warmup_fraction: Fraction = 0.03
+    """Share of all updates with a linear warm-up (at least one update when above 0)."""
+    min_lr_fraction: Fraction = 0.1
+    """The cosine ends at this share of ``lr``; 1 keeps it constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How one model is trained: its layout, its optimizer, its memory."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    optimizer: OptimizerConfig
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    tokens_per_microbatch: Positive = 8192
+    """Rows are packed up to this many tokens; a longer row makes a micro-batch of its own."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over data-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The vLLM engine."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    kv_cache_mib: Positive = 4096
+    """Memory for keys and values, in MiB; fixed, so that it never depends on what else runs."""
+    max_concurrent: Positive = 256
+    """Sequences generated at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """Trainer -> engine."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    max_staleness: Count = 0
+    """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
+    probe_tolerance: PositiveFloat = 0.05
+    """After a push, trainer and engine score the same fixed tokens; a larger mean difference in log-prob (nats) fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy accuracy on held-out prompts, before the first and after the last step and in between."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    every: Count = 0
+    """Steps between evaluations; 0: only before and after."""
+    prompts: Positive = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    every: Count = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: Positive = 2
+    """Older ones are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Ray and the machine."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    address: str | None = None
+    """Of a running Ray cluster; unset starts one on this machine, on loopback, with a token of its own."""
+    allow_open_cluster: bool = False
+    """Join a cluster that asks for no token (anyone who reaches it can run code on it)."""
+    cpus_per_worker: PositiveFloat = 0.4
+    """CPUs reserved for each training rank and engine where there is no GPU."""
+    start_deadline_s: PositiveFloat = 600.0
+    """For a worker to load its model."""
+    call_deadline_s: PositiveFloat = 1800.0
+    """For any single piece of work: generating a rollout, log-probs, one update, a push, a save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where metrics go besides the console and ``metrics.jsonl``."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A PPO run."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    run_dir: Path
+    """Everything that the run writes goes here."""
+    steps: Positive
+    prompts_per_step: Positive
+    model: ModelConfig
+    data: DataConfig
+    policy: TrainerConfig
+    critic: TrainerConfig
+    seed: Count = 0
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one rollout."""
+        return self.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step of the loop, for each model."""
+        return self.samples_per_step // self.ppo.minibatch_samples * self.ppo.epochs
+
+    def problems(self) -> Iterator[str]:
+        """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from (f"data: {problem}" for problem in self.data.problems())
+        yield from (f"ppo: {problem}" for problem in self.ppo.problems())
+        samples, minibatch = self.samples_per_step, self.ppo.minibatch_samples
+        if samples % minibatch:
+            nearest = min((d for d in range(1, samples + 1) if samples % d == 0), key=lambda d: abs(d - minibatch))
+            yield (
+                f"ppo.minibatch_samples: must divide the {samples} samples of a step "
+                f"({self.prompts_per_step} prompts x {self.rollout.samples_per_prompt}), got {minibatch}; "
+                f"nearest: {nearest}"
+            )
+        for role, trainer in (("policy", self.policy), ("critic", self.critic)):
+            data = trainer.layout.data
+            if minibatch < data or samples < data:
+                yield f"{role}.layout.data: {data} replicas need at least as many samples in a minibatch, got {minibatch}"
+        dims, found = model_problems(self.model.path, {"policy": self.policy.layout, "critic": self.critic.layout})
+        yield from found
+        asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if dims is not None and asked > dims.max_positions:
+            yield (
+                f"rollout.max_response_tokens: prompt ({self.data.max_prompt_tokens}) plus response "
+                f"({self.rollout.max_response_tokens}) must fit the model's {dims.max_positions} positions, got {asked}; "
+                f"largest: {max(1, dims.max_positions - self.data.max_prompt_tokens)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """A supervised stage: next-token loss on the responses of (prompt, response) pairs."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    run_dir: Path
+    output: Path
+    """Folder of the resulting Hugging Face model."""
+    model: ModelConfig
+    data: Path
+    """JSON lines with ``prompt`` and ``response``; the model's end-of-sequence token is added. Read in file order."""
+    steps: Positive
+    samples_per_step: Positive
+    trainer: TrainerConfig
+    seed: Count = 0
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def problems(self) -> Iterator[str]:
+        """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        if not self.data.is_file():
+            yield f"data: no such file: {self.data}"
+        if self.samples_per_step < self.trainer.layout.data:
+            yield f"trainer.layout.data: {self.trainer.layout.data} replicas need as many samples a step"
+        yield from model_problems(self.model.path, {"trainer": self.trainer.layout})[1]
+
+
+def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[ModelDims | None, list[str]]:
+    """The model's sizes, if they can be read, and why it cannot be used or laid out as asked."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            return None, [f"model.path: no {name} in {path}"]
+    try:
+        dims = read_model_dims(path)
+    except ValueError as error:
+        return None, [f"model.path: {error}"]
+    return dims, [f"{role}.layout: {p}" for role, layout in layouts.items() for p in dims.layout_problems(layout)]

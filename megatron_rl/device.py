@@ -1,0 +1,267 @@
+"""The only hardware-specific file: CUDA or CPU, types, threads, and what megatron-core needs to run without CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def has_cuda() -> bool:
+    """Whether tensors live on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this process keeps its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise."""
+    return {} if has_cuda() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def select_device(index: int) -> None:
+    """Make GPU ``index`` (modulo those visible) this process's device; nothing where there is none."""
+    if has_cuda():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
+def collective_backend() -> str:
+    """The torch.distributed backend for tensors on :func:`device`."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def dtype(name: str) -> torch.dtype:
+    """The torch type of a ``model.dtype`` setting.
+
+    Raises:
+        ValueError: the name is none of the settings.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def limit_threads() -> None:
+    """Compute with OMP_NUM_THREADS threads, one where it is unset.
+
+    Several ranks share the cores of one machine; torch's default, all cores for each, makes them wait for one another.
+    """
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@functools.cache
+def prepare_megatron() -> None:
+    """Make ``import megatron.core`` work here; call it before the first one. Does nothing where there is CUDA.
+
+    No tensor operation is intercepted and no file of megatron-core is touched: calls that ask torch for CUDA itself
+    (placement, streams, random state, type names) get the CPU's answer, and the optimizer gets an Adam with the
+    interface it knows from GPUs. The cost at run time is a dictionary look-up per tensor created by a factory.
+    """
+    if has_cuda():
+        return
+    _place_on_cpu()
+    _drop_streams()
+    _drop_compile()
+    _share_random_state()
+    _name_types_as_cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each import says again that Apex and Transformer Engine are not there
+        _keep_random_states_on_cpu()
+        _use_fused_adam()
+
+
+def _set(owner: Any, names: Iterable[str], value: Any) -> None:
+    for name in names:
+        setattr(owner, name, value)
+
+
+def _nothing() -> Callable[..., None]:
+    """A new stand-in for calls that have no meaning on a CPU (new, because dynamo knows each function by identity)."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    return nothing
+
+
+def _place_on_cpu() -> None:
+    """Why: about 90 places put a tensor on ``torch.cuda.current_device()``, on ``"cuda"``, or call ``.cuda()``."""
+
+    def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(factory)
+        def create(*args: Any, **kwargs: Any) -> Tensor:
+            if kwargs:
+                where = kwargs.get("device")
+                if where is not None and str(where).startswith("cuda"):
+                    kwargs["device"] = _CPU
+                kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in ("zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "eye"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    for name in ("zeros", "ones", "empty", "full", "rand", "randn"):
+        setattr(torch, f"{name}_like", on_cpu(getattr(torch, f"{name}_like")))
+    _set(torch.Tensor, ["cuda"], lambda self, *args, **kwargs: self)
+    _set(torch.nn.Module, ["cuda"], lambda self, *args, **kwargs: self)
+    _set(torch.cuda, ["current_device"], lambda: _CPU)
+    _set(torch.cuda, ["set_device"], _nothing())
+
+
+class _Stream:
+    """A CUDA stream or event where work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or self
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing()
+
+
+def _drop_streams() -> None:
+    """Why: the schedules order their work with streams and events; a CPU has one order, the program's."""
+    stream = _Stream()
+    _set(torch.cuda, ["Stream", "Event"], _Stream)
+    _set(torch.cuda, ["current_stream", "default_stream"], lambda *args, **kwargs: stream)
+    _set(torch.cuda, ["stream"], lambda stream=None: contextlib.nullcontext())
+    _set(torch.cuda, ["synchronize"], _nothing())
+    _set(torch.cuda, ["is_current_stream_capturing"], lambda: False)
+    _set(torch.cuda.nvtx, ["range_push", "range_pop"], _nothing())
+    _set(torch.Tensor, ["record_stream"], _nothing())
+
+
+def _drop_compile() -> None:
+    """Why: ``megatron.core.jit`` binds torch.compile at import, which loads inductor (1.7 s) and compiles C++; and the
+    first call of an optimizer loads dynamo (1.1 s) only to keep it out of methods that nothing compiles here.
+    """
+
+    def identity(function: Any = None, **kwargs: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    _set(torch, ["compile"], identity)
+    for name in ("add_param_group", "load_state_dict", "zero_grad"):
+        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            _set(method, ["__dynamo_disable"], method)
+
+
+def _share_random_state() -> None:
+    """Why: seeds of tensor-parallel dropout are kept as CUDA random states; the CPU generator takes their place."""
+    _set(torch.cuda, ["manual_seed"], torch.manual_seed)
+    for module in (torch.cuda, torch.cuda.random):
+        _set(module, ["get_rng_state"], lambda *args, **kwargs: torch.get_rng_state())
+        _set(module, ["set_rng_state"], lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+def _keep_random_states_on_cpu() -> None:
+    """Why: the tracker of random states reaches past torch.cuda's functions, into its default generators."""
+    import megatron.core.tensor_parallel.random as tracker
+
+    _set(tracker, ["_get_cuda_rng_state"], lambda *args, **kwargs: torch.get_rng_state())
+    _set(tracker, ["_set_cuda_rng_state"], lambda state, *args, **kwargs: torch.set_rng_state(state))
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _name_types_as_cuda() -> None:
+    """Why: the optimizers sort parameters by comparing ``param.type()`` with the text ``torch.cuda.FloatTensor``."""
+    type_of = torch.Tensor.type
+
+    def name(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = type_of(self, *args, **kwargs)
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and asked_by.startswith("megatron.core.optimizer"):
+            return found.replace("torch.", "torch.cuda.")
+        return found
+
+    _set(torch.Tensor, ["type"], name)
+
+
+def _use_fused_adam() -> None:
+    """Why: without Apex it takes torch.optim.Adam, whose per-parameter ``step`` its distributed optimizer cannot load."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    _set(optimizer, ["Adam"], FusedAdam)
+    _set(optimizer, ["USING_PYTORCH_OPTIMIZER"], False)
+    _set(distributed, ["Adam"], FusedAdam)
+    _set(distributed, ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"], True)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam or AdamW with the interface of ``apex.optimizers.FusedAdam`` (``step`` lives in the parameter group) on
+    torch's fused CPU kernel.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **ignored: Any,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        )
+        self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            if params:
+                self._update(
+                    params,
+                    [p.grad for p in params],
+                    [self.state[p]["exp_avg"] for p in params],
+                    [self.state[p]["exp_avg_sq"] for p in params],
+                    [],
+                    [torch.tensor(float(group["step"]))] * len(params),
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                )

@@ -1,0 +1,109 @@
+"""Scored samples become arrays, and arrays become the minibatches of the optimizer's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch, TokenRows
+from megatron_rl.config.schema import PPOConfig
+from megatron_rl.dataflow import Finish, Sample, ScoredRollout
+
+
+class StaleRollout(RuntimeError):
+    """Samples were drawn by older weights than the setting allows."""
+
+
+def collate(
+    scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int, max_staleness: int = 0
+) -> RolloutBatch:
+    """Lay scored samples out as rows, right-padded to the longest.
+
+    Args:
+        scored: at least one rollout; all of one policy version.
+        eos_id: put this token at the end of every response that has none (appended where the row has room up to the
+            longest row, else in place of its last token), as the seed recipe does; None leaves responses as they are.
+        version: of the trainer's weights.
+        max_staleness: how many versions the samples may lag behind.
+
+    Raises:
+        StaleRollout: the samples are older than that, or of mixed versions.
+    """
+    versions = sorted({item.rollout.policy_version for item in scored})
+    if len(versions) != 1 or not version - max_staleness <= versions[0] <= version:
+        raise StaleRollout(
+            f"samples must be drawn by weights of version {version} (sync.max_staleness={max_staleness}), the engine "
+            f"used version {', '.join(map(str, versions))}: the weight push did not reach it"
+        )
+    rows = [
+        (group, item.rollout.prompt.token_ids, sample, score)
+        for group, item in enumerate(scored)
+        for sample, score in zip(item.rollout.samples, item.scores, strict=True)
+    ]
+    width = max(len(prompt) + len(sample.token_ids) for _, prompt, sample, _ in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    response_mask, sampled_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
+    rollout_logprobs = torch.zeros(len(rows), width)
+    lengths = torch.zeros(len(rows), dtype=torch.int64)
+    for row, (_, prompt, sample, _) in enumerate(rows):
+        drawn, forced = _with_eos(sample, eos_id, room=width - len(prompt))
+        start, end = len(prompt), len(prompt) + len(drawn)
+        tokens[row, :start] = torch.tensor(prompt)
+        tokens[row, start:end] = torch.tensor(drawn)
+        response_mask[row, start:end] = True
+        sampled_mask[row, start : end - forced] = True
+        rollout_logprobs[row, start : end - forced] = torch.tensor(sample.logprobs[: len(drawn) - forced])
+        lengths[row] = end
+    return RolloutBatch(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=response_mask,
+        rollout_logprobs=rollout_logprobs,
+        sampled_mask=sampled_mask,
+        truncated=torch.tensor([sample.finish is Finish.LENGTH for _, _, sample, _ in rows]),
+        scores=torch.tensor([score.value for *_, score in rows], dtype=torch.float32),
+        group=torch.tensor([group for group, *_ in rows]),
+        policy_version=versions[0],
+    )
+
+
+def _with_eos(sample: Sample, eos_id: int | None, room: int) -> tuple[list[int], int]:
+    """The response's tokens and how many of its last ones were forced (0 or 1)."""
+    drawn = list(sample.token_ids)
+    if eos_id is None or drawn[-1] == eos_id:
+        return drawn, 0
+    return ([*drawn, eos_id] if len(drawn) < room else [*drawn[:-1], eos_id]), 1
+
+
+def minibatches(experience: ExperienceBatch, ppo: PPOConfig, seed: tuple[int, int]) -> Iterator[Minibatch[ExperienceBatch]]:
+    """Shuffled minibatches of ``ppo.minibatch_samples`` rows, ``ppo.epochs`` times over; ``seed`` is (run, step)."""
+    mask = experience.rollouts.response_mask
+    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+    for _ in range(ppo.epochs):
+        for rows in torch.randperm(mask.shape[0], generator=generator).split(ppo.minibatch_samples):
+            yield Minibatch(source=experience, rows=rows, loss_weight=loss_weight(mask[rows], ppo.loss_mean))
+
+
+def whole(rows: TokenRows) -> Minibatch[TokenRows]:
+    """All of ``rows`` as one minibatch with the mean over tokens."""
+    everything = torch.arange(rows.rows)
+    return Minibatch(source=rows, rows=everything, loss_weight=loss_weight(rows.response_mask, "token"))
+
+
+def loss_weight(mask: torch.Tensor, mean: str) -> torch.Tensor:
+    """Weights that turn "sum / number of loss tokens" into the mean asked for.
+
+    Args:
+        mask: [b, T] bool, loss tokens of one optimizer step.
+        mean: ``token``: over all tokens, weight 1. ``sequence``: over the tokens of each row and then over rows, weight
+            N / (b x tokens of the row) with N loss tokens in all (OpenRLHF's and the seed's average).
+
+    Returns:
+        [b, T] f32, 0 outside the mask; its sum is the number of loss tokens.
+    """
+    if mean == "token":
+        return mask.float()
+    per_row = mask.sum(1, keepdim=True)
+    occupied = (per_row > 0).sum()
+    return mask * (mask.sum() / (occupied * per_row.clamp(min=1)))

@@ -1,0 +1,179 @@
+"""What the loop asks of its parts. The parts know nothing of each other; ``assemble`` brings them together.
+
+Verbs of a model return a :class:`Pending` at once, so that policy and critic work side by side on their own devices;
+:func:`results` collects them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sampling, Score, ScoredRollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_rl.batches import (
+        ExperienceBatch,
+        LossTerms,
+        MicroBatch,
+        Minibatch,
+        PackedTokens,
+        TokenOutputs,
+        TokenRows,
+        ValueOutputs,
+    )
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class Pending(Protocol[T_co]):
+    """Work under way."""
+
+    def result(self) -> T_co:
+        """Wait for it.
+
+        Raises:
+            Exception: what the work raised, or why its worker is gone, or that the deadline passed and for whom.
+        """
+
+
+def results(pending: Mapping[K, Pending[T]]) -> dict[K, T]:
+    """Wait for all of ``pending``."""
+    return {key: handle.result() for key, handle in pending.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """What one optimizer step did.
+
+    Attributes:
+        metrics: means over the loss tokens of the whole step.
+        grad_norm: global L2 norm before clipping.
+        learning_rate: the one used.
+    """
+
+    metrics: Mapping[str, float]
+    grad_norm: float
+    learning_rate: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """All of it under metric names."""
+        return {**self.metrics, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReceipt:
+    """What one side of a weight push saw: equal on both sides, or the push failed.
+
+    Attributes:
+        version: of the weights.
+        tensors: how many were moved.
+        size_bytes: their size.
+        digest: xxh3-128 over names, types, shapes and bytes, in order, before anything was loaded.
+    """
+
+    version: int
+    tensors: int
+    size_bytes: int
+    digest: str
+
+
+class TokenLoss(Protocol):
+    """A loss on the policy's outputs; a picklable value."""
+
+    def __call__(self, outputs: TokenOutputs, batch: MicroBatch) -> LossTerms:
+        """Sum over the loss tokens of ``batch``."""
+
+
+class SupervisedTokenLoss(Protocol):
+    """A loss that needs the tokens alone; a picklable value."""
+
+    def __call__(self, outputs: TokenOutputs, batch: PackedTokens) -> LossTerms:
+        """Sum over the loss tokens of ``batch``."""
+
+
+class ValueLoss(Protocol):
+    """A loss on the critic's outputs; a picklable value."""
+
+    def __call__(self, outputs: ValueOutputs, batch: MicroBatch) -> LossTerms:
+        """Sum over the loss tokens of ``batch``."""
+
+
+class RolloutEngine(Protocol):
+    """Generates."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[Rollout]:
+        """One sample per prompt and seed; the rollout names the version of the weights that drew it."""
+
+
+class ReferenceModel(Protocol):
+    """Scores tokens."""
+
+    def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32 log-probs of the response tokens at the sampling temperature, 0 elsewhere."""
+
+
+class PolicyModel(ReferenceModel, Protocol):
+    """Scores tokens and learns."""
+
+    def update(self, minibatch: Minibatch[ExperienceBatch], loss: TokenLoss) -> Pending[UpdateResult]:
+        """One optimizer step."""
+
+
+class SupervisedModel(Protocol):
+    """A policy during the supervised stage."""
+
+    def update(self, minibatch: Minibatch[TokenRows], loss: SupervisedTokenLoss) -> Pending[UpdateResult]:
+        """One optimizer step."""
+
+
+class ValueModel(Protocol):
+    """Predicts returns and learns."""
+
+    def values(self, batch: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32 value of the state before each response token, 0 elsewhere."""
+
+    def update(self, minibatch: Minibatch[ExperienceBatch], loss: ValueLoss) -> Pending[UpdateResult]:
+        """One optimizer step."""
+
+
+class RewardScorer(Protocol):
+    """Scores samples; a :class:`~megatron_rl.rewards.service.RewardService` is one."""
+
+    def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
+        """One score per ``(response text, answer, finish)``, in order."""
+
+
+class Collect(Protocol):
+    """Where scored rollouts come from: takes prompts, generates, scores. Resampling hides here."""
+
+    def __call__(self, prompts: int, step: int) -> list[ScoredRollout]:
+        """The scored rollouts of ``prompts`` prompts for this step."""
+
+
+class WeightSync(Protocol):
+    """Trainer -> engine."""
+
+    def push(self, version: int) -> Mapping[str, float]:
+        """Hand the policy's weights to the engine as ``version`` and check that they arrived.
+
+        Returns:
+            metrics of the push.
+
+        Raises:
+            WeightMismatch: what the engine loaded is not what the trainer sent.
+        """
+
+
+class Checkpoints(Protocol):
+    """Where a run is saved."""
+
+    def save(self, step: int) -> None:
+        """Save all that is needed to go on from ``step``; complete or not there at all."""

@@ -1,0 +1,51 @@
+"""Sums, means and variances over the entries that a mask selects. What the mask leaves out may be anything, NaN too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST_VARIANCE = 1e-8
+
+
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where ``mask`` [same shape, bool], 0 elsewhere; neither a NaN nor a gradient passes from elsewhere."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of ``x`` over ``mask``: along ``dim``, or of everything (a scalar)."""
+    kept = keep(x, mask)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``x`` over ``mask``: along ``dim``, or of everything (a scalar); 0 where the mask selects nothing."""
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance (divided by the count, not by the count - 1) of ``x`` over ``mask``, a scalar.
+
+    0 where the mask selects nothing.
+    """
+    return masked_mean((keep(x, mask) - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Bring ``x`` to unit variance, and to mean 0, over ``mask``: ``(x - mean) * rsqrt(max(var, 1e-8))``.
+
+    Population variance with this floor is what OpenRLHF's replay buffer does, and with it the SimpleRL recipe.
+
+    Args:
+        x: any shape.
+        mask: bool, same shape.
+        shift_mean: False puts the mean back after scaling.
+
+    Returns:
+        the shape of ``x``, 0 outside the mask.
+    """
+    mean = masked_mean(x, mask)
+    scaled = (keep(x, mask) - mean) * masked_var(x, mask).clamp(min=_SMALLEST_VARIANCE).rsqrt()
+    return keep(scaled if shift_mean else scaled + mean, mask)

@@ -1,0 +1,181 @@
+"""Attention over packed rows on torch's SDPA, and rotary positions to go with it.
+
+Rows lie end to end in one sequence of a batch of one. megatron-core's own way for that (``thd``) cuts the rotary
+embedding row by row in every layer, and SDPA row by row would cost a kernel per row; with many short rows both take
+longer than the arithmetic. Here the rows are grouped once per micro-batch: rows of like length are computed as one
+padded batch, and the rotary angles are looked up by position, as for any unpacked sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_rl.batches import PackedTokens
+
+MAX_PADDING = 1.5
+"""A group may hold up to this many times its tokens, padding counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroup:
+    """Neighbouring rows that attention computes as one padded batch.
+
+    Attributes:
+        start, stop: the positions they take.
+        rows: how many.
+        length: of the longest.
+        slots: [stop - start] int64, where each position goes in the padded [rows * length]; None without padding.
+        source: [rows * length] int64, the position (from ``start``) in each slot, 0 where it is padding; None without.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    length: int
+    slots: Tensor | None
+    source: Tensor | None
+
+
+@dataclass
+class PackedRows(PackedSeqParams):  # type: ignore[misc]
+    """What the layers must know of a packed micro-batch; megatron-core hands it through unchanged.
+
+    ``qkv_format`` stays unset, so that megatron-core treats the rows as one plain sequence.
+
+    Attributes:
+        positions: [N] int64, of each token in its row.
+        groups: rows computed together, in order; empty rows are left out.
+    """
+
+    positions: Tensor | None = None
+    groups: list[RowGroup] = field(default_factory=list)
+
+
+def packed_rows(batch: PackedTokens) -> PackedRows:
+    """Plan the attention of a micro-batch."""
+    groups: list[RowGroup] = []
+    bounds = batch.cu_seqlens.tolist()
+    starts = [start for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start] + [bounds[-1]]
+    first, longest = 0, 0
+    for row in range(len(starts) - 1):
+        length = starts[row + 1] - starts[row]
+        padded = max(longest, length) * (row + 1 - first)
+        if padded > MAX_PADDING * (starts[row + 1] - starts[first]):
+            groups.append(_group(starts[first : row + 1], longest, batch.inputs.device))
+            first, longest = row, 0
+        longest = max(longest, length)
+    if longest:
+        groups.append(_group(starts[first:], longest, batch.inputs.device))
+    return PackedRows(
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_length,
+        max_seqlen_kv=batch.max_length,
+        positions=batch.positions,
+        groups=groups,
+    )
+
+
+def _group(starts: list[int], longest: int, device: torch.device) -> RowGroup:
+    rows, tokens = len(starts) - 1, starts[-1] - starts[0]
+    slots = source = None
+    if rows * longest > tokens:
+        begin = torch.tensor(starts, device=device) - starts[0]
+        column = torch.arange(longest, device=device)
+        slots = (column < begin.diff()[:, None]).flatten().nonzero().squeeze(1)
+        source = torch.zeros(rows * longest, dtype=torch.int64, device=device)
+        source[slots] = torch.arange(tokens, device=device)
+    return RowGroup(start=starts[0], stop=starts[-1], rows=rows, length=longest, slots=slots, source=source)
+
+
+class _Pad(torch.autograd.Function):
+    """Gather whose backward is a gather too: the gradient of padding is zero, so nothing needs to be added up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        return values.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal self-attention inside each row of a packed micro-batch; stands in for ``DotProductAttention``."""
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **ignored: Any) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout must be 0, got {config.attention_dropout}")
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedRows | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [N, 1, heads, head width].
+            key: [N, 1, key/value heads, head width].
+            value: like ``key``.
+            attention_mask: none; the mask is causal inside each row.
+            packed_seq_params: where the rows lie.
+
+        Returns:
+            [N, 1, heads * head width].
+        """
+        if packed_seq_params is None or attention_mask is not None:
+            raise ValueError("attention needs packed rows and no mask: pass packed_seq_params=packed_rows(batch)")
+        outputs = [self._attend(query, key, value, group) for group in packed_seq_params.groups]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: RowGroup) -> Tensor:
+        def rows(values: Tensor) -> Tensor:
+            values = values[group.start : group.stop, 0]
+            if group.source is not None:
+                values = _Pad.apply(values, group.source, group.slots)
+            return values.view(group.rows, group.length, *values.shape[1:]).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            rows(query),
+            rows(key),
+            rows(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        flat = attended.transpose(1, 2).reshape(group.rows * group.length, -1)
+        return flat if group.slots is None else flat.index_select(0, group.slots)
+
+
+class PackedRotary(torch.nn.Module):
+    """Rotary angles of packed rows; stands in for ``GPTModel.rotary_pos_emb``, whose two calls it answers."""
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies
+
+    def get_rotary_seq_len(self, *unused: Any) -> Tensor:
+        """The positions, in place of a length: whatever this returns is handed to :meth:`forward`."""
+        rows: PackedRows = unused[-1]
+        assert rows.positions is not None
+        return rows.positions
+
+    def forward(self, positions: Tensor, **ignored: Any) -> Tensor:
+        """Angles [N, 1, 1, head width] of ``positions`` [N]."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]

@@ -1,0 +1,95 @@
+"""Weights between this rank's megatron-core parameters and whole tensors under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.device import device
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.plan import holders
+from megatron_rl.weights.reshard import merge, split
+from megatron_rl.weights.safetensors_io import HfFolder
+from megatron_rl.weights.weight_map import WeightMap
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
+_VALUE_HEAD = "score."
+
+
+def local_parameters(model: Any, dims: ModelDims, layout: ParallelLayout, stage: int) -> dict[str, Tensor]:
+    """The parameters of one stage, by global name: layers are numbered over the whole model, from 0."""
+    offset = stage * (dims.layers // layout.pipeline)
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + offset)
+        found[".".join(parts)] = parameter
+    return found
+
+
+@torch.no_grad()
+def load_hf(model: Any, folder: Path, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int) -> None:
+    """Fill a stage from a Hugging Face folder; each rank reads only the tensors that its stage holds.
+
+    A value head keeps its zeros where the folder has no ``score.*``: a critic starts from a policy's folder.
+
+    Raises:
+        ValueError: a parameter has no entry in the weight map, or its shape is not the folder's.
+    """
+    at = layout.coordinates(rank)
+    source = HfFolder(folder)
+    entries = {entry.megatron: entry for entry in weights.entries}
+    for name, parameter in local_parameters(model, dims, layout, at.pipeline).items():
+        # the last stage of a tied model holds a second copy of the embedding
+        entry = entries.get(_EMBEDDING if name == _OUTPUT and name not in entries else name)
+        if entry is None:
+            raise ValueError(f"{dims.architecture}: the weight map must name every parameter, it lacks {name}")
+        if all(hf.startswith(_VALUE_HEAD) for hf in entry.hf) and not set(entry.hf) & source.names:
+            continue
+        full = weights.to_megatron(entry, [source.tensor(hf) for hf in entry.hf])
+        shard = split(full, entry, dims, layout.tensor, at.tensor)
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(parameter.shape)} on rank {rank} of {layout}, "
+                f"{folder} gives {tuple(shard.shape)}; check that config.json belongs to its weights"
+            )
+        parameter.copy_(shard)
+
+
+@torch.no_grad()
+def full_tensors(
+    model: Any, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole model, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
+
+    Each holder of a shard sends it to rank 0 once, straight; nobody else receives anything.
+
+    Yields:
+        Hugging Face name and full tensor, on rank 0.
+    """
+    mine = local_parameters(model, dims, layout, layout.coordinates(rank).pipeline)
+    shapes: list[Any] = [None] * layout.world_size
+    dist.gather_object({name: (p.shape, p.dtype) for name, p in mine.items()}, shapes if rank == 0 else None)
+    for entry in weights.entries:
+        ranks = holders(entry, layout, dims.layers)
+        if rank != 0:
+            if rank in ranks:
+                dist.send(mine[entry.megatron].detach().contiguous(), dst=0)
+            continue
+        shards = []
+        for holder in ranks:
+            if holder == 0:
+                shards.append(mine[entry.megatron].detach())
+                continue
+            shape, dtype = shapes[holder][entry.megatron]
+            shards.append(torch.empty(shape, dtype=dtype, device=device()))
+            dist.recv(shards[-1], src=holder)
+        yield from weights.to_hf(entry, merge(shards, entry, dims))

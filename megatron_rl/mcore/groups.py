@@ -1,0 +1,64 @@
+"""torch.distributed and megatron-core's process groups of one rank: started together, closed together."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_rl.device import collective_backend, select_device
+from megatron_rl.layout import Coordinates, ParallelLayout
+
+
+def start_groups(
+    layout: ParallelLayout, *, rank: int, host: str, port: int, timeout_s: float, seed: int
+) -> Coordinates:
+    """Join the other ranks of ``layout`` and build its groups.
+
+    Args:
+        layout: of the model.
+        rank: of this process, in ``range(layout.world_size)``.
+        host: of rank 0.
+        port: free port on it, where rank 0 listens.
+        timeout_s: bound on joining and on every collective, so that a rank that died ends the others.
+        seed: of the random states (nothing here draws from them unless dropout is added).
+
+    Returns:
+        the place of this rank.
+
+    Raises:
+        RuntimeError: megatron-core numbers the ranks differently than :class:`ParallelLayout`.
+    """
+    if host in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    select_device(rank)
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, port, layout.world_size, is_master=rank == 0, timeout=timeout)
+    dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=layout.world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        order="tp-cp-ep-dp-pp",
+        distributed_timeout_minutes=timeout_s / 60,
+        # a second, CPU-only set of groups beside NCCL's: each costs polling threads, and nothing here asks for one
+        create_gloo_process_groups=False,
+    )
+    at = layout.coordinates(rank)
+    found = Coordinates(
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    if found != at:
+        raise RuntimeError(f"rank {rank} of {layout} must be at {at}, but megatron-core placed it at {found}")
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return at
+
+
+def stop_groups() -> None:
+    """Close every group. ``destroy_model_parallel`` alone would drop them and leave their threads polling."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,156 @@
+"""From sizes and settings to a megatron-core GPTModel: one pipeline stage of it, on this rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
+from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
+from megatron_rl.mcore.value_head import ValueHead
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.weight_map import Head
+
+
+def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-core's configuration of a dense model; weights are left unset for :mod:`.export` to fill."""
+    return TransformerConfig(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        ffn_hidden_size=dims.ffn_hidden,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_heads,
+        kv_channels=dims.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.norm_eps,
+        qk_layernorm=dims.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        # micro-batches are cut by tokens, so their lengths differ and pipeline stages must tell each other
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
+        # the loss is a sum, divided once by the tokens of the whole step
+        calculate_per_token_loss=True,
+        # fusions that need kernels of Apex or Transformer Engine
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype, head: Head) -> GPTModel:
+    """This rank's stage of the model, with uninitialised weights (and the value head at zero).
+
+    A critic never ties its embeddings: it has no output projection to tie them to.
+    """
+    config = transformer_config(dims, layout, dtype)
+    model = GPTModel(
+        config,
+        layer_spec(config),
+        vocab_size=dims.vocabulary,
+        max_sequence_length=dims.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=dims.rope_theta,
+        share_embeddings_and_output_weights=dims.tied_embeddings and head is Head.TOKEN,
+    )
+    model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
+    if head is Head.VALUE and model.post_process:
+        model.output_layer = ValueHead(dims.hidden, layout.sequence_parallel)
+    return model
+
+
+def layer_spec(config: TransformerConfig) -> Any:
+    """The modules that this stage's layers are made of: megatron-core's local ones, with two exchanges."""
+    return _exchange(
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    )
+
+
+class _Norm:
+    """RMSNorm for ``WrappedTorchNorm``, which refuses sequence parallelism."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> Any:
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            # finalize_model_grads sums over tensor ranks what each computed from its part of the sequence
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+_EXCHANGE: dict[Any, Any] = {WrappedTorchNorm: _Norm, DotProductAttention: PackedAttention}
+
+
+def _exchange(spec: Any) -> Any:
+    """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on)."""
+    if isinstance(spec, type) or spec is None:
+        return _EXCHANGE.get(spec, spec)
+    if isinstance(spec, functools.partial):
+        return functools.partial(
+            _exchange(spec.func), *spec.args, **{key: _exchange(value) for key, value in spec.keywords.items()}
+        )
+    if isinstance(spec, list):
+        return [_exchange(item) for item in spec]
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = [f.name for f in dataclasses.fields(spec) if f.init]
+        return dataclasses.replace(spec, **{name: _exchange(getattr(spec, name)) for name in fields})
+    return spec
+
+
+def run_model(model: Any, batch: PackedTokens, rows: PackedRows) -> Tensor:
+    """Forward of this stage: hidden states [N(/tensor), 1, h] for the next one, or [1, N, outputs] from the last."""
+    output: Tensor = model(
+        input_ids=batch.inputs[None],
+        position_ids=batch.positions[None],
+        attention_mask=None,
+        packed_seq_params=rows,
+    )
+    return output
+
+
+def read_tokens(output: Tensor, batch: PackedTokens, temperature: float) -> TokenOutputs:
+    """Log-prob and entropy of each target from the last stage's logits [1, N, V / tensor]."""
+    logprobs, entropy = vocab_parallel_logprobs(
+        output[0], batch.targets, temperature, parallel_state.get_tensor_model_parallel_group(), with_entropy=True
+    )
+    assert entropy is not None
+    return TokenOutputs(logprobs=logprobs, entropy=entropy)
+
+
+def read_logprobs(output: Tensor, batch: PackedTokens, temperature: float) -> Tensor:
+    """The same without the entropy: [N] f32."""
+    return vocab_parallel_logprobs(
+        output[0], batch.targets, temperature, parallel_state.get_tensor_model_parallel_group(), with_entropy=False
+    )[0]
+
+
+def read_values(output: Tensor, batch: PackedTokens) -> ValueOutputs:
+    """Values from the last stage's [1, N, 1]."""
+    return ValueOutputs(values=output[0, :, 0])

@@ -1,0 +1,161 @@
+"""One optimizer step, or one forward pass, through megatron-core's schedules (with or without a pipeline)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows, rows_of
+from megatron_rl.device import device
+from megatron_rl.experience.packing import micro_batches, pack, pack_rows, split_rows, unpack
+from megatron_rl.interfaces import UpdateResult
+from megatron_rl.layout import Coordinates, ParallelLayout
+from megatron_rl.mcore.attention import PackedRows, packed_rows
+from megatron_rl.mcore.model import run_model
+from megatron_rl.mcore.optimizer import Training
+
+Packed = TypeVar("Packed", bound=PackedTokens)
+
+
+def train_step(
+    training: Training,
+    minibatch: Minibatch[ExperienceBatch] | Minibatch[TokenRows],
+    loss: Callable[[Tensor, Any], LossTerms],
+    *,
+    layout: ParallelLayout,
+    at: Coordinates,
+    budget: int,
+) -> UpdateResult | None:
+    """One optimizer step on all rows of a minibatch; called on every rank of the layout with the same minibatch.
+
+    Args:
+        training: the model and its optimizer.
+        minibatch: the rows of the step.
+        loss: (last stage's output, micro-batch) -> sums. Neither the split into micro-batches nor the layout changes
+            the result: megatron-core divides the summed gradient once by the loss tokens of the whole step.
+        layout: of the model.
+        at: place of this rank.
+        budget: tokens of a micro-batch.
+
+    Returns:
+        the result on the first tensor rank of the last stage of replica 0, None elsewhere.
+
+    Raises:
+        ValueError: the minibatch has no loss token at all, or fewer rows than the layout has replicas.
+    """
+    token_rows = rows_of(minibatch.source)
+    loss_tokens = int(token_rows.response_mask[minibatch.rows].sum())
+    if not loss_tokens:
+        raise ValueError(f"an update needs at least one response token, got {len(minibatch.rows)} rows without any")
+    lengths = token_rows.lengths[minibatch.rows].tolist()
+    mine = split_rows(lengths, range(len(lengths)), layout.data)[at.data]
+    if not mine:
+        raise ValueError(f"{layout} needs at least {layout.data} rows in a minibatch, got {len(lengths)}")
+    multiple = _multiple(layout)
+    batches = [_placed(pack(minibatch, rows, multiple)) for rows in micro_batches(lengths, mine, budget)]
+
+    def loss_sums(output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms = loss(output, batch)
+        return terms.total, batch.loss_mask.sum(dtype=torch.int), dict(terms.metrics)
+
+    training.model.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    sums = _run_schedule(training.model, batches, loss_sums, forward_only=False)
+    rate = get_canonical_lr_for_logging(training.optimizer.param_groups)
+    updated, grad_norm, _ = training.optimizer.step()
+    if not updated:
+        raise RuntimeError(f"the optimizer refused the step: gradient norm {grad_norm}")
+    training.scheduler.step(1)
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    names = sorted(sums[0])
+    totals = torch.stack([sum((each[name].detach().float() for each in sums), torch.zeros((), device=device())) for name in names])
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    if at.data or at.tensor:
+        return None
+    metrics = dict(zip(names, (totals / loss_tokens).tolist(), strict=True))
+    return UpdateResult(metrics=metrics, grad_norm=float(grad_norm), learning_rate=float(rate))
+
+
+@torch.no_grad()
+def forward_rows(
+    model: Any,
+    source: TokenRows,
+    read: Callable[[Tensor, PackedTokens], Tensor],
+    *,
+    layout: ParallelLayout,
+    at: Coordinates,
+    budget: int,
+) -> tuple[Tensor, Tensor] | None:
+    """One number per response token of this replica's share of the rows; called on every rank with the same rows.
+
+    Args:
+        model: this rank's stage.
+        source: all rows.
+        read: (last stage's output, micro-batch) -> [N] f32.
+        layout: of the model.
+        at: place of this rank.
+        budget: tokens of a micro-batch.
+
+    Returns:
+        on the first tensor rank of the last stage: which rows [b] int64, and their values [b, T] f32, aligned with
+        tokens and 0 outside the response, both on the CPU. None elsewhere.
+    """
+    lengths = source.lengths.tolist()
+    width = source.tokens.shape[1]
+    mine = split_rows(lengths, range(len(lengths)), layout.data)[at.data]
+    parts = micro_batches(lengths, mine, budget)
+    multiple = _multiple(layout)
+    batches = [_placed(pack_rows(source, rows, multiple)) for rows in parts]
+    outputs = _run_schedule(model, batches, read, forward_only=True) if batches else []
+    if not parallel_state.is_pipeline_last_stage() or at.tensor:
+        return None
+    rows = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
+    values = [unpack(out.cpu(), source.lengths[part], width) for out, part in zip(outputs, parts, strict=True)]
+    found = torch.cat(values) if values else torch.zeros(0, width)
+    return rows, found * source.response_mask[rows]
+
+
+def _multiple(layout: ParallelLayout) -> int:
+    """Sequence parallelism cuts the positions into one piece per tensor rank."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def _placed(batch: Packed) -> tuple[Packed, PackedRows]:
+    fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    placed = dataclasses.replace(batch, **fields)
+    return placed, packed_rows(placed)
+
+
+def _run_schedule(
+    model: Any,
+    batches: Sequence[tuple[PackedTokens, PackedRows]],
+    read: Callable[[Tensor, Any], Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """What ``read`` gave for each micro-batch, on the last stage (of a triple, its metrics)."""
+
+    def forward_step(data: Iterator[tuple[PackedTokens, PackedRows]], chunk: Any) -> tuple[Tensor, Any]:
+        batch, rows = next(data)
+        return run_model(chunk, batch, rows), lambda output, non_loss_data=False: read(output, batch)
+
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=1,  # each tensor announces its own length, see variable_seq_lengths
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return results

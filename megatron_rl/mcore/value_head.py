@@ -1,0 +1,40 @@
+"""The critic's output: one number per position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_rl.device import device
+
+
+class ValueHead(torch.nn.Module):
+    """Hidden states [s, b, h] -> values [s, b, 1]; stands where ``GPTModel.output_layer`` stood.
+
+    It computes in float32 whatever the type of the model, is the same on every tensor rank, and starts at zero: an
+    untrained critic predicts 0 instead of noise.
+    """
+
+    def __init__(self, hidden: int, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, hidden, dtype=torch.float32, device=device()))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device()))
+        self.sequence_parallel = sequence_parallel
+        for parameter in self.parameters():
+            # finalize_model_grads sums over tensor ranks what each computed from its part of the sequence
+            parameter.sequence_parallel = sequence_parallel
+
+    def forward(self, hidden: Tensor, **ignored: Any) -> tuple[Tensor, None]:
+        """Values and no bias, as an output layer answers."""
+        values = F.linear(hidden.float(), self.weight, self.bias)
+        if self.sequence_parallel:
+            # each tensor rank computes the same loss from the whole sequence, so the backward must not add them up
+            values = gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
+            )
+        return values, None

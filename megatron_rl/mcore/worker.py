@@ -1,0 +1,178 @@
+"""One rank of a model as a process sees it: the verbs that the driver calls on all ranks of a model at once.
+
+A verb that answers does so on its reporting ranks and gives None on the others.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
+from megatron_rl.device import collective_backend, dtype, limit_threads
+from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
+from megatron_rl.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.mcore.export import full_tensors, load_hf
+from megatron_rl.mcore.groups import start_groups, stop_groups
+from megatron_rl.mcore.model import build_model, read_logprobs, read_tokens, read_values
+from megatron_rl.mcore.optimizer import prepare_training
+from megatron_rl.mcore.spec import WorkerSpec
+from megatron_rl.mcore.step import forward_rows, train_step
+from megatron_rl.weights.safetensors_io import save_hf_folder
+from megatron_rl.weights.transfer import Channel, Listener, listen
+from megatron_rl.weights.weight_map import Head, weight_map
+
+
+class Worker:
+    """One rank: its stage of the model, its optimizer, and the reference's stage where one is kept."""
+
+    def __init__(self, spec: WorkerSpec, *, rank: int, host: str, port: int, timeout_s: float) -> None:
+        """Join the other ranks and load the model.
+
+        Args:
+            spec: the same on all ranks.
+            rank: of this process.
+            host: of rank 0.
+            port: a free one there.
+            timeout_s: bound on joining and on every collective.
+
+        Raises:
+            ValueError: the model cannot be laid out so, or the folder does not fit it.
+        """
+        self._layout = spec.trainer.layout
+        if problems := spec.dims.layout_problems(self._layout):
+            raise ValueError(f"{spec.role}: " + "; ".join(problems))
+        limit_threads()
+        self._spec = spec
+        self._rank = rank
+        self._weights = weight_map(spec.dims, spec.head)
+        self._at = start_groups(self._layout, rank=rank, host=host, port=port, timeout_s=timeout_s, seed=spec.seed)
+        self._training = prepare_training(self._load_model(), spec.trainer, spec.total_updates)
+        self._reference = self._load_model() if spec.keep_reference else None
+        self._listener: Listener | None = None
+        self._channel: Channel | None = None
+
+    def _load_model(self) -> Any:
+        spec = self._spec
+        model = build_model(spec.dims, self._layout, dtype(spec.model.dtype), spec.head)
+        load_hf(model, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
+        return model
+
+    def logprobs(
+        self, batch: TokenRows, temperature: float | None = None, reference: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Score response tokens.
+
+        Args:
+            batch: the same on all ranks; each data replica does its share.
+            temperature: None: that of sampling.
+            reference: by the frozen copy instead of the model.
+
+        Returns:
+            on one rank per data replica: the rows it did [b] and their log-probs [b, T] f32, 0 outside the response.
+
+        Raises:
+            ValueError: no reference is kept.
+        """
+        model = self._reference if reference else self._training.model
+        if model is None:
+            raise ValueError(f"{self._spec.role}: no reference is kept; set keep_reference")
+        read = partial(read_logprobs, temperature=self._spec.temperature if temperature is None else temperature)
+        return self._forward(model, batch, read)
+
+    def values(self, batch: TokenRows) -> tuple[Tensor, Tensor] | None:
+        """The value of the state before each response token; answers as :meth:`logprobs`."""
+        return self._forward(self._training.model, batch, lambda output, packed: read_values(output, packed).values)
+
+    def _forward(self, model: Any, batch: TokenRows, read: Any) -> tuple[Tensor, Tensor] | None:
+        budget = self._spec.trainer.tokens_per_microbatch
+        return forward_rows(model, batch, read, layout=self._layout, at=self._at, budget=budget)
+
+    def update(
+        self,
+        minibatch: Minibatch[ExperienceBatch] | Minibatch[TokenRows],
+        loss: TokenLoss | SupervisedTokenLoss | ValueLoss,
+    ) -> UpdateResult | None:
+        """One optimizer step; replica 0 answers.
+
+        Raises:
+            ValueError: the minibatch has no response token.
+        """
+        call: Any = loss
+
+        def loss_of(output: Tensor, batch: PackedTokens) -> LossTerms:
+            if self._spec.head is Head.VALUE:
+                terms: LossTerms = call(read_values(output, batch), batch)
+            else:
+                terms = call(read_tokens(output, batch, self._spec.temperature), batch)
+            return terms
+
+        budget = self._spec.trainer.tokens_per_microbatch
+        return train_step(self._training, minibatch, loss_of, layout=self._layout, at=self._at, budget=budget)
+
+    def save(self, folder: Path) -> None:
+        """Save model, optimizer and schedule; returns when all ranks have written."""
+        save_checkpoint(folder, self._training)
+
+    def load(self, folder: Path) -> None:
+        """Load what :meth:`save` saved, at this or another layout. The reference stays as it is."""
+        load_checkpoint(folder, self._training)
+
+    def export_hf(self, folder: Path, like: Path) -> None:
+        """Write the weights as a Hugging Face folder; rank 0 writes.
+
+        Args:
+            folder: to write.
+            like: where configuration and tokenizer come from.
+        """
+        tensors = self._full_tensors()
+        if self._rank == 0:
+            save_hf_folder(folder, tensors, like=like)
+        else:
+            _exhaust(tensors)
+
+    def listen(self, host: str) -> tuple[str, int]:
+        """Open the channel that weights are sent through; called on rank 0 alone, which answers host and port."""
+        self._listener = listen(host)
+        return self._listener.host, self._listener.port
+
+    def join(self, world_size: int, timeout_s: float) -> None:
+        """Meet the receivers; rank 0 does.
+
+        Raises:
+            TransferError: a receiver did not come in time.
+        """
+        if self._listener is not None:
+            backend = collective_backend()
+            self._channel = Channel.join(
+                self._listener, rank=0, world_size=world_size, timeout_s=timeout_s, backend=backend
+            )
+
+    def send(self, version: int) -> PushReceipt | None:
+        """Send the weights to the receivers that joined; every rank takes part, rank 0 answers.
+
+        Raises:
+            TransferError: a receiver is gone or does not take the data in time.
+        """
+        tensors = self._full_tensors()
+        if self._channel is None:
+            _exhaust(tensors)
+            return None
+        return self._channel.send(version, tensors)
+
+    def _full_tensors(self) -> Any:
+        return full_tensors(self._training.model.module, self._weights, self._spec.dims, self._layout, self._rank)
+
+    def close(self) -> None:
+        """Leave the groups and free the model."""
+        self._training = self._reference = self._channel = None  # type: ignore[assignment]
+        stop_groups()
+
+
+def _exhaust(tensors: Any) -> None:
+    for _ in tensors:
+        pass

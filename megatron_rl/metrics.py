@@ -1,0 +1,348 @@
+"""Where a run's numbers go: ``metrics.jsonl``, the console, TensorBoard, and W&B if asked. Never loads torch.
+
+One :class:`StepLog` per step collects metrics and times phases; leaving its block writes one record. A record is one
+JSON object with ``step`` (0-based), ``kind`` (``step``, or ``evaluation`` for one outside the steps), ``time`` (seconds
+since the epoch), ``nonfinite`` (how many values were NaN or infinite), and every metric under ``prefix/name``. Values
+that are not finite are kept, as the tokens ``NaN`` and ``Infinity`` that Python's :mod:`json` reads back. A record that
+an exception cut short has ``"aborted": true``. In TensorBoard and W&B the horizontal axis is the number of steps done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Source = Callable[[Mapping[str, float]], Mapping[str, float]]
+"""Asked at the end of every record: takes the record's metrics so far, gives more of them under their full names."""
+
+
+class StepLog:
+    """Collects the numbers of one step; made by :meth:`MetricLog.step`."""
+
+    def __init__(self, run_dir: Path, entered: Callable[[str], None]) -> None:
+        """Start collecting; ``entered`` is told the name of each phase."""
+        self._run_dir = run_dir
+        self._entered = entered
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self.last_phase: str | None = None
+        """The phase entered last, if any: where a failure happened."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block as ``seconds/<name>``; a phase entered again adds to its time."""
+        self.last_phase = name
+        self._entered(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def update(self, prefix: str, metrics: Mapping[str, Any]) -> None:
+        """Add numbers under ``prefix/name``; a name given again within the step is averaged, a mapping is flattened."""
+        for name, value in metrics.items():
+            key = f"{prefix}/{name}"
+            if isinstance(value, Mapping):
+                self.update(key, value)
+            else:
+                self._sums[key] = self._sums.get(key, 0.0) + float(value)
+                self._counts[key] = self._counts.get(key, 0) + 1
+
+    def rows(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Append ``rows`` to ``<name>.jsonl`` in the run's folder, at once: something to read, such as samples."""
+        _append(self._run_dir / f"{name}.jsonl", rows)
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers so far: means of what was given several times, and the seconds of each phase."""
+        means = {key: total / self._counts[key] for key, total in self._sums.items()}
+        return means | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+
+
+class MetricLog:
+    """The metrics of one run, appended to what its folder holds already. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        console: Console | None = None,
+        sources: Sequence[Source] = (),
+    ) -> None:
+        """Open the log.
+
+        Args:
+            run_dir: made where it is missing; gets ``metrics.jsonl``, and ``tensorboard/``, ``wandb/`` where asked for.
+            total_steps: of the whole run, for progress and the time left.
+            tensorboard: write event files.
+            wandb_project: send to this W&B project; None sends nothing.
+            console: where progress goes; standard output unless given. Not a terminal: plain lines.
+            sources: see :data:`Source`.
+
+        Raises:
+            RuntimeError: ``wandb_project`` is set and W&B is not installed.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._sources = tuple(sources)
+        self._file = run_dir / "metrics.jsonl"
+        _drop_partial_line(self._file)
+        self._sinks: list[_Sink] = []
+        if tensorboard:
+            self._sinks.append(_TensorBoard(run_dir / "tensorboard"))
+        if wandb_project is not None:
+            self._sinks.append(_WandB(run_dir, wandb_project))
+        self._console = _ConsoleTable(Console() if console is None else console, total_steps)
+
+    def __enter__(self) -> MetricLog:
+        """The log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[StepLog]:
+        """Collect and write the record of step number ``step`` (0-based).
+
+        Raises:
+            BaseException: what the block raises, with a note on the step and the phase; what was collected until then
+                is written as an aborted record.
+        """
+        with self._record("step", step, steps_done=step + 1) as log:
+            yield log
+
+    @contextmanager
+    def evaluation(self, step: int) -> Iterator[StepLog]:
+        """The same for an evaluation before step number ``step``."""
+        with self._record("evaluation", step, steps_done=step) as log:
+            yield log
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        self._console.close()
+        while self._sinks:
+            self._sinks.pop().close()
+
+    @contextmanager
+    def _record(self, kind: str, step: int, *, steps_done: int) -> Iterator[StepLog]:
+        log = StepLog(self._run_dir, self._console.phase)
+        self._console.open(step)
+        started = time.perf_counter()
+        try:
+            yield log
+            metrics = log.metrics() | {"seconds/step": time.perf_counter() - started}
+            for source in self._sources:
+                metrics |= source(metrics)
+        except BaseException as error:
+            error.add_note(f"at step {step}, last phase {log.last_phase or '(none yet)'}")
+            metrics = log.metrics() | {"seconds/step": time.perf_counter() - started}
+            self._write(kind, step, metrics, aborted=True)
+            raise
+        self._write(kind, step, metrics, aborted=False)
+        for sink in self._sinks:
+            sink.write(metrics, steps_done)
+        self._console.row(metrics, steps_done, is_step=kind == "step")
+
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float], *, aborted: bool) -> None:
+        nonfinite = sum(not math.isfinite(value) for value in metrics.values())
+        record = {"step": step, "kind": kind, "time": round(time.time(), 3), "nonfinite": nonfinite, **metrics}
+        _append(self._file, [record | {"aborted": True} if aborted else record])
+
+
+def _append(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with file.open("a") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _drop_partial_line(file: Path) -> None:
+    """A killed run may have left half a line, which would spoil the next record as well."""
+    if file.is_file():
+        content = file.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete != len(content):
+            with file.open("r+b") as lines:
+                lines.truncate(complete)
+
+
+class _Sink(Protocol):
+    """Another place that scalars go to."""
+
+    def write(self, metrics: Mapping[str, float], steps_done: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """Event files, by tensorboard's own writer: torch's would load torch."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        summary = self._summary(value=values)
+        self._writer.add_event(self._event(wall_time=time.time(), step=steps_done, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A W&B run, named after the run's folder."""
+
+    def __init__(self, run_dir: Path, project: str) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                f"logging.wandb_project is set to {project!r}, which needs the package wandb, and it is not installed: "
+                "install wandb, or leave logging.wandb_project unset"
+            ) from error
+        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir))
+
+    def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
+        self._run.log(dict(metrics), step=steps_done)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A console table: (header, metric, format) per column; ``most_rows`` spreads fewer rows over a long stage."""
+
+    columns: tuple[tuple[str, str, str], ...]
+    most_rows: int | None = None
+
+    def shows(self, steps_done: int, total_steps: int) -> bool:
+        if self.most_rows is None or steps_done in {1, total_steps}:
+            return True
+        return steps_done % max(1, total_steps // self.most_rows) == 0
+
+
+_PPO = _Table(
+    (
+        ("score", "rollout/score", "+.3f"),
+        ("accuracy", "rollout/accuracy", ".3f"),
+        ("format", "rollout/format_rate", ".3f"),
+        ("length", "rollout/length_mean", ".1f"),
+        ("KL", "experience/kl", ".4f"),
+        ("entropy", "policy/entropy", ".3f"),
+        ("clipped", "policy/clip_fraction", ".3f"),
+        ("expl.var", "experience/explained_variance", "+.3f"),
+        ("gap", "experience/engine_gap_mean", ".1e"),
+        ("seconds", "seconds/step", ".1f"),
+    )
+)
+_SUPERVISED = _Table(
+    (
+        ("loss", "model/loss", ".4f"),
+        ("grad norm", "model/grad_norm", ".3f"),
+        ("lr", "model/learning_rate", ".2e"),
+        ("seconds", "seconds/step", ".2f"),
+    ),
+    most_rows=20,
+)
+_HELDOUT = (
+    ("accuracy", "heldout/accuracy", ".3f"),
+    ("format", "heldout/format_rate", ".3f"),
+    ("length", "heldout/length_mean", ".1f"),
+)
+_ROWS_PER_HEADER = 30
+
+
+class _ConsoleTable:
+    """A table row per step, and on a terminal a progress bar below it."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total = total_steps
+        self._rows = 0
+        self._spent: list[float] = []
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description:12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA {task.fields[eta]}"),
+                console=console,
+                transient=True,
+            )
+
+    def open(self, step: int) -> None:
+        if self._progress is not None and not self._progress.task_ids:
+            self._progress.add_task("starting", total=self._total, completed=step, eta="-")
+            self._progress.start()
+
+    def phase(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=name)
+
+    def row(self, metrics: Mapping[str, float], steps_done: int, *, is_step: bool) -> None:
+        if is_step:
+            self._spent.append(metrics["seconds/step"])
+            left = _duration(sum(self._spent) / len(self._spent) * max(0, self._total - steps_done))
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=steps_done, eta=left)
+            table = _SUPERVISED if "model/loss" in metrics else _PPO
+            if table.shows(steps_done, self._total):
+                if self._rows % _ROWS_PER_HEADER == 0:
+                    self._line(_cells("step", *(name for name, *_ in table.columns), "ETA"), style="bold")
+                self._rows += 1
+                cells = [_formatted(metrics, key, form) for _, key, form in table.columns]
+                self._line(_cells(f"{steps_done}/{self._total}", *cells, left))
+        if "heldout/accuracy" in metrics:
+            cells = [f"{name} {_formatted(metrics, key, form)}" for name, key, form in _HELDOUT]
+            self._line(
+                f"held-out, greedy, after {steps_done} of {self._total} steps: {', '.join(cells)}", style="green"
+            )
+        spoilt = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        if spoilt:
+            self._line(f"not finite after {steps_done} steps: {', '.join(spoilt)}", style="red")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cells(*texts: str) -> str:
+    return " ".join(f"{text:>9}" for text in texts)
+
+
+def _formatted(metrics: Mapping[str, float], key: str, form: str) -> str:
+    return format(metrics[key], form) if key in metrics else "-"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,101 @@
+"""Start here: PPO on one screen.
+
+``prompts -> rollouts -> scores -> experience -> update -> weight push``. The loop knows verbs, not machines: which
+process, rank or device answers is decided in :mod:`megatron_rl.assemble`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.dataflow import Prompt, Sampling
+from megatron_rl.experience.batching import collate, minibatches
+from megatron_rl.experience.build import build_experience, experience_metrics
+from megatron_rl.experience.collect import rollout_metrics, sample_rows, score_rollouts
+from megatron_rl.interfaces import (
+    Checkpoints,
+    Collect,
+    PolicyModel,
+    ReferenceModel,
+    RewardScorer,
+    RolloutEngine,
+    TokenLoss,
+    ValueLoss,
+    ValueModel,
+    WeightSync,
+    results,
+)
+from megatron_rl.maths.kl import KlControl
+from megatron_rl.metrics import MetricLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything the loop uses; put together by ``assemble``, or from fakes by a test."""
+
+    config: RunConfig
+    start_step: int
+    collect: Collect
+    engine: RolloutEngine
+    rewards: RewardScorer
+    policy: PolicyModel
+    reference: ReferenceModel | None
+    critic: ValueModel
+    policy_loss: TokenLoss
+    value_loss: ValueLoss
+    kl_control: KlControl
+    weights: WeightSync
+    checkpoints: Checkpoints
+    heldout: tuple[Prompt, ...]
+    forced_eos: int | None
+    metrics: MetricLog
+
+
+def train(run: Run) -> None:
+    """Run PPO from ``run.start_step`` until ``run.config.steps`` steps are done."""
+    cfg, ppo = run.config, run.config.ppo
+    run.weights.push(version=run.start_step)
+    with run.metrics.evaluation(run.start_step) as log:
+        log.update("heldout", evaluate(run))
+    for step in range(run.start_step, cfg.steps):
+        with run.metrics.step(step) as log:
+            with log.phase("generate"):
+                scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
+            batch = collate(scored, run.forced_eos, version=step, max_staleness=cfg.sync.max_staleness)
+            log.update("rollout", rollout_metrics(scored, batch))
+            log.rows("samples", sample_rows(scored, step))
+            with log.phase("experience"):
+                experience = build_experience(batch, run.policy, run.critic, run.reference, run.kl_control, ppo)
+            log.update("experience", experience_metrics(experience, run.kl_control))
+            with log.phase("update"):
+                for minibatch in minibatches(experience, ppo, seed=(cfg.seed, step)):
+                    updates = {"critic": run.critic.update(minibatch, run.value_loss)}
+                    if step >= ppo.critic_warmup_steps:
+                        updates["policy"] = run.policy.update(minibatch, run.policy_loss)
+                    for model, done in results(updates).items():  # side by side on devices of their own
+                        log.update(model, done.as_metrics())
+            with log.phase("push"):
+                log.update("push", run.weights.push(version=step + 1))
+            if due(step, cfg.evaluation.every, cfg.steps):
+                with log.phase("evaluate"):
+                    log.update("heldout", evaluate(run))
+            if due(step, cfg.checkpoint.every, cfg.steps):
+                with log.phase("checkpoint"):
+                    run.checkpoints.save(step + 1)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether what happens every ``every`` steps (0: only at the end) happens after step number ``step``."""
+    return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
+
+
+def greedy(config: RunConfig) -> Sampling:
+    """How held-out prompts are answered."""
+    return Sampling(temperature=0.0, max_tokens=config.rollout.max_response_tokens, stop=config.rollout.stop)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Greedy accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed."""
+    rollouts = run.engine.generate(run.heldout, greedy(run.config), [(0,)] * len(run.heldout))
+    return rollout_metrics(score_rollouts(rollouts, run.rewards))

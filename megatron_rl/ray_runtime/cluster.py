@@ -1,0 +1,221 @@
+"""Starting or joining Ray, placing workers, waiting for them, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
+from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
+
+_LOOPBACK = "127.0.0.1"
+_STOP_DEADLINE_S = 10.0
+
+
+class ClusterProblem(RuntimeError):
+    """The machine or the Ray cluster cannot run this; the message says what is asked, what is there, what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """How many worker processes a role needs, and what may be shared with them once."""
+
+    name: str
+    workers: int
+    held_types: tuple[type[Any], ...] = ()
+
+
+def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
+    """Refuse, before anything starts, what this machine cannot hold. A joined cluster is asked once it is joined.
+
+    Raises:
+        ClusterProblem: too few GPUs, or too few CPUs where there is no GPU.
+    """
+    if config.address is not None:
+        return
+    if gpus:
+        if workers > gpus:
+            raise ClusterProblem(
+                f"the layouts need {workers} workers of one GPU each, this machine has {gpus} GPUs; use smaller layouts "
+                "or set cluster.address to a larger Ray cluster"
+            )
+        return
+    cpus = len(os.sched_getaffinity(0))
+    needed = workers * config.cpus_per_worker
+    if needed > cpus + 1e-6:
+        raise ClusterProblem(
+            f"the layouts need {workers} workers x cluster.cpus_per_worker={config.cpus_per_worker} = {needed:g} CPUs, "
+            f"this machine has {cpus}; use smaller layouts or set cluster.cpus_per_worker={cpus / workers:.2f} "
+            "to let them share"
+        )
+
+
+class Cluster:
+    """A Ray cluster for the length of a ``with`` block; leaving it ends every worker, whatever happened inside."""
+
+    def __init__(self, config: ClusterConfig, *, gpus: int, log_dir: Path) -> None:
+        self._config = config
+        self._gpus = gpus
+        self._log_dir = log_dir.resolve()
+        self._group: PlacementGroup | None = None
+        self._groups: list[WorkerGroup] = []
+        self._births: list[Birth] = []
+        self.watch = Watch()
+
+    @property
+    def local(self) -> bool:
+        """Whether this process started Ray itself, on this machine alone."""
+        return self._config.address is None
+
+    def __enter__(self) -> Self:
+        """Start Ray, or join a cluster.
+
+        Raises:
+            ClusterProblem: the cluster cannot be reached, or asks for no token.
+        """
+        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+        if self.local:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # in no file: the cluster ends with this process
+            ray.init(
+                num_cpus=len(os.sched_getaffinity(0)),
+                num_gpus=self._gpus,
+                _node_ip_address=_LOOPBACK,
+                object_store_memory=_object_store_bytes(),
+                **common,
+            )
+        else:
+            if not self._config.allow_open_cluster and _is_open(str(self._config.address)):
+                raise ClusterProblem(
+                    f"the Ray cluster at {self._config.address} asks for no token, so anyone who reaches it can run code "
+                    "on it; start it with RAY_AUTH_MODE=token, or set cluster.allow_open_cluster=true"
+                )
+            common.pop("include_dashboard")
+            try:
+                ray.init(address=self._config.address, **common)
+            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+                raise ClusterProblem(f"cannot join the Ray cluster at {self._config.address}: {error}") from error
+        return self
+
+    def start(self, roles: Sequence[Role], environment: Mapping[str, str]) -> dict[str, WorkerGroup]:
+        """Place every role's workers and start their processes, which wait for what to build.
+
+        Who runs where is left in ``processes.json`` beside their logs.
+
+        Raises:
+            ClusterProblem: the cluster has not the resources, at all or within the deadline.
+        """
+        total = sum(role.workers for role in roles)
+        bundle = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
+        self._place([bundle] * total)
+        loopback = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
+        actor, index, groups, processes = ray.remote(Supervisor), 0, {}, []
+        for role in roles:
+            supervisors = []
+            for rank in range(role.workers):
+                log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
+                supervisors.append(
+                    actor.options(  # type: ignore[attr-defined] # Ray's decorators are untyped
+                        num_cpus=bundle["CPU"],
+                        num_gpus=bundle.get("GPU", 0.0),
+                        max_concurrency=8,
+                        max_restarts=0,
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+                    ).remote(
+                        role.name if role.workers == 1 else f"{role.name} rank {rank}",
+                        str(log),
+                        {**loopback, **environment},
+                    )
+                )
+                index += 1
+            groups[role.name] = WorkerGroup(
+                role.name,
+                supervisors,
+                watch=self.watch,
+                deadline_s=self._config.call_deadline_s,
+                held_types=role.held_types,
+            )
+            self._groups.append(groups[role.name])
+        for group in self._groups:
+            births = group.births(self._config.start_deadline_s)
+            self._births += births
+            processes += [{"worker": name, **asdict(birth)} for name, birth in zip(group.names, births, strict=True)]
+        (self._log_dir / "processes.json").write_text(json.dumps(processes, indent=2) + "\n")
+        return groups
+
+    def _place(self, bundles: list[dict[str, float]]) -> None:
+        asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}
+        there = {kind: ray.cluster_resources().get(kind, 0.0) for kind in asked}
+        if any(asked[kind] > there[kind] + 1e-6 for kind in asked):
+            raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
+        self._group = placement_group(bundles, strategy="PACK")
+        ready, started = self._group.ready(), time.monotonic()
+        while not ray.wait([ready], timeout=5.0)[0]:
+            waited = time.monotonic() - started
+            free = {kind: ray.available_resources().get(kind, 0.0) for kind in asked}
+            if waited > self._config.start_deadline_s:
+                raise ClusterProblem(f"no room within {waited:.0f} s: asked for {asked}, free on the cluster: {free}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End every worker (politely where nothing went wrong), the placement group, and Ray if it was started here."""
+        try:
+            self.watch.clear()
+            stopping = [reference for group in self._groups for reference in group.stop()] if kind is None else []
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_DEADLINE_S)
+            for group in self._groups:
+                group.kill()
+            if self._group is not None:
+                remove_placement_group(self._group)
+            if self.local:
+                _wait_gone([birth.pid for birth in self._births])
+        finally:
+            ray.shutdown()
+            if self.local:
+                os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def _object_store_bytes() -> int:
+    """A quarter of the free memory, at most 4 GiB: experience batches are small, and the store is shared memory."""
+    return int(min(4 << 30, psutil.virtual_memory().available // 4))
+
+
+def _wait_gone(pids: Sequence[int]) -> None:
+    end = time.monotonic() + _STOP_DEADLINE_S
+    while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in pids):
+        time.sleep(0.05)
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
+
+
+def _is_open(address: str) -> bool:
+    """Whether a client without a token gets an answer. A process of its own: Ray fixes the mode when it is loaded."""
+    probe = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined')"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", probe, address],
+        env=environment | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return "joined" in done.stdout

@@ -1,0 +1,135 @@
+"""Policy, reference, critic and engine as the loop knows them, each in front of a group of workers.
+
+The verbs are those of ``mcore.worker.Worker`` and ``vllm_engine.engine.Engine``, which live in the workers' processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_rows
+from megatron_rl.dataflow import Prompt, Rollout, Sampling
+from megatron_rl.interfaces import (
+    Pending,
+    PushReceipt,
+    SupervisedTokenLoss,
+    TokenLoss,
+    UpdateResult,
+    ValueLoss,
+)
+from megatron_rl.ray_runtime.workers import WorkerGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELD_TYPES = (TokenRows, ExperienceBatch)
+"""What model workers keep once they have got it."""
+
+
+def _only(answers: list[Any]) -> Any:
+    """The one answer among those of all ranks."""
+    given = [answer for answer in answers if answer is not None]
+    if len(given) != 1:
+        raise ValueError(f"exactly one rank must report, got {len(given)} of {len(answers)}")
+    return given[0]
+
+
+@dataclass(frozen=True)
+class RemoteTrainer:
+    """What policy and critic have in common."""
+
+    group: WorkerGroup
+
+    def _scored(self, verb: str, batch: TokenRows, *args: Any) -> Pending[Tensor]:
+        def finish(answers: list[Any]) -> Tensor:
+            return merge_rows([answer for answer in answers if answer is not None], batch)
+
+        return self.group.call(verb, batch, *args, finish=finish)
+
+    def _updated(self, minibatch: Minibatch[Any], loss: object) -> Pending[UpdateResult]:
+        return self.group.call("update", minibatch, loss, finish=_only)
+
+    def save(self, folder: Path) -> Pending[None]:
+        """Write model, optimizer and schedule to ``folder``."""
+        return self.group.call("save", folder, finish=lambda _: None)
+
+    def load(self, folder: Path) -> Pending[None]:
+        """Take up what :meth:`save` wrote."""
+        return self.group.call("load", folder, finish=lambda _: None)
+
+    def export_hf(self, folder: Path, like: Path) -> Pending[None]:
+        """Write the weights as a Hugging Face folder; configuration and tokenizer come from ``like``."""
+        return self.group.call("export_hf", folder, like, finish=lambda _: None)
+
+
+class RemotePolicy(RemoteTrainer):
+    """The policy: scores tokens, learns, and sends its weights."""
+
+    def logprobs(self, batch: TokenRows, temperature: float | None = None) -> Pending[Tensor]:
+        """[B, T] f32; at the sampling temperature unless another is given."""
+        return self._scored("logprobs", batch, temperature, False)
+
+    def update(self, minibatch: Minibatch[Any], loss: TokenLoss | SupervisedTokenLoss) -> Pending[UpdateResult]:
+        """One optimizer step."""
+        return self._updated(minibatch, loss)
+
+    def send(self, version: int) -> Pending[PushReceipt]:
+        """Send the weights to the engine that joined."""
+        return self.group.call("send", version, finish=_only)
+
+
+class RemoteReference(RemoteTrainer):
+    """The frozen copy of the first policy that the policy's workers keep."""
+
+    def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32 at the sampling temperature."""
+        return self._scored("logprobs", batch, None, True)
+
+
+class RemoteCritic(RemoteTrainer):
+    """The critic."""
+
+    def values(self, batch: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32."""
+        return self._scored("values", batch)
+
+    def update(self, minibatch: Minibatch[ExperienceBatch], loss: ValueLoss) -> Pending[UpdateResult]:
+        """One optimizer step."""
+        return self._updated(minibatch, loss)
+
+
+@dataclass(frozen=True)
+class RemoteEngine:
+    """The rollout engine."""
+
+    group: WorkerGroup
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[Rollout]:
+        """One sample per prompt and seed."""
+        rollouts: list[Rollout] = self.group.call("generate", list(prompts), sampling, seeds, finish=_only).result()
+        return rollouts
+
+    def receive(self, version: int) -> Pending[PushReceipt]:
+        """Receive weights from the policy."""
+        return self.group.call("receive", version, finish=_only)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[float]]]:
+        """Log-prob of each token given those before it, at temperature 1."""
+        return self.group.call("score", rows, finish=_only)
+
+
+def connect(policy: RemotePolicy, engine: RemoteEngine, timeout_s: float) -> None:
+    """Open the channel that weights are pushed through, from the policy's rank 0 to the engine."""
+    host = policy.group.births(timeout_s)[0].address
+    address, port = policy.group.call("listen", host, finish=_only, ranks=[0]).result()
+    joining = [
+        engine.group.call("join", address, port, 1, 2, timeout_s, finish=lambda _: None),
+        policy.group.call("join", 2, timeout_s, finish=lambda _: None),
+    ]
+    for pending in joining:
+        pending.result()

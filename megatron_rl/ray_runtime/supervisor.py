@@ -1,0 +1,167 @@
+"""The Ray actor that starts one worker process, relays its calls, and knows how it ended.
+
+Ray cannot say which signal killed an actor. A parent can: the kernel tells it. The supervisor loads no torch and
+computes nothing, so it outlives what happens to its child.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.ray_runtime.child import Call, Reply
+
+LOG_LINES = 12
+_CHILD = "from megatron_rl.ray_runtime.child import main; main()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """How a worker process ended, as its parent saw it.
+
+    Attributes:
+        exit_code: as the kernel gave it; minus the signal's number where a signal ended it.
+        phase: what it was asked to do last; ``idle after ...`` where it had answered.
+        oom_kills: how often the kernel's out-of-memory killer struck on this host since the worker started.
+        log: last lines of what it printed.
+    """
+
+    worker: str
+    host: str
+    pid: int
+    exit_code: int
+    phase: str
+    oom_kills: int
+    log: str
+
+    def __str__(self) -> str:
+        """All that is known of it, and that the rest is not."""
+        if self.exit_code < 0:
+            how = f"was killed by signal {-self.exit_code} ({signal.Signals(-self.exit_code).name})"
+            if self.exit_code == -signal.SIGKILL:
+                how += (
+                    f"; the kernel's out-of-memory killer struck {self.oom_kills} time(s) on that host meanwhile"
+                    if self.oom_kills
+                    else "; who sent it is not known, the kernel's out-of-memory killer did not strike on that host"
+                )
+        else:
+            how = f"exited with code {self.exit_code}"
+        text = f"{self.worker} (pid {self.pid} on {self.host}) {how}; its last phase: {self.phase}"
+        return text + (f"\nlast lines of its log:\n{self.log}" if self.log else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Birth:
+    """Where a worker process runs."""
+
+    host: str
+    address: str
+    pid: int
+
+
+class Supervisor:
+    """One worker process and the pipe to it; its methods run in threads of the actor."""
+
+    def __init__(self, worker: str, log_file: str, environment: Mapping[str, str]) -> None:
+        self._worker = worker
+        self._log = Path(log_file)
+        self._environment = dict(environment)
+        self._phase = "starting"
+        self._turn = threading.Condition()
+        self._next_number = 0
+        self._gone = threading.Event()
+        self._exit_code = 0
+        self._oom_kills_before = _oom_kills()
+        started = threading.Event()
+        # The kernel's parent-death signal goes with the thread that started the child: this one stays as long as it.
+        threading.Thread(target=self._guard, args=(started,), name="guard").start()
+        started.wait()
+
+    def _guard(self, started: threading.Event) -> None:
+        ours, theirs = socket.socketpair()
+        self._pipe: Connection[Any, Any] = Connection(ours.detach())
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self._environment,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
+            )
+        theirs.close()
+        started.set()
+        self._exit_code = self._process.wait()
+        self._gone.set()
+
+    def birth(self) -> Birth:
+        """Where the worker runs."""
+        import ray
+
+        return Birth(host=socket.gethostname(), address=ray.util.get_node_ip_address(), pid=self._process.pid)
+
+    def free_port(self) -> int:
+        """A TCP port that is free on this host now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def call(self, call: Call, number: int) -> Reply | Death:
+        """Have the worker do it; a :class:`Death` where it did not live to answer.
+
+        Calls run in the order of ``number`` (0, 1, ...): ranks that ran two calls in different orders would wait for
+        each other's collectives for ever.
+        """
+        with self._turn:
+            self._turn.wait_for(lambda: self._next_number == number)
+        self._phase = call.phase
+        try:
+            self._pipe.send_bytes(pickle.dumps(call))
+            reply: Reply = pickle.loads(self._pipe.recv_bytes())  # noqa: S301 - from our own child
+        except (EOFError, OSError):
+            return self.death()
+        self._phase = f"idle after {call.phase}"
+        with self._turn:
+            self._next_number += 1
+            self._turn.notify_all()
+        return reply
+
+    def death(self) -> Death:
+        """Wait for the worker's end and say how it came."""
+        self._gone.wait()
+        return Death(
+            worker=self._worker,
+            host=socket.gethostname(),
+            pid=self._process.pid,
+            exit_code=self._exit_code,
+            phase=self._phase,
+            oom_kills=_oom_kills() - self._oom_kills_before,
+            log="".join(self._log.read_text(errors="replace").splitlines(keepends=True)[-LOG_LINES:]),
+        )
+
+    def stop(self) -> None:
+        """Close the pipe, which ends the worker, and wait for it."""
+        self._pipe.close()
+        if not self._gone.wait(timeout=5):
+            self._process.kill()
+            self._gone.wait()
+
+
+def _oom_kills() -> int:
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        name, _, count = line.partition(" ")
+        if name == "oom_kill":
+            return int(count)
+    return 0

@@ -1,0 +1,247 @@
+"""Groups of workers as the driver sees them: call a verb on all ranks, wait with a deadline, learn who is in the way."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import pickle
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import cloudpickle
+import ray
+
+from megatron_rl.ray_runtime.child import Call, Reply
+from megatron_rl.ray_runtime.supervisor import Birth, Death
+
+T = TypeVar("T")
+_HELD = 3
+"""Batches that workers keep: a rollout, its experience, and the probe of the weight push."""
+_LARGE_BYTES = 100_000
+_GRACE_S = 2.0
+
+
+class WorkerDied(RuntimeError):
+    """A worker process is gone; the message says which, how and during what."""
+
+
+class WorkerFailed(RuntimeError):
+    """A worker raised; the message holds its traceback."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """Work did not finish in time; the message says whom it waited for."""
+
+
+@dataclass
+class Statistics:
+    """What the workers of a group say of themselves since it was last taken."""
+
+    busy_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds of the busiest rank, by verb."""
+    peak_rss_bytes: int = 0
+    """Of the largest rank."""
+
+
+class Watch:
+    """Knows every worker of a run, so that each wait ends when any of them dies."""
+
+    def __init__(self) -> None:
+        self._deaths: dict[Any, str] = {}
+
+    def add(self, name: str, death: Any) -> None:
+        """Watch a worker whose ``death`` reference becomes ready when it is gone."""
+        self._deaths[death] = name
+
+    def clear(self) -> None:
+        """Watch nobody any more."""
+        self._deaths.clear()
+
+    def wait(self, waiting: Mapping[Any, str], *, seconds: float, what: str) -> Any:
+        """Wait until one of ``waiting`` (reference -> whose) is ready.
+
+        Raises:
+            WorkerDied: a worker, not necessarily one of them, is gone.
+            DeadlineExceeded: none was ready in time.
+        """
+        ready, _ = ray.wait([*waiting, *self._deaths], num_returns=1, timeout=max(0.0, seconds))
+        if not ready:
+            raise DeadlineExceeded(f"{what} did not finish within its deadline; still waiting for {_names(waiting)}")
+        self.raise_deaths([reference for reference in ready if reference in self._deaths])
+        return ready[0]
+
+    def raise_deaths(self, references: Sequence[Any] = (), *, grace_s: float = 0.0) -> None:
+        """Raise if a worker is gone; looks at all of them, for ``grace_s``, when no ``references`` are given."""
+        if not references and self._deaths:
+            references, _ = ray.wait([*self._deaths], num_returns=1, timeout=grace_s)
+        for reference in references:
+            name = self._deaths[reference]
+            try:
+                death: Death = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise WorkerDied(f"{name}: its supervisor is gone and with it the cause; Ray says: {error}") from None
+            raise WorkerDied(str(death))
+
+
+def _names(waiting: Mapping[Any, str]) -> str:
+    return ", ".join(sorted(waiting.values()))
+
+
+class GroupCall(Generic[T]):
+    """A verb under way on some or all ranks of a group."""
+
+    def __init__(
+        self, group: WorkerGroup, verb: str, references: Mapping[Any, str], finish: Callable[[list[Any]], T]
+    ) -> None:
+        self._group = group
+        self._verb = verb
+        self._references = references
+        self._finish = finish
+        self._deadline = time.monotonic() + group.deadline_s
+
+    def result(self) -> T:
+        """Wait for every rank.
+
+        Raises:
+            WorkerDied: a worker of the run, of this group or another, is gone.
+            WorkerFailed: a rank raised.
+            DeadlineExceeded: a rank did not answer in time.
+        """
+        watch, what = self._group.watch, f"{self._group.name}: {self._verb}"
+        waiting, answers = dict(self._references), {}
+        while waiting:
+            reference = watch.wait(waiting, seconds=self._deadline - time.monotonic(), what=what)
+            whose = waiting.pop(reference)
+            try:
+                reply: Reply | Death = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                watch.raise_deaths(grace_s=_GRACE_S)
+                raise WorkerDied(f"{whose} did not answer {self._verb}; Ray says: {error}") from None
+            if isinstance(reply, Death):
+                raise WorkerDied(str(reply))
+            if reply.error:
+                watch.raise_deaths(grace_s=_GRACE_S)  # a rank that lost its peer raises before the peer's end is known
+                raise WorkerFailed(f"{whose} failed in {self._verb}:\n{reply.error}")
+            answers[reference] = reply
+        replies = [answers[reference] for reference in self._references]
+        self._group.note(self._verb, replies)
+        return self._finish([pickle.loads(reply.value) for reply in replies])  # noqa: S301 - from our own workers
+
+
+class WorkerGroup:
+    """The ranks of one role.
+
+    Objects of the types in ``held_types`` are sent to a worker once and named by key afterwards, wherever they stand
+    in the arguments of a call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        supervisors: Sequence[Any],
+        *,
+        watch: Watch,
+        deadline_s: float,
+        held_types: tuple[type[Any], ...] = (),
+    ) -> None:
+        self.name = name
+        self.watch = watch
+        self.deadline_s = deadline_s
+        self._supervisors = list(supervisors)
+        self._held_types = held_types
+        self._held: OrderedDict[int, Any] = OrderedDict()
+        self._keys = itertools.count()
+        self._numbers = [itertools.count() for _ in self._supervisors]
+        self._statistics = Statistics()
+        self.names = [name if len(supervisors) == 1 else f"{name} rank {rank}" for rank in range(len(supervisors))]
+        for worker, supervisor in zip(self.names, self._supervisors, strict=True):
+            watch.add(worker, supervisor.death.remote())
+
+    def births(self, deadline_s: float) -> list[Birth]:
+        """Where each rank runs."""
+        return self._ask("birth", deadline_s)
+
+    def free_port(self, deadline_s: float) -> int:
+        """A port that is free on the host of rank 0."""
+        ports: list[int] = self._ask("free_port", deadline_s, ranks=[0])
+        return ports[0]
+
+    def _ask(self, method: str, deadline_s: float, ranks: Sequence[int] | None = None) -> list[Any]:
+        chosen = range(len(self._supervisors)) if ranks is None else ranks
+        references = {getattr(self._supervisors[rank], method).remote(): self.names[rank] for rank in chosen}
+        waiting, end = dict(references), time.monotonic() + deadline_s
+        while waiting:
+            done = self.watch.wait(waiting, seconds=end - time.monotonic(), what=f"{self.name}: {method}")
+            waiting.pop(done)
+        return [ray.get(reference) for reference in references]
+
+    def build(self, factory: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> GroupCall[None]:
+        """Build each rank's object: ``factory(*arguments[rank])``."""
+        calls = [Call(phase="starting", payload=cloudpickle.dumps((factory, args, {}))) for args in arguments]
+        references = dict(self._send(call, rank) for rank, call in enumerate(calls))
+        return GroupCall(self, "start", references, lambda _: None)
+
+    def _send(self, call: Any, rank: int) -> tuple[Any, str]:
+        return self._supervisors[rank].call.remote(call, next(self._numbers[rank])), self.names[rank]
+
+    def call(
+        self, verb: str, *args: Any, finish: Callable[[list[Any]], T], ranks: Sequence[int] | None = None
+    ) -> GroupCall[T]:
+        """Call ``verb`` on the ranks (all by default) at once; ``finish`` makes one result of theirs."""
+        hold: list[tuple[int, bytes]] = []
+        payload = self._pickled((verb, args, {}), hold)
+        drop = []
+        while len(self._held) > _HELD:
+            drop.append(self._held.popitem(last=False)[0])
+        call: Any = Call(phase=verb, payload=payload, hold=tuple(hold), drop=tuple(drop))
+        if sum(len(data) for _, data in hold) + len(payload) > _LARGE_BYTES:
+            call = ray.put(call)  # once for all ranks
+        chosen = range(len(self._supervisors)) if ranks is None else ranks
+        if hold and len(chosen) < len(self._supervisors):
+            raise ValueError(f"{self.name}: {verb} shares a batch, so it must be called on every rank, got {ranks}")
+        return GroupCall(self, verb, dict(self._send(call, rank) for rank in chosen), finish)
+
+    def _pickled(self, value: Any, hold: list[tuple[int, bytes]], *, itself: Any = None) -> bytes:
+        group = self
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is untyped
+            def persistent_id(self, part: Any) -> int | None:
+                return group._key(part, hold) if isinstance(part, group._held_types) and part is not itself else None
+
+        buffer = io.BytesIO()
+        Pickler(buffer).dump(value)
+        return buffer.getvalue()
+
+    def _key(self, part: Any, hold: list[tuple[int, bytes]]) -> int:
+        for key, held in self._held.items():
+            if held is part:
+                self._held.move_to_end(key)
+                return key
+        data = self._pickled(part, hold, itself=part)  # parts of it that are held come first
+        key = next(self._keys)
+        self._held[key] = part
+        hold.append((key, data))
+        return key
+
+    def note(self, verb: str, replies: Sequence[Reply]) -> None:
+        """Count what the ranks said of one call."""
+        self._statistics.busy_s[verb] += max(reply.busy_s for reply in replies)
+        peak = max(reply.peak_rss_bytes for reply in replies)
+        self._statistics.peak_rss_bytes = max(self._statistics.peak_rss_bytes, peak)
+
+    def take_statistics(self) -> Statistics:
+        """What was counted since the last time."""
+        taken, self._statistics = self._statistics, Statistics()
+        return taken
+
+    def stop(self) -> list[Any]:
+        """Ask every worker to end; references that are ready when it has."""
+        return [supervisor.stop.remote() for supervisor in self._supervisors]
+
+    def kill(self) -> None:
+        """End every supervisor, and with it its worker, at once."""
+        for supervisor in self._supervisors:
+            ray.kill(supervisor)

@@ -1,0 +1,1 @@
+"""The rollout engine: vLLM in a process of its own. The only package that imports vllm."""

@@ -1,0 +1,310 @@
+"""The rollout engine: a vLLM engine inside the calling process, which should do nothing else.
+
+vLLM sets environment variables, the default process group and torch's threads of its process, so neither a training
+rank nor a second engine can live there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.device import limit_threads
+from megatron_rl.interfaces import PushReceipt
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_PLUGINS": "",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_ENVIRONMENT_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_HOST_IP": "127.0.0.1",  # the engine's own group has one member; on any other address it would be reachable
+}
+_CPU_BATCHED_TOKENS = 8192
+_FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine must know to start; picklable.
+
+    Attributes:
+        model: a Hugging Face folder. Its eos_token_id (config.json and generation_config.json) end a sample.
+        dtype: type of the weights, ``float32`` or ``bfloat16``.
+        max_model_len: longest prompt and response together, in tokens.
+        kv_cache_mib: memory for keys and values.
+        max_concurrent: sequences generated at the same time.
+        on_cpu: leave out compiling, which would take longer than it saves.
+        version: of the weights in ``model``; None where they are not to be sampled from before a push.
+    """
+
+    model: Path
+    dtype: str
+    max_model_len: int
+    kv_cache_mib: int
+    max_concurrent: int
+    on_cpu: bool
+    version: int | None = None
+
+
+class Engine:
+    """Generates, scores, and takes up weights. One per process; not for several threads."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Load the model.
+
+        Raises:
+            ValueError: the model names no eos_token_id, or vLLM cannot use it as asked.
+        """
+        self._spec = spec
+        self._stop_ids = _stop_ids(spec.model)
+        self._version = spec.version
+        self._request_ids = count()
+        _prepare_process(spec.on_cpu)
+        with _imports_kept_from_collector():
+            from vllm import EngineArgs, SamplingParams
+            from vllm.config import WeightTransferConfig
+            from vllm.sampling_params import RequestOutputKind
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            from megatron_rl.vllm_engine import receiver
+        self._sampling_params = SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        arguments = EngineArgs(
+            model=str(spec.model),
+            dtype=spec.dtype,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_concurrent,
+            kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            enforce_eager=spec.on_cpu,
+            # a prompt cut in two rewinds its request's random state, which CPU generators cannot
+            enable_chunked_prefill=not spec.on_cpu,
+            max_num_batched_tokens=max(spec.max_model_len, _CPU_BATCHED_TOKENS) if spec.on_cpu else None,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # else its temperature and top-k become defaults
+            seed=0,
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=receiver.BACKEND),
+            worker_extension_cls=f"{receiver.__name__}.{receiver.WorkerExtension.__name__}",
+        )
+        self._engine: Any = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights; None before the first push and after a failed one."""
+        return self._version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        """Draw one sample per prompt and seed; equal seeds give equal samples.
+
+        Args:
+            prompts: the questions.
+            sampling: how to draw.
+            seeds: for each prompt, one per sample.
+
+        Returns:
+            one rollout per prompt, in order. Log-probs are those of the distribution that was drawn from: divided by
+            the temperature and cut to ``top_p``; of a greedy sample at temperature 1.
+
+        Raises:
+            RuntimeError: the version of the weights is not known, or a log-prob is missing or not finite.
+            ValueError: a prompt and its response could become longer than ``max_model_len``, or seeds are missing.
+        """
+        if self._version is None:
+            raise RuntimeError(
+                "the engine must be given weights before it generates: none were pushed, or the last push failed"
+            )
+        if len(seeds) != len(prompts) or not all(seeds):
+            raise ValueError(
+                f"every prompt needs its seeds, got {len(prompts)} prompts, {[len(s) for s in seeds]} seeds"
+            )
+        for prompt in prompts:
+            self._check_length(f"prompt {prompt.id}", len(prompt.token_ids), sampling.max_tokens)
+        requests = [
+            (prompt.token_ids, self._draw(sampling, seed))
+            for prompt, of_prompt in zip(prompts, seeds, strict=True)
+            for seed in of_prompt
+        ]
+        samples = map(_sample, self._run(requests))
+        return [
+            Rollout(prompt=prompt, samples=tuple(next(samples) for _ in of_prompt), policy_version=self._version)
+            for prompt, of_prompt in zip(prompts, seeds, strict=True)
+        ]
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-prob of each token given those before it, at temperature 1; 0.0 for the first of a row.
+
+        Raises:
+            RuntimeError: a log-prob is missing or not finite.
+            ValueError: a row is empty or leaves no room within ``max_model_len`` for one more token.
+        """
+        for index, row in enumerate(rows):
+            self._check_length(f"row {index}", len(row), 1)
+        params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        requests = [(row, self._sampling_params(**params, output_kind=self._final_only)) for row in rows]
+        return [
+            [0.0, *_chosen(row[1:], output.prompt_logprobs[1:])]
+            for row, output in zip(rows, self._run(requests), strict=True)
+        ]
+
+    def join(self, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
+        """Join the channel that weights will be pushed through.
+
+        Args:
+            host: of the sender.
+            port: of the sender.
+            rank: of this engine in the channel.
+            world_size: sender and receivers together.
+            timeout_s: bound on joining and on every later wait for a message.
+
+        Raises:
+            TransferError: the sender or another receiver is not there in time.
+        """
+        backend = "gloo" if self._spec.on_cpu else "nccl"
+        where = {"host": host, "port": port, "rank": rank, "world_size": world_size}
+        self._on_workers("init_weight_transfer_engine", {**where, "timeout_s": timeout_s, "backend": backend})
+
+    def receive(self, version: int) -> PushReceipt:
+        """Receive and load one push. After an error the engine generates nothing until a push succeeds.
+
+        Returns:
+            what arrived.
+
+        Raises:
+            TransferError: the sender gave up, is gone or is silent for too long.
+            Exception: what the model's loader raised.
+        """
+        self._version = None
+        self._on_workers("start_weight_update")
+        self._on_workers("update_weights", {"version": version})
+        self._on_workers("finish_weight_update")
+        receipts: list[PushReceipt] = self._on_workers("push_receipt")
+        if not all(receipt == receipts[0] for receipt in receipts):
+            raise RuntimeError(f"version {version}: all workers must receive the same, got {receipts}")
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
+        self._version = version
+        return receipts[0]
+
+    def close(self) -> None:
+        """Leave the channel and stop."""
+        self._on_workers("leave_channel")
+        self._engine.engine_core.shutdown()
+
+    def _on_workers(self, method: str, *args: Any) -> list[Any]:
+        answers: list[Any] = self._engine.collective_rpc(method, args=args)
+        return answers
+
+    def _draw(self, sampling: Sampling, seed: int) -> Any:
+        return self._sampling_params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            stop_token_ids=self._stop_ids,
+            seed=seed,
+            logprobs=0,
+            output_kind=self._final_only,
+        )
+
+    def _check_length(self, name: str, length: int, more: int) -> None:
+        if not 0 < length <= self._spec.max_model_len - more:
+            raise ValueError(
+                f"{name}: must have 1 to {self._spec.max_model_len - more} tokens to leave room for {more} more within "
+                f"max_model_len={self._spec.max_model_len}, has {length}"
+            )
+
+    def _run(self, requests: Sequence[tuple[Sequence[int], Any]]) -> list[Any]:
+        """All outputs, in the order of the requests."""
+        outputs: dict[str, Any] = {}
+        ids = []
+        try:
+            for token_ids, params in requests:
+                ids.append(str(next(self._request_ids)))
+                self._engine.add_request(ids[-1], {"prompt_token_ids": list(token_ids)}, params)
+            while self._engine.has_unfinished_requests():
+                outputs |= {output.request_id: output for output in self._engine.step() if output.finished}
+        except BaseException:
+            self._engine.abort_request(ids)  # else the next call would finish them
+            raise
+        return [outputs[request_id] for request_id in ids]
+
+
+def start_engine(spec: EngineSpec) -> Engine:
+    """Make an engine in this process."""
+    return Engine(spec)
+
+
+def _sample(output: Any) -> Sample:
+    completion = output.outputs[0]
+    if completion.finish_reason not in _FINISH:
+        raise RuntimeError(f"a sample must end with one of {sorted(_FINISH)}, got {completion.finish_reason!r}")
+    return Sample(
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(_chosen(completion.token_ids, completion.logprobs)),
+        text=completion.text,
+        finish=_FINISH[completion.finish_reason],
+    )
+
+
+def _chosen(token_ids: Sequence[int], candidates: Sequence[Any] | None) -> list[float]:
+    """Log-prob of each token among the candidates that vLLM lists for its position."""
+    if candidates is None or len(candidates) != len(token_ids):
+        raise RuntimeError(f"{len(token_ids)} tokens need as many log-probs, got {len(candidates or ())}")
+    found = [
+        float(listed[token].logprob) if token in listed else math.nan
+        for token, listed in zip(token_ids, candidates, strict=True)
+    ]
+    if bad := [place for place, logprob in enumerate(found) if not math.isfinite(logprob)]:
+        raise RuntimeError(
+            f"every log-prob must be finite, {len(bad)} of {len(found)} are not, first at token {bad[0]} "
+            f"({found[bad[0]]}): the weights may hold NaN or infinity"
+        )
+    return found
+
+
+def _stop_ids(model: Path) -> list[int]:
+    """What config.json and generation_config.json name as end of sequence: chat models often differ in the two."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (model / name).is_file():
+            ids = json.loads((model / name).read_text()).get("eos_token_id")
+            found |= set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+    if not found:
+        raise ValueError(f"{model}: config.json must name eos_token_id, else no sample ends by itself")
+    return sorted(found)
+
+
+def _prepare_process(on_cpu: bool) -> None:
+    """Set what vLLM reads while it is imported."""
+    os.environ.update(_ENVIRONMENT)
+    for name, value in _ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if on_cpu:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager mode alone still compiles the ranking of log-probs, with g++
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_mib
+        limit_threads()
+
+
+@contextmanager
+def _imports_kept_from_collector() -> Iterator[None]:
+    """Why: importing vLLM makes millions of objects, and collecting among them takes a third of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

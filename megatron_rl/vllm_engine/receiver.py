@@ -1,0 +1,161 @@
+"""The engine's end of a push: our channel behind vLLM's weight-transfer interface.
+
+Importing this module registers it with vLLM; naming :class:`WorkerExtension` in the engine's arguments makes every
+worker process import it, before it loads its model. Written against the interface of vLLM 0.26 to 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_rl.interfaces import PushReceipt
+from megatron_rl.weights.transfer import Channel
+
+BACKEND = "megatron_rl"
+
+
+@dataclass
+class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Where the sender listens.
+
+    Attributes:
+        host: of the sender.
+        port: of the sender.
+        rank: in the channel, of the engine's first worker; the others follow.
+        world_size: of the channel: the sender and all workers.
+        timeout_s: bound on joining and on every wait for a message.
+        backend: as :meth:`Channel.join` takes it.
+    """
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    timeout_s: float
+    backend: str
+
+
+@dataclass
+class PushInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Which weights to wait for."""
+
+    version: int
+
+
+class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore[misc]
+    """Loads what arrives through a channel; full tensors under Hugging Face names, which the model cuts and fuses."""
+
+    init_info_cls = JoinInfo
+    update_info_cls = PushInfo
+    receipt: PushReceipt | None = None
+    _channel: Channel | None = None
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Join the channel.
+
+        Raises:
+            TransferError: the sender or another receiver is not there in time.
+        """
+        self.shutdown()
+        self._channel = Channel.join(
+            (init_info.host, init_info.port),
+            rank=init_info.rank + self.parallel_config.rank,
+            world_size=init_info.world_size,
+            timeout_s=init_info.timeout_s,
+            backend=init_info.backend,
+        )
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to be loaded again, layer by layer."""
+        self.receipt = None
+        # linear weights are packed for the CPU's kernels, and their parameters are left empty: plain loading would fail
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive one whole push; errors as :meth:`receive_weights`."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():  # the inherited method synchronizes always, which raises on a CPU
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: PushInfo) -> None:
+        """Load one push. After an error the model is whole in form but not in content, until the next push.
+
+        Raises:
+            TransferError: the stream did not come to its proper end.
+            Exception: what the model's loader raised.
+        """
+        if self._channel is None:
+            raise ValueError(f"version {update_info.version}: the engine must join a channel before it can receive")
+        reception = self._channel.receive(update_info.version)
+        with self._left_whole():
+            try:
+                self.model.load_weights(reception)
+            finally:
+                reception.drain()
+        self.receipt = reception.receipt
+
+    @contextmanager
+    def _left_whole(self) -> Iterator[None]:
+        """Why: layers that wait for the rest of their tensors would mix those of a failed push with the next one's."""
+        try:
+            yield
+        except BaseException:
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Put the last layers in place."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            self._repack_tied_heads()
+
+    def _repack_tied_heads(self) -> None:
+        """Why: a head tied to the embedding has a packed copy of its own, which reloading leaves as it was."""
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            UnquantizedEmbeddingMethod,
+            VocabParallelEmbedding,
+        )
+
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(module, VocabParallelEmbedding) and isinstance(method, UnquantizedEmbeddingMethod):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def shutdown(self) -> None:
+        """Leave the channel."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, ChannelReceiver)
+
+
+class WorkerExtension:
+    """What the engine asks of a worker beyond vLLM's own calls; vLLM mixes it into its worker class."""
+
+    def push_receipt(self) -> PushReceipt | None:
+        """What the last push brought this worker; None where it failed."""
+        return self._receiver.receipt
+
+    def leave_channel(self) -> None:
+        """Let the sender go; the worker may join another channel."""
+        self._receiver.shutdown()
+
+    @property
+    def _receiver(self) -> ChannelReceiver:
+        receiver: ChannelReceiver = self.weight_transfer_engine  # type: ignore[attr-defined]
+        return receiver

@@ -1,0 +1,56 @@
+"""The words in which a model family says how its tensors are called and cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Head(Enum):
+    """What sits on top of the transformer."""
+
+    TOKEN = "token"
+    """A language model's head: logits over the vocabulary."""
+    VALUE = "value"
+    """A critic's: one number per position."""
+
+
+class Op(Enum):
+    """How one Megatron tensor is made of Hugging Face tensors."""
+
+    COPY = "copy"
+    """It is the one tensor."""
+    QKV = "qkv"
+    """Queries, keys and values, interleaved by query group: [kv_heads, (queries per group + 2) * head_dim, ...]."""
+    GATE_UP = "gate_up"
+    """The gate's rows, then the up projection's."""
+
+
+class Split(Enum):
+    """How one Megatron tensor is cut over tensor-parallel ranks."""
+
+    NONE = "none"
+    """Every rank holds all of it."""
+    ROWS = "rows"
+    """Equal parts of dim 0."""
+    COLUMNS = "columns"
+    """Equal parts of dim 1."""
+    GATE_UP = "gate_up"
+    """Equal parts of the first half of dim 0, and of the second."""
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One tensor, or one per layer.
+
+    Attributes:
+        megatron: its name in megatron-core's local specification; ``{layer}`` stands for the layer's number.
+        hf: the Hugging Face tensors it is made of, in the order ``op`` expects.
+        op: how it is made.
+        split: how it is cut.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    op: Op = Op.COPY
+    split: Split = Split.NONE

@@ -1,0 +1,194 @@
+"""Read and write Hugging Face model folders, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+class HfFolder:
+    """The tensors of a model folder; none is read before it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Find the tensors.
+
+        Args:
+            path: a folder with one ``model.safetensors``, or several files and their index.
+
+        Raises:
+            FileNotFoundError: there are no weights, or a file that the index names is missing.
+            ValueError: a file is not in safetensors format.
+        """
+        self._path = path
+        self._open: dict[str, Any] = {}
+        if (path / _INDEX).is_file():
+            self._file_of: dict[str, str] = json.loads((path / _INDEX).read_text())["weight_map"]
+            missing = sorted(file for file in set(self._file_of.values()) if not (path / file).is_file())
+            if missing:
+                raise FileNotFoundError(f"{path}: {_INDEX} names files that are not there: {', '.join(missing)}")
+        elif (path / _SINGLE).is_file():
+            self._file_of = dict.fromkeys(self._reader(_SINGLE).keys(), _SINGLE)
+        else:
+            raise FileNotFoundError(f"a model folder needs {_SINGLE} or {_INDEX}, found neither in {path}")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors."""
+        return frozenset(self._file_of)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, onto the CPU.
+
+        Raises:
+            KeyError: the folder has no such tensor.
+            ValueError: its file is damaged.
+        """
+        if name not in self._file_of:
+            raise KeyError(f"{self._path} has no tensor {name}; it has {len(self._file_of)} others")
+        try:
+            tensor: Tensor = self._reader(self._file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self._path / self._file_of[name]} must hold {name}: {error}") from error
+        return tensor
+
+    def _reader(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self._path / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self._path / file} is not a complete safetensors file: {error}") from error
+        return self._open[file]
+
+
+def save_hf_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    like: Path,
+    architecture: str | None = None,
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write a model folder: complete under its name, or not there at all.
+
+    Args:
+        folder: to write; the folder that it goes into must exist.
+        tensors: Hugging Face names and full tensors. They are consumed one by one; at most one file's worth is held.
+        like: folder of a model of the same sizes: configuration and tokenizer come from there.
+        architecture: written into ``config.json`` instead of that of ``like``. A ``*ForTokenClassification`` gets one
+            label: it is a critic, whose output is a number.
+        max_shard_bytes: a file is closed before it grows beyond this; only a larger single tensor makes a larger file.
+
+    Raises:
+        FileExistsError: ``folder`` exists.
+        ValueError: there are no tensors, or two of one name.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists and is never written over; remove it or name another folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed while it wrote
+    partial.mkdir()
+    try:
+        dtype = _write_tensors(partial, tensors, max_shard_bytes)
+        config = _config(json.loads((like / "config.json").read_text()), architecture, dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in _COPIED:
+            if (like / name).is_file():
+                shutil.copyfile(like / name, partial / name)
+        for written in partial.iterdir():
+            _flush(written)
+        _flush(partial)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
+    """Write the files and, where there are several, their index; the type of the first tensor is the model's."""
+    shards: list[list[str]] = []
+    total, dtype = 0, None
+    for shard in _shards(tensors, max_shard_bytes):
+        dtype = dtype or next(iter(shard.values())).dtype
+        total += sum(tensor.nbytes for tensor in shard.values())
+        save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+    if dtype is None:
+        raise ValueError(f"a model needs at least one tensor, got none for {folder.name}")
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / _SINGLE)
+        return dtype
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        file_of |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    size = 0
+    for name, tensor in tensors:
+        if name in seen:
+            raise ValueError(f"every tensor must be written once, got {name} twice")
+        seen.add(name)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = _owned(tensor)
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, in storage of its own: safetensors refuses tensors that share theirs, as parts of one matrix do."""
+    kept = tensor.detach().cpu().contiguous()
+    return kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
+
+
+def _config(like: dict[str, Any], architecture: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    config = dict(like)
+    # transformers loads in the type that the configuration names, which is not always the one that was trained
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    if architecture is not None:
+        config["architectures"] = [architecture]
+        if architecture.endswith("ForTokenClassification"):
+            config |= {"num_labels": 1, "id2label": {"0": "value"}, "label2id": {"value": 0}}
+    return config
+
+
+def _flush(path: Path) -> None:
+    """Make the disk have it before anything that relies on it is written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

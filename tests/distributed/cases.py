@@ -1,0 +1,354 @@
+"""What ranks run in the distributed tests, and the data and losses they run it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batches import (
+    ExperienceBatch,
+    LossTerms,
+    MicroBatch,
+    Minibatch,
+    PackedTokens,
+    RolloutBatch,
+    TokenOutputs,
+    TokenRows,
+    ValueOutputs,
+)
+from megatron_rl.config.schema import ModelConfig, OptimizerConfig, TrainerConfig
+from megatron_rl.interfaces import UpdateResult
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
+
+TEMPERATURE = 0.8
+VOCABULARY = 96
+POLICY, CRITIC = "policy", "critic"
+
+
+def token_rows(rows: int = 12, seed: int = 3) -> TokenRows:
+    """Rows of 5 to 40 tokens; the first 2 to 4 are the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 41, (rows,), generator=generator)
+    width = int(lengths.max())
+    column = torch.arange(width)
+    tokens = torch.randint(2, VOCABULARY, (rows, width), generator=generator) * (column < lengths[:, None])
+    prompt = torch.randint(2, 5, (rows,), generator=generator)
+    mask = (column >= prompt[:, None]) & (column < lengths[:, None])
+    return TokenRows(tokens=tokens, lengths=lengths, response_mask=mask)
+
+
+def minibatch() -> Minibatch[ExperienceBatch]:
+    """Ten of the twelve rows, with random experience and weights."""
+    rows = token_rows()
+    generator = torch.Generator().manual_seed(7)
+
+    def number() -> Tensor:
+        return torch.randn(rows.tokens.shape, generator=generator) * rows.response_mask
+
+    rollouts = RolloutBatch(
+        **vars(rows),
+        rollout_logprobs=number(),
+        sampled_mask=rows.response_mask,
+        truncated=torch.zeros(rows.rows, dtype=torch.bool),
+        scores=torch.zeros(rows.rows),
+        group=torch.zeros(rows.rows, dtype=torch.int64),
+        policy_version=0,
+    )
+    experience = ExperienceBatch(
+        rollouts=rollouts,
+        old_logprobs=number(),
+        ref_logprobs=number(),
+        values=number(),
+        rewards=number(),
+        advantages=number(),
+        returns=number(),
+    )
+    weight = 0.5 + torch.rand(10, rows.tokens.shape[1], generator=generator)
+    return Minibatch(source=experience, rows=torch.tensor([11, 0, 3, 7, 1, 9, 4, 6, 2, 10]), loss_weight=weight)
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """- advantage x log-prob, minus an entropy bonus."""
+
+    entropy_coef: float = 0.1
+
+    def __call__(self, outputs: TokenOutputs, batch: MicroBatch) -> LossTerms:
+        term = -(batch.advantages * outputs.logprobs + self.entropy_coef * outputs.entropy)
+        total = (batch.loss_weight * term).sum()
+        return LossTerms(
+            total=total,
+            metrics={"loss": total.detach(), "entropy": (outputs.entropy.detach() * batch.loss_mask).sum()},
+        )
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Next-token loss, without experience."""
+
+    def __call__(self, outputs: TokenOutputs, batch: PackedTokens) -> LossTerms:
+        total = -(batch.loss_weight * outputs.logprobs).sum()
+        return LossTerms(total=total, metrics={"loss": total.detach()})
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """(value - return)^2."""
+
+    def __call__(self, outputs: ValueOutputs, batch: MicroBatch) -> LossTerms:
+        total = (batch.loss_weight * (outputs.values - batch.returns) ** 2).sum()
+        return LossTerms(total=total, metrics={"loss": total.detach()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a case lays out and trains a model."""
+
+    layout: ParallelLayout = ParallelLayout()  # noqa: RUF009 - frozen
+    distributed_optimizer: bool = False
+    budget: int = 4096
+    dtype: Any = "float32"
+    lr: float = 1e-2
+    keep_reference: bool = False
+
+    def __str__(self) -> str:
+        """For the names of tests."""
+        return f"{self.layout}{' dist-opt' * self.distributed_optimizer} {self.budget} {self.dtype}"
+
+
+def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -> Any:
+    """A worker. Megatron-core is imported here and not above, so that the test process itself never loads it."""
+    from megatron_rl.mcore.worker import Worker, WorkerSpec
+    from megatron_rl.weights.weight_map import Head
+
+    # first steps of Adam divide the gradient by its own size: a large eps keeps rounding of zero gradients small
+    optimizer = OptimizerConfig(lr=setup.lr, eps=1e-3, weight_decay=0.01, warmup_fraction=0.0, min_lr_fraction=1.0)
+    spec = WorkerSpec(
+        role=role,
+        head=Head.TOKEN if role == POLICY else Head.VALUE,
+        model=ModelConfig(path=model, dtype=setup.dtype),
+        dims=read_model_dims(model),
+        trainer=TrainerConfig(
+            optimizer=optimizer,
+            layout=setup.layout,
+            tokens_per_microbatch=setup.budget,
+            distributed_optimizer=setup.distributed_optimizer,
+        ),
+        temperature=TEMPERATURE,
+        total_updates=10,
+        seed=0,
+        keep_reference=setup.keep_reference,
+    )
+    return Worker(spec, rank=rank, host="127.0.0.1", port=port, timeout_s=30.0)
+
+
+def scores(rank: int, port: int, model: Path, setup: Setup) -> Any:
+    """Log-probs of a fresh policy, and its entropies."""
+    from megatron_rl.mcore.model import read_tokens
+
+    worker = start(rank, port, model, setup)
+
+    def entropy(output: Tensor, batch: PackedTokens) -> Tensor:
+        return read_tokens(output, batch, TEMPERATURE).entropy
+
+    rows = token_rows()
+    answer = worker.logprobs(rows), worker._forward(worker._training.model, rows, entropy)
+    worker.close()
+    return answer
+
+
+def trained(
+    rank: int, port: int, model: Path, setup: Setup, role: str, export: Path
+) -> tuple[list[UpdateResult | None], Any, Any]:
+    """Two updates, the model's numbers after them and (where one is kept) the reference's, and an export."""
+    worker = start(rank, port, model, setup, role)
+    loss = Reinforce() if role == POLICY else SquaredError()
+    results = [worker.update(minibatch(), loss) for _ in range(2)]
+    rows = token_rows()
+    after = worker.logprobs(rows) if role == POLICY else worker.values(rows)
+    reference = worker.logprobs(rows, None, True) if setup.keep_reference else None
+    worker.export_hf(export, model)
+    worker.close()
+    return results, after, reference
+
+
+def supervised(rank: int, port: int, model: Path, setup: Setup) -> UpdateResult | None:
+    """One update on tokens alone."""
+    worker = start(rank, port, model, setup)
+    rows = token_rows()
+    weight = torch.ones(rows.tokens.shape)
+    result = worker.update(Minibatch(source=rows, rows=torch.arange(rows.rows), loss_weight=weight), Likelihood())
+    worker.close()
+    return result
+
+
+def without_loss_tokens(rank: int, port: int, model: Path) -> str:
+    """What an update says when no token counts."""
+    worker = start(rank, port, model, Setup())
+    rows = token_rows(2)
+    silent = TokenRows(
+        tokens=rows.tokens, lengths=rows.lengths, response_mask=torch.zeros(rows.tokens.shape, dtype=torch.bool)
+    )
+    try:
+        worker.update(
+            Minibatch(source=silent, rows=torch.arange(2), loss_weight=torch.ones(rows.tokens.shape)), Likelihood()
+        )
+    except ValueError as error:
+        return str(error)
+    finally:
+        worker.close()
+    return "it went through"
+
+
+def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path) -> list[Any]:
+    """Update, save without starting a process, update twice more, export."""
+    from multiprocessing.process import BaseProcess
+
+    def refuse(process: BaseProcess) -> None:
+        raise AssertionError(f"saving must not start a process, got {process}")
+
+    worker = start(rank, port, model, setup, role)
+    loss = Reinforce() if role == POLICY else SquaredError()
+    worker.update(minibatch(), loss)
+    begin = BaseProcess.start
+    BaseProcess.start = refuse  # type: ignore[method-assign]
+    try:
+        worker.save(folder)
+    finally:
+        BaseProcess.start = begin  # type: ignore[method-assign]
+    results = [worker.update(minibatch(), loss) for _ in range(2)]
+    worker.export_hf(export, model)
+    worker.close()
+    return results
+
+
+def resumed(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path) -> list[Any]:
+    """Load, update twice, export."""
+    worker = start(rank, port, model, setup, role)
+    worker.load(folder)
+    loss = Reinforce() if role == POLICY else SquaredError()
+    results = [worker.update(minibatch(), loss) for _ in range(2)]
+    worker.export_hf(export, model)
+    worker.close()
+    return results
+
+
+def learning_rates(rank: int, port: int, model: Path, lr: float, warmup: float, updates: int) -> list[float]:
+    """The rate of each update of a short run."""
+    from megatron_rl.mcore.optimizer import prepare_training
+
+    worker = start(rank, port, model, Setup())
+    optimizer = OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1)
+    training = prepare_training(worker._load_model(), TrainerConfig(optimizer=optimizer), updates)
+    rates = []
+    for _ in range(updates):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.scheduler.step(1)
+    worker.close()
+    return rates
+
+
+def dense_and_parallel(rank: int, port: int, world: int) -> list[float]:
+    """Largest differences of log-probs, entropies and gradients: split over the vocabulary against dense autograd."""
+    import torch.distributed as dist
+
+    from megatron_rl.mcore.groups import start_groups, stop_groups
+    from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
+
+    start_groups(ParallelLayout(tensor=world), rank=rank, host="127.0.0.1", port=port, timeout_s=30.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(17, 24, generator=generator)
+    targets = torch.randint(0, 24, (17,), generator=generator)
+    weights = torch.randn(2, 17, generator=generator)
+    worst = [0.0, 0.0, 0.0]
+
+    def note(kind: int, got: Tensor, want: Tensor) -> None:
+        worst[kind] = max(worst[kind], float((got - want).abs().max()))
+
+    for temperature in (1.0, 0.6):
+        for use in ("logprobs", "entropy", "both", "logprobs without entropy"):
+            dense = logits.clone().requires_grad_()
+            log = (dense / temperature).log_softmax(-1)
+            logprobs, entropy = log.gather(-1, targets[:, None])[:, 0], -(log.exp() * log).sum(-1)
+            part = logits.chunk(world, -1)[rank].clone().requires_grad_()
+            mine, my_entropy = vocab_parallel_logprobs(
+                part, targets, temperature, dist.group.WORLD, with_entropy=use != "logprobs without entropy"
+            )
+            note(0, mine, logprobs)
+            full, own = weights.new_zeros(()), weights.new_zeros(())
+            if use != "entropy":
+                full, own = full + (weights[0] * logprobs).sum(), own + (weights[0] * mine).sum()
+            if use in ("entropy", "both"):
+                assert my_entropy is not None
+                note(1, my_entropy, entropy)
+                full, own = full + (weights[1] * entropy).sum(), own + (weights[1] * my_entropy).sum()
+            full.backward()
+            own.backward()
+            assert part.grad is not None
+            assert dense.grad is not None
+            note(2, part.grad, dense.grad.chunk(world, -1)[rank])
+    stop_groups()
+    return worst
+
+
+def attention_groups(rank: int, port: int, lengths: list[int]) -> tuple[int, float]:
+    """Into how many groups rows fall, and the largest difference from attention row by row (output and gradients)."""
+    import torch.nn.functional as F
+
+    from megatron_rl.experience.packing import pack_rows
+    from megatron_rl.mcore.attention import PackedAttention, packed_rows
+
+    width = max(lengths) + 1
+    rows = TokenRows(
+        tokens=torch.zeros(len(lengths), width, dtype=torch.int64),
+        lengths=torch.tensor(lengths) + 1,
+        response_mask=torch.zeros(len(lengths), width, dtype=torch.bool),
+    )
+    plan = packed_rows(pack_rows(rows, range(len(lengths))))
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(sum(lengths), 1, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    weight = torch.randn(sum(lengths), 1, 32, generator=generator)
+
+    class Config:
+        attention_dropout = 0.0
+
+    packed = PackedAttention(Config())(*parts, packed_seq_params=plan)
+    gradients = torch.autograd.grad((packed * weight).sum(), parts)
+    split = [part.split(lengths) for part in parts]
+    singles = []
+    for query, key, value in zip(*split, strict=True):
+        q, k, v = (part[:, 0].transpose(0, 1)[None] for part in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        singles.append(out[0].transpose(0, 1).reshape(len(query), 1, -1))
+    single = torch.cat(singles)
+    wanted = torch.autograd.grad((single * weight).sum(), parts)
+    pairs = zip((packed, *gradients), (single, *wanted), strict=True)
+    return len(plan.groups), max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def fail_on(rank: int, port: int, bad: int) -> None:
+    """One rank fails, the others wait for it."""
+    import time
+
+    if rank == bad:
+        raise ValueError("on purpose")
+    time.sleep(60)
+
+
+def gather(parts: list[Any]) -> Tensor:
+    """Put the answers of the reporting ranks together: [B, T]."""
+    given = [part for part in parts if part is not None]
+    rows = torch.cat([part[0] for part in given])
+    values = torch.cat([part[1] for part in given])
+    whole = torch.full((len(rows), values.shape[1]), float("nan"))
+    whole[rows] = values
+    return whole
+
+
+Case = Callable[..., Any]

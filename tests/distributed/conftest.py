@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        pool = Ranks()
+        yield pool
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models, by name."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    built = {
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, rope_parameters=rope, **SIZES)),
+        "qwen2-tied": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **SIZES)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=16, rope_parameters=rope, **SIZES)),
+        "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SIZES)),
+    }
+    folders = {}
+    for name, model in built.items():
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                # norms of one and biases of zero would hide a wrong one
+                noise = 0.1 if "norm" in key or "bias" in key else 0.05
+                parameter += noise * torch.randn_like(parameter)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders

@@ -1,0 +1,71 @@
+"""Log-probs, entropies and attention: the same numbers as plain torch and Hugging Face, in any layout."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TEMPERATURE, Setup, attention_groups, dense_and_parallel, gather, scores, token_rows
+from ranks import Ranks
+from torch import Tensor
+
+from megatron_rl.layout import ParallelLayout
+
+LAYOUTS = [
+    ParallelLayout(),
+    ParallelLayout(tensor=2),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(data=2),
+    ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+]
+
+
+@cache
+def _hugging_face(folder: Path) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of each response token, row by row."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = token_rows()
+    logprobs, entropies = torch.zeros(rows.tokens.shape), torch.zeros(rows.tokens.shape)
+    for row in range(rows.rows):
+        tokens = rows.tokens[row, : rows.lengths[row]]
+        with torch.no_grad():
+            log = (model(tokens[None]).logits[0, :-1].float() / TEMPERATURE).log_softmax(-1)
+        logprobs[row, 1 : len(tokens)] = log.gather(-1, tokens[1:, None])[:, 0]
+        entropies[row, 1 : len(tokens)] = -(log.exp() * log).sum(-1)
+    return logprobs * rows.response_mask, entropies * rows.response_mask
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "llama"])
+def test_logprobs_and_entropies_are_those_of_hugging_face(
+    ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
+) -> None:
+    answers = ranks.run(layout.world_size, scores, models[name], Setup(layout=layout, budget=100))
+    reporting = set(layout.reporting_ranks())
+    assert {rank for rank, (logprobs, _) in enumerate(answers) if logprobs is not None} == reporting
+    logprobs, entropies = _hugging_face(models[name])
+    torch.testing.assert_close(gather([answer[0] for answer in answers]), logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), entropies, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_vocabulary_parallel_logprobs_are_those_of_dense_autograd(ranks: Ranks, world: int) -> None:
+    for logprobs, entropy, gradient in ranks.run(world, dense_and_parallel, world):
+        assert logprobs < 1e-5
+        assert entropy < 1e-5
+        assert gradient < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [([7, 7, 7], 1), ([9, 8, 7, 1], 1), ([40, 6, 5, 5], 2), ([5], 1), ([3, 0, 3], 1), ([1, 30, 1, 30], 4)],
+)
+def test_attention_of_grouped_rows_is_that_of_each_row_alone(ranks: Ranks, lengths: list[int], groups: int) -> None:
+    [(found, difference)] = ranks.run(1, attention_groups, lengths)
+    assert found == groups
+    assert difference < 1e-5

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.interfaces import PushReceipt
+from megatron_rl.weights.transfer import Channel, TransferError, listen
+
+TIMEOUT_S = 20.0
+LARGE = [("large", torch.zeros(64 << 20, dtype=torch.uint8))]  # more than the sockets hold
+_kept: list[Channel] = []
+"""The channel of a receiving process, between two calls."""
+
+
+def join(port: int, rank: int, world_size: int, timeout_s: float) -> None:
+    _kept[:] = [Channel.join(("127.0.0.1", port), rank=rank, world_size=world_size, timeout_s=timeout_s)]
+
+
+def receive(version: int) -> tuple[dict[str, Tensor], PushReceipt | None]:
+    reception = _kept[0].receive(version)
+    return {name: tensor.clone() for name, tensor in reception}, reception.receipt
+
+
+def receive_one_and_give_up(version: int) -> str:
+    reception = _kept[0].receive(version)
+    name, _ = next(reception)
+    reception.drain()
+    return name
+
+
+def receive_nothing(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def die() -> None:
+    os._exit(9)
+
+
+def reason_of_failure(version: int) -> str:
+    try:
+        receive(version)
+    except TransferError as error:
+        return str(error)
+    return "none"
+
+
+def tensors() -> list[tuple[str, Tensor]]:
+    """Of many types and shapes; 256 KiB in the largest."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ("embedding", torch.randn(256, 256, generator=generator)),
+        ("bf16", torch.randn(33, 5, generator=generator).bfloat16()),
+        ("transposed", torch.randn(7, 11, generator=generator).t()),
+        ("scalar", torch.tensor(2.5)),
+        ("bytes", torch.arange(3, dtype=torch.uint8)),
+        ("empty", torch.zeros(0, 4)),
+        ("half", torch.randn(9, generator=generator).half()),
+    ]
+
+
+@contextmanager
+def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            yield pool
+
+
+@pytest.fixture(scope="module")
+def receivers() -> Iterator[list[ProcessPoolExecutor]]:
+    """Two processes, which live through all tests of the module."""
+    with pool_of(1) as first, pool_of(1) as second:
+        yield [first, second]
+
+
+def connected(receivers: list[ProcessPoolExecutor], timeout_s: float = TIMEOUT_S) -> Channel:
+    listener = listen("127.0.0.1")
+    world = len(receivers) + 1
+    joining = [pool.submit(join, listener.port, rank, world, timeout_s) for rank, pool in enumerate(receivers, 1)]
+    channel = Channel.join(listener, rank=0, world_size=world, timeout_s=timeout_s)
+    for pending in joining:
+        pending.result(timeout=TIMEOUT_S)
+    return channel
+
+
+def on_all(receivers: list[ProcessPoolExecutor], function: object, *args: object) -> list[Future]:
+    return [pool.submit(function, *args) for pool in receivers]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4096, 64 << 20])
+def test_all_receivers_get_equal_tensors_and_receipts(receivers: list[ProcessPoolExecutor], chunk_bytes: int) -> None:
+    channel = connected(receivers)
+    pending = on_all(receivers, receive, 7)
+    sent = channel.send(7, iter(tensors()), chunk_bytes=chunk_bytes)
+    for future in pending:
+        received, receipt = future.result(timeout=TIMEOUT_S)
+        assert receipt == sent
+        assert list(received) == [name for name, _ in tensors()]
+        for name, tensor in tensors():
+            assert received[name].dtype == tensor.dtype
+            assert torch.equal(received[name], tensor)
+    assert (sent.version, sent.tensors, sent.size_bytes) == (7, 7, sum(tensor.nbytes for _, tensor in tensors()))
+
+
+def test_the_digest_depends_on_content_alone_and_on_all_of_it(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1])
+
+    def digest(content: list[tuple[str, Tensor]], chunk_bytes: int = 64 << 20) -> str:
+        pending = receivers[0].submit(receive, 1)
+        sent = channel.send(1, content, chunk_bytes=chunk_bytes)
+        assert pending.result(timeout=TIMEOUT_S)[1] == sent
+        return sent.digest
+
+    one = torch.ones(2, 2)
+    original = digest([("a", one), ("b", one)])
+    assert digest([("a", one), ("b", one)], chunk_bytes=1) == original
+    others = [
+        [("b", one), ("a", one)],
+        [("a", one), ("c", one)],
+        [("a", one), ("b", one.view(4))],
+        [("a", one), ("b", one.view(torch.int32))],
+        [("a", one), ("b", 2 * one)],
+        [("a", one)],
+    ]
+    assert len({original, *map(digest, others)}) == 7
+
+
+def test_many_pushes_go_through_one_channel(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers)
+    for version in range(3):
+        pending = on_all(receivers, receive, version)
+        channel.send(version, [("step", torch.full((4,), float(version)))])
+        for future in pending:
+            received, receipt = future.result(timeout=TIMEOUT_S)
+            assert received["step"].tolist() == [float(version)] * 4
+            assert receipt is not None
+            assert receipt.version == version
+
+
+def test_a_failing_source_reaches_the_receivers_and_the_channel_stays_usable(
+    receivers: list[ProcessPoolExecutor],
+) -> None:
+    channel = connected(receivers)
+
+    def failing() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors()
+        raise ValueError("rank 3 is gone")
+
+    pending = on_all(receivers, reason_of_failure, 1)
+    with pytest.raises(ValueError, match="rank 3 is gone"):
+        channel.send(1, failing(), chunk_bytes=1)
+    for future in pending:
+        assert future.result(timeout=TIMEOUT_S) == "version 1: the sender gave up: ValueError: rank 3 is gone"
+    pending = on_all(receivers, receive, 2)
+    sent = channel.send(2, tensors())
+    assert [future.result(timeout=TIMEOUT_S)[1] for future in pending] == [sent, sent]
+
+
+def test_a_type_that_cannot_travel_is_an_abort(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1])
+    pending = receivers[0].submit(reason_of_failure, 1)
+    with pytest.raises(ValueError, match=r"z: type must be one of float32, .* got complex64"):
+        channel.send(1, [("z", torch.zeros(2, dtype=torch.complex64))])
+    assert "the sender gave up" in pending.result(timeout=TIMEOUT_S)
+
+
+def test_a_receiver_that_gives_up_keeps_nobody_waiting(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers)
+    giving_up = receivers[0].submit(receive_one_and_give_up, 1)
+    complete = receivers[1].submit(receive, 1)
+    sent = channel.send(1, tensors(), chunk_bytes=1)
+    assert giving_up.result(timeout=TIMEOUT_S) == "embedding"
+    assert complete.result(timeout=TIMEOUT_S)[1] == sent
+
+
+def test_another_version_than_asked_for_is_refused(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1])
+    pending = receivers[0].submit(reason_of_failure, 5)
+    channel.send(4, tensors())
+    assert pending.result(timeout=TIMEOUT_S) == "asked for version 5, the sender sends version 4"
+
+
+def test_a_silent_sender_and_a_closed_one_are_named(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1], timeout_s=2.0)
+    reason = receivers[0].submit(reason_of_failure, 3).result(timeout=TIMEOUT_S)
+    assert reason.startswith("version 3: rank 1 waited 2.")
+    assert "s (at most 2) for rank 0, the sender" in reason
+    channel.close()
+    channel = connected(receivers[:1])
+    pending = receivers[0].submit(reason_of_failure, 3)
+    channel.close()
+    started = time.monotonic()
+    assert "for rank 0, the sender" in pending.result(timeout=TIMEOUT_S)
+    assert time.monotonic() - started < TIMEOUT_S / 2  # long before its time is up
+    with pytest.raises(TransferError, match="the channel is closed; join again"):
+        channel.send(3, tensors())
+
+
+def test_a_receiver_that_does_not_listen_stops_the_sender(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1], timeout_s=2.0)
+    receivers[0].submit(receive_nothing, 3.0)
+    with pytest.raises(TransferError, match=r"waited 2\.\d s \(at most 2\) for the receivers, ranks 1 to 1"):
+        channel.send(1, LARGE)
+
+
+def test_a_receiver_that_dies_stops_the_sender_at_once() -> None:
+    with pool_of(1) as pool:
+        pool.submit(receive_nothing, 0.0).result(timeout=TIMEOUT_S)  # it is up
+        channel = connected([pool])
+        pool.submit(die)
+        started = time.monotonic()
+        with pytest.raises(TransferError, match=r"version 1: rank 0 waited .* for the receivers, ranks 1 to 1"):
+            channel.send(1, LARGE)
+        assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_whoever_does_not_join_is_named(receivers: list[ProcessPoolExecutor]) -> None:
+    listener = listen("127.0.0.1")
+    joining = receivers[0].submit(join, listener.port, 2, 3, 0.5)
+    found = r"rank 0 waited 0.5 s at 127.0.0.1:\d+ for ranks \[1\] of 3 \(0 is the sender\)"
+    with pytest.raises(TransferError, match=found):
+        Channel.join(listener, rank=0, world_size=3, timeout_s=0.5)
+    with pytest.raises(TransferError, match=r"for ranks \[.*1\] of 3"):
+        joining.result(timeout=TIMEOUT_S)
+
+
+def test_a_sender_that_does_not_listen_is_named() -> None:
+    with pytest.raises(TransferError, match=r"waited 0.3 s for the sender to listen at 127.0.0.1:1:"):
+        Channel.join(("127.0.0.1", 1), rank=1, world_size=2, timeout_s=0.3)
+
+
+def test_different_world_sizes_are_refused(receivers: list[ProcessPoolExecutor]) -> None:
+    listener = listen("127.0.0.1")
+    joining = receivers[0].submit(join, listener.port, 1, 3, 2.0)
+    with pytest.raises(TransferError, match="rank 0 joined with world_size 2, rank 1 with 3"):
+        Channel.join(listener, rank=0, world_size=2, timeout_s=TIMEOUT_S)
+    with pytest.raises(TransferError, match="rank 1 joined with world_size 3, rank 0 with 2"):
+        joining.result(timeout=TIMEOUT_S)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    listener = listen("127.0.0.1")
+    with pytest.raises(ValueError, match="the sender joins at its own listener as rank 0"):
+        Channel.join(listener, rank=1, world_size=2, timeout_s=1.0)
+    with pytest.raises(TransferError, match=r"must be an address of this machine, got '192.0.2.1'"):
+        listen("192.0.2.1")
+
+
+def test_on_loopback_nothing_listens_anywhere_else(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers)
+    connections = psutil.Process().net_connections(kind="inet")
+    listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    channel.close()
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_default_group_is_left_alone(receivers: list[ProcessPoolExecutor]) -> None:
+    channel = connected(receivers[:1])
+    assert not torch.distributed.is_initialized()
+    channel.close()

@@ -1,0 +1,139 @@
+"""One optimizer step gives the same numbers however rows and weights are split."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CRITIC, POLICY, Setup, gather, learning_rates, supervised, token_rows, trained, without_loss_tokens
+from ranks import Ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_rl.layout import ParallelLayout
+
+SPLITS = [
+    Setup(budget=60),
+    Setup(layout=ParallelLayout(tensor=2)),
+    Setup(layout=ParallelLayout(tensor=2, sequence_parallel=True), budget=90),
+    Setup(layout=ParallelLayout(pipeline=2), budget=60),
+    Setup(layout=ParallelLayout(data=2), budget=60),
+    Setup(layout=ParallelLayout(data=2), distributed_optimizer=True),
+    Setup(
+        layout=ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), distributed_optimizer=True, budget=60
+    ),
+]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+_REFERENCES: dict[tuple[str, str], Any] = {}
+
+
+def _reference(ranks: Ranks, models: dict[str, Path], name: str, role: str, folder: Path) -> Any:
+    """The same on one rank in one micro-batch."""
+    if (name, role) not in _REFERENCES:
+        [(results, after, _)] = ranks.run(1, trained, models[name], Setup(), role, folder / "one")
+        _REFERENCES[name, role] = results, gather([after]), tensors(folder / "one")
+    return _REFERENCES[name, role]
+
+
+@pytest.mark.parametrize("setup", SPLITS, ids=str)
+@pytest.mark.parametrize(("name", "role"), [("qwen2", POLICY), ("qwen3", POLICY), ("qwen2-tied", CRITIC)])
+def test_an_update_is_the_same_for_any_split(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, name: str, role: str, setup: Setup
+) -> None:
+    results, after, weights = _reference(ranks, models, name, role, tmp_path)
+    answers = ranks.run(setup.layout.world_size, trained, models[name], setup, role, tmp_path / "split")
+    reporting = setup.layout.rank_of(pipeline=setup.layout.pipeline - 1)
+    for rank, (updates, _, _) in enumerate(answers):
+        assert all((update is not None) == (rank == reporting) for update in updates)
+    for mine, reference in zip(answers[reporting][0], results, strict=True):
+        assert mine.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+        assert mine.metrics == pytest.approx(reference.metrics, rel=1e-5)
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), after, atol=1e-4, rtol=0)
+    exported = tensors(tmp_path / "split")
+    assert exported.keys() == weights.keys()
+    for key, tensor in exported.items():
+        torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_an_update_lowers_the_loss_and_leaves_the_reference_alone(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    setup = Setup(keep_reference=True, lr=1e-3)
+    [(results, after, reference)] = ranks.run(1, trained, models["qwen2"], setup, POLICY, tmp_path / "out")
+    frozen = Setup(keep_reference=True, lr=0.0)
+    [(still, same, _)] = ranks.run(1, trained, models["qwen2"], frozen, POLICY, tmp_path / "frozen")
+    assert results[1].metrics["loss"] < results[0].metrics["loss"]
+    assert still[1].metrics["loss"] == still[0].metrics["loss"]
+    assert still[0].learning_rate == 0
+    assert torch.equal(gather([reference]), gather([same]))
+    assert not torch.equal(gather([after]), gather([same]))
+    before, untouched = tensors(models["qwen2"]), tensors(tmp_path / "frozen")
+    assert all(torch.equal(before[name], untouched[name]) for name in before)
+
+
+def test_a_fresh_critic_predicts_zero_and_learns(ranks: Ranks, models: dict[str, Path], tmp_path: Path) -> None:
+    [(_, fresh, _)] = ranks.run(1, trained, models["qwen2"], Setup(lr=0.0), CRITIC, tmp_path / "fresh")
+    assert not gather([fresh]).any()
+    assert not tensors(tmp_path / "fresh")["score.weight"].any()
+    [(_, learned, _)] = ranks.run(1, trained, models["qwen2"], Setup(), CRITIC, tmp_path / "learned")
+    values = gather([learned])
+    assert values[token_rows().response_mask].all()
+    [(_, loaded, _)] = ranks.run(1, trained, tmp_path / "learned", Setup(lr=0.0), CRITIC, tmp_path / "loaded")
+    torch.testing.assert_close(gather([loaded]), values)
+
+
+@pytest.mark.parametrize("setup", [Setup(), Setup(layout=ParallelLayout(pipeline=2), budget=60)], ids=str)
+def test_a_supervised_update_needs_tokens_alone(ranks: Ranks, models: dict[str, Path], setup: Setup) -> None:
+    result = ranks.run(setup.layout.world_size, supervised, models["llama"], setup)[-1]
+    assert result is not None
+    assert result.metrics["loss"] == pytest.approx(_likelihood(models["llama"]), rel=1e-4)
+
+
+@cache
+def _likelihood(folder: Path) -> float:
+    from test_outputs import _hugging_face
+
+    rows = token_rows()
+    return -float(_hugging_face(folder)[0].sum() / rows.response_mask.sum())
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_bfloat16_keeps_float32_main_weights(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, distributed_optimizer: bool
+) -> None:
+    results, _, weights = _reference(ranks, models, "qwen2", POLICY, tmp_path)
+    setup = Setup(
+        layout=ParallelLayout(tensor=2, sequence_parallel=True),
+        dtype="bfloat16",
+        distributed_optimizer=distributed_optimizer,
+    )
+    answers = ranks.run(2, trained, models["qwen2"], setup, POLICY, tmp_path / "half")
+    assert answers[0][0][1].grad_norm == pytest.approx(results[1].grad_norm, rel=0.03)
+    for key, tensor in tensors(tmp_path / "half").items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), weights[key], atol=0.01, rtol=0.01)
+
+
+def test_an_update_without_loss_tokens_says_so(ranks: Ranks, models: dict[str, Path]) -> None:
+    [message] = ranks.run(1, without_loss_tokens, models["qwen2"])
+    assert message == "an update needs at least one response token, got 2 rows without any"
+
+
+def test_learning_rate_warms_up_and_ends_at_its_floor(ranks: Ranks, models: dict[str, Path]) -> None:
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.15, 11)
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 8)) for done in range(9)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *cosine])
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.03, 1)
+    assert rates == [0.5]
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], 0.0, 0.03, 3)
+    assert rates == [0, 0, 0]

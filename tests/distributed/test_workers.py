@@ -1,0 +1,132 @@
+"""Supervised workers under a real Ray: calls, order, what is sent once, and every way a wait can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import cloudpickle
+import psutil
+import pytest
+import torch
+
+from megatron_rl.batches import TokenRows
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check_machine
+from megatron_rl.ray_runtime.roles import HELD_TYPES
+from megatron_rl.ray_runtime.workers import DeadlineExceeded, WorkerDied, WorkerFailed, WorkerGroup
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+class Recorder:
+    """What the workers of these tests run."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.seen: list[int] = []
+        self.unpickled: list[int] = []
+
+    def note(self, number: int, pause_s: float = 0.0) -> int:
+        time.sleep(pause_s)
+        self.seen.append(number)
+        return self.rank
+
+    def history(self) -> list[int]:
+        return self.seen
+
+    def remember(self, batch: TokenRows) -> tuple[int, int]:
+        """The identity of the batch in this process, and a figure from it."""
+        return id(batch), int(batch.tokens.sum())
+
+    def fail(self, rank: int) -> None:
+        if self.rank == rank:
+            raise ValueError(f"rank {rank} was told to fail")
+        time.sleep(60)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def first(answers: list[object]) -> object:
+    return answers[0]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, WorkerGroup]]:
+    roles = [Role(name="pair", workers=2, held_types=HELD_TYPES), Role(name="engine", workers=1), Role(name="other", workers=1)]
+    with Cluster(ClusterConfig(call_deadline_s=30), gpus=0, log_dir=tmp_path_factory.mktemp("logs")) as cluster:
+        started = cluster.start(roles, {})
+        for group in started.values():
+            group.build(Recorder, [(rank,) for rank in range(len(group.names))]).result()
+        yield started
+
+
+@pytest.fixture
+def group(groups: dict[str, WorkerGroup]) -> WorkerGroup:
+    return groups["pair"]
+
+
+def rows(value: int) -> TokenRows:
+    tokens = torch.full((2, 3), value)
+    mask = torch.tensor([[False, True, True]] * 2)
+    return TokenRows(tokens=tokens, lengths=torch.tensor([3, 3]), response_mask=mask)
+
+
+def test_calls_that_overlap_run_in_one_order_on_every_rank(group: WorkerGroup) -> None:
+    under_way = [group.call("note", number, 0.02 if number % 3 == 0 else 0.0, finish=list) for number in range(12)]
+    assert [call.result() for call in reversed(under_way)] == [[0, 1]] * 12
+    assert group.call("history", finish=list).result() == [list(range(12))] * 2
+
+
+def test_a_batch_is_sent_once_and_forgotten_when_newer_ones_come(group: WorkerGroup) -> None:
+    batch = rows(1)
+    seen = [group.call("remember", batch, finish=first).result() for _ in range(3)]
+    assert len(set(seen)) == 1, "the worker must have kept the same object"
+    assert seen[0][1] == 6
+    for value in (2, 3, 4):
+        assert group.call("remember", rows(value), finish=first).result()[1] == 6 * value
+    assert group.call("remember", batch, finish=first).result()[1] == 6
+
+
+def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerGroup) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"pair rank 1 failed in fail:(.|\n)*rank 1 was told to fail"):
+        group.call("fail", 1, finish=first).result()
+    assert time.monotonic() - started < 10
+
+
+def test_a_deadline_names_whom_it_waited_for(groups: dict[str, WorkerGroup]) -> None:
+    engine = groups["engine"]
+    engine.deadline_s = 1
+    with pytest.raises(DeadlineExceeded, match="engine: sleep did not finish within its deadline; .* engine$"):
+        engine.call("sleep", 2, finish=first).result()
+    engine.deadline_s = 30
+
+
+def test_any_death_ends_every_wait_and_is_told_in_full(groups: dict[str, WorkerGroup]) -> None:
+    (birth,) = groups["other"].births(10)
+    waiting = groups["engine"].call("sleep", 20, finish=first)
+    os.kill(birth.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied) as died:
+        waiting.result()
+    assert f"other (pid {birth.pid} on " in str(died.value)
+    assert "killed by signal 9 (SIGKILL); who sent it is not known" in str(died.value)
+    assert "its last phase: idle after starting" in str(died.value)
+    assert not psutil.pid_exists(birth.pid)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "says"),
+    [
+        (1000, 0, r"1000 workers x cluster.cpus_per_worker=0.4 = 400 CPUs, this machine has \d+"),
+        (9, 8, "9 workers of one GPU each, this machine has 8 GPUs"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_refused(workers: int, gpus: int, says: str) -> None:
+    with pytest.raises(ClusterProblem, match=says):
+        check_machine(workers, gpus, ClusterConfig())

@@ -1,0 +1,64 @@
+"""The real parts on a tiny task, driven as a user drives them: by the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PPO = ROOT / "examples" / "arithmetic_cpu" / "ppo.toml"
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The arithmetic task with its random, untrained model."""
+    folder = tmp_path_factory.mktemp("arithmetic") / "task"
+    program = ROOT / "examples" / "arithmetic_cpu" / "task.py"
+    subprocess.run([sys.executable, str(program), str(folder)], check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def train_command(task: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The ``train`` command of a small run in ``tmp_path/run``; more settings as arguments."""
+
+    def command(*settings: str) -> list[str]:
+        return [
+            *[sys.executable, "-m", "megatron_rl", "train", str(PPO)],
+            f"run_dir={tmp_path / 'run'}",
+            f"model.path={task / 'model'}",
+            f"data.train={task / 'train.jsonl'}",
+            f"data.heldout={task / 'heldout.jsonl'}",
+            "prompts_per_step=16",
+            "ppo.minibatch_samples=32",
+            "evaluation.prompts=16",
+            *settings,
+        ]
+
+    return command
+
+
+def ours() -> set[int]:
+    """Processes of a run: Ray's, the supervisors' and the workers'."""
+    marks = ("raylet", "gcs_server", "ray_runtime.child", "ray::", "rewards.worker")
+    found = set()
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(mark in line for mark in marks):
+            found.add(process.pid)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Every test leaves the processes and the shared memory that it found."""
+    processes, shared = ours(), set(Path("/dev/shm").iterdir())
+    yield
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in ours() - processes], timeout=15)
+    assert not alive
+    assert set(Path("/dev/shm").iterdir()) <= shared

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.dataflow import Finish, Prompt, Sampling
+from megatron_rl.interfaces import PushReceipt
+from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.transfer import Channel, TransferError, listen
+
+TIMEOUT_S = 60.0
+EOS = 3
+VOCABULARY = 384
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+PROMPTS = [
+    Prompt(id=f"p{index}", token_ids=(20 + index, 21, 22 + index, 40 + 2 * index), answer="", source="")
+    for index in range(4)
+]
+
+
+def serve(connection: Connection, spec: EngineSpec) -> None:
+    """An engine in its process: what a worker of the runtime is."""
+    import psutil
+
+    started = time.monotonic()
+    try:
+        engine = start_engine(spec)
+        sockets = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+        connection.send((True, (time.monotonic() - started, {c.laddr.ip for c in sockets})))
+    except BaseException as error:
+        connection.send((False, f"{type(error).__name__}: {error}"))
+        return
+    while True:
+        verb, args = connection.recv()
+        try:
+            found = getattr(engine, verb)
+            connection.send((True, found(*args) if callable(found) else found))
+        except BaseException as error:
+            connection.send((False, f"{type(error).__name__}: {error}"))
+        if verb == "close":
+            return
+
+
+class EngineError(Exception):
+    """What the engine raised."""
+
+
+class RemoteEngine:
+    """The engine of another process; each test that pushes to it says so."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, spec), daemon=True)
+        self.process.start()
+        self.start_s, self.listening = self.answer()
+        listener = listen("127.0.0.1")
+        self.ask("join", "127.0.0.1", listener.port, 1, 2, TIMEOUT_S)
+        self.channel = Channel.join(listener, rank=0, world_size=2, timeout_s=TIMEOUT_S)
+        self.answer()
+
+    def ask(self, verb: str, *args: Any) -> None:
+        self._connection.send((verb, args))
+
+    def answer(self) -> Any:
+        if not self._connection.poll(TIMEOUT_S):
+            raise TimeoutError(f"no answer in {TIMEOUT_S} s")
+        good, answer = self._connection.recv()
+        if not good:
+            raise EngineError(answer)
+        return answer
+
+    def call(self, verb: str, *args: Any) -> Any:
+        self.ask(verb, *args)
+        return self.answer()
+
+    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> PushReceipt:
+        self.ask("receive", version)
+        sent = self.channel.send(version, tensors, chunk_bytes=50_000)
+        assert self.answer() == sent
+        return sent
+
+    def close(self) -> None:
+        self.ask("close")
+        self.process.join(TIMEOUT_S)
+        self.process.kill()
+
+
+def hf_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def named_weights(model: Any) -> list[tuple[str, Tensor]]:
+    """Under their Hugging Face names, a tied head left out."""
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def build_model(path: Path, seed: int, tied: bool) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=EOS,
+        initializer_range=0.15,  # wide enough that no two tokens are equally likely
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([f"w{EOS}"])
+    words.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        f"{name}-{kind}": build_model(root / f"{name}-{kind}", seed, tied)
+        for kind, tied in (("untied", False), ("tied", True))
+        for seed, name in enumerate("AB")
+    }
+
+
+@contextmanager
+def running(model: Path) -> Iterator[RemoteEngine]:
+    spec = EngineSpec(model=model, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        engine = RemoteEngine(spec)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: dict[str, Path]) -> Iterator[RemoteEngine]:
+    """Started on A, and so far never pushed to by any fixture."""
+    with running(folders["A-untied"]) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(fresh: RemoteEngine, folders: dict[str, Path]) -> RemoteEngine:
+    """With the weights of B."""
+    fresh.push(1, iter(named_weights(loaded(folders["B-untied"]))))
+    return fresh
+
+
+loaded = cache(hf_model)
+
+
+@torch.no_grad()
+def hf_logprobs(model: Any, tokens: tuple[int, ...], temperature: float = 1.0) -> Tensor:
+    """[T - 1, V] log-probs after each token but the last."""
+    logits: Tensor = model(torch.tensor([tokens])).logits[0, :-1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def assert_greedy_by(model: Any, rollouts: list[Any]) -> None:
+    for rollout in rollouts:
+        (sample,) = rollout.samples
+        tokens = rollout.prompt.token_ids + sample.token_ids
+        logprobs = hf_logprobs(model, tokens)[len(rollout.prompt.token_ids) - 1 :]
+        assert sample.token_ids == tuple(logprobs.argmax(-1).tolist())
+        assert sample.logprobs == pytest.approx(logprobs.max(-1).values.tolist(), abs=1e-4)
+
+
+def test_nothing_is_generated_before_a_push(fresh: RemoteEngine) -> None:
+    assert fresh.call("version") is None
+    with pytest.raises(EngineError, match="must be given weights before it generates: none were pushed"):
+        fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+
+def test_it_listens_on_loopback_alone(fresh: RemoteEngine) -> None:
+    assert fresh.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_first_generation_compiles_nothing(fresh: RemoteEngine, folders: dict[str, Path]) -> None:
+    fresh.push(1, iter(named_weights(loaded(folders["A-untied"]))))
+    started = time.monotonic()
+    fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+    assert time.monotonic() - started < 2.0  # measured: 0.1; compiling takes 10
+
+
+def test_after_a_push_it_computes_with_the_new_weights(fresh: RemoteEngine, folders: dict[str, Path]) -> None:
+    model_a, model_b = loaded(folders["A-untied"]), loaded(folders["B-untied"])
+    fresh.push(4, iter(named_weights(model_a)))
+    before = fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+    fresh.push(5, iter(named_weights(model_b)))
+    after = fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+    assert_greedy_by(model_a, before)
+    assert_greedy_by(model_b, after)
+    assert [r.samples for r in before] != [r.samples for r in after]
+    assert {r.policy_version for r in before} == {4}
+    assert {r.policy_version for r in after} == {5}
+    assert [r.prompt for r in after] == PROMPTS
+    assert fresh.call("version") == 5
+
+
+def test_a_tied_head_is_pushed_with_its_embedding(folders: dict[str, Path]) -> None:
+    with running(folders["A-tied"]) as tied:
+        model = loaded(folders["B-tied"])
+        assert "lm_head.weight" not in dict(named_weights(model))
+        for version in (1, 2):  # the second finds what the first has packed
+            tied.push(version, iter(named_weights(model)))
+            assert_greedy_by(model, tied.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+
+
+def test_scores_are_those_of_hugging_face_at_temperature_1(engine: RemoteEngine, folders: dict[str, Path]) -> None:
+    rows = [PROMPTS[0].token_ids, (5, 6), (7,)]
+    scores = engine.call("score", rows)
+    for row, score in zip(rows, scores, strict=True):
+        expected = hf_logprobs(loaded(folders["B-untied"]), row)[range(len(row) - 1), list(row[1:])].tolist()
+        assert score == pytest.approx([0.0, *expected], abs=1e-4)
+
+
+def test_sampled_log_probs_are_those_of_the_distribution_drawn_from(
+    engine: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    (rollout,) = engine.call("generate", PROMPTS[:1], Sampling(temperature=0.7, max_tokens=8), [[11]])
+    prompt, sample = rollout.prompt.token_ids, rollout.samples[0]
+    logprobs = hf_logprobs(loaded(folders["B-untied"]), prompt + sample.token_ids, 0.7)[len(prompt) - 1 :]
+    assert sample.logprobs == pytest.approx(
+        logprobs[range(len(sample.token_ids)), list(sample.token_ids)].tolist(), abs=1e-4
+    )
+
+
+def test_a_seed_draws_the_same_sample_whatever_else_is_drawn(engine: RemoteEngine) -> None:
+    sampling = Sampling(temperature=1.0, max_tokens=8)
+    many = engine.call("generate", PROMPTS, sampling, [[1, 2, 1]] * 4)
+    for rollout in many:
+        assert rollout.samples[0] == rollout.samples[2]
+        assert rollout.samples[0].token_ids != rollout.samples[1].token_ids
+    (alone,) = engine.call("generate", PROMPTS[2:3], sampling, [[2]])
+    assert alone.samples[0].token_ids == many[2].samples[1].token_ids
+
+
+def biased_towards(model: Any, token: int) -> Iterator[tuple[str, Tensor]]:
+    """Weights under which ``token`` follows everything: the last norm is made constant and the head reads it."""
+    for name, tensor in named_weights(model):
+        if name == "lm_head.weight":
+            head = torch.zeros_like(tensor)
+            head[token] = 1.0
+            yield name, head
+        elif name == "model.embed_tokens.weight":
+            yield name, torch.ones_like(tensor)
+        elif "layers" in name:
+            yield name, torch.zeros_like(tensor)
+        else:
+            yield name, torch.ones_like(tensor)
+
+
+def test_the_end_of_sequence_is_kept_as_a_token_and_left_out_of_the_text(
+    fresh: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    fresh.push(1, biased_towards(loaded(folders["B-untied"]), EOS))
+    (rollout,) = fresh.call("generate", PROMPTS[:1], GREEDY, [[0]])
+    (sample,) = rollout.samples
+    assert (sample.token_ids, sample.text, sample.finish) == ((EOS,), "", Finish.STOP)
+
+
+def test_a_stop_string_ends_the_text_and_a_limit_cuts_it(fresh: RemoteEngine, folders: dict[str, Path]) -> None:
+    fresh.push(1, biased_towards(loaded(folders["B-untied"]), 77))
+    (rollout,) = fresh.call("generate", PROMPTS[:1], Sampling(temperature=0.0, max_tokens=3), [[0]])
+    (cut,) = rollout.samples
+    assert (cut.token_ids, cut.text.split(), cut.finish) == ((77,) * 3, ["w77"] * 3, Finish.LENGTH)
+    stopping = Sampling(temperature=0.0, max_tokens=3, stop=("7 w",))
+    (rollout,) = fresh.call("generate", PROMPTS[:1], stopping, [[0]])
+    (stopped,) = rollout.samples
+    assert (stopped.token_ids, stopped.text.strip(), stopped.finish) == ((77,) * 2, "w7", Finish.STOP)
+
+
+def test_too_long_prompts_and_missing_seeds_are_refused(engine: RemoteEngine) -> None:
+    with pytest.raises(EngineError, match="prompt p0: must have 1 to 3 tokens to leave room for 61 more"):
+        engine.call("generate", PROMPTS[:1], Sampling(temperature=0.0, max_tokens=61), [[0]])
+    with pytest.raises(EngineError, match="every prompt needs its seeds"):
+        engine.call("generate", PROMPTS[:2], GREEDY, [[0], []])
+
+
+def test_an_aborted_push_is_reported_and_the_next_one_heals_it(engine: RemoteEngine, folders: dict[str, Path]) -> None:
+    tensors = named_weights(loaded(folders["A-untied"]))
+
+    def failing() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors[: len(tensors) // 2 + 1]  # within a layer
+        raise RuntimeError("a training rank died")
+
+    engine.ask("receive", 9)
+    with pytest.raises(RuntimeError, match="a training rank died"):
+        engine.channel.send(9, failing(), chunk_bytes=50_000)
+    with pytest.raises(EngineError, match="version 9: the sender gave up: RuntimeError: a training rank died"):
+        engine.answer()
+    assert engine.call("version") is None
+    with pytest.raises(EngineError, match="the last push failed"):
+        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+    model = loaded(folders["B-untied"])
+    engine.push(10, iter(named_weights(model)))
+    assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+
+
+def test_a_tensor_that_the_model_does_not_know_fails_the_push_alone(
+    engine: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    model = loaded(folders["B-untied"])
+    engine.ask("receive", 9)
+    engine.channel.send(9, [("model.layers.0.mlp.no_such.weight", torch.zeros(300, 300)), *named_weights(model)])
+    with pytest.raises(EngineError, match="no_such"):
+        engine.answer()
+    engine.push(10, iter(named_weights(model)))
+    assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+
+
+def test_a_sender_that_leaves_in_the_middle_is_reported(folders: dict[str, Path]) -> None:
+    with running(folders["A-untied"]) as engine:
+
+        def leaving() -> Iterator[tuple[str, Tensor]]:
+            yield from named_weights(loaded(folders["B-untied"]))[:4]
+            engine.channel.close()
+            yield "never.sent", torch.zeros(50_000)
+
+        engine.ask("receive", 1)
+        with pytest.raises(TransferError, match="the channel is closed"):
+            engine.channel.send(1, leaving(), chunk_bytes=1)
+        with pytest.raises(EngineError, match=r"TransferError: version 1: rank 1 waited .* for rank 0, the sender"):
+            engine.answer()
+        assert engine.call("version") is None
+
+
+def test_weights_that_are_no_numbers_are_refused(engine: RemoteEngine, folders: dict[str, Path]) -> None:
+    broken = ((name, tensor * torch.nan) for name, tensor in named_weights(loaded(folders["B-untied"])))
+    engine.push(8, broken)
+    with pytest.raises(EngineError, match="every log-prob must be finite"):
+        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)

@@ -1,0 +1,130 @@
+"""Two PPO steps on Ray, megatron-core (policy TP2, critic PP2) and vLLM, and how a run ends when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., list[str]]
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_step(run_dir: Path, process: subprocess.Popen[str], deadline_s: float = 180) -> None:
+    end = time.monotonic() + deadline_s
+    while not any("rollout/score" in record for record in records(run_dir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no step was finished in time"
+        time.sleep(0.2)
+
+
+def process_of(run_dir: Path, worker: str) -> int:
+    listed = json.loads((run_dir / "logs" / "processes.json").read_text())
+    return next(int(entry["pid"]) for entry in listed if entry["worker"] == worker)
+
+
+def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
+    done = subprocess.run(train_command("steps=2", "ppo.critic_warmup_steps=0"), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    steps = [record for record in records(run) if "rollout/score" in record]
+    assert [step["step"] for step in steps] == [0, 1]
+    for step in steps:
+        assert step["experience/engine_gap_max"] < 1e-3
+        assert step["policy/grad_norm"] > 0
+        assert step["critic/grad_norm"] > 0
+        assert step["push/probe_max_abs"] < 1e-3
+        assert step["rollout/samples"] == 64
+    assert [step["rollout/policy_version"] for step in steps] == [0, 1]
+    assert abs(steps[0]["experience/kl"]) < 1e-6 < abs(steps[1]["experience/kl"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "length_before", "length_after", "steps", "seconds"} <= summary.keys()
+    assert summary["steps"] == 2
+    for name in ("config.json", "curve.png", "samples.jsonl", "tensorboard", "checkpoints/step_000002/hf/config.json"):
+        assert (run / name).exists(), name
+
+
+def test_a_run_resumes_from_its_checkpoint(train_command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps in (1, 2):
+        command = train_command(f"steps={steps}", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1")
+        subprocess.run(command, check=True, timeout=200, capture_output=True)
+    steps_done = [record for record in records(run) if "rollout/score" in record]
+    assert [step["step"] for step in steps_done] == [0, 1]
+    assert [step["rollout/policy_version"] for step in steps_done] == [0, 1]
+    assert steps_done[1]["experience/kl"] != pytest.approx(0, abs=1e-7), "the policy must be the one that was saved"
+
+
+def test_a_killed_engine_ends_the_run_with_its_cause(train_command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = train_command("steps=500", "ppo.critic_warmup_steps=0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(run, process)
+        engine = process_of(run, "engine")
+        os.kill(engine, signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=90)
+        assert time.monotonic() - killed < 60
+    assert process.returncode == 1
+    assert f"engine (pid {engine} on " in errors
+    assert "signal 9 (SIGKILL)" in errors
+    assert "who sent it is not known" in errors
+    assert re.search(r"its last phase: (idle after )?(generate|receive|score)", errors)
+    assert re.search(r"at step \d+, last phase \w+", errors)
+
+
+def test_an_exception_in_a_rank_ends_the_run_with_its_cause(train_command: Command, task: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(task / "model", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    done = subprocess.run(
+        train_command("steps=1", f"model.path={broken}"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert re.search(r"(policy|critic) rank \d failed in start|engine failed in start", done.stderr), done.stderr
+    assert "model.safetensors" in done.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_run(train_command: Command, tmp_path: Path, sent: signal.Signals) -> None:
+    run = tmp_path / "run"
+    command = train_command("steps=500", "policy.layout.tensor=1", "critic.layout.pipeline=1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(run, process)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("ppo.clip_lo=0.1", "did you mean ppo.clip_low?"),
+        ("ppo.minibatch_samples=48", "nearest: 64"),
+        ("data.train=missing.jsonl", "no such file: missing.jsonl"),
+        ("policy.layout.tensor=64", "possible: [1, 2]"),
+        ("policy.layout.data=64", "this machine has"),
+        ("rollout.max_response_tokens=5000", "must fit the model's 512 positions"),
+    ],
+)
+def test_bad_settings_are_told_in_seconds(train_command: Command, setting: str, says: str) -> None:
+    started = time.monotonic()
+    done = subprocess.run(train_command("steps=1", setting), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 5

@@ -1,0 +1,249 @@
+"""Stand-ins to test the loop by itself: a policy that is one row of logits, and an engine that samples from its copy.
+
+Nothing of Megatron, vLLM or Ray; the mathematics is the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batches import (
+    ExperienceBatch,
+    LossTerms,
+    MicroBatch,
+    Minibatch,
+    TokenOutputs,
+    TokenRows,
+    ValueOutputs,
+)
+from megatron_rl.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling, Score
+from megatron_rl.experience.collect import FreshRollouts
+from megatron_rl.experience.prompts import PromptStream
+from megatron_rl.interfaces import UpdateResult
+from megatron_rl.maths.kl import KlControl
+from megatron_rl.maths.losses import PolicyLoss, ValueLoss
+from megatron_rl.metrics import MetricLog
+from megatron_rl.ppo import Run
+
+VOCABULARY = 8
+RIGHT = 5
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Work that was done when it was asked for."""
+
+    value: Any
+
+    def result(self) -> Any:
+        return self.value
+
+
+def as_micro_batch(minibatch: Minibatch[ExperienceBatch]) -> MicroBatch:
+    """The minibatch's rows, packed by plain indexing: every response token, nothing else."""
+    source, rows = minibatch.source, minibatch.rows
+    batch = source.rollouts
+    mask = batch.response_mask[rows]
+    picked = {
+        name: getattr(source, name)[rows][mask]
+        for name in ("old_logprobs", "values", "advantages", "returns")
+    }
+    tokens = batch.tokens[rows][mask]
+    return MicroBatch(
+        inputs=tokens,
+        targets=tokens,
+        positions=torch.arange(len(tokens)),
+        cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32),
+        max_length=len(tokens),
+        loss_mask=torch.ones(len(tokens), dtype=torch.bool),
+        loss_weight=minibatch.loss_weight[mask],
+        rollout_logprobs=batch.rollout_logprobs[rows][mask],
+        ref_logprobs=None if source.ref_logprobs is None else source.ref_logprobs[rows][mask],
+        **picked,
+    )
+
+
+def _step(terms: LossTerms, batch: MicroBatch, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Ready:
+    optimizer.zero_grad()
+    (terms.total / len(batch.targets)).backward()
+    norm = float(parameter.grad.norm()) if parameter.grad is not None else 0.0
+    optimizer.step()
+    metrics = {name: float(value) / len(batch.targets) for name, value in terms.metrics.items()}
+    return Ready(UpdateResult(metrics=metrics, grad_norm=norm, learning_rate=optimizer.param_groups[0]["lr"]))
+
+
+class BanditPolicy:
+    """The same distribution over tokens at every place."""
+
+    def __init__(self, lr: float = 0.2) -> None:
+        self.logits = torch.zeros(VOCABULARY, requires_grad=True)
+        self._optimizer = torch.optim.Adam([self.logits], lr=lr)
+        self.updates = 0
+
+    def logprobs(self, batch: TokenRows) -> Ready:
+        with torch.no_grad():
+            return Ready(torch.where(batch.response_mask, self.logits.log_softmax(0)[batch.tokens], 0.0))
+
+    def update(self, minibatch: Minibatch[ExperienceBatch], loss: Any) -> Ready:
+        self.updates += 1
+        batch = as_micro_batch(minibatch)
+        logprobs = self.logits.log_softmax(0)
+        entropy = -(logprobs.exp() * logprobs).sum().expand(len(batch.targets))
+        outputs = TokenOutputs(logprobs=logprobs[batch.targets], entropy=entropy)
+        return _step(loss(outputs, batch), batch, self.logits, self._optimizer)
+
+
+class FrozenPolicy:
+    """A reference."""
+
+    def __init__(self, policy: BanditPolicy) -> None:
+        self._frozen = BanditPolicy()
+        self._frozen.logits = policy.logits.detach().clone()
+
+    def logprobs(self, batch: TokenRows) -> Ready:
+        return self._frozen.logprobs(batch)
+
+
+class ConstantCritic:
+    """One value for every state."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        self.value = torch.zeros((), requires_grad=True)
+        self._optimizer = torch.optim.Adam([self.value], lr=lr)
+        self.updates = 0
+
+    def values(self, batch: TokenRows) -> Ready:
+        return Ready(batch.response_mask * self.value.detach())
+
+    def update(self, minibatch: Minibatch[ExperienceBatch], loss: Any) -> Ready:
+        self.updates += 1
+        batch = as_micro_batch(minibatch)
+        outputs = ValueOutputs(values=self.value.expand(len(batch.targets)))
+        return _step(loss(outputs, batch), batch, self.value, self._optimizer)
+
+
+class BanditEngine:
+    """Samples one token per seed from its own copy of the logits."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(VOCABULARY)
+        self.version = -1
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt=prompt,
+                samples=tuple(self._sample(sampling, seed) for seed in prompt_seeds),
+                policy_version=self.version,
+            )
+            for prompt, prompt_seeds in zip(prompts, seeds, strict=True)
+        ]
+
+    def _sample(self, sampling: Sampling, seed: int) -> Sample:
+        logprobs = self.logits.log_softmax(0)
+        generator = torch.Generator().manual_seed(seed)
+        greedy = sampling.temperature == 0
+        token = int(logprobs.argmax() if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator))
+        return Sample(
+            token_ids=(token,), logprobs=(float(logprobs[token]),), text=str(token), finish=Finish.STOP
+        )
+
+
+@dataclass
+class CopyingSync:
+    """Hands the policy's logits to the engine; ``dead=True`` forgets to, after the first time."""
+
+    policy: BanditPolicy
+    engine: BanditEngine
+    dead: bool = False
+    versions: list[int] = field(default_factory=list)
+
+    def push(self, version: int) -> Mapping[str, float]:
+        if not (self.dead and self.versions):
+            self.engine.logits = self.policy.logits.detach().clone()
+            self.engine.version = version
+        self.versions.append(version)
+        return {"bytes": 4.0 * VOCABULARY}
+
+
+class ExactScorer:
+    """+1 for the answer, -1 otherwise."""
+
+    def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
+        return [
+            Score(value=1.0 if text == answer else -1.0, parts={"correct": float(text == answer), "boxed": 1.0})
+            for text, answer, _ in requests
+        ]
+
+
+@dataclass
+class RecordingCheckpoints:
+    """Remembers which steps were saved."""
+
+    steps: list[int] = field(default_factory=list)
+
+    def save(self, step: int) -> None:
+        self.steps.append(step)
+
+
+def fake_config(run_dir: Path, **changes: Any) -> RunConfig:
+    """A configuration for the fakes; paths are never opened."""
+    trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1e-3))
+    config = RunConfig(
+        run_dir=run_dir,
+        steps=6,
+        prompts_per_step=16,
+        model=ModelConfig(path=Path("none"), dtype="float32"),
+        data=DataConfig(train=Path("none"), heldout=Path("none")),
+        policy=trainer,
+        critic=trainer,
+        rollout=RolloutConfig(samples_per_prompt=4, max_response_tokens=4),
+        ppo=PPOConfig(minibatch_samples=16, kl_coef=0.01),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
+    """A whole run on fakes."""
+    prompts = tuple(Prompt(id=str(i), token_ids=(1, 2), answer=str(RIGHT), source="fake") for i in range(40))
+    policy, engine, scorer = BanditPolicy(), BanditEngine(), ExactScorer()
+    return Run(
+        config=config,
+        start_step=start_step,
+        collect=FreshRollouts(
+            prompts=PromptStream(prompts, config.seed),
+            engine=engine,
+            rewards=scorer,
+            config=config.rollout,
+            seed=config.seed,
+        ),
+        engine=engine,
+        rewards=scorer,
+        policy=policy,
+        reference=FrozenPolicy(policy),
+        critic=ConstantCritic(),
+        policy_loss=PolicyLoss(clip_low=0.2, clip_high=0.2),
+        value_loss=ValueLoss(clip=0.2),
+        kl_control=KlControl(config.ppo.kl_coef),
+        weights=CopyingSync(policy, engine),
+        checkpoints=RecordingCheckpoints(),
+        heldout=prompts[:4],
+        forced_eos=None,
+        metrics=MetricLog(config.run_dir, total_steps=config.steps, tensorboard=False, wandb_project=None),
+    )

@@ -1,0 +1,80 @@
+"""Questions become prompts in an order that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megatron_rl.config.schema import DataConfig
+from megatron_rl.dataflow import Prompt
+from megatron_rl.experience.collect import sample_seed
+from megatron_rl.experience.prompts import PromptStream, load_prompts
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "Q": 1, "one": 2, "two": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return words
+
+
+def write(file: Path, *rows: object) -> Path:
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def config(file: Path, **changes: object) -> DataConfig:
+    return DataConfig(**{"train": file, "heldout": file, "template": "Q {question}", "max_prompt_tokens": 2, **changes})
+
+
+def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(
+        tmp_path / "q.jsonl", {"question": "one", "answer": 1}, {"question": "one two", "answer": "2", "id": "x"}
+    )
+    loaded = load_prompts(file, tokenizer, config(file))
+    assert loaded.prompts == (Prompt(id="0", token_ids=(1, 2), answer="1", source="q"),)
+    assert loaded.dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "says"), [("{broken", r"q.jsonl:1: .*JSON"), ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]")]
+)
+def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, says: str) -> None:
+    file = write(tmp_path / "q.jsonl", row)
+    with pytest.raises(ValueError, match=says):
+        load_prompts(file, tokenizer, config(file))
+
+
+def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
+    with pytest.raises(ValueError, match="no prompt has between 1 and data.max_prompt_tokens=2"):
+        load_prompts(file, tokenizer, config(file))
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(count)]
+
+
+def test_every_epoch_visits_every_prompt_once_in_another_order() -> None:
+    stream = PromptStream(prompts(10), seed=3)
+    first, second = ([p.id for p in stream.take(10)] for _ in range(2))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_a_restored_stream_goes_on_where_the_other_stood() -> None:
+    stream = PromptStream(prompts(7), seed=3)
+    stream.take(5)
+    other = PromptStream(prompts(7), seed=3)
+    other.restore(stream.state())
+    assert [p.id for p in other.take(9)] == [p.id for p in stream.take(9)]
+
+
+def test_sample_seeds_depend_on_each_part_and_fit_a_signed_integer() -> None:
+    seeds = {sample_seed(0, 0, "a", 0), sample_seed(1, 0, "a", 0), sample_seed(0, 1, "a", 0), sample_seed(0, 0, "b", 0)}
+    assert len(seeds | {sample_seed(0, 0, "a", 1)}) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(0, 0, "a", 0) == sample_seed(0, 0, "a", 0)

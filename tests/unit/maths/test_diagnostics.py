@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_rl.maths.diagnostics import explained_variance, logprob_gap
+
+MASK = torch.tensor([[True, True, False], [True, True, False]])
+
+
+def rows(*values):
+    return torch.tensor([[values[0], values[1], math.nan], [values[2], values[3], math.inf]])
+
+
+def test_explained_variance_by_hand():
+    # returns 0, 2, 4, 6: variance 5. errors 0, 1, 1, 2: mean 1, variance 0.5.
+    assert explained_variance(rows(0.0, 1.0, 3.0, 4.0), rows(0.0, 2.0, 4.0, 6.0), MASK) == pytest.approx(0.9)
+
+
+def test_a_perfect_critic_explains_everything_and_a_constant_one_nothing():
+    returns = rows(0.0, 2.0, 4.0, 6.0)
+    assert explained_variance(returns, returns, MASK) == pytest.approx(1.0)
+    assert explained_variance(rows(7.0, 7.0, 7.0, 7.0), returns, MASK) == pytest.approx(0.0)
+
+
+def test_constant_returns_give_zero():
+    assert explained_variance(rows(0.0, 2.0, 4.0, 6.0), rows(0.1, 0.1, 0.1, 0.1), MASK) == 0.0
+    assert explained_variance(rows(0.0, 2.0, 4.0, 6.0), rows(0.0, 2.0, 4.0, 6.0), MASK & False) == 0.0
+
+
+def test_the_gap_between_trainer_and_engine_by_hand():
+    gap = logprob_gap(rows(-1.0, -2.0, -1.5, -3.0), rows(-1.0, -2.5, -1.0, -3.0), MASK)
+    assert gap.mean_abs == pytest.approx(0.25)
+    assert gap.max_abs == pytest.approx(0.5)
+    # trainer - engine: 0, 0.5, -0.5, 0 -> exp(d) - 1 - d
+    assert gap.k3 == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-0.5) - 0.5) / 4)
+
+
+def test_a_gap_over_nothing_is_zero():
+    gap = logprob_gap(rows(-1.0, -2.0, -1.5, -3.0), rows(0.0, 0.0, 0.0, 0.0), MASK & False)
+    assert (gap.mean_abs, gap.max_abs, gap.k3) == (0.0, 0.0, 0.0)

@@ -1,0 +1,329 @@
+"""Extraction and equality of answers, on hand-written pairs."""
+
+from __future__ import annotations
+
+import ast
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.rewards import answers
+from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, last_boxed, rational
+from megatron_rl.rewards.notation import normalise, split_top, split_unit
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so $\boxed{118}$.", "118"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\boxed{\left\{ 1, 2 \right.}", r"\left\{ 1, 2 \right."),
+        (r"\boxed{}", ""),
+        (r"\boxed{\frac{1}{2", r"\frac{1}{2"),
+        (r"\boxed{1} then \boxed{2", "2"),
+        ("boxed 118", None),
+        ("the answer is 118", None),
+        ("", None),
+    ],
+)
+def test_last_boxed_gives_the_content_of_the_last_box(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(r"\boxed{1} then \boxed{2", "1"), (r"\boxed{2", None), (r"\boxed{1} then \boxed{2}", "2")],
+)
+def test_last_boxed_ignores_a_truncated_box_on_request(text: str, expected: str | None) -> None:
+    assert last_boxed(text, closed=True) == expected
+
+
+def test_extraction_takes_linear_time_on_many_unclosed_boxes() -> None:
+    begin = time.perf_counter()
+    assert last_boxed(r"\boxed{" * 20_000, closed=True) is None
+    assert time.perf_counter() - begin < 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I should have boxed 118", "118"),
+        (r"\boxed{118}$ and so on", "118"),
+        (r"\boxed 118$ and so on", "118"),
+        (r"\boxed{\frac{1}{2", r"\frac{1}{2"),
+        (r"\boxed{1} or rather boxed{2}", "2"),
+    ],
+)
+def test_the_seed_reads_what_follows_the_last_word_boxed(text: str, expected: str) -> None:
+    assert after_last_word_boxed(text) == expected
+
+
+def test_text_is_cut_at_the_earliest_stop_string() -> None:
+    stops = ("<|im_end|>", "</s>")
+    assert cut_at_stop(r"no </s> \boxed{1}<|im_end|>", stops) == "no "
+    assert cut_at_stop("no stop", stops) == "no stop"
+    assert cut_at_stop("all of it</s>", ()) == "all of it</s>"
+
+
+EQUAL = [
+    # spelling
+    ("118", "118"),
+    (" $118$. ", "118"),
+    (r"\(118\)", "118"),
+    (r"\[118\]", "118"),
+    (r"\dfrac{1}{4}", r"\frac{1}{4}"),
+    (r"\frac14", r"\frac{1}{4}"),
+    (r"\tfrac37", "3/7"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    (r"\frac{1}{2", r"\frac{1}{2}"),
+    (r"\sqrt3", r"\sqrt{3}"),
+    ("x^{2}+1", "x^2 + 1"),
+    ("½", r"\frac{1}{2}"),
+    ("x²", "x^2"),
+    ("\u22125", "-5"),
+    ("2√3", r"2\sqrt{3}"),
+    ("\uff13", "3"),
+    ("5\u200b", "5"),
+    # exact numbers
+    ("0.25", r"\frac{1}{4}"),
+    ("-0.5", r"-\frac{1}{2}"),
+    (r"\frac{-1}{2}", r"\frac{1}{-2}"),
+    ("+5", "5"),
+    ("5.00", "5"),
+    ("033", "33"),
+    (".5", "1/2"),
+    ("2/4", "1/2"),
+    (r"1\frac{1}{2}", "3/2"),
+    ("1 1/2", "1.5"),
+    (r"0.\overline{3}", "1/3"),
+    (r"0.1\overline{6}", "1/6"),
+    (r"1.5\times10^{6}", "1500000"),
+    (r"1.5 \cdot 10^6", "1.5e6"),
+    ("1,234", "1234"),
+    ("1,234,567.5", "1234567.5"),
+    (r"1{,}234", "1234"),
+    (r"1\,234\,567", "1234567"),
+    (r"1,\!234", "1234"),
+    ("five", "5"),
+    # units, labels, signs on one side
+    (r"30\text{ minutes}", "30"),
+    ("5 cm", "5"),
+    (r"5~\mathrm{cm}", r"5\text{ centimeters}"),
+    (r"36\text{ square inches}", r"36\text{ in}^2"),
+    (r"45^\circ", "45"),
+    ("45°", r"45^{\circ}"),
+    (r"\$18", "18"),
+    (r"50\%", "50"),
+    ("0.25", r"25\%"),
+    (r"25\%", "0.25"),
+    ("1011_2", "1011_{2}"),
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    ("5=x", "x=5"),
+    (r"x \in [1,2)", "[1,2)"),
+    ("(x,y)=(1,2)", "(1,2)"),
+    # words and choices
+    (r"\text{east}", "East"),
+    (r"\text{(B)}", "B"),
+    (r"\textbf{(B) }5", "B"),
+    (r"\mathrm{yes}", "Yes"),
+    # lists, tuples, sets, intervals
+    ("(4, -2, 3)", "(4,-2,3)"),
+    ("(1,4.5)", r"(1,\frac{9}{2})"),
+    ("1, 2", "(1,2)"),
+    (r"\{3, 1, 2\}", r"\{1,2,3\}"),
+    ("2,1", "1,2"),
+    (r"\{5\}", "5"),
+    (r"3 \text{ and } 5", "5,3"),
+    (r"\pm 3", "3,-3"),
+    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
+    ("(1,2),(3,4)", "(3,4),(1,2)"),
+    (r"\bigl(1,5\bigr]", "(1,5]"),
+    (r"(1,\infty)\cup(-\infty,0]", r"(-\infty,0] \cup (1,+\infty)"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"\varnothing", r"\emptyset"),
+    # formulas: the second opinion
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+    ("2^{10}", "1024"),
+    ("x+2x+1", "3x+1"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("-34x-45y+20z-100=0", "34x+45y-20z+100=0"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"(\sqrt{4},1)", "(2,1)"),
+    (r"\sqrt[3]{4}", r"4^{\frac13}"),
+]
+
+NOT_EQUAL = [
+    ("117", "118"),
+    ("", "118"),
+    ("118", ""),
+    # no factor of 100, no tolerance
+    ("50", "0.5"),
+    ("0.5", "50"),
+    ("500", "5"),
+    (r"500\%", "0.5"),
+    (r"12.5\%", "1.25"),
+    ("10001", "10000"),
+    ("0.3333333333", "1/3"),
+    ("3.14159", r"\pi"),
+    (r"\sqrt{2}", "1.41421356"),
+    ("0", "2.88e-19"),
+    ("1267650600228229401496703205377", "1267650600228229401496703205376"),
+    ("1/0", "0"),
+    # signs, digits, powers
+    ("-5", "5"),
+    ("1 2", "12"),
+    ("12", r"\frac12"),
+    ("x^2", "2x"),
+    ("x²", "x2"),
+    ("10^5", "105"),
+    ("12.345", "12345"),
+    ("10,80", "10{,}080"),
+    # brackets and order
+    ("[1,2)", "(1,2)"),
+    ("(1,2]", "(1,2)"),
+    ("(5,1]", "(1,5]"),
+    (r"\{1,2\}", "(1,2)"),
+    ("[1,2]", r"\{1,2\}"),
+    ("(2,1)", "(1,2)"),
+    ("(1,2,3)", "(1,2)"),
+    ("1", "1,2"),
+    ("1,2", "1"),
+    ("1,1", "1,2"),
+    ("(1,4),(3,2)", "(1,2),(3,4)"),
+    (r"(-\infty,0)\cap(1,\infty)", r"(-\infty,0)\cup(1,\infty)"),
+    (r"(-\infty,0)", r"(-\infty,0)\cup(1,\infty)"),
+    ("3", r"\pm 3"),
+    # units, labels, words, choices
+    (r"5\text{ hours}", r"5\text{ minutes}"),
+    (r"36\text{ inches}", r"36\text{ square inches}"),
+    (r"5\text{ s}", r"5\text{ m}"),
+    (r"1.5\text{ million}", "1.5"),
+    ("1011_3", "1011_2"),
+    ("x=5", "y=5"),
+    ("x=6", "5"),
+    ("f(5)=2", "5"),
+    ("west", r"\text{east}"),
+    (r"\text{not even}", "even"),
+    ("abcd", "dcba"),
+    ("A", "B"),
+    (r"\textbf{(A) }5 \textbf{ or (B) }6", "B"),
+    ("A,B,C,D,E", "E"),
+    ("x", "X"),
+    # formulas
+    ("x^2-y^2=4", "x^2+y^2=4"),
+    ("x<3", "x>3"),
+    (r"\sqrt{3}", r"\sqrt{2}"),
+    ("3x+2", "3x+1"),
+    (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+]
+
+
+@pytest.mark.parametrize(("pred", "gold"), EQUAL)
+def test_equal_answers(pred: str, gold: str) -> None:
+    assert equal(pred, gold)
+
+
+@pytest.mark.parametrize(("pred", "gold"), NOT_EQUAL)
+def test_different_answers(pred: str, gold: str) -> None:
+    assert not equal(pred, gold)
+
+
+HOSTILE = [
+    "__import__('os').system('touch X')",
+    "open('X','w')",
+    r"\pi + len([open('X','w')])",
+    r"\text{__import__('os').system('touch X')}",
+    "exec(chr(112)+chr(97))",
+    "[open('X','w'),2]",
+    "().__class__.__base__.__subclasses__()",
+    "lambda: 5",
+    "5 if True else 6",
+    "9**9**9**9",
+    "9^{9^{9^9}}",
+    r"9^{\frac{9^9}{1}}",
+    "((9^99)^99)^99",
+    "100000000!",
+    "9!!!!",
+    r"\binom{10^9}{5\cdot10^8}",
+    "1e999999999",
+    r"10^{999999999}",
+    "(" * 400 + "5" + ")" * 400,
+    "{" * 400 + "5",
+    r"\frac{1}{" * 300 + "2",
+    r"\sqrt{" * 100 + "2",
+    "1," * 400,
+    "9" * 100_000,
+    "\ud800",
+    "\x00",
+]
+
+
+@pytest.mark.parametrize("gold", ["7", r"\sqrt{2}", r"\pi", r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"])
+def test_hostile_text_is_wrong_runs_nothing_and_takes_no_time(
+    gold: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    equal(r"\sqrt{4}", "2")  # the import is not what is timed
+    for text in HOSTILE:
+        begin = time.process_time()
+        assert not equal(text, gold), text
+        assert not equal(gold, text), text
+        assert time.process_time() - begin < 1.0, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_module_of_the_package_evaluates_text() -> None:
+    files = sorted(Path(answers.__file__).parent.glob("*.py"))
+    assert {"answers.py", "notation.py", "rules.py", "worker.py"} <= {file.name for file in files}
+    called = {
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute))
+    }
+    assert "fullmatch" in called  # the walk sees calls
+    assert called.isdisjoint({"eval", "exec", "sympify", "parse_expr", "parse_latex", "lambdify"})
+
+
+@given(numerator=st.integers(-(10**30), 10**30), denominator=st.integers(1, 10**12))
+def test_rational_reads_every_fraction_exactly(numerator: int, denominator: int) -> None:
+    value = Fraction(numerator, denominator)
+    assert rational(f"{numerator}/{denominator}") == value
+    assert rational(rf"\frac{{{numerator}}}{{{denominator}}}") == value
+    assert equal(f"{numerator + 1}/{denominator}", f"{numerator}/{denominator}") is False
+
+
+@given(st.text(alphabet="0123456789abx+-*/^_=<>(){}[],.!$% \\\n'\"", max_size=40))
+def test_normalise_never_fails_and_rational_reads_no_garbage(text: str) -> None:
+    plain = normalise(text)
+    value = rational(plain)
+    assert value is None or any(digit in plain for digit in "0123456789")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5", ("5", "")),
+        (r"36\text{ square inches}", ("36", "inch^2")),
+        (r"12\text{ cm}^3", ("12", "cm^3")),
+        (r"45\degree", ("45", "degree")),
+        (r"10\text{ m/s}", ("10", "m/s")),
+        (r"x\text{ or }y", (r"x\text{ or }y", "")),
+        (r"\text{east}", (r"\text{east}", "")),
+    ],
+)
+def test_split_unit(text: str, expected: tuple[str, str]) -> None:
+    assert split_unit(text) == expected
+
+
+def test_split_top_leaves_brackets_whole() -> None:
+    assert split_top(r"(1,2),[3,4),\{5,6\},{7,8}", ",") == ["(1,2)", "[3,4)", r"\{5,6\}", "{7,8}"]

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from megatron_rl.config.load import ConfigError, dump, load
+from megatron_rl.config.schema import RunConfig, SFTConfig
+
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 384,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 3,
+}
+
+PPO = """
+run_dir = "runs/test"
+steps = 4
+prompts_per_step = 8
+
+[model]
+path = "model"
+
+[data]
+train = "train.jsonl"
+heldout = "heldout.jsonl"
+max_prompt_tokens = 64
+
+[rollout]
+samples_per_prompt = 4
+max_response_tokens = 48
+
+[ppo]
+minibatch_samples = 16
+
+[policy]
+layout = { tensor = 2 }
+[policy.optimizer]
+lr = 1e-4
+
+[critic]
+[critic.optimizer]
+lr = 1e-3
+"""
+
+SFT = """
+run_dir = "runs/warmup"
+output = "runs/base"
+data = "train.jsonl"
+steps = 3
+samples_per_step = 4
+[model]
+path = "model"
+[trainer.optimizer]
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a model, data and both configurations."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(MODEL))
+    Path("model/tokenizer.json").write_text("{}")
+    Path("train.jsonl").touch()
+    Path("heldout.jsonl").touch()
+    Path("ppo.toml").write_text(PPO)
+    Path("sft.toml").write_text(SFT)
+    return tmp_path
+
+
+def problems(*overrides, root=RunConfig, files=("ppo.toml",)):
+    with pytest.raises(ConfigError) as failure:
+        load(root, [Path(file) for file in files], overrides)
+    first, *lines = str(failure.value).splitlines()
+    assert first == f"{len(lines)} problem(s) in the configuration:"
+    return [line.strip() for line in lines]
+
+
+def test_a_file_becomes_a_configuration(folder):
+    config = load(RunConfig, [Path("ppo.toml")])
+    assert (config.steps, config.samples_per_step, config.updates_per_step) == (4, 32, 2)
+    assert config.policy.layout.tensor == 2
+    assert config.critic.optimizer.lr == 1e-3
+    assert config.ppo.clip_high == 0.2
+    assert load(SFTConfig, [Path("sft.toml")]).trainer.optimizer.lr == 1e-3
+
+
+def test_later_files_and_overrides_win(folder):
+    Path("more.toml").write_text("steps = 5\n[ppo]\nclip_high = 0.28\n")
+    overrides = ["ppo.clip_low=0.1", "model.dtype=float32", "rollout.stop=['a', 'b']", "policy.layout.tensor=1"]
+    config = load(RunConfig, [Path("ppo.toml"), Path("more.toml")], overrides)
+    assert (config.steps, config.ppo.clip_high, config.ppo.clip_low) == (5, 0.28, 0.1)
+    assert config.ppo.minibatch_samples == 16
+    assert (config.model.dtype, config.rollout.stop, config.policy.layout.tensor) == ("float32", ("a", "b"), 1)
+
+
+def test_the_resolved_configuration_is_json_and_loads_again(folder):
+    config = load(RunConfig, [Path("ppo.toml")])
+    written = json.loads(dump(config))
+    assert written["ppo"]["lam"] == 0.95
+    assert written["policy"]["layout"] == {"tensor": 2, "pipeline": 1, "data": 1, "sequence_parallel": False}
+
+
+def test_a_misspelt_key_names_the_nearest(folder):
+    assert problems("ppo.clip_lo=0.1") == ["ppo.clip_lo: unknown key; did you mean ppo.clip_low?"]
+    assert problems("policy.layout.tensr=1") == ["policy.layout.tensr: unknown key; did you mean policy.layout.tensor?"]
+    assert problems("zzz=1") == ["zzz: unknown key"]
+
+
+def test_a_wrong_type_says_what_was_found(folder):
+    (line,) = problems("ppo.clip_low=wide")
+    assert line.startswith("ppo.clip_low: Input should be a valid number")
+    assert line.endswith("got 'wide'")
+
+
+def test_numbers_out_of_range_are_refused(folder):
+    assert problems("steps=0") == ["steps: Input should be greater than 0, got 0"]
+    assert problems("ppo.dual_clip=0.5") == ["ppo: dual_clip must be above 1, got 0.5"]
+    assert problems("ppo.kl_in=loss", "ppo.kl_target=6.0") == [
+        "ppo: kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+    ]
+
+
+def test_what_is_required_must_be_set(folder):
+    Path("empty.toml").touch()
+    assert problems(files=("empty.toml",)) == [
+        f"{key}: required, not set"
+        for key in ("run_dir", "steps", "prompts_per_step", "model", "data", "policy", "critic")
+    ]
+
+
+def test_all_problems_come_together(folder):
+    found = problems("ppo.clip_lo=0.1", "steps=many", "engine.kv_cache=1")
+    assert [line.partition(":")[0] for line in sorted(found)] == ["engine.kv_cache", "ppo.clip_lo", "steps"]
+    Path("train.jsonl").unlink()
+    found = problems("ppo.minibatch_samples=5", "policy.layout.tensor=3", "rollout.max_response_tokens=1000")
+    assert [line.partition(":")[0] for line in found] == [
+        "data",
+        "ppo.minibatch_samples",
+        "policy.layout",
+        "policy.layout",
+        "rollout.max_response_tokens",
+    ]
+
+
+def test_a_minibatch_that_does_not_divide_names_the_nearest_size(folder):
+    assert problems("ppo.minibatch_samples=15") == [
+        "ppo.minibatch_samples: must divide the 32 samples of a step (8 prompts x 4), got 15; nearest: 16"
+    ]
+
+
+def test_missing_files_are_named(folder):
+    assert problems("data.heldout=nowhere.jsonl") == ["data: heldout: no such file: nowhere.jsonl"]
+    assert problems("model.path=nowhere") == ["model.path: no config.json in nowhere"]
+    assert problems("data=nowhere.jsonl", root=SFTConfig, files=("sft.toml",)) == ["data: no such file: nowhere.jsonl"]
+    assert problems(files=("nowhere.toml",)) == ["nowhere.toml: cannot be read: No such file or directory"]
+
+
+def test_prompt_and_response_must_fit_the_model(folder):
+    assert problems("rollout.max_response_tokens=449") == [
+        "rollout.max_response_tokens: prompt (64) plus response (449) must fit the model's 512 positions, got 513; "
+        "largest: 448"
+    ]
+
+
+def test_a_layout_that_does_not_divide_is_refused(folder):
+    assert problems("critic.layout.pipeline=4") == [
+        "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6]"
+    ]
+    assert problems("critic.layout.sequence_parallel=true") == [
+        "critic.layout: sequence_parallel needs tensor > 1, got tensor=1"
+    ]
+    assert problems("policy.layout.data=32") == [
+        "policy.layout.data: 32 replicas need at least as many samples in a minibatch, got 16"
+    ]
+
+
+def test_an_unreadable_file_or_override_is_a_problem_too(folder):
+    Path("broken.toml").write_text("steps = = 3\n")
+    (line,) = problems(files=("broken.toml",))
+    assert line.startswith("broken.toml: not valid TOML: ")
+    assert problems("steps") == ["steps: an override has the form key.path=value"]
+
+
+def sections(kind, path=""):
+    """Every dataclass of a schema, with the dotted path to it."""
+    yield path or kind.__name__, kind
+    hints = get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        inner = hints[item.name]
+        if dataclasses.is_dataclass(inner):
+            yield from sections(inner, f"{path}.{item.name}".lstrip("."))
+
+
+@pytest.mark.parametrize("root", [RunConfig, SFTConfig])
+def test_every_section_forbids_unknown_keys_and_is_frozen(root):
+    found = dict(sections(root))
+    assert {RunConfig: 18, SFTConfig: 7}[root] <= len(found)
+    for path, kind in found.items():
+        assert getattr(kind, "__pydantic_config__", {}).get("extra") == "forbid", path
+        assert kind.__dataclass_params__.frozen, path
+
+
+@pytest.mark.parametrize("root", [RunConfig, SFTConfig])
+def test_a_misspelt_key_is_found_in_every_section(folder, root):
+    file = "ppo.toml" if root is RunConfig else "sft.toml"
+    for path, kind in sections(root):
+        key = "misspelt_key" if kind is root else f"{path}.misspelt_key"
+        assert any(line.startswith(f"{key}: unknown key") for line in problems(f"{key}=1", root=root, files=(file,)))
+
+
+def test_a_bad_configuration_is_refused_in_seconds_and_without_torch(folder):
+    program = textwrap.dedent("""
+        import sys
+        from megatron_rl.__main__ import main
+        status = main(["train", "ppo.toml", "ppo.minibatch_samples=5"])
+        sys.exit(status if "torch" not in sys.modules and "ray" not in sys.modules else 99)
+    """)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "ppo.minibatch_samples: must divide the 32 samples" in done.stderr
+    assert time.monotonic() - started < 5

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.layout import Coordinates, ParallelLayout
+
+sizes = st.integers(1, 4)
+layouts = st.builds(ParallelLayout, tensor=sizes, pipeline=sizes, data=sizes)
+
+
+def test_tensor_varies_fastest_and_pipeline_slowest():
+    layout = ParallelLayout(tensor=2, data=2, pipeline=2)
+    assert layout.world_size == 8
+    assert [layout.coordinates(rank) for rank in (0, 1, 2, 4, 7)] == [
+        Coordinates(tensor=0, data=0, pipeline=0),
+        Coordinates(tensor=1, data=0, pipeline=0),
+        Coordinates(tensor=0, data=1, pipeline=0),
+        Coordinates(tensor=0, data=0, pipeline=1),
+        Coordinates(tensor=1, data=1, pipeline=1),
+    ]
+
+
+@given(layouts)
+def test_every_rank_has_its_own_place(layout):
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert len(set(places)) == layout.world_size
+    back = [layout.rank_of(tensor=at.tensor, data=at.data, pipeline=at.pipeline) for at in places]
+    assert back == list(range(layout.world_size))
+
+
+@given(layouts)
+def test_one_rank_per_replica_reports_the_model_output(layout):
+    places = [layout.coordinates(rank) for rank in layout.reporting_ranks()]
+    assert [at.data for at in places] == list(range(layout.data))
+    assert {(at.tensor, at.pipeline) for at in places} == {(0, layout.pipeline - 1)}
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_a_rank_outside_the_layout_is_refused(rank):
+    with pytest.raises(ValueError, match=rf"rank must be in \[0, 4\), got {rank}"):
+        ParallelLayout(tensor=2, data=2).coordinates(rank)
+
+
+def test_problems_name_the_axis_and_the_size():
+    assert ParallelLayout(tensor=2, pipeline=3, data=4, sequence_parallel=True).problems() == []
+    assert ParallelLayout(tensor=0, data=-1).problems() == [
+        "tensor must be at least 1, got 0",
+        "data must be at least 1, got -1",
+    ]
+    assert ParallelLayout(sequence_parallel=True).problems() == ["sequence_parallel needs tensor > 1, got tensor=1"]
+
+
+def test_the_short_form_names_every_axis():
+    assert str(ParallelLayout(tensor=2, sequence_parallel=True, data=3)) == "TP2+SP PP1 DP3"

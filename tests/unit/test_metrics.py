@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from rich.console import Console
+
+from megatron_rl.metrics import MetricLog
+
+
+def open_log(run_dir, *, terminal=False, **settings):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=200)
+    return MetricLog(run_dir, **{"total_steps": 2, "console": console} | settings), screen
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_record_per_step_with_means_of_repeated_names(tmp_path):
+    log, _ = open_log(tmp_path / "run")
+    with log, log.step(0) as step:
+        step.update("update", {"policy": {"grad_norm": 1.0, "loss": 2}, "critic": {"grad_norm": 5.0}})
+        step.update("update", {"policy": {"grad_norm": 3.0}})
+    (record,) = records(tmp_path / "run")
+    assert record["update/policy/grad_norm"] == 2.0
+    assert record["update/policy/loss"] == 2.0
+    assert record["update/critic/grad_norm"] == 5.0
+    assert (record["step"], record["kind"], record["nonfinite"]) == (0, "step", 0)
+    assert record["time"] == pytest.approx(time.time(), abs=60)
+    assert "aborted" not in record
+
+
+def test_phases_are_timed_and_add_up(tmp_path):
+    log, _ = open_log(tmp_path)
+    with log.step(0) as step:
+        for _ in range(2):
+            with step.phase("generate"):
+                time.sleep(0.02)
+        with step.phase("push"):
+            pass
+    (record,) = records(tmp_path)
+    assert 0.04 <= record["seconds/generate"] <= record["seconds/step"]
+    assert record["seconds/push"] < 0.02
+
+
+def test_a_record_is_on_disk_when_its_step_ends(tmp_path):
+    log, _ = open_log(tmp_path)
+    for number in range(2):
+        with log.step(number):
+            pass
+        assert len(records(tmp_path)) == number + 1
+
+
+def test_values_that_are_not_finite_are_kept_and_counted(tmp_path):
+    log, screen = open_log(tmp_path)
+    with log.step(0) as step:
+        step.update("policy", {"loss": math.nan, "entropy": 1.0, "ratio": math.inf})
+        step.update("policy", {"loss": 1.0})
+    (record,) = records(tmp_path)
+    assert math.isnan(record["policy/loss"])
+    assert record["policy/ratio"] == math.inf
+    assert record["nonfinite"] == 2
+    assert "not finite after 1 steps: policy/loss, policy/ratio" in screen.getvalue()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_says_where_it_happened_and_leaves_a_partial_record(tmp_path, kind):
+    log, _ = open_log(tmp_path)
+
+    def failing_step():
+        with log.step(7) as step:
+            step.update("rollout", {"score": 0.5})
+            with step.phase("generate"):
+                pass
+            with step.phase("update"):
+                raise kind("boom")
+
+    with pytest.raises(kind) as failure:
+        failing_step()
+    assert failure.value.__notes__ == ["at step 7, last phase update"]
+    (record,) = records(tmp_path)
+    assert record["aborted"] is True
+    assert record["rollout/score"] == 0.5
+    assert record["seconds/update"] >= 0
+
+
+def test_a_failing_source_is_a_failure_of_the_step(tmp_path):
+    def source(metrics):
+        raise RuntimeError("worker gone")
+
+    log, _ = open_log(tmp_path, sources=[source])
+    with pytest.raises(RuntimeError, match="worker gone") as failure, log.step(0):
+        pass
+    assert failure.value.__notes__ == ["at step 0, last phase (none yet)"]
+    assert records(tmp_path)[0]["aborted"] is True
+
+
+def test_sources_see_the_step_and_add_to_it(tmp_path):
+    log, _ = open_log(tmp_path, sources=[lambda metrics: {"tokens_per_s": metrics["rollout/tokens"] / 2}])
+    with log.step(0) as step:
+        step.update("rollout", {"tokens": 10})
+    assert records(tmp_path)[0]["tokens_per_s"] == 5.0
+
+
+def test_a_resumed_run_appends_and_drops_a_line_that_was_cut_off(tmp_path):
+    first, _ = open_log(tmp_path)
+    with first.step(0):
+        pass
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "ki')
+    second, _ = open_log(tmp_path)
+    with second.step(1):
+        pass
+    assert [record["step"] for record in records(tmp_path)] == [0, 1]
+
+
+def test_rows_are_written_at_once(tmp_path):
+    log, _ = open_log(tmp_path)
+    with log.step(0) as step:
+        step.rows("samples", [{"response": "1+1=2"}, {"response": "\u00bd"}])
+        written = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in written] == ["1+1=2", "\u00bd"]
+
+
+def run_two_steps(log):
+    with log:
+        with log.evaluation(0) as step:
+            step.update("heldout", {"accuracy": 0.125, "format_rate": 0.5, "length_mean": 20.0})
+        for number in range(2):
+            with log.step(number) as step:
+                step.update("rollout", {"score": 0.25, "accuracy": 0.5, "format_rate": 0.75, "length_mean": 31.5})
+                step.update("experience", {"kl": 0.0123, "explained_variance": 0.4, "engine_gap_mean": 3e-6})
+                if number:
+                    step.update("policy", {"entropy": 1.5, "clip_fraction": 0.02})
+                    step.update("heldout", {"accuracy": 0.875, "format_rate": 1.0, "length_mean": 40.0})
+
+
+def test_the_console_shows_a_row_per_step_and_each_evaluation(tmp_path):
+    log, screen = open_log(tmp_path)
+    run_two_steps(log)
+    lines = screen.getvalue().splitlines()
+    assert lines[0].startswith("held-out, greedy, after 0 of 2 steps: accuracy 0.125, format 0.500, length 20.0")
+    assert lines[1].split() == ("step score accuracy format length KL entropy clipped expl.var gap seconds ETA".split())
+    assert lines[2].split()[:10] == "1/2 +0.250 0.500 0.750 31.5 0.0123 - - +0.400 3.0e-06".split()
+    assert lines[3].split()[:10] == "2/2 +0.250 0.500 0.750 31.5 0.0123 1.500 0.020 +0.400 3.0e-06".split()
+    assert lines[4].startswith("held-out, greedy, after 2 of 2 steps: accuracy 0.875")
+    assert len(lines) == 5
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    log, screen = open_log(tmp_path, terminal=True)
+    with log, log.step(0) as step, step.phase("generate"):
+        time.sleep(0.15)
+    assert "generate" in screen.getvalue()
+    assert "1/2" in screen.getvalue()
+
+
+def test_a_long_supervised_stage_shows_few_rows_and_records_all(tmp_path):
+    log, screen = open_log(tmp_path, total_steps=400)
+    for number in range(400):
+        with log.step(number) as step:
+            step.update("model", {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3})
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 22  # a header, the first step, and every twentieth
+    assert lines[-1].split()[:4] == ["400/400", "2.0000", "1.000", "1.00e-03"]
+    assert len(records(tmp_path)) == 400
+
+
+def test_tensorboard_counts_the_steps_done(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log, _ = open_log(tmp_path, tensorboard=True)
+    run_two_steps(log)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+
+    def points(name):
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    assert points("heldout/accuracy") == [(0, 0.125), (2, 0.875)]
+    assert points("rollout/score") == [(1, 0.25), (2, 0.25)]
+
+
+def test_logging_never_loads_torch(tmp_path):
+    program = f"""
+import pathlib, sys
+from megatron_rl.metrics import MetricLog
+import megatron_rl.report
+with MetricLog(pathlib.Path({str(tmp_path)!r}), total_steps=1, tensorboard=True) as log, log.step(0) as step:
+    step.update("policy", {{"loss": 1.0}})
+sys.exit(any(name in sys.modules for name in ("torch", "matplotlib", "wandb")))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda metrics, step: calls.append((step, metrics["rollout/score"])), finish=lambda: calls.append("finish")
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: calls.append(settings) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log, _ = open_log(tmp_path / "first", wandb_project="reasoning")
+    with log, log.step(4) as step:
+        step.update("rollout", {"score": 0.5})
+    assert calls == [
+        {"project": "reasoning", "name": "first", "dir": str(tmp_path / "first")},
+        (5, 0.5),
+        "finish",
+    ]
+
+
+def test_asking_for_wandb_without_having_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RuntimeError, match=r"logging.wandb_project is set to 'x'.*install wandb, or leave"):
+        open_log(tmp_path, wandb_project="x")

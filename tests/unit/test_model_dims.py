@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import UnknownArchitecture, dims_from_config, read_model_dims
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 384,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 3,
+}
+
+
+def dims(**changes):
+    return dims_from_config(CONFIG | changes)
+
+
+def test_sizes_are_read_from_a_model_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = read_model_dims(tmp_path)
+    assert (found.layers, found.hidden, found.ffn_hidden, found.heads, found.kv_heads) == (6, 64, 192, 8, 4)
+    assert (found.head_dim, found.vocabulary, found.max_positions) == (8, 384, 512)
+    assert (found.norm_eps, found.rope_theta, found.tied_embeddings) == (1e-6, 1e6, True)
+    assert (found.eos_ids, found.pad_id) == ((3,), 3)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"needs a config\.json, found none in"):
+        read_model_dims(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "qkv_bias", "qk_norm"),
+    [
+        ("LlamaForCausalLM", False, False),
+        ("MistralForCausalLM", False, False),
+        ("Qwen2ForCausalLM", True, False),
+        ("Qwen3ForCausalLM", False, True),
+    ],
+)
+def test_each_family_has_its_switches(architecture, qkv_bias, qk_norm):
+    found = dims(architectures=[architecture])
+    assert (found.qkv_bias, found.qk_norm) == (qkv_bias, qk_norm)
+
+
+def test_what_a_config_leaves_out_is_derived():
+    short = {key: value for key, value in CONFIG.items() if key not in {"num_key_value_heads", "rope_theta"}}
+    found = dims_from_config(short | {"eos_token_id": [5, 7]})
+    assert (found.kv_heads, found.rope_theta, found.eos_ids, found.pad_id) == (8, 10000.0, (5, 7), 5)
+
+
+def test_what_a_config_states_wins():
+    found = dims(head_dim=16, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert (found.head_dim, found.pad_id, found.rope_theta) == (16, 0, 5e5)
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: LlamaForCausalLM, "):
+        dims(architectures=["GPT2LMHeadModel"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling is not supported"),
+        ({"use_sliding_window": True}, "set use_sliding_window to false"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+        ({"eos_token_id": None}, "must name eos_token_id"),
+    ],
+)
+def test_settings_that_would_change_the_numbers_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dims(**change)
+
+
+def test_a_layout_that_fits_has_no_problems():
+    assert dims().layout_problems(ParallelLayout(tensor=4, pipeline=3, data=5, sequence_parallel=True)) == []
+
+
+def test_a_layout_that_does_not_divide_names_the_possible_sizes():
+    assert dims().layout_problems(ParallelLayout(tensor=8, pipeline=4)) == [
+        "tensor=8 does not divide the model's 4 key/value heads; possible: [1, 2, 4]",
+        "pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6]",
+    ]
+    assert dims().layout_problems(ParallelLayout(tensor=3)) == [
+        "tensor=3 does not divide the model's 8 attention heads; possible: [1, 2, 4]",
+        "tensor=3 does not divide the model's 4 key/value heads; possible: [1, 2, 4]",
+    ]
+    assert dims(vocab_size=385, intermediate_size=190).layout_problems(ParallelLayout(tensor=4)) == [
+        "tensor=4 does not divide the model's ffn width of 190",
+        "tensor=4 does not divide the model's vocabulary of 385",
+    ]
+
+
+def test_reading_sizes_never_loads_torch():
+    program = "import sys, megatron_rl.model_dims; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,102 @@
+"""The loop by itself, on fakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.batches import RolloutBatch
+from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig
+from megatron_rl.experience.batching import StaleRollout
+from megatron_rl.ppo import due, train
+from tests.fakes import CopyingSync, Ready, fake_config, fake_run
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_score_rises_and_every_step_pushes_its_version(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=12))
+    train(run)
+    steps = [record for record in records(tmp_path) if "rollout/score" in record]
+    assert steps[0]["rollout/accuracy"] < 0.4
+    assert steps[-1]["rollout/accuracy"] > 0.9
+    assert run.weights.versions == list(range(13))
+    assert [step["rollout/policy_version"] for step in steps] == list(range(12))
+
+
+def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
+    config = fake_config(tmp_path, steps=3, ppo=PPOConfig(minibatch_samples=16, critic_warmup_steps=2))
+    run = fake_run(config)
+    train(run)
+    assert run.critic.updates == 3 * 4
+    assert run.policy.updates == 1 * 4
+
+
+def test_a_push_that_does_not_arrive_stops_the_run_and_names_both_versions(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path))
+    stuck = CopyingSync(run.policy, run.engine, dead=True)
+    with pytest.raises(StaleRollout, match=r"version 1 .* used version 0"):
+        train(dataclasses.replace(run, weights=stuck))
+    assert run.policy.updates == 4
+
+
+def test_staleness_within_the_setting_is_allowed(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, sync=SyncConfig(max_staleness=99)))
+    train(dataclasses.replace(run, weights=CopyingSync(run.policy, run.engine, dead=True)))
+    steps = [record for record in records(tmp_path) if "rollout/score" in record]
+    assert steps[-1]["experience/engine_gap_mean"] > 0.1
+    assert steps[0]["experience/engine_gap_mean"] < 1e-6
+
+
+def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
+    config = fake_config(
+        tmp_path, steps=7, checkpoint=CheckpointConfig(every=3), evaluation=EvaluationConfig(every=3, prompts=4)
+    )
+    run = fake_run(config)
+    train(run)
+    assert run.checkpoints.steps == [3, 6, 7]
+    evaluated = [record["step"] for record in records(tmp_path) if "heldout/accuracy" in record]
+    assert evaluated == [0, 3, 6, 7]
+
+
+def test_a_resumed_run_goes_on_at_its_step(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=6), start_step=4)
+    train(run)
+    assert run.weights.versions == [4, 5, 6]
+
+
+def test_old_logprobs_are_the_trainers_not_the_engines(tmp_path: Path) -> None:
+    """Were they the engine's, a wrong engine would move the ratio away from 1 on the first minibatch."""
+    run = fake_run(fake_config(tmp_path, steps=1, ppo=PPOConfig(minibatch_samples=64)))
+    seen = []
+
+    class Spy:
+        def logprobs(self, batch: RolloutBatch) -> Ready:
+            return run.policy.logprobs(batch)
+
+        def update(self, minibatch, loss):  # type: ignore[no-untyped-def]
+            seen.append(minibatch.source)
+            return run.policy.update(minibatch, loss)
+
+    run.engine.logits = run.policy.logits.detach() + 1.0
+    run.engine.logits[0] += 3.0
+    lying = dataclasses.replace(run, policy=Spy(), weights=dataclasses.replace(run.weights))
+    lying.weights.push = lambda version: setattr(run.engine, "version", version) or {}  # type: ignore[method-assign]
+    train(lying)
+    (experience,) = seen
+    expected = run.policy.logprobs(experience.rollouts)
+    assert experience.old_logprobs.shape == expected.result().shape
+    assert float((experience.old_logprobs - experience.rollouts.rollout_logprobs).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "steps", "expected"),
+    [(0, 0, 3, False), (2, 0, 3, True), (1, 2, 9, True), (2, 2, 9, False), (8, 2, 9, True)],
+)
+def test_due(step: int, every: int, steps: int, expected: bool) -> None:
+    assert due(step, every, steps) is expected

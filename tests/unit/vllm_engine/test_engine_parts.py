@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.vllm_engine.engine import _chosen, _stop_ids
+
+
+@dataclass
+class Listed:
+    logprob: float
+
+
+def test_importing_the_module_loads_no_vllm() -> None:
+    program = "import sys, megatron_rl.vllm_engine.engine; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_each_token_gets_its_own_log_prob() -> None:
+    assert _chosen([3, 4], [{3: Listed(-1.0), 7: Listed(-0.5)}, {4: Listed(-2.0)}]) == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_log_prob_that_is_not_finite_is_refused(bad: float) -> None:
+    with pytest.raises(RuntimeError, match=r"1 of 2 are not, first at token 1 \(-?(nan|inf)\)"):
+        _chosen([3, 4], [{3: Listed(-1.0)}, {4: Listed(bad)}])
+
+
+def test_a_missing_log_prob_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"1 of 1 are not, first at token 0 \(nan\)"):
+        _chosen([3], [{4: Listed(-1.0)}])
+    with pytest.raises(RuntimeError, match="2 tokens need as many log-probs, got 1"):
+        _chosen([3, 4], [{3: Listed(-1.0)}])
+    with pytest.raises(RuntimeError, match="1 tokens need as many log-probs, got 0"):
+        _chosen([3], None)
+
+
+def test_both_configurations_name_tokens_that_end_a_sample(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert _stop_ids(tmp_path) == [7]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert _stop_ids(tmp_path) == [5, 7]
+
+
+def test_a_model_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must name eos_token_id"):
+        _stop_ids(tmp_path)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.weights.safetensors_io import HfFolder, save_hf_folder
+from megatron_rl.weights.weight_map import Head, weight_map
+from tests.unit.weights.models import CONFIG, dims, hf_tensors
+
+
+@pytest.fixture
+def like(tmp_path: Path) -> Path:
+    folder = tmp_path / "like"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2", "dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+def some_tensors() -> list[tuple[str, Tensor]]:
+    return [(f"t{index}", torch.randn(index + 1, 4)) for index in range(5)]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 100, 1 << 20])
+def test_what_was_written_is_read_again(tmp_path: Path, like: Path, max_shard_bytes: int) -> None:
+    tensors = some_tensors()
+    save_hf_folder(tmp_path / "out", iter(tensors), like=like, max_shard_bytes=max_shard_bytes)
+
+    folder = HfFolder(tmp_path / "out")
+    assert folder.names == {name for name, _ in tensors}
+    for name, tensor in tensors:
+        assert torch.equal(folder.tensor(name), tensor)
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    expected = {
+        1: [f"model-{n:05d}-of-00005.safetensors" for n in range(1, 6)],
+        100: [f"model-{n:05d}-of-00003.safetensors" for n in range(1, 4)],  # 16+32+48, 64, 80 bytes
+        1 << 20: ["model.safetensors"],
+    }[max_shard_bytes]
+    assert files == expected
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(files) > 1)
+
+
+def test_configuration_and_tokenizer_come_along(tmp_path: Path, like: Path) -> None:
+    save_hf_folder(tmp_path / "out", some_tensors(), like=like)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == CONFIG | {"model_type": "qwen2", "dtype": "float32"}  # the type that was written
+
+
+def test_a_critic_is_loaded_by_transformers(tmp_path: Path, like: Path) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    source = hf_tensors("Qwen2", "TokenClassification", False)
+    weights = weight_map(dims(), Head.VALUE)
+    tensors = (
+        part
+        for entry in weights.entries
+        for part in weights.to_hf(entry, weights.to_megatron(entry, [source[name] for name in entry.hf]))
+    )
+    save_hf_folder(tmp_path / "out", tensors, like=like, architecture="Qwen2ForTokenClassification")
+
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert model.config.num_labels == 1
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        n: t.shape for n, t in source.items()
+    }
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_existing_folder_is_never_written_over(tmp_path: Path, like: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="exists and is never written over; remove it"):
+        save_hf_folder(tmp_path / "out", some_tensors(), like=like)
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, like: Path) -> None:
+    def failing() -> Iterator[tuple[str, Tensor]]:
+        yield from some_tensors()
+        raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        save_hf_folder(tmp_path / "out", failing(), like=like, max_shard_bytes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["like"]
+
+
+def test_no_tensors_and_tensors_twice_are_refused(tmp_path: Path, like: Path) -> None:
+    with pytest.raises(ValueError, match="at least one tensor"):
+        save_hf_folder(tmp_path / "out", [], like=like)
+    with pytest.raises(ValueError, match="written once, got t0 twice"):
+        save_hf_folder(tmp_path / "out", [*some_tensors(), ("t0", torch.zeros(1))], like=like, max_shard_bytes=1)
+
+
+def test_missing_weights_files_and_tensors_are_named(tmp_path: Path, like: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="found neither in"):
+        HfFolder(like)
+    save_hf_folder(tmp_path / "out", some_tensors(), like=like, max_shard_bytes=1)
+    with pytest.raises(KeyError, match="has no tensor lm_head"):
+        HfFolder(tmp_path / "out").tensor("lm_head.weight")
+    (tmp_path / "out" / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="names files that are not there: model-00002-of-00005"):
+        HfFolder(tmp_path / "out")
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path, like: Path) -> None:
+    save_hf_folder(tmp_path / "out", some_tensors(), like=like)
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        HfFolder(tmp_path / "out")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_rl.model_dims import UnknownArchitecture
+from megatron_rl.weights.weight_map import Head, Op, Split, Stage, weight_map
+from tests.unit.weights.models import dims, hf_tensors
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("head", "kind"), [(Head.TOKEN, "CausalLM"), (Head.VALUE, "TokenClassification")], ids=["token", "value"]
+)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_transformers_model_goes_to_megatron_and_back_unchanged(
+    family: str, head: Head, kind: str, tied: bool
+) -> None:
+    source = hf_tensors(family, kind, tied)
+    if tied and head is Head.TOKEN:
+        source = {name: tensor for name, tensor in source.items() if name != "lm_head.weight"}
+    head_dim = {"head_dim": 8} if family == "Qwen3" else {}
+    weights = weight_map(dims(f"{family}ForCausalLM", tie_word_embeddings=tied, **head_dim), head)
+
+    written = Counter()
+    for entry in weights.entries:
+        full = weights.to_megatron(entry, [source[name] for name in entry.hf])
+        for name, tensor in weights.to_hf(entry, full):
+            written[name] += 1
+            assert torch.equal(tensor, source[name]), name
+
+    assert written == Counter(list(source))
+
+
+def test_names_are_those_of_megatron_core_ordered_from_the_embedding_up() -> None:
+    weights = weight_map(dims(num_hidden_layers=1), Head.TOKEN)
+    assert [entry.megatron for entry in weights.entries] == [
+        "embedding.word_embeddings.weight",
+        "decoder.layers.0.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_qkv.weight",
+        "decoder.layers.0.self_attention.linear_proj.weight",
+        "decoder.layers.0.pre_mlp_layernorm.weight",
+        "decoder.layers.0.mlp.linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+
+
+def test_entries_say_layer_stage_op_and_split() -> None:
+    entries = {entry.megatron: entry for entry in weight_map(dims(), Head.VALUE).entries}
+    embedding, qkv = (
+        entries["embedding.word_embeddings.weight"],
+        entries["decoder.layers.1.self_attention.linear_qkv.bias"],
+    )
+    assert (embedding.layer, embedding.stage, embedding.split) == (None, Stage.FIRST, Split.ROWS)
+    assert (qkv.layer, qkv.stage, qkv.op, qkv.split) == (1, Stage.LAYER, Op.QKV, Split.ROWS)
+    assert qkv.hf == tuple(f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv")
+    for name in ("output_layer.weight", "output_layer.bias"):
+        assert (entries[name].stage, entries[name].split) == (Stage.LAST, Split.NONE)
+
+
+def test_queries_keys_and_values_are_interleaved_by_group() -> None:
+    weights = weight_map(dims(hidden_size=8), Head.TOKEN)  # 4 heads, 2 groups, head_dim 2
+    entry = next(
+        entry for entry in weights.entries if entry.megatron.endswith("layers.0.self_attention.linear_qkv.bias")
+    )
+    parts = [torch.arange(8.0), torch.arange(10.0, 14.0), torch.arange(20.0, 24.0)]
+    expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    assert weights.to_megatron(entry, parts).tolist() == expected
+
+
+def test_the_gate_comes_before_the_up_projection() -> None:
+    weights = weight_map(dims(), Head.TOKEN)
+    entry = next(entry for entry in weights.entries if entry.op is Op.GATE_UP)
+    gate, up = torch.zeros(24, 16), torch.ones(24, 16)
+    assert weights.to_megatron(entry, [gate, up])[:, 0].tolist() == [0.0] * 24 + [1.0] * 24
+    assert [name.rsplit(".", 2)[1] for name in entry.hf] == ["gate_proj", "up_proj"]
+
+
+def test_a_tied_policy_has_no_output_layer_and_a_critic_always_has_its_own() -> None:
+    policy = weight_map(dims(tie_word_embeddings=True), Head.TOKEN)
+    critic = weight_map(dims(tie_word_embeddings=True), Head.VALUE)
+    assert not [e for e in policy.entries if e.megatron.startswith("output_layer")]
+    assert [e.hf for e in critic.entries if e.megatron.startswith("output_layer")] == [
+        ("score.weight",),
+        ("score.bias",),
+    ]
+
+
+def test_a_tensor_of_another_model_is_refused() -> None:
+    weights = weight_map(dims(), Head.TOKEN)
+    for op in (Op.QKV, Op.GATE_UP):
+        entry = next(entry for entry in weights.entries if entry.op is op)
+        with pytest.raises(ValueError, match=rf"{entry.hf[0]} must have \d+ rows .* got shape \(7, 16\)"):
+            weights.to_megatron(entry, [torch.zeros(7, 16) for _ in entry.hf])
+        with pytest.raises(ValueError, match=rf"{entry.megatron} must have"):
+            weights.to_hf(entry, torch.zeros(7, 16))
+        with pytest.raises(ValueError, match="got 1 tensors"):
+            weights.to_megatron(entry, [torch.zeros(7, 16)])
+
+
+def test_unknown_families_and_unmapped_biases_are_refused() -> None:
+    with pytest.raises(UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: Llama"):
+        weight_map(dataclasses.replace(dims(), architecture="GPT2LMHeadModel"), Head.TOKEN)
+    with pytest.raises(ValueError, match="LlamaForCausalLM must have attention_bias false"):
+        weight_map(dims("LlamaForCausalLM", attention_bias=True), Head.TOKEN)
