@@ -46,7 +46,9 @@ def document() -> str:
     for name in ("RunConfig", "SFTConfig", *(name for name in known if name not in {"RunConfig", "SFTConfig"})):
         parts.append(f"## {name}\n\n{ast.get_docstring(known[name], clean=True)}\n")
         parts.append("| key | type | default | meaning |\n| --- | --- | --- | --- |")
-        parts.append("\n".join(f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(known[name])))
+        parts.append(
+            "\n".join(f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(known[name]))
+        )
         parts.append("")
     return "\n".join(parts)
 

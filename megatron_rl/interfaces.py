@@ -107,9 +107,7 @@ class ValueLoss(Protocol):
 class RolloutEngine(Protocol):
     """Generates."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """One sample per prompt and seed; the rollout names the version of the weights that drew it."""
 
 

@@ -90,6 +90,9 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
         raise ValueError(f"{architecture}: sliding-window attention is not supported, set use_sliding_window to false")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{architecture}: hidden_act must be silu, got {config['hidden_act']}")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{architecture}: {key}=true puts biases where the weight map has none; not supported")
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     if not eos_ids:
@@ -106,10 +109,10 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
         vocabulary=int(config["vocab_size"]),
         max_positions=int(config["max_position_embeddings"]),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bool(config.get("attention_bias", qkv_bias)) or qkv_bias,
+        qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         norm_eps=float(config["rms_norm_eps"]),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         eos_ids=eos_ids,
-        pad_id=int(config.get("pad_token_id") if config.get("pad_token_id") is not None else eos_ids[0]),
+        pad_id=eos_ids[0] if config.get("pad_token_id") is None else int(config["pad_token_id"]),
     )

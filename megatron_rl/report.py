@@ -37,7 +37,8 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
 
     Returns:
         ``steps``; held-out greedy accuracy, format rate and length (tokens) ``before`` and ``after``; the same of the
-        first and last rollout; ``kl_last`` (nats per token), ``explained_variance_last``; ``engine_gap_mean_worst``
+        first and last rollout under ``rollout_``; ``kl_last`` (nats per token); ``explained_variance_last`` and, of the
+        first rollout that the policy learns from, ``explained_variance_first_update``; ``engine_gap_mean_worst``
         (nats); ``seconds_per_step_median``; how many ``timeouts``, ``errors`` and
         ``nonfinite`` there were; ``peak_rss_gib`` by role.
 
@@ -47,14 +48,17 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     records = read_records(metrics_jsonl)
     steps = [record for record in records if record["kind"] == "step"]
     summary: dict[str, Any] = {"steps": len(steps)}
-    for prefix, first, last in (("heldout", "before", "after"), ("rollout", "first", "last")):
+    for prefix, label, first, last in (("heldout", "", "before", "after"), ("rollout", "rollout_", "first", "last")):
         for name, metric in (("accuracy", "accuracy"), ("format_rate", "format_rate"), ("length", "length_mean")):
             found = _values(records, f"{prefix}/{metric}")
             if found:
-                summary[f"{prefix}_{name}_{first}"], summary[f"{prefix}_{name}_{last}"] = found[0], found[-1]
+                summary[f"{label}{name}_{first}"], summary[f"{label}{name}_{last}"] = found[0], found[-1]
     for name in ("kl", "explained_variance"):
         if found := _values(steps, f"experience/{name}"):
             summary[f"{name}_last"] = found[-1]
+    learning = [step for step in steps if "policy/grad_norm" in step]
+    if found := _values(learning, "experience/explained_variance"):
+        summary["explained_variance_first_update"] = found[0]
     if found := _values(steps, "model/loss"):
         summary["loss_first"], summary["loss_last"] = found[0], found[-1]
     if found := _values(steps, "experience/engine_gap_mean"):

@@ -60,10 +60,7 @@ def as_micro_batch(minibatch: Minibatch[ExperienceBatch]) -> MicroBatch:
     source, rows = minibatch.source, minibatch.rows
     batch = source.rollouts
     mask = batch.response_mask[rows]
-    picked = {
-        name: getattr(source, name)[rows][mask]
-        for name in ("old_logprobs", "values", "advantages", "returns")
-    }
+    picked = {name: getattr(source, name)[rows][mask] for name in ("old_logprobs", "values", "advantages", "returns")}
     tokens = batch.tokens[rows][mask]
     return MicroBatch(
         inputs=tokens,
@@ -160,9 +157,7 @@ class BanditEngine:
         generator = torch.Generator().manual_seed(seed)
         greedy = sampling.temperature == 0
         token = int(logprobs.argmax() if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator))
-        return Sample(
-            token_ids=(token,), logprobs=(float(logprobs[token]),), text=str(token), finish=Finish.STOP
-        )
+        return Sample(token_ids=(token,), logprobs=(float(logprobs[token]),), text=str(token), finish=Finish.STOP)
 
 
 @dataclass

@@ -76,7 +76,9 @@ def _with_eos(sample: Sample, eos_id: int | None, room: int) -> tuple[list[int],
     return ([*drawn, eos_id] if len(drawn) < room else [*drawn[:-1], eos_id]), 1
 
 
-def minibatches(experience: ExperienceBatch, ppo: PPOConfig, seed: tuple[int, int]) -> Iterator[Minibatch[ExperienceBatch]]:
+def minibatches(
+    experience: ExperienceBatch, ppo: PPOConfig, seed: tuple[int, int]
+) -> Iterator[Minibatch[ExperienceBatch]]:
     """Shuffled minibatches of ``ppo.minibatch_samples`` rows, ``ppo.epochs`` times over; ``seed`` is (run, step)."""
     mask = experience.rollouts.response_mask
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])

@@ -47,7 +47,9 @@ class FreshRollouts:
 
 def score_rollouts(rollouts: Sequence[Rollout], rewards: RewardScorer) -> list[ScoredRollout]:
     """Score every sample of ``rollouts``."""
-    requests = [(sample.text, rollout.prompt.answer, sample.finish) for rollout in rollouts for sample in rollout.samples]
+    requests = [
+        (sample.text, rollout.prompt.answer, sample.finish) for rollout in rollouts for sample in rollout.samples
+    ]
     scores = iter(rewards.score(requests))
     return [ScoredRollout(rollout=rollout, scores=tuple(next(scores) for _ in rollout.samples)) for rollout in rollouts]
 
@@ -73,7 +75,6 @@ def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None 
         metrics["total_tokens"] = float(batch.lengths.sum())
         metrics["policy_version"] = float(batch.policy_version)
     return metrics
-
 
 
 def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, object]]:

@@ -86,7 +86,7 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts."""
-        taken = []
+        taken: list[Prompt] = []
         while len(taken) < count:
             epoch, start = divmod(self._taken, len(self._prompts))
             order = random.Random(f"{self._seed}/{epoch}").sample(range(len(self._prompts)), len(self._prompts))

@@ -77,7 +77,9 @@ def train_step(
     if not parallel_state.is_pipeline_last_stage():
         return None
     names = sorted(sums[0])
-    totals = torch.stack([sum((each[name].detach().float() for each in sums), torch.zeros((), device=device())) for name in names])
+    totals = torch.stack(
+        [sum((each[name].detach().float() for each in sums), torch.zeros((), device=device())) for name in names]
+    )
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     if at.data or at.tensor:
         return None

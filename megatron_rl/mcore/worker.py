@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
@@ -131,7 +130,8 @@ class Worker:
         """
         tensors = self._full_tensors()
         if self._rank == 0:
-            save_hf_folder(folder, tensors, like=like)
+            critic = self._spec.dims.architecture.replace("ForCausalLM", "ForTokenClassification")
+            save_hf_folder(folder, tensors, like=like, architecture=critic if self._spec.head is Head.VALUE else None)
         else:
             _exhaust(tensors)
 
@@ -159,10 +159,10 @@ class Worker:
             TransferError: a receiver is gone or does not take the data in time.
         """
         tensors = self._full_tensors()
-        if self._channel is None:
-            _exhaust(tensors)
-            return None
-        return self._channel.send(version, tensors)
+        try:
+            return None if self._channel is None else self._channel.send(version, tensors)
+        finally:
+            _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken
 
     def _full_tensors(self) -> Any:
         return full_tensors(self._training.model.module, self._weights, self._spec.dims, self._layout, self._rank)

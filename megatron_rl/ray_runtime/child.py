@@ -44,7 +44,8 @@ class Reply:
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One call as it travels: ``payload`` is a pickle of ``(method, args, kwargs)`` in which objects that the worker
-    holds are named by key; ``hold`` are objects to keep first, ``drop`` keys to forget."""
+    holds are named by key; ``hold`` are objects to keep first, ``drop`` keys to forget.
+    """
 
     phase: str
     payload: bytes
@@ -96,7 +97,7 @@ def main() -> None:
     worker = _Worker()
     while True:
         try:
-            call: Call = pickle.loads(pipe.recv_bytes())  # noqa: S301 - from the supervisor that started us
+            call: Call = pickle.loads(pipe.recv_bytes())
         except EOFError:
             os._exit(0)
         started = time.perf_counter()
@@ -116,4 +117,3 @@ def main() -> None:
                 )
             )
         )
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,12 @@ class Cluster:
         Raises:
             ClusterProblem: the cluster cannot be reached, or asks for no token.
         """
+        terminate = signal.getsignal(signal.SIGTERM)
+        self._join()
+        signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts the process, and leaves the rest to luck
+        return self
+
+    def _join(self) -> None:
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         if self.local:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # in no file: the cluster ends with this process
@@ -110,7 +117,6 @@ class Cluster:
                 ray.init(address=self._config.address, **common)
             except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
                 raise ClusterProblem(f"cannot join the Ray cluster at {self._config.address}: {error}") from error
-        return self
 
     def start(self, roles: Sequence[Role], environment: Mapping[str, str]) -> dict[str, WorkerGroup]:
         """Place every role's workers and start their processes, which wait for what to build.

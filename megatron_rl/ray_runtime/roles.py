@@ -107,9 +107,7 @@ class RemoteEngine:
 
     group: WorkerGroup
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """One sample per prompt and seed."""
         rollouts: list[Rollout] = self.group.call("generate", list(prompts), sampling, seeds, finish=_only).result()
         return rollouts

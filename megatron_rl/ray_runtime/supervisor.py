@@ -129,7 +129,7 @@ class Supervisor:
         self._phase = call.phase
         try:
             self._pipe.send_bytes(pickle.dumps(call))
-            reply: Reply = pickle.loads(self._pipe.recv_bytes())  # noqa: S301 - from our own child
+            reply: Reply = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             return self.death()
         self._phase = f"idle after {call.phase}"

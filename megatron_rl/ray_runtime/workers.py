@@ -128,7 +128,7 @@ class GroupCall(Generic[T]):
             answers[reference] = reply
         replies = [answers[reference] for reference in self._references]
         self._group.note(self._verb, replies)
-        return self._finish([pickle.loads(reply.value) for reply in replies])  # noqa: S301 - from our own workers
+        return self._finish([pickle.loads(reply.value) for reply in replies])
 
 
 class WorkerGroup:

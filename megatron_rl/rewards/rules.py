@@ -200,8 +200,15 @@ def _load_callable(path: str, name: str) -> Callable[[str, str, Finish], object]
         raise ValueError(f"reward rule {path}:{name}: the file raised {type(error).__name__}: {error}") from error
     found: object = getattr(module, name, None)
     if isinstance(found, type):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(
+                f"reward rule {path}:{name}: a class must be constructible without arguments: {error}"
+            ) from error
     if not callable(found):
-        functions = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value)) or "no function"
-        raise ValueError(f"reward rule {path}:{name}: the file must define a callable {name}, it has {functions}")
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        raise ValueError(
+            f"reward rule {path}:{name}: the file must define a callable {name}, it defines {', '.join(own) or 'none'}"
+        )
     return found

@@ -6,6 +6,7 @@ worker process import it, before it loads its model. Written against the interfa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,13 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         )
 
     def start_weight_update(self) -> None:
-        """Make the model ready to be loaded again, layer by layer."""
+        """Make the model ready to be loaded again, layer by layer.
+
+        Raises:
+            ValueError: the engine has joined no channel; the model is left as it was.
+        """
         self.receipt = None
+        self._joined()
         # linear weights are packed for the CPU's kernels, and their parameters are left empty: plain loading would fail
         initialize_layerwise_reload(self.model)
 
@@ -96,9 +102,7 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             TransferError: the stream did not come to its proper end.
             Exception: what the model's loader raised.
         """
-        if self._channel is None:
-            raise ValueError(f"version {update_info.version}: the engine must join a channel before it can receive")
-        reception = self._channel.receive(update_info.version)
+        reception = self._joined().receive(update_info.version)
         with self._left_whole():
             try:
                 self.model.load_weights(reception)
@@ -134,6 +138,11 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             if isinstance(module, VocabParallelEmbedding) and isinstance(method, UnquantizedEmbeddingMethod):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
+    def _joined(self) -> Channel:
+        if self._channel is None:
+            raise ValueError("the engine must join a channel before it can receive weights; call join first")
+        return self._channel
+
     def shutdown(self) -> None:
         """Leave the channel."""
         if self._channel is not None:
@@ -141,7 +150,13 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             self._channel = None
 
 
+def _is_about_weights(record: logging.LogRecord) -> bool:
+    """Why: each push would be told to have failed for the table of rotary embeddings, which no checkpoint holds."""
+    return "RotaryEmbedding" not in record.getMessage()
+
+
 WeightTransferEngineFactory.register_engine(BACKEND, ChannelReceiver)
+logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_about_weights)
 
 
 class WorkerExtension:

@@ -118,6 +118,15 @@ def test_links_between_documents_lead_somewhere(document):
     assert [target for target in local if not (document.parent / target).exists()] == []
 
 
+def test_the_worked_changes_apply():
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert len(diffs) == 3
+    for diff in diffs:
+        command = ["git", "apply", "--check", "-"]
+        done = subprocess.run(command, cwd=ROOT, input=diff, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 def test_the_settings_page_is_the_schema():
     path = ROOT / "docs" / "make_configuration.py"
     spec = importlib.util.spec_from_file_location("make_configuration", path)

@@ -23,9 +23,7 @@ SPLITS = [
     Setup(layout=ParallelLayout(pipeline=2), budget=60),
     Setup(layout=ParallelLayout(data=2), budget=60),
     Setup(layout=ParallelLayout(data=2), distributed_optimizer=True),
-    Setup(
-        layout=ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), distributed_optimizer=True, budget=60
-    ),
+    Setup(layout=ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), distributed_optimizer=True, budget=60),
 ]
 
 

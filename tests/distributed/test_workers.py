@@ -19,7 +19,6 @@ from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check
 from megatron_rl.ray_runtime.roles import HELD_TYPES
 from megatron_rl.ray_runtime.workers import DeadlineExceeded, WorkerDied, WorkerFailed, WorkerGroup
 
-
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 
@@ -58,7 +57,11 @@ def first(answers: list[object]) -> object:
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, WorkerGroup]]:
-    roles = [Role(name="pair", workers=2, held_types=HELD_TYPES), Role(name="engine", workers=1), Role(name="other", workers=1)]
+    roles = [
+        Role(name="pair", workers=2, held_types=HELD_TYPES),
+        Role(name="engine", workers=1),
+        Role(name="other", workers=1),
+    ]
     with Cluster(ClusterConfig(call_deadline_s=30), gpus=0, log_dir=tmp_path_factory.mktemp("logs")) as cluster:
         started = cluster.start(roles, {})
         for group in started.values():

@@ -36,7 +36,9 @@ def process_of(run_dir: Path, worker: str) -> int:
 
 
 def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
-    done = subprocess.run(train_command("steps=2", "ppo.critic_warmup_steps=0"), capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        train_command("steps=2", "ppo.critic_warmup_steps=0"), capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     steps = [record for record in records(run) if "rollout/score" in record]
@@ -59,7 +61,9 @@ def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
 def test_a_run_resumes_from_its_checkpoint(train_command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for steps in (1, 2):
-        command = train_command(f"steps={steps}", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1")
+        command = train_command(
+            f"steps={steps}", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1"
+        )
         subprocess.run(command, check=True, timeout=200, capture_output=True)
     steps_done = [record for record in records(run) if "rollout/score" in record]
     assert [step["step"] for step in steps_done] == [0, 1]
@@ -114,10 +118,10 @@ def test_an_interrupt_ends_the_run(train_command: Command, tmp_path: Path, sent:
     ("setting", "says"),
     [
         ("ppo.clip_lo=0.1", "did you mean ppo.clip_low?"),
-        ("ppo.minibatch_samples=48", "nearest: 64"),
+        ("ppo.minibatch_samples=48", "nearest: 32"),
         ("data.train=missing.jsonl", "no such file: missing.jsonl"),
         ("policy.layout.tensor=64", "possible: [1, 2]"),
-        ("policy.layout.data=64", "this machine has"),
+        ("policy.layout.data=32", "this machine has"),
         ("rollout.max_response_tokens=5000", "must fit the model's 512 positions"),
     ],
 )

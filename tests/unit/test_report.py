@@ -59,10 +59,10 @@ def test_aborted_records_and_those_of_a_repeated_step_are_left_out(metrics):
 def test_the_summary_of_a_run(metrics):
     assert summarise(metrics) == {
         "steps": 3,
-        "heldout_accuracy_before": 0.1,
-        "heldout_accuracy_after": 0.8,
-        "heldout_length_before": 20.0,
-        "heldout_length_after": 30.0,
+        "accuracy_before": 0.1,
+        "accuracy_after": 0.8,
+        "length_before": 20.0,
+        "length_after": 30.0,
         "rollout_accuracy_first": 0.2,
         "rollout_accuracy_last": 0.6,
         "rollout_format_rate_first": 0.5,

@@ -116,6 +116,14 @@ class Penalty:
 
     def __call__(self, text, answer, finish):
         return -self.size if finish.value == "length" else 0
+
+
+class Greedy:
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, text, answer, finish):
+        return self.size
 """
 
 
@@ -161,8 +169,12 @@ def test_a_rule_that_returns_something_else_is_told(user_file: Path) -> None:
         ("sead", r"unknown reward rule 'sead': .*seed, boxed, correctness, or path/to/file\.py:callable"),
         ("my_rule.py", r"unknown reward rule 'my_rule\.py'"),
         ("absent.py:f", r"absent\.py:f: there is no such file"),
-        ("my_rule.py:missing", r"must define a callable missing, it has shortness, full, words, two_arguments"),
+        (
+            "my_rule.py:missing",
+            r"must define a callable missing, it defines shortness, full, words, two_arguments, Penalty, Greedy",
+        ),
         ("my_rule.py:two_arguments", r"must take \(text, answer, finish\), it takes \(text, answer\)"),
+        ("my_rule.py:Greedy", r"a class must be constructible without arguments: .*'size'"),
         ("broken.py:f", r"broken\.py:f: the file raised ZeroDivisionError: division by zero"),
     ],
 )

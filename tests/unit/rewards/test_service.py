@@ -137,7 +137,7 @@ def test_a_sample_that_overruns_times_out_alone(spec: str) -> None:
 
 
 def test_one_worker_goes_on_after_a_timeout(spec: str) -> None:
-    with RewardService(spec, timeout_s=0.5) as service:
+    with RewardService(spec, timeout_s=1.0) as service:
         scores = service.score(_requests("1", "sleep   ", "2", "stop    ", "3" + " " * 1_000_000, "4"))
         assert scores == [Score(value=1.0), TIMED_OUT, Score(value=2.0), TIMED_OUT, Score(value=3.0), Score(value=4.0)]
 
