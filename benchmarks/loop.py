@@ -2,7 +2,7 @@
 
 ``python benchmarks/loop.py [METRICS.jsonl]`` reads the metrics of a finished run (the quick start's by default).
 
-The busiest chain of a step is generation, then log-probs or values (whichever model is longer), then updates (likewise):
+The busiest chain of a step is generation, then log-probs or values (whichever model is longer), then updates:
 what a step would take if nothing but these were done. Overhead is the step's wall time less that chain: rewards,
 advantages, weight push, Ray, waiting. Steps that evaluate or save are left out, and so are the first two (warm-up).
 """

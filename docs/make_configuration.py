@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema: ``python docs/make_configuration.py`` (a test holds the two together)."""
+"""Write docs/configuration.md from the schema: ``python docs/make_configuration.py`` (a test compares the two)."""
 
 from __future__ import annotations
 

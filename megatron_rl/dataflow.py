@@ -71,7 +71,7 @@ class Sample:
             raise ValueError("a sample needs at least one token, got none")
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
-                f"a sample needs one log-prob per token, got {len(self.token_ids)} tokens, {len(self.logprobs)} log-probs"
+                f"every token needs its log-prob, got {len(self.token_ids)} tokens, {len(self.logprobs)} log-probs"
             )
 
 

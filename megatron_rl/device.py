@@ -208,7 +208,7 @@ def _name_types_as_cuda() -> None:
 
 
 def _use_fused_adam() -> None:
-    """Why: without Apex it takes torch.optim.Adam, whose per-parameter ``step`` its distributed optimizer cannot load."""
+    """Why: without Apex it takes torch.optim.Adam; its per-parameter ``step`` does not load again when distributed."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 

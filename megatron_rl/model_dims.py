@@ -91,7 +91,7 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{architecture}: hidden_act must be silu, got {config['hidden_act']}")
     for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
+        if config.get(key):  # on the output projection or the MLP, where no family here has one
             raise ValueError(f"{architecture}: {key}=true puts biases where the weight map has none; not supported")
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)

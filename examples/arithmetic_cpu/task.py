@@ -1,6 +1,6 @@
 """The embedded task: chains of additions and subtractions, a byte-level BPE tokenizer and a tiny Qwen2 model.
 
-``python examples/arithmetic_cpu/task.py FOLDER`` writes all that the quick start needs, made from nothing but this file:
+``python examples/arithmetic_cpu/task.py FOLDER`` writes all that the quick start needs, made from this file alone:
 
 * ``model/``: tokenizer, config.json and random weights of a Qwen2 model of about 156,000 parameters;
 * ``warmup.jsonl``: responses in three styles for the supervised warm-up, which leaves a base model that mostly answers

@@ -1,4 +1,4 @@
-"""From TOML files and ``key.path=value`` overrides to a validated configuration. The only file that imports pydantic."""
+"""From TOML files and ``key.path=value`` overrides to a validated configuration. Only this file imports pydantic."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class SyncConfig:
     max_staleness: Count = 0
     """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat = 0.05
-    """After a push, trainer and engine score the same fixed tokens; a larger mean difference in log-prob (nats) fails."""
+    """After a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,16 +295,18 @@ class RunConfig:
             )
         for role, trainer in (("policy", self.policy), ("critic", self.critic)):
             data = trainer.layout.data
-            if minibatch < data or samples < data:
-                yield f"{role}.layout.data: {data} replicas need at least as many samples in a minibatch, got {minibatch}"
+            if minibatch < data:
+                yield (
+                    f"{role}.layout.data: {data} replicas need at least as many samples in a minibatch, got {minibatch}"
+                )
         dims, found = model_problems(self.model.path, {"policy": self.policy.layout, "critic": self.critic.layout})
         yield from found
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:
             yield (
                 f"rollout.max_response_tokens: prompt ({self.data.max_prompt_tokens}) plus response "
-                f"({self.rollout.max_response_tokens}) must fit the model's {dims.max_positions} positions, got {asked}; "
-                f"largest: {max(1, dims.max_positions - self.data.max_prompt_tokens)}"
+                f"({self.rollout.max_response_tokens}) must fit the model's {dims.max_positions} positions, "
+                f"got {asked}; largest: {max(1, dims.max_positions - self.data.max_prompt_tokens)}"
             )
 
 

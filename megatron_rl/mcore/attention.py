@@ -9,6 +9,7 @@ padded batch, and the rotary angles are looked up by position, as for any unpack
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def packed_rows(batch: PackedTokens) -> PackedRows:
     """Plan the attention of a micro-batch."""
     groups: list[RowGroup] = []
     bounds = batch.cu_seqlens.tolist()
-    starts = [start for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start] + [bounds[-1]]
+    starts = [start for start, stop in pairwise(bounds) if stop > start] + [bounds[-1]]
     first, longest = 0, 0
     for row in range(len(starts) - 1):
         length = starts[row + 1] - starts[row]
@@ -124,7 +125,7 @@ class PackedAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedRows | None = None,
-        **ignored: Any,
+        **_: Any,
     ) -> Tensor:
         """Attend.
 
@@ -147,7 +148,7 @@ class PackedAttention(torch.nn.Module):
         def rows(values: Tensor) -> Tensor:
             values = values[group.start : group.stop, 0]
             if group.source is not None:
-                values = _Pad.apply(values, group.source, group.slots)
+                values = _Pad.apply(values, group.source, group.slots)  # type: ignore[no-untyped-call]
             return values.view(group.rows, group.length, *values.shape[1:]).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(

@@ -27,7 +27,7 @@ def vocab_parallel_logprobs(
     Returns:
         log-probs [N] f32 and entropy [N] f32 or None, both in nats.
     """
-    logprobs, entropy = _VocabParallel.apply(logits, targets, temperature, group, with_entropy)
+    logprobs, entropy = _VocabParallel.apply(logits, targets, temperature, group, with_entropy)  # type: ignore[no-untyped-call]
     return logprobs, entropy if with_entropy else None
 
 

@@ -101,7 +101,7 @@ class _Norm:
         norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             # finalize_model_grads sums over tensor ranks what each computed from its part of the sequence
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 

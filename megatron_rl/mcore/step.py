@@ -133,7 +133,7 @@ def _multiple(layout: ParallelLayout) -> int:
 
 def _placed(batch: Packed) -> tuple[Packed, PackedRows]:
     fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    placed = dataclasses.replace(batch, **fields)
+    placed = dataclasses.replace(batch, **fields)  # type: ignore[arg-type]
     return placed, packed_rows(placed)
 
 

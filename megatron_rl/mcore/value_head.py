@@ -27,7 +27,7 @@ class ValueHead(torch.nn.Module):
         self.sequence_parallel = sequence_parallel
         for parameter in self.parameters():
             # finalize_model_grads sums over tensor ranks what each computed from its part of the sequence
-            parameter.sequence_parallel = sequence_parallel
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, **ignored: Any) -> tuple[Tensor, None]:
         """Values and no bias, as an output layer answers."""

@@ -53,8 +53,8 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     if gpus:
         if workers > gpus:
             raise ClusterProblem(
-                f"the layouts need {workers} workers of one GPU each, this machine has {gpus} GPUs; use smaller layouts "
-                "or set cluster.address to a larger Ray cluster"
+                f"the layouts need {workers} workers of one GPU each, this machine has {gpus} GPUs; use smaller layouts"
+                " or set cluster.address to a larger Ray cluster"
             )
         return
     cpus = len(os.sched_getaffinity(0))
@@ -109,7 +109,7 @@ class Cluster:
         else:
             if not self._config.allow_open_cluster and _is_open(str(self._config.address)):
                 raise ClusterProblem(
-                    f"the Ray cluster at {self._config.address} asks for no token, so anyone who reaches it can run code "
+                    f"the Ray cluster at {self._config.address} asks for no token: anyone who reaches it can run code "
                     "on it; start it with RAY_AUTH_MODE=token, or set cluster.allow_open_cluster=true"
                 )
             common.pop("include_dashboard")
@@ -136,7 +136,7 @@ class Cluster:
             for rank in range(role.workers):
                 log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
                 supervisors.append(
-                    actor.options(  # type: ignore[attr-defined] # Ray's decorators are untyped
+                    actor.options(
                         num_cpus=bundle["CPU"],
                         num_gpus=bundle.get("GPU", 0.0),
                         max_concurrency=8,

@@ -1,4 +1,4 @@
-"""Groups of workers as the driver sees them: call a verb on all ranks, wait with a deadline, learn who is in the way."""
+"""Groups of workers as the driver sees them: call a verb on all ranks, wait with a deadline, learn who is late."""
 
 from __future__ import annotations
 

@@ -120,14 +120,10 @@ def weight_map(dims: ModelDims, head: Head) -> WeightMap:
 
     Raises:
         UnknownArchitecture: there is no table for the model's family.
-        ValueError: the model has biases that its family's table does not name.
     """
     if dims.architecture not in FAMILIES:
         raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
     rules = list(FAMILIES[dims.architecture])
-    if dims.qkv_bias and not any(rule.op is Op.QKV and rule.megatron.endswith(".bias") for rule in rules):
-        # there, attention_bias puts one on the output projection, too
-        raise ValueError(f"{dims.architecture} must have attention_bias false: its biases have no weight map here")
     if head is Head.VALUE or not dims.tied_embeddings:
         rules += HEADS[head]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]

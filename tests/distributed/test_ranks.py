@@ -9,7 +9,7 @@ from ranks import RankFailed, Ranks
 
 def test_a_rank_that_fails_ends_the_others_at_once(ranks: Ranks) -> None:
     began = time.monotonic()
-    with pytest.raises(RankFailed, match="rank 1 of 2 failed(?s:.)*on purpose"):
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 failed(?s:.)*on purpose"):
         ranks.run(2, fail_on, 1)
     assert time.monotonic() - began < 30
 

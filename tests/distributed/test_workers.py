@@ -106,7 +106,7 @@ def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerG
 def test_a_deadline_names_whom_it_waited_for(groups: dict[str, WorkerGroup]) -> None:
     engine = groups["engine"]
     engine.deadline_s = 1
-    with pytest.raises(DeadlineExceeded, match="engine: sleep did not finish within its deadline; .* engine$"):
+    with pytest.raises(DeadlineExceeded, match=r"engine: sleep did not finish within its deadline; .* engine$"):
         engine.call("sleep", 2, finish=first).result()
     engine.deadline_s = 30
 

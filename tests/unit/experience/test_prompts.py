@@ -50,7 +50,7 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, 
 
 def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
-    with pytest.raises(ValueError, match="no prompt has between 1 and data.max_prompt_tokens=2"):
+    with pytest.raises(ValueError, match=r"no prompt has between 1 and data.max_prompt_tokens=2"):
         load_prompts(file, tokenizer, config(file))
 
 

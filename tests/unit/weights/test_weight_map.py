@@ -107,5 +107,5 @@ def test_a_tensor_of_another_model_is_refused() -> None:
 def test_unknown_families_and_unmapped_biases_are_refused() -> None:
     with pytest.raises(UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: Llama"):
         weight_map(dataclasses.replace(dims(), architecture="GPT2LMHeadModel"), Head.TOKEN)
-    with pytest.raises(ValueError, match="LlamaForCausalLM must have attention_bias false"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM: attention_bias=true"):
         weight_map(dims("LlamaForCausalLM", attention_bias=True), Head.TOKEN)
