@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
+WARMUP_SEED ?= 1234
 UPGRADE ?=
 
 UV_VERSION := 0.13.9
@@ -59,7 +60,7 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 
 quickstart: $(STAMP) ## PPO from scratch on the real stack, on two cores (SEED=1 for another seed); starts over each time
 	rm -rf runs/quickstart
-	$(BIN)/python examples/arithmetic_cpu/task.py runs/quickstart/task
+	$(BIN)/python examples/arithmetic_cpu/task.py runs/quickstart/task --seed $(WARMUP_SEED)
 	$(BIN)/megatron-rl sft examples/arithmetic_cpu/warmup.toml
 	$(BIN)/megatron-rl train examples/arithmetic_cpu/ppo.toml seed=$(SEED)
 
