@@ -80,6 +80,7 @@ _DENSE = {  # architecture -> (bias of q, k, v; norm of q and k)
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
+    architecture = architecture.replace("ForTokenClassification", "ForCausalLM")  # a critic of the same family
     if architecture not in _DENSE:
         raise UnknownArchitecture(f"unknown architecture {architecture}; known: {', '.join(sorted(_DENSE))}")
     qkv_bias, qk_norm = _DENSE[architecture]

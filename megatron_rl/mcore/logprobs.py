@@ -41,9 +41,10 @@ def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _VocabParallel(torch.autograd.Function):
-    """With x = logits / temperature, over all ranks r: lse = logsumexp_r(lse_r); the mean of x under the softmax is
-    sum_r exp(lse_r - lse) mean_r; entropy H = lse - mean; log p(t) = x_t - lse. Derivatives: d log p(t) / d x_i =
-    [i = t] - p_i and d H / d x_i = -p_i (x_i - lse + H).
+    """With x = logits / temperature, over all ranks r: lse = logsumexp_r(lse_r) and log p(t) = x_t - lse. Rank r's part of
+    the vocabulary has the share w_r = exp(lse_r - lse) and by itself the entropy H_r, so H = sum_r w_r (H_r + lse -
+    lse_r); H_r is summed from x - lse_r, since a mean of x itself would lose digits where logits are large. Derivatives:
+    d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (x_i - lse + H).
     """
 
     @staticmethod
@@ -59,13 +60,14 @@ class _VocabParallel(torch.autograd.Function):
         part_lse = scaled.logsumexp(-1)
         stats = [part_lse, picked]
         if with_entropy:
-            stats.append(torch.linalg.vecdot((scaled - part_lse.unsqueeze(-1)).exp_(), scaled))
+            centred = scaled - part_lse.unsqueeze(-1)
+            stats.append(-torch.linalg.vecdot(centred.exp(), centred))
         parts = _gather(torch.stack(stats), group)
         lse = parts[:, 0].logsumexp(0)
         logprobs = parts[:, 1].sum(0) - lse
         entropy = lse.new_empty(0)
         if with_entropy:
-            entropy = lse - ((parts[:, 0] - lse).exp() * parts[:, 2]).sum(0)
+            entropy = ((parts[:, 0] - lse).exp() * (parts[:, 2] + lse - parts[:, 0])).sum(0)
         ctx.save_for_backward(logits, local, mine, lse, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)

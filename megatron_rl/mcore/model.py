@@ -49,7 +49,11 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
+        # not perform_initialization=False: initialising is also what marks weights as split over tensor ranks, without
+        # which the gradient norm leaves the other ranks' parts out
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         # micro-batches are cut by tokens, so their lengths differ and pipeline stages must tell each other
         variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
@@ -62,6 +66,10 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def build_model(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype, head: Head) -> GPTModel:

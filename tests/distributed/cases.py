@@ -325,7 +325,7 @@ def attention_groups(rank: int, port: int, lengths: list[int]) -> tuple[int, flo
     for query, key, value in zip(*split, strict=True):
         q, k, v = (part[:, 0].transpose(0, 1)[None] for part in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        singles.append(out[0].transpose(0, 1).reshape(len(query), 1, -1))
+        singles.append(out[0].transpose(0, 1).reshape(len(query), 1, 32))
     single = torch.cat(singles)
     wanted = torch.autograd.grad((single * weight).sum(), parts)
     pairs = zip((packed, *gradients), (single, *wanted), strict=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
+
+from tests.distributed.ranks import Ranks
 
 SIZES = {
     "vocab_size": 96,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CRITIC, POLICY, Setup, resumed, saved
-from ranks import RankFailed, Ranks
-from test_update import tensors
 
 from megatron_rl.layout import ParallelLayout
+from tests.distributed.cases import CRITIC, POLICY, Setup, resumed, saved
+from tests.distributed.ranks import RankFailed, Ranks
+from tests.distributed.test_update import tensors
 
 TP2 = ParallelLayout(tensor=2)
 PP2 = ParallelLayout(pipeline=2)

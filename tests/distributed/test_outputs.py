@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import TEMPERATURE, Setup, attention_groups, dense_and_parallel, gather, scores, token_rows
-from ranks import Ranks
 from torch import Tensor
 
 from megatron_rl.layout import ParallelLayout
+from tests.distributed.cases import TEMPERATURE, Setup, attention_groups, dense_and_parallel, gather, scores, token_rows
+from tests.distributed.ranks import Ranks
 
 LAYOUTS = [
     ParallelLayout(),

@@ -3,8 +3,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from cases import fail_on
-from ranks import RankFailed, Ranks
+
+from tests.distributed.cases import fail_on
+from tests.distributed.ranks import RankFailed, Ranks
 
 
 def test_a_rank_that_fails_ends_the_others_at_once(ranks: Ranks) -> None:

@@ -9,12 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CRITIC, POLICY, Setup, gather, learning_rates, supervised, token_rows, trained, without_loss_tokens
-from ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.layout import ParallelLayout
+from tests.distributed.cases import (
+    CRITIC,
+    POLICY,
+    Setup,
+    gather,
+    learning_rates,
+    supervised,
+    token_rows,
+    trained,
+    without_loss_tokens,
+)
+from tests.distributed.ranks import Ranks
 
 SPLITS = [
     Setup(budget=60),
@@ -99,7 +109,7 @@ def test_a_supervised_update_needs_tokens_alone(ranks: Ranks, models: dict[str, 
 
 @cache
 def _likelihood(folder: Path) -> float:
-    from test_outputs import _hugging_face
+    from tests.distributed.test_outputs import _hugging_face
 
     rows = token_rows()
     return -float(_hugging_face(folder)[0].sum() / rows.response_mask.sum())
