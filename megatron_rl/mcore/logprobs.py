@@ -41,10 +41,10 @@ def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _VocabParallel(torch.autograd.Function):
-    """With x = logits / temperature, over all ranks r: lse = logsumexp_r(lse_r) and log p(t) = x_t - lse. Rank r's part of
-    the vocabulary has the share w_r = exp(lse_r - lse) and by itself the entropy H_r, so H = sum_r w_r (H_r + lse -
-    lse_r); H_r is summed from x - lse_r, since a mean of x itself would lose digits where logits are large. Derivatives:
-    d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (x_i - lse + H).
+    """With x = logits / temperature, over all ranks r: lse = logsumexp_r(lse_r) and log p(t) = x_t - lse. Rank r's part
+    of the vocabulary has the share w_r = exp(lse_r - lse) and by itself the entropy H_r, so H = sum_r w_r (H_r + lse -
+    lse_r); H_r is summed from x - lse_r, since a mean of x itself would lose digits where logits are large.
+    Derivatives: d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (x_i - lse + H).
     """
 
     @staticmethod

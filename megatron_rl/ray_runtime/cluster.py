@@ -98,7 +98,8 @@ class Cluster:
     def _join(self) -> None:
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         if self.local:
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # in no file: the cluster ends with this process
+            # in no file, since the cluster ends with this process; the same for the next one, since Ray reads it once
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 num_cpus=len(os.sched_getaffinity(0)),
                 num_gpus=self._gpus,
@@ -194,8 +195,6 @@ class Cluster:
                 _wait_gone([birth.pid for birth in self._births])
         finally:
             ray.shutdown()
-            if self.local:
-                os.environ.pop("RAY_AUTH_TOKEN", None)
 
 
 def _object_store_bytes() -> int:

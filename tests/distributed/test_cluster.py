@@ -1,0 +1,73 @@
+"""Starting Ray, and joining one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.cluster import Cluster, Role
+
+RAY = Path(sys.executable).with_name("ray")
+JOIN = """
+import sys
+from pathlib import Path
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role
+
+try:
+    with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, log_dir=Path(sys.argv[2])) as cluster:
+        group = cluster.start([Role(name="only", workers=1)], {})["only"]
+        group.build(dict, [()]).result()
+        print("joined", group.call("__len__", finish=sum).result())
+except ClusterProblem as problem:
+    print("refused:", problem)
+"""
+
+
+def test_one_process_may_start_one_cluster_after_another(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Cluster(ClusterConfig(), gpus=0, log_dir=tmp_path) as cluster:
+            group = cluster.start([Role(name="only", workers=1)], {})["only"]
+            group.build(dict, [()]).result()
+            assert group.call("__len__", finish=list).result() == [0]
+        assert not ray.is_initialized()
+
+
+@pytest.fixture(params=["token", "disabled"])
+def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str], str]]:
+    """A Ray cluster started by hand, that asks for a token or does not; its address and a client's environment."""
+    mode = str(request.param)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
+    if mode == "token":
+        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    options = ["--head", "--node-ip-address=127.0.0.1", "--port=6391", "--num-cpus=2", "--include-dashboard=false"]
+    subprocess.run([RAY, "start", *options], env=environment, check=True, timeout=90, capture_output=True)
+    yield "127.0.0.1:6391", environment, mode
+    subprocess.run([RAY, "stop", "--force"], env=environment, check=True, timeout=60, capture_output=True)
+
+
+def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
+    head: tuple[str, dict[str, str], str], tmp_path: Path
+) -> None:
+    address, environment, mode = head
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, address, str(tmp_path)],
+        env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN", "0" * 64)},
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mode == "token":
+        assert "joined 0" in done.stdout, done.stdout + done.stderr
+    else:
+        assert "refused: the Ray cluster at 127.0.0.1:6391 asks for no token" in done.stdout, done.stdout + done.stderr
