@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.utils._device
 from torch import Tensor
 
 _CPU = torch.device("cpu")
@@ -78,6 +79,8 @@ def prepare_megatron() -> None:
     """
     if has_cuda():
         return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("prepare_megatron() must run before megatron.core is imported, it is loaded already")
     _place_on_cpu()
     _drop_streams()
     _drop_compile()
@@ -104,6 +107,9 @@ def _nothing() -> Callable[..., None]:
 
 def _place_on_cpu() -> None:
     """Why: about 90 places put a tensor on ``torch.cuda.current_device()``, on ``"cuda"``, or call ``.cuda()``."""
+    # ``with torch.device(...)`` knows the factories by identity and looks them up once: let it find torch's own, else
+    # it leaves them out, and transformers fills the buffers of a model that it loads with garbage
+    torch.utils._device._device_constructors()
 
     def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(factory)

@@ -1,8 +1,6 @@
 """Training on Megatron-Core: the only package that imports it. One process holds one rank, see :mod:`.worker`.
 
-Importing any module of this package first prepares megatron-core for machines without CUDA.
+Where there is no CUDA, :func:`megatron_rl.device.prepare_megatron` must have run before any module of it is imported,
+:mod:`.spec` alone excepted; :func:`.spec.start_worker` sees to that in the rank's own process. The driver imports
+nothing but :mod:`.spec`, so it never loads megatron-core.
 """
-
-from megatron_rl.device import prepare_megatron
-
-prepare_megatron()

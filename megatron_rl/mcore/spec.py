@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.schema import ModelConfig, TrainerConfig
+from megatron_rl.device import prepare_megatron
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
 
@@ -42,6 +43,7 @@ class WorkerSpec:
 
 def start_worker(spec: WorkerSpec, rank: int, host: str, port: int, timeout_s: float) -> Worker:
     """Make rank ``rank`` in this process; arguments and errors as :class:`~megatron_rl.mcore.worker.Worker`."""
+    prepare_megatron()
     from megatron_rl.mcore.worker import Worker
 
     return Worker(spec, rank=rank, host=host, port=port, timeout_s=timeout_s)

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -88,7 +89,7 @@ class Cluster:
         """Start Ray, or join a cluster.
 
         Raises:
-            ClusterProblem: the cluster cannot be reached, or asks for no token.
+            ClusterProblem: the cluster cannot be reached, or asks for no token, or Ray in this process uses none.
         """
         terminate = signal.getsignal(signal.SIGTERM)
         self._join()
@@ -97,6 +98,12 @@ class Cluster:
 
     def _join(self) -> None:
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+        if not self._config.allow_open_cluster and get_authentication_mode() != AuthenticationMode.TOKEN:
+            raise ClusterProblem(
+                "Ray must ask for a token, but it is set not to: either RAY_AUTH_MODE says so (unset it), or this "
+                "process imported ray before megatron_rl.ray_runtime, when it fixed the mode (import it later, or set "
+                "RAY_AUTH_MODE=token); cluster.allow_open_cluster=true does without"
+            )
         if self.local:
             # in no file, since the cluster ends with this process; the same for the next one, since Ray reads it once
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

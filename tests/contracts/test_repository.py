@@ -165,6 +165,11 @@ def test_the_package_starts_without_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
+def test_the_driver_loads_neither_megatron_nor_vllm():
+    program = "import sys, megatron_rl.assemble; sys.exit(any(name in sys.modules for name in ('megatron', 'vllm')))"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
 def requirements(name):
     """The lines of ``requirements/<name>.in`` that name a package, quotes as in pyproject.toml."""
     lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()

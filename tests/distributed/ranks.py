@@ -41,7 +41,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["megatron_rl.mcore.worker"])
+        self._context.set_forkserver_preload(["tests.distributed.prepared"])
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.ray_runtime.cluster import Cluster, Role
+from megatron_rl.ray_runtime.cluster import Cluster, Role, ray
 
 RAY = Path(sys.executable).with_name("ray")
 JOIN = """
@@ -39,6 +38,19 @@ def test_one_process_may_start_one_cluster_after_another(tmp_path: Path) -> None
             group.build(dict, [()]).result()
             assert group.call("__len__", finish=list).result() == [0]
         assert not ray.is_initialized()
+
+
+def test_ray_that_was_imported_too_early_to_ask_for_a_token_is_refused(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    program = (
+        "import ray\nfrom pathlib import Path\nfrom megatron_rl.config.schema import ClusterConfig\n"
+        "from megatron_rl.ray_runtime.cluster import Cluster\n"
+        f"with Cluster(ClusterConfig(), gpus=0, log_dir=Path({str(tmp_path)!r})): pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, timeout=60, capture_output=True, text=True, check=False
+    )
+    assert "Ray must ask for a token" in done.stderr
 
 
 @pytest.fixture(params=["token", "disabled"])

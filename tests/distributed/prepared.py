@@ -1,0 +1,6 @@
+"""What the fork server of :mod:`tests.distributed.ranks` loads once, so that each rank is forked with it."""
+
+import megatron_rl.device
+
+megatron_rl.device.prepare_megatron()
+import megatron_rl.mcore.worker  # noqa: E402

@@ -1,0 +1,45 @@
+"""What is done to torch so that megatron-core runs on a CPU; in processes of their own, since it stays done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+LOAD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_rl.device import prepare_megatron
+
+prepare_megatron()
+config = Qwen2Config(
+    vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)
+made = Qwen2ForCausalLM(config)
+made.save_pretrained(sys.argv[1])
+loaded = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert torch.equal(loaded.model.rotary_emb.inv_freq, made.model.rotary_emb.inv_freq), "rotary frequencies"
+with torch.device("meta"):
+    for factory in (torch.arange, torch.empty, torch.zeros):
+        assert factory(3).is_meta, factory
+assert torch.zeros(3, device="cuda").device.type == "cpu"
+"""
+TOO_LATE = "import megatron.core; from megatron_rl.device import prepare_megatron; prepare_megatron()"
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_transformers_loads_the_same_model_beside_a_prepared_megatron(tmp_path: Path) -> None:
+    done = _run(LOAD, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_preparing_too_late_is_refused() -> None:
+    done = _run(TOO_LATE)
+    assert "prepare_megatron() must run before megatron.core is imported" in done.stderr
