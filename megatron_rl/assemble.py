@@ -66,7 +66,7 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         rewards = stack.enter_context(
             RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
         )
-        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs"))
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         groups = cluster.start(
             [
                 Role(name="policy", workers=policy_layout.world_size, held_types=HELD_TYPES),
@@ -107,9 +107,15 @@ def open_run(config: RunConfig) -> Iterator[Run]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                sources=[_MachineMetrics(groups, rewards)],
+                sources=[_MachineMetrics(groups, rewards, config.ppo.epochs)],
             )
         )
+        for name, found in (("train", prompts), ("heldout", heldout)):
+            if found.dropped:
+                metrics.note(
+                    f"data.{name}: {found.dropped} prompts are longer than data.max_prompt_tokens="
+                    f"{config.data.max_prompt_tokens} and left out, {len(found.prompts)} are kept"
+                )
         yield Run(
             config=config,
             start_step=start_step,
@@ -150,7 +156,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
         RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as rewards,
-        Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs") as cluster,
+        Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
         group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
         group.build(start_engine, [(_engine_spec(config, model, version=0),)]).result()
@@ -176,7 +182,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
     )
     prepare_folder(config)
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, log_dir=config.run_dir / "logs"))
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
         group = cluster.start(roles, device.worker_environment())["trainer"]
         _start_trainer(group, config, Head.TOKEN, dims, config.steps).result()
@@ -210,6 +216,7 @@ class _MachineMetrics:
 
     groups: Mapping[str, WorkerGroup]
     rewards: RewardService
+    epochs: int
 
     def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
         found = {"busy_s/rewards/score": self.rewards.busy_seconds}
@@ -217,16 +224,18 @@ class _MachineMetrics:
             taken = group.take_statistics()
             found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}
             found[f"peak_rss_gib/{role}"] = taken.peak_rss_bytes / 2**30
+        drawn = step.get("rollout/response_tokens", 0.0) + step.get("heldout/response_tokens", 0.0)
+        scored = step.get("rollout/total_tokens", 0.0)
         for role, verb, tokens in (
-            ("engine", "generate", "rollout/response_tokens"),
-            ("policy", "logprobs", "rollout/total_tokens"),
-            ("critic", "values", "rollout/total_tokens"),
-            ("policy", "update", "rollout/total_tokens"),
-            ("critic", "update", "rollout/total_tokens"),
+            ("engine", "generate", drawn),
+            ("policy", "logprobs", scored),
+            ("critic", "values", scored),
+            ("policy", "update", scored * self.epochs),
+            ("critic", "update", scored * self.epochs),
         ):
             seconds = found.get(f"busy_s/{role}/{verb}", 0.0)
-            if seconds > 0 and tokens in step:
-                found[f"tokens_per_s/{role}/{verb}"] = step[tokens] / seconds
+            if seconds > 0 and tokens > 0:
+                found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
         return found
 
 

@@ -98,6 +98,8 @@ class MetricLog:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
+        self._total = total_steps
+        self._spent: list[float] = []
         self._sources = tuple(sources)
         self._file = run_dir / "metrics.jsonl"
         _drop_partial_line(self._file)
@@ -135,6 +137,10 @@ class MetricLog:
         with self._record("evaluation", step, steps_done=step) as log:
             yield log
 
+    def note(self, text: str) -> None:
+        """Tell the console something that is not a metric."""
+        self._console.note(text)
+
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
         self._console.close()
@@ -149,6 +155,8 @@ class MetricLog:
         try:
             yield log
             metrics = log.metrics() | {"seconds/step": time.perf_counter() - started}
+            if kind == "step":
+                metrics["eta_s"] = self._seconds_left(metrics["seconds/step"], steps_done)
             for source in self._sources:
                 metrics |= source(metrics)
         except BaseException as error:
@@ -160,6 +168,11 @@ class MetricLog:
         for sink in self._sinks:
             sink.write(metrics, steps_done)
         self._console.row(metrics, steps_done, is_step=kind == "step")
+
+    def _seconds_left(self, step_seconds: float, steps_done: int) -> float:
+        """What the rest of the run takes at the mean pace so far."""
+        self._spent.append(step_seconds)
+        return sum(self._spent) / len(self._spent) * max(0, self._total - steps_done)
 
     def _write(self, kind: str, step: int, metrics: Mapping[str, float], *, aborted: bool) -> None:
         nonfinite = sum(not math.isfinite(value) for value in metrics.values())
@@ -281,7 +294,6 @@ class _ConsoleTable:
         self._console = console
         self._total = total_steps
         self._rows = 0
-        self._spent: list[float] = []
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
@@ -304,10 +316,12 @@ class _ConsoleTable:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=name)
 
+    def note(self, text: str) -> None:
+        self._line(text, style="yellow")
+
     def row(self, metrics: Mapping[str, float], steps_done: int, *, is_step: bool) -> None:
         if is_step:
-            self._spent.append(metrics["seconds/step"])
-            left = _duration(sum(self._spent) / len(self._spent) * max(0, self._total - steps_done))
+            left = _duration(metrics["eta_s"])
             if self._progress is not None:
                 self._progress.update(self._progress.task_ids[0], completed=steps_done, eta=left)
             table = _SUPERVISED if "model/loss" in metrics else _PPO

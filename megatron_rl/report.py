@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -86,12 +87,16 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 def plot_curve(metrics_jsonl: Path, png: Path) -> None:
     """Draw a run over its steps: accuracy, response length, and KL with the critic's explained variance.
 
+    matplotlib keeps its list of fonts in the folder ``scratch`` beside ``metrics_jsonl``, unless MPLCONFIGDIR names
+    another.
+
     A rollout of step s is drawn by weights that have seen s steps, so it stands at s; an evaluation after that step
     stands at s + 1.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_records`.
     """
+    os.environ.setdefault("MPLCONFIGDIR", str(metrics_jsonl.parent.resolve() / "scratch"))
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state, and slow to load
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,8 +1,14 @@
 """Break PPO on purpose, one way at a time, and print what the curve makes of it.
 
 ``python examples/arithmetic_cpu/ablations.py [NAME...]`` after ``make quickstart`` (it needs the warmed-up base); about
-a minute and a half each. A run whose advantages have the wrong sign or stand one token off must not learn; a run whose
+half a minute each. A run whose advantages have the wrong sign or stand one token off must not learn; a run whose
 weights never reach the engine must stop; a critic that never learns must show in its explained variance.
+
+Advantages that stand one token off still teach every token but the first, or but the last; what they cannot teach is
+the choice that the first token makes, between reasoning and answering at once. A critic that knows what each choice is
+worth leaves no other trace of it, so those runs, and a control, warm up the critic for longer and stop after a few
+steps: given time, a policy that reasons better makes the critic lag behind, and the choice is learnt from that. The run
+that learns from samples of weights it has left behind stops early as well: it gets better before it falls apart.
 """
 
 from __future__ import annotations
@@ -27,19 +33,25 @@ from megatron_rl.dataflow import ScoredRollout
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.experience.collect import rollout_metrics, score_rollouts
 from megatron_rl.interfaces import Collect, Pending, PolicyModel, TokenLoss, UpdateResult, WeightSync
+from megatron_rl.maths.masking import whiten
 from megatron_rl.ppo import Run, greedy, train
 from megatron_rl.report import summarise
 
 PPO = Path(__file__).with_name("ppo.toml")
 FOLDER = Path("runs/ablations")
+UNCHECKED = "few steps, no push, unchecked"
+FEW_STEPS = ("ppo.critic_warmup_steps=16", "ppo.value_clip=inf", "steps=20")
+
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(advantages [B, T], response mask [B, T]) -> advantages."""
 
 
 @dataclass
 class ChangedExperience:
-    """A policy that learns from another experience than the one it is given."""
+    """A policy that learns from other advantages than it is given, changed before they are whitened."""
 
     policy: PolicyModel
-    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    change: Change
     _last: tuple[ExperienceBatch, ExperienceBatch] | None = field(default=None, init=False)
 
     def logprobs(self, batch: Any) -> Pending[torch.Tensor]:
@@ -48,7 +60,8 @@ class ChangedExperience:
     def update(self, minibatch: Minibatch[ExperienceBatch], loss: TokenLoss) -> Pending[UpdateResult]:
         source = minibatch.source
         if self._last is None or self._last[0] is not source:
-            advantages = self.change(source.advantages, source.rollouts.response_mask)
+            mask = source.rollouts.response_mask
+            advantages = whiten(self.change(source.returns - source.values, mask), mask)
             self._last = (source, dataclasses.replace(source, advantages=advantages))
         return self.policy.update(dataclasses.replace(minibatch, source=self._last[1]), loss)
 
@@ -114,15 +127,16 @@ class Ablation:
     overrides: tuple[str, ...] = ()
 
 
-def changed(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Run], Run]:
+def changed(change: Change) -> Callable[[Run], Run]:
     return lambda run: dataclasses.replace(run, policy=ChangedExperience(run.policy, change))
 
 
 ABLATIONS = {
     "none": Ablation("after >= 0.85"),
     "advantages flipped": Ablation("after < 0.45", changed(flipped)),
-    "advantages one token later": Ablation("after < 0.45", changed(one_later)),
-    "advantages one token earlier": Ablation("after < 0.45", changed(one_earlier)),
+    "few steps": Ablation("after >= 0.85", overrides=FEW_STEPS),
+    "few steps, advantages one token later": Ablation("after < 0.45", changed(one_later), FEW_STEPS),
+    "few steps, advantages one token earlier": Ablation("after < 0.45", changed(one_earlier), FEW_STEPS),
     "log-probs misaligned": Ablation(
         "after < 0.45", lambda run: dataclasses.replace(run, policy_loss=MisalignedLoss(run.policy_loss))
     ),
@@ -133,10 +147,10 @@ ABLATIONS = {
     "no push": Ablation(
         "stops at the first stale sample", lambda run: dataclasses.replace(run, weights=FirstPushOnly(run.weights))
     ),
-    "no push, unchecked": Ablation(
+    UNCHECKED: Ablation(
         "rollouts stay within 0.10 of the base, checkpoint > 0.60, gap grows",
         lambda run: dataclasses.replace(run, weights=FirstPushOnly(run.weights)),
-        ("sync.max_staleness=1000000",),
+        (*FEW_STEPS, "sync.max_staleness=1000000"),
     ),
     "critic learning rate 0": Ablation("explained variance stays 0", overrides=("critic.optimizer.lr=0.0",)),
 }
@@ -164,7 +178,7 @@ def run_ablation(name: str, ablation: Ablation, seed: int) -> dict[str, Any]:
         "gap_last": steps[-1]["experience/engine_gap_mean"],
         "explained_variance": max(abs(step["experience/explained_variance"]) for step in steps),
     }
-    if name == "no push, unchecked":
+    if name == UNCHECKED:
         row["checkpoint"] = checkpoint_accuracy(config)
     return row
 

@@ -117,7 +117,8 @@ class PPOConfig:
     clip_high: PositiveFloat = 0.2
     dual_clip: PositiveFloat | None = None
     """Bound c > 1 on the loss of tokens with a negative advantage; unset: none."""
-    value_clip: PositiveFloat | None = 0.2
+    value_clip: PositiveFloat = 0.2
+    """How far a value may move from what it was before the update; ``inf``: as far as it likes."""
     entropy_coef: NonNegative = 0.0
     loss_mean: Literal["token", "sequence"] = "token"
     """Mean over all tokens of an optimizer step, or over the tokens of each sample and then over samples."""

@@ -96,22 +96,20 @@ class ValueLoss:
     that the token has no gradient).
 
     Attributes:
-        clip: how far the value may move, or None for the plain squared error.
+        clip: how far the value may move; infinity gives the plain squared error.
     """
 
-    clip: float | None = 0.2
+    clip: float = 0.2
 
     def __call__(self, outputs: ValueOutputs, batch: MicroBatch) -> LossTerms:
         """Sum over the loss tokens of ``batch``."""
         mask = batch.loss_mask
         values, returns = keep(outputs.values, mask), keep(batch.returns, mask)
         error = (values - returns) ** 2
-        worst = error
-        if self.clip is not None:
-            before = keep(batch.values, mask)
-            # Not before + clamp(values - before): that differs from values by rounding where nothing is clipped.
-            near = torch.minimum(torch.maximum(values, before - self.clip), before + self.clip)
-            worst = torch.maximum(error, (near - returns) ** 2)
+        before = keep(batch.values, mask)
+        # Not before + clamp(values - before): that differs from values by rounding where nothing is clipped.
+        near = torch.minimum(torch.maximum(values, before - self.clip), before + self.clip)
+        worst = torch.maximum(error, (near - returns) ** 2)
         clipped = (worst.detach() != error.detach()).to(worst.dtype)
         return _summed(0.5 * worst, batch, clip_fraction=clipped)
 

@@ -71,10 +71,18 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
 class Cluster:
     """A Ray cluster for the length of a ``with`` block; leaving it ends every worker, whatever happened inside."""
 
-    def __init__(self, config: ClusterConfig, *, gpus: int, log_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, *, gpus: int, run_dir: Path) -> None:
+        """Take note; nothing starts yet.
+
+        Args:
+            config: which cluster, and the deadlines.
+            gpus: on this machine.
+            run_dir: gets ``logs/`` and ``scratch/``, what the workers' libraries cache.
+        """
         self._config = config
         self._gpus = gpus
-        self._log_dir = log_dir.resolve()
+        self._log_dir = run_dir.resolve() / "logs"
+        self._scratch = run_dir.resolve() / "scratch"
         self._group: PlacementGroup | None = None
         self._groups: list[WorkerGroup] = []
         self._births: list[Birth] = []
@@ -129,7 +137,7 @@ class Cluster:
     def start(self, roles: Sequence[Role], environment: Mapping[str, str]) -> dict[str, WorkerGroup]:
         """Place every role's workers and start their processes, which wait for what to build.
 
-        Who runs where is left in ``processes.json`` beside their logs.
+        Who runs where is left in ``logs/processes.json``.
 
         Raises:
             ClusterProblem: the cluster has not the resources, at all or within the deadline.
@@ -153,6 +161,7 @@ class Cluster:
                     ).remote(
                         role.name if role.workers == 1 else f"{role.name} rank {rank}",
                         str(log),
+                        str(self._scratch),
                         {**loopback, **environment},
                     )
                 )

@@ -72,10 +72,10 @@ class Birth:
 class Supervisor:
     """One worker process and the pipe to it; its methods run in threads of the actor."""
 
-    def __init__(self, worker: str, log_file: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, worker: str, log_file: str, scratch: str, environment: Mapping[str, str]) -> None:
         self._worker = worker
         self._log = Path(log_file)
-        self._environment = dict(environment)
+        self._environment = _writing_to(Path(scratch)) | dict(environment)
         self._phase = "starting"
         self._turn = threading.Condition()
         self._next_number = 0
@@ -157,6 +157,13 @@ class Supervisor:
         if not self._gone.wait(timeout=5):
             self._process.kill()
             self._gone.wait()
+
+
+def _writing_to(scratch: Path) -> dict[str, str]:
+    """Where libraries put caches and temporary files: in the run's folder, where the user names no other place."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    names = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    return {name: os.environ.get(name, str(scratch)) for name in names}
 
 
 def _oom_kills() -> int:

@@ -22,7 +22,7 @@ from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role
 
 try:
-    with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, log_dir=Path(sys.argv[2])) as cluster:
+    with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, run_dir=Path(sys.argv[2])) as cluster:
         group = cluster.start([Role(name="only", workers=1)], {})["only"]
         group.build(dict, [()]).result()
         print("joined", group.call("__len__", finish=sum).result())
@@ -33,7 +33,7 @@ except ClusterProblem as problem:
 
 def test_one_process_may_start_one_cluster_after_another(tmp_path: Path) -> None:
     for _ in range(2):
-        with Cluster(ClusterConfig(), gpus=0, log_dir=tmp_path) as cluster:
+        with Cluster(ClusterConfig(), gpus=0, run_dir=tmp_path) as cluster:
             group = cluster.start([Role(name="only", workers=1)], {})["only"]
             group.build(dict, [()]).result()
             assert group.call("__len__", finish=list).result() == [0]
@@ -45,7 +45,7 @@ def test_ray_that_was_imported_too_early_to_ask_for_a_token_is_refused(tmp_path:
     program = (
         "import ray\nfrom pathlib import Path\nfrom megatron_rl.config.schema import ClusterConfig\n"
         "from megatron_rl.ray_runtime.cluster import Cluster\n"
-        f"with Cluster(ClusterConfig(), gpus=0, log_dir=Path({str(tmp_path)!r})): pass\n"
+        f"with Cluster(ClusterConfig(), gpus=0, run_dir=Path({str(tmp_path)!r})): pass\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, timeout=60, capture_output=True, text=True, check=False

@@ -62,7 +62,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worke
         Role(name="engine", workers=1),
         Role(name="other", workers=1),
     ]
-    with Cluster(ClusterConfig(call_deadline_s=30), gpus=0, log_dir=tmp_path_factory.mktemp("logs")) as cluster:
+    with Cluster(ClusterConfig(call_deadline_s=30), gpus=0, run_dir=tmp_path_factory.mktemp("logs")) as cluster:
         started = cluster.start(roles, {})
         for group in started.values():
             group.build(Recorder, [(rank,) for rank in range(len(group.names))]).result()

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
     assert summary["steps"] == 2
     for name in ("config.json", "curve.png", "samples.jsonl", "tensorboard", "checkpoints/step_000002/hf/config.json"):
         assert (run / name).exists(), name
+
+
+def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
+    train_command: Command, tmp_path: Path
+) -> None:
+    home, temporary = tmp_path / "home", Path(tempfile.gettempdir())
+    home.mkdir()
+    before = {*temporary.iterdir(), temporary / "ray"}
+    placed = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in placed} | {"HOME": str(home)}
+    command = train_command(
+        "steps=1", "policy.layout.tensor=1", "critic.layout.pipeline=1", "data.max_prompt_tokens=22"
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
+    assert set(temporary.iterdir()) - before == set()
+    assert re.search(r"data\.train: \d+ prompts are longer than data\.max_prompt_tokens=22 and left out", done.stdout)
 
 
 def test_a_run_resumes_from_its_checkpoint(train_command: Command, tmp_path: Path) -> None:

@@ -51,6 +51,26 @@ def test_phases_are_timed_and_add_up(tmp_path):
     assert record["seconds/push"] < 0.02
 
 
+def test_the_time_left_is_the_mean_pace_times_the_steps_left(tmp_path):
+    log, _ = open_log(tmp_path, total_steps=5)
+    with log.evaluation(0):
+        pass
+    for number in range(2):
+        with log.step(number):
+            time.sleep(0.02)
+    evaluation, first, second = records(tmp_path)
+    assert "eta_s" not in evaluation
+    assert first["eta_s"] == pytest.approx(4 * first["seconds/step"])
+    assert second["eta_s"] == pytest.approx(3 * (first["seconds/step"] + second["seconds/step"]) / 2)
+
+
+def test_a_note_goes_to_the_console_alone(tmp_path):
+    log, screen = open_log(tmp_path)
+    log.note("12 prompts are left out")
+    assert screen.getvalue() == "12 prompts are left out\n"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_record_is_on_disk_when_its_step_ends(tmp_path):
     log, _ = open_log(tmp_path)
     for number in range(2):
