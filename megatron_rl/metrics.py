@@ -280,6 +280,7 @@ _SUPERVISED = _Table(
     most_rows=20,
 )
 _HELDOUT = (
+    ("score", "heldout/score", "+.3f"),
     ("accuracy", "heldout/accuracy", ".3f"),
     ("format", "heldout/format_rate", ".3f"),
     ("length", "heldout/length_mean", ".1f"),
@@ -331,7 +332,7 @@ class _ConsoleTable:
                 self._rows += 1
                 cells = [_formatted(metrics, key, form) for _, key, form in table.columns]
                 self._line(_cells(f"{steps_done}/{self._total}", *cells, left))
-        if "heldout/accuracy" in metrics:
+        if "heldout/score" in metrics:
             cells = [f"{name} {_formatted(metrics, key, form)}" for name, key, form in _HELDOUT]
             self._line(
                 f"held-out, greedy, after {steps_done} of {self._total} steps: {', '.join(cells)}", style="green"

@@ -37,10 +37,10 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     """The few numbers that say how a run went; what was never measured is left out.
 
     Returns:
-        ``steps``; held-out greedy accuracy, format rate and length (tokens) ``before`` and ``after``; the same of the
-        first and last rollout under ``rollout_``; ``kl_last`` (nats per token); ``explained_variance_last`` and, of the
-        first rollout that the policy learns from, ``explained_variance_first_update``; ``engine_gap_mean_worst``
-        (nats); ``seconds_per_step_median``; how many ``timeouts``, ``errors`` and
+        ``steps``; held-out greedy score, accuracy, format rate and length (tokens) ``before`` and ``after``; the same
+        of the first and last rollout under ``rollout_``; ``kl_last`` (nats per token); ``explained_variance_last`` and,
+        of the first rollout that the policy learns from, ``explained_variance_first_update``;
+        ``engine_gap_mean_worst`` (nats); ``seconds_per_step_median``; how many ``timeouts``, ``errors`` and
         ``nonfinite`` there were; ``peak_rss_gib`` by role.
 
     Raises:
@@ -50,7 +50,13 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     steps = [record for record in records if record["kind"] == "step"]
     summary: dict[str, Any] = {"steps": len(steps)}
     for prefix, label, first, last in (("heldout", "", "before", "after"), ("rollout", "rollout_", "first", "last")):
-        for name, metric in (("accuracy", "accuracy"), ("format_rate", "format_rate"), ("length", "length_mean")):
+        named = (
+            ("score", "score"),
+            ("accuracy", "accuracy"),
+            ("format_rate", "format_rate"),
+            ("length", "length_mean"),
+        )
+        for name, metric in named:
             found = _values(records, f"{prefix}/{metric}")
             if found:
                 summary[f"{label}{name}_{first}"], summary[f"{label}{name}_{last}"] = found[0], found[-1]

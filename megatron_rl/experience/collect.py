@@ -9,7 +9,7 @@ from statistics import fmean
 
 from megatron_rl.batches import RolloutBatch
 from megatron_rl.config.schema import RolloutConfig
-from megatron_rl.dataflow import Finish, Outcome, Rollout, Sampling, ScoredRollout
+from megatron_rl.dataflow import Finish, Outcome, Rollout, Sampling, Score, ScoredRollout
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.interfaces import RewardScorer, RolloutEngine
 
@@ -55,14 +55,16 @@ def score_rollouts(rollouts: Sequence[Rollout], rewards: RewardScorer) -> list[S
 
 
 def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None = None) -> dict[str, float]:
-    """What the samples and their scores say: rates are shares of all samples, lengths are tokens of the response."""
+    """What the samples and their scores say: rates are shares of all samples, lengths are tokens of the response.
+
+    Accuracy and format rate are there where the rule tells them, as parts ``correct`` and ``boxed`` of its scores.
+    """
     samples = [sample for item in scored for sample in item.rollout.samples]
     scores = [score for item in scored for score in item.scores]
     lengths = [len(sample.token_ids) for sample in samples]
     metrics = {
         "score": fmean(score.value for score in scores),
-        "accuracy": fmean(score.parts.get("correct", 0.0) for score in scores),
-        "format_rate": fmean(score.parts.get("boxed", 0.0) for score in scores),
+        **_shares(scores, accuracy="correct", format_rate="boxed"),
         "length_mean": fmean(lengths),
         "length_max": float(max(lengths)),
         "truncation_rate": fmean(sample.finish is Finish.LENGTH for sample in samples),
@@ -75,6 +77,15 @@ def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None 
         metrics["total_tokens"] = float(batch.lengths.sum())
         metrics["policy_version"] = float(batch.policy_version)
     return metrics
+
+
+def _shares(scores: Sequence[Score], **parts: str) -> dict[str, float]:
+    """Means of the parts of a score, those that did not finish counted as 0; what a rule does not tell is left out."""
+    return {
+        name: fmean(score.parts.get(part, 0.0) for score in scores)
+        for name, part in parts.items()
+        if any(part in score.parts for score in scores)
+    }
 
 
 def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, object]]:

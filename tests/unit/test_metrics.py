@@ -153,25 +153,27 @@ def test_rows_are_written_at_once(tmp_path):
 def run_two_steps(log):
     with log:
         with log.evaluation(0) as step:
-            step.update("heldout", {"accuracy": 0.125, "format_rate": 0.5, "length_mean": 20.0})
+            step.update("heldout", {"score": -0.5, "format_rate": 0.5, "length_mean": 20.0})
         for number in range(2):
             with log.step(number) as step:
                 step.update("rollout", {"score": 0.25, "accuracy": 0.5, "format_rate": 0.75, "length_mean": 31.5})
                 step.update("experience", {"kl": 0.0123, "explained_variance": 0.4, "engine_gap_mean": 3e-6})
                 if number:
                     step.update("policy", {"entropy": 1.5, "clip_fraction": 0.02})
-                    step.update("heldout", {"accuracy": 0.875, "format_rate": 1.0, "length_mean": 40.0})
+                    step.update("heldout", {"score": 0.75, "accuracy": 0.875, "length_mean": 40.0})
 
 
 def test_the_console_shows_a_row_per_step_and_each_evaluation(tmp_path):
     log, screen = open_log(tmp_path)
     run_two_steps(log)
     lines = screen.getvalue().splitlines()
-    assert lines[0].startswith("held-out, greedy, after 0 of 2 steps: accuracy 0.125, format 0.500, length 20.0")
+    assert lines[0].startswith(
+        "held-out, greedy, after 0 of 2 steps: score -0.500, accuracy -, format 0.500, length 20.0"
+    )
     assert lines[1].split() == ("step score accuracy format length KL entropy clipped expl.var gap seconds ETA".split())
     assert lines[2].split()[:10] == "1/2 +0.250 0.500 0.750 31.5 0.0123 - - +0.400 3.0e-06".split()
     assert lines[3].split()[:10] == "2/2 +0.250 0.500 0.750 31.5 0.0123 1.500 0.020 +0.400 3.0e-06".split()
-    assert lines[4].startswith("held-out, greedy, after 2 of 2 steps: accuracy 0.875")
+    assert lines[4].startswith("held-out, greedy, after 2 of 2 steps: score +0.750, accuracy 0.875, format -")
     assert len(lines) == 5
     assert "\x1b" not in screen.getvalue()
 
@@ -205,7 +207,7 @@ def test_tensorboard_counts_the_steps_done(tmp_path):
     def points(name):
         return [(event.step, event.value) for event in events.Scalars(name)]
 
-    assert points("heldout/accuracy") == [(0, 0.125), (2, 0.875)]
+    assert points("heldout/score") == [(0, -0.5), (2, 0.75)]
     assert points("rollout/score") == [(1, 0.25), (2, 0.25)]
 
 
