@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,8 +67,9 @@ class DynamicSampling:
     """Keeps only prompts whose samples differ in score, and draws others in place of the rest: DAPO's dynamic sampling.
 
     Source: Yu et al., "DAPO" (2025), equation 11, for scores of any value: samples that all score the same have no
-    group-relative advantage. Each round draws as many prompts as are still missing, so nothing that was kept is thrown
-    away, and the prompt stream's position is all there is to resume from.
+    group-relative advantage. The first round draws as many prompts as a step needs, each further one as many as the
+    missing ones should take at the share kept so far, and never more than the first. What a round keeps beyond the need
+    is left, in the order drawn, so that the prompt stream's position is all there is to resume from.
 
     Attributes:
         source: where rollouts come from.
@@ -86,24 +88,22 @@ class DynamicSampling:
         """
         drawn: list[ScoredRollout] = []
         kept: list[ScoredRollout] = []
-        rounds = 0
-        while len(kept) < prompts:
-            if rounds == self.max_rounds:
-                raise SamplingExhausted(_exhausted(drawn, kept, prompts, rounds))
-            found = self.source.draw(
-                prompts - len(kept), step, first_sample=rounds * self.source.config.samples_per_prompt
-            )
-            rounds += 1
+        for number in range(self.max_rounds):
+            missing = prompts - len(kept)
+            asked = min(prompts, math.ceil(missing * len(drawn) / len(kept))) if kept else prompts
+            found = self.source.draw(asked, step, first_sample=number * self.source.config.samples_per_prompt)
             drawn += found
             kept += [item for item in found if not is_uniform(item)]
-        self._counts = {"sampling/rounds": float(rounds), **_drawn_metrics(drawn)}
-        return kept
+            if len(kept) >= prompts:
+                self._counts = {"sampling/rounds": number + 1.0, **_drawn_metrics(drawn)}
+                return kept[:prompts]
+        raise SamplingExhausted(_exhausted(drawn, kept, prompts, self.max_rounds))
 
     def take_metrics(self, _step: Mapping[str, float]) -> dict[str, float]:
         """What the last step drew, once; nothing where no step was collected since.
 
         Returns:
-            under ``sampling/``: ``rounds``; ``prompts_drawn``, ``prompts_dropped``; and of all samples drawn, the
+            under ``sampling/``: ``rounds``; ``prompts_drawn``, ``prompts_uniform``; and of all samples drawn, the
             dropped ones too, ``score``, ``accuracy`` and ``response_tokens`` (those under ``rollout/`` speak of the
             kept ones).
         """
@@ -120,7 +120,7 @@ def _drawn_metrics(drawn: Sequence[ScoredRollout]) -> dict[str, float]:
     every = rollout_metrics(drawn)
     return {
         "sampling/prompts_drawn": float(len(drawn)),
-        "sampling/prompts_dropped": float(sum(map(is_uniform, drawn))),
+        "sampling/prompts_uniform": float(sum(map(is_uniform, drawn))),
         **{f"sampling/{name}": every[name] for name in ("score", "accuracy", "response_tokens")},
     }
 
