@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_rl import batches
 from megatron_rl.config.schema import PPOConfig, RolloutConfig, RunConfig
 from tests.fakes import fake_config
 from tests.oracle import differences, experience_of, losses_of, random_case
@@ -66,19 +64,6 @@ ALGORITHMS = {
         "engine_ratio_high": 1.5,
     },
 }
-
-
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Batches hold float32; here they hold float64, so that 1e-9 means something."""
-
-    def shape_only(owner: object, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        assert tuple(getattr(owner, name).shape) == shape
-
-    monkeypatch.setattr(batches, "_check", shape_only)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def config_of(settings: dict[str, object]) -> RunConfig:
