@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_rl.config.schema import PPOConfig, RunConfig
 from megatron_rl.interfaces import AdvantageEstimator, LossMean, TokenLoss
 from megatron_rl.maths.advantages import GeneralizedAdvantage, GroupRelative, LeaveOneOut, ReturnToGo, Whitened
@@ -25,21 +27,19 @@ def advantage_estimator(ppo: PPOConfig) -> AdvantageEstimator:
 
 def policy_loss(ppo: PPOConfig) -> TokenLoss:
     """The loss of ``ppo.loss``, with the correction of ``ppo.engine_correction``."""
-    clip_low, clip_high, entropy_coef, kl_kind = ppo.clip_low, ppo.clip_high, ppo.entropy_coef, ppo.kl_kind
-    kl_coef = ppo.kl_coef if ppo.kl_in == "loss" else 0.0
-    loss: TokenLoss
-    if ppo.loss == "ppo":
-        loss = PolicyLoss(
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=ppo.dual_clip,
-            entropy_coef=entropy_coef,
-            kl_coef=kl_coef,
-            kl_kind=kl_kind,
-        )
-    else:
-        kind = {"gspo": SequencePolicyLoss, "cispo": ClippedWeightLoss}[ppo.loss]
-        loss = kind(clip_low=clip_low, clip_high=clip_high, entropy_coef=entropy_coef, kl_coef=kl_coef, kl_kind=kl_kind)
+    shared: dict[str, Any] = {
+        "clip_low": ppo.clip_low,
+        "clip_high": ppo.clip_high,
+        "entropy_coef": ppo.entropy_coef,
+        "kl_coef": ppo.kl_coef if ppo.kl_in == "loss" else 0.0,
+        "kl_kind": ppo.kl_kind,
+    }
+    losses: dict[str, TokenLoss] = {
+        "ppo": PolicyLoss(dual_clip=ppo.dual_clip, **shared),
+        "gspo": SequencePolicyLoss(**shared),
+        "cispo": ClippedWeightLoss(**shared),
+    }
+    loss = losses[ppo.loss]
     if ppo.engine_correction is None:
         return loss
     correction = EngineCorrection(
