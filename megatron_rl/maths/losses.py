@@ -10,6 +10,7 @@ A loss of your own is a frozen dataclass with the same ``__call__``; one that ch
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,7 +32,7 @@ def _summed(term: Tensor, batch: PackedTokens, **metrics: Tensor) -> LossTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientLoss:
+class PolicyGradientLoss(ABC):
     """What the policy losses have in common: a clipped objective of each token's advantage, an entropy bonus, and a KL
     term where its coefficient is above 0. A subclass says what the objective is.
 
@@ -52,6 +53,7 @@ class PolicyGradientLoss:
     kl_coef: float = 0.0
     kl_kind: KlKind = "k3"
 
+    @abstractmethod
     def objective(self, logprobs: Tensor, old: Tensor, advantages: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """What is maximised for each token, and whether a bound decides it.
 
@@ -64,7 +66,6 @@ class PolicyGradientLoss:
         Returns:
             [N] f32 with a gradient, 0 where the three are 0; [N] bool.
         """
-        raise NotImplementedError
 
     def __call__(self, outputs: TokenOutputs, batch: MicroBatch) -> LossTerms:
         """Sum over the loss tokens of ``batch``.
