@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,11 @@ def test_every_algorithm_learns_on_the_same_loop(tmp_path: Path, ppo: PPOConfig)
     assert steps[-1]["rollout/accuracy"] > 0.9
     with_critic = {key for step in steps for key in step if key.startswith(("critic", "experience/value"))}
     assert bool(with_critic) == ppo.has_critic
+    for family in ("return", "position"):
+        tokens = {
+            key: value for key, value in steps[-1].items() if re.match(f"critic_calibration/{family}.*/tokens", key)
+        }
+        assert sum(tokens.values()) == steps[-1]["rollout/response_tokens"] * ppo.has_critic
     assert ("policy/engine_weight" in steps[0]) == (ppo.engine_correction is not None)
 
 
