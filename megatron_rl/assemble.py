@@ -16,12 +16,13 @@ from megatron_rl.checkpoints import RunCheckpoints
 from megatron_rl.config.load import dump
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
-from megatron_rl.experience.collect import FreshRollouts
+from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
+from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts
 from megatron_rl.experience.supervised import supervised_batches
 from megatron_rl.interfaces import Pending, results
 from megatron_rl.maths.kl import KlControl
-from megatron_rl.maths.losses import PolicyLoss, SupervisedLoss, ValueLoss
+from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
 from megatron_rl.metrics import MetricLog
 from megatron_rl.model_dims import ModelDims, read_model_dims
@@ -36,6 +37,7 @@ from megatron_rl.ray_runtime.roles import (
     connect,
 )
 from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.rewards.overlong import OverlongPenalty
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.sft import SupervisedRun
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
@@ -47,7 +49,7 @@ _PROBE_ROWS = 8
 
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Run]:
-    """Start everything that a PPO run needs; leaving the block ends all of it.
+    """Start everything that a run needs; leaving the block ends all of it.
 
     Raises:
         ClusterProblem: the machine or the cluster is too small.
@@ -55,8 +57,8 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
     """
     gpus = device.gpu_count()
-    policy_layout, critic_layout = config.policy.layout, config.critic.layout
-    check_machine(policy_layout.world_size + critic_layout.world_size + 1, gpus, config.cluster)
+    ranks = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
+    check_machine(sum(ranks.values()) + 1, gpus, config.cluster)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     prompts = load_prompts(config.data.train, tokenizer, config.data)
@@ -69,45 +71,52 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         groups = cluster.start(
             [
-                Role(name="policy", workers=policy_layout.world_size, held_types=HELD_TYPES),
-                Role(name="critic", workers=critic_layout.world_size, held_types=HELD_TYPES),
+                *(Role(name=role, workers=workers, held_types=HELD_TYPES) for role, workers in ranks.items()),
                 Role(name="engine", workers=1),
             ],
             device.worker_environment(),
         )
         critic_updates = config.steps * config.updates_per_step
         policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
-        results(
-            {
-                "policy": _start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-                "critic": _start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates),
-                "engine": groups["engine"].build(start_engine, [(_engine_spec(config, config.model.path),)]),
-            }
-        )
-        policy, critic, engine = (
-            RemotePolicy(groups["policy"]),
-            RemoteCritic(groups["critic"]),
-            RemoteEngine(groups["engine"]),
-        )
+        starting = {
+            "policy": _start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
+            "engine": groups["engine"].build(start_engine, [(_engine_spec(config, config.model.path),)]),
+        }
+        if config.critic is not None:
+            starting["critic"] = _start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
+        results(starting)
+        policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
+        critic = None if config.critic is None else RemoteCritic(groups["critic"])
         connect(policy, engine, config.cluster.start_deadline_s)
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
         checkpoints = RunCheckpoints(
             folder=config.run_dir / "checkpoints",
             keep=config.checkpoint.keep,
-            models={"policy": policy, "critic": critic},
+            models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
             parts={"prompts": stream, "kl_control": kl_control},
             like=config.model.path.resolve(),
             wait=results,
         )
         start_step = checkpoints.resume()
+        fresh = FreshRollouts(
+            prompts=stream,
+            engine=engine,
+            rewards=rewards,
+            config=config.rollout,
+            seed=config.seed,
+            overlong=_overlong(config),
+        )
+        rounds = config.rollout.sampling_rounds
+        sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
+        machine = _MachineMetrics(groups, rewards, config.ppo.epochs)
         metrics = stack.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                sources=[_MachineMetrics(groups, rewards, config.ppo.epochs)],
+                sources=[machine] if sampling is None else [sampling.take_metrics, machine],
             )
         )
         for name, found in (("train", prompts), ("heldout", heldout)):
@@ -119,23 +128,16 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         yield Run(
             config=config,
             start_step=start_step,
-            collect=FreshRollouts(
-                prompts=stream, engine=engine, rewards=rewards, config=config.rollout, seed=config.seed
-            ),
+            collect=fresh if sampling is None else sampling,
             engine=engine,
             rewards=rewards,
             policy=policy,
             reference=RemoteReference(groups["policy"]) if config.ppo.kl_coef > 0 else None,
             critic=critic,
-            policy_loss=PolicyLoss(
-                clip_low=config.ppo.clip_low,
-                clip_high=config.ppo.clip_high,
-                dual_clip=config.ppo.dual_clip,
-                entropy_coef=config.ppo.entropy_coef,
-                kl_coef=config.ppo.kl_coef if config.ppo.kl_in == "loss" else 0.0,
-                kl_kind=config.ppo.kl_kind,
-            ),
+            advantage=advantage_estimator(config.ppo),
+            policy_loss=policy_loss(config.ppo),
             value_loss=ValueLoss(clip=config.ppo.value_clip),
+            loss_mean=loss_mean(config),
             kl_control=kl_control,
             weights=CheckedSync(policy, engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance),
             checkpoints=checkpoints,
@@ -224,7 +226,8 @@ class _MachineMetrics:
             taken = group.take_statistics()
             found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}
             found[f"peak_rss_gib/{role}"] = taken.peak_rss_bytes / 2**30
-        drawn = step.get("rollout/response_tokens", 0.0) + step.get("heldout/response_tokens", 0.0)
+        kept = step.get("rollout/response_tokens", 0.0)
+        drawn = step.get("sampling/response_tokens", kept) + step.get("heldout/response_tokens", 0.0)
         scored = step.get("rollout/total_tokens", 0.0)
         for role, verb, tokens in (
             ("engine", "generate", drawn),
@@ -237,6 +240,12 @@ class _MachineMetrics:
             if seconds > 0 and tokens > 0:
                 found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
         return found
+
+
+def _overlong(config: RunConfig) -> OverlongPenalty | None:
+    """The penalty of responses close to the limit, where one is asked for."""
+    buffer = config.reward.overlong_buffer
+    return OverlongPenalty(max_tokens=config.rollout.max_response_tokens, buffer=buffer) if buffer else None
 
 
 def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
@@ -270,7 +279,7 @@ def _start_trainer(
     if isinstance(config, SFTConfig):
         trainer, temperature, keep_reference = config.trainer, 1.0, False
     else:
-        trainer = config.policy if head is Head.TOKEN else config.critic
+        trainer = config.trainers[group.name]
         temperature, keep_reference = config.rollout.temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
     spec = WorkerSpec(
         role=group.name,

@@ -86,33 +86,37 @@ class RolloutBatch(TokenRows):
 
 @dataclass(frozen=True, kw_only=True)
 class ExperienceBatch:
-    """A rollout batch with everything PPO trains on; each tensor [B, T] f32, 0 outside the response.
+    """A rollout batch with everything the losses train on; each tensor [B, T] f32, 0 outside the response.
 
     Attributes:
         rollouts: the batch it was built from.
         old_logprobs: by the trainer before the update (not by the engine).
         ref_logprobs: by the frozen reference; None where none is kept (no KL term).
-        values: by the critic before the update.
+        values: by the critic before the update; None without a critic.
         rewards: per token, after the KL penalty.
-        advantages: after whitening.
-        returns: advantages before whitening + values.
+        advantages: what the policy learns from.
+        returns: what the critic learns; None without a critic.
     """
 
     rollouts: RolloutBatch
     old_logprobs: Tensor
     ref_logprobs: Tensor | None
-    values: Tensor
+    values: Tensor | None
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
 
     def __post_init__(self) -> None:
-        """Check shapes and types."""
+        """Check shapes and types, and that a critic's values and targets come together."""
         shape = tuple(self.rollouts.tokens.shape)
-        for name in ("old_logprobs", "values", "rewards", "advantages", "returns"):
+        optional = [name for name in ("ref_logprobs", "values", "returns") if getattr(self, name) is not None]
+        for name in ("old_logprobs", "rewards", "advantages", *optional):
             _check(self, name, shape, torch.float32)
-        if self.ref_logprobs is not None:
-            _check(self, "ref_logprobs", shape, torch.float32)
+        if (self.values is None) != (self.returns is None):
+            raise ValueError(
+                "a critic's values and its targets come together or not at all, got only the "
+                f"{'targets' if self.values is None else 'values'}: the advantage estimator must fit the critic"
+            )
 
 
 Rows = TypeVar("Rows", ExperienceBatch, TokenRows)
@@ -171,14 +175,18 @@ class PackedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch(PackedTokens):
-    """Packed tokens with the experience of each target; every tensor [N] f32, 0 outside ``loss_mask``."""
+    """Packed tokens with the experience of each target; every tensor [N] f32, 0 outside ``loss_mask``.
 
+    ``sampled_mask`` [N] bool: the engine drew the target (a forced end of sequence is a loss token that it did not).
+    """
+
+    sampled_mask: Tensor
     rollout_logprobs: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor | None
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,33 @@ class ValueLoss(Protocol):
         """Sum over the loss tokens of ``batch``."""
 
 
+class AdvantageEstimator(Protocol):
+    """Turns rewards into what each token was worth; a picklable value."""
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, group: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Estimate.
+
+        Args:
+            rewards: [B, T] per token, after the KL penalty.
+            values: [B, T] of the state before each token, or None where there is no critic.
+            mask: [B, T] bool, the responses.
+            group: [B] int64, the prompt that each row answers.
+
+        Returns:
+            advantages [B, T], 0 outside the mask; and the critic's targets [B, T], None from an estimator that needs
+            no critic.
+        """
+
+
+class LossMean(Protocol):
+    """Which average over the tokens of an optimizer step a loss is; a picklable value."""
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        """[b, T] bool, the loss tokens -> [b, T] f32, the weights that make "sum / loss tokens" that average."""
+
+
 class RolloutEngine(Protocol):
     """Generates."""
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rl.batches import ExperienceBatch, Minibatch
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
-from megatron_rl.experience.build import build_experience, experience_metrics
+from megatron_rl.experience.build import build_experience, calibration_metrics, experience_metrics
 from megatron_rl.experience.collect import rollout_metrics, sample_rows, score_rollouts
 from megatron_rl.interfaces import (
+    AdvantageEstimator,
     Checkpoints,
     Collect,
+    LossMean,
+    Pending,
     PolicyModel,
     ReferenceModel,
     RewardScorer,
     RolloutEngine,
     TokenLoss,
+    UpdateResult,
     ValueLoss,
     ValueModel,
     WeightSync,
@@ -41,9 +46,11 @@ class Run:
     rewards: RewardScorer
     policy: PolicyModel
     reference: ReferenceModel | None
-    critic: ValueModel
+    critic: ValueModel | None
+    advantage: AdvantageEstimator
     policy_loss: TokenLoss
     value_loss: ValueLoss
+    loss_mean: LossMean
     kl_control: KlControl
     weights: WeightSync
     checkpoints: Checkpoints
@@ -53,8 +60,8 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Run PPO from ``run.start_step`` until ``run.config.steps`` steps are done."""
-    cfg, ppo = run.config, run.config.ppo
+    """Run the loop from ``run.start_step`` until ``run.config.steps`` steps are done."""
+    cfg = run.config
     run.weights.push(version=run.start_step)
     with run.metrics.evaluation(run.start_step) as log:
         log.update("heldout", evaluate(run))
@@ -66,14 +73,14 @@ def train(run: Run) -> None:
             log.update("rollout", rollout_metrics(scored, batch))
             log.rows("samples", sample_rows(scored, step))
             with log.phase("experience"):
-                experience = build_experience(batch, run.policy, run.critic, run.reference, run.kl_control, ppo)
+                experience = build_experience(
+                    batch, run.policy, run.critic, run.reference, run.kl_control, run.advantage, cfg.ppo
+                )
             log.update("experience", experience_metrics(experience, run.kl_control))
+            log.update("critic_calibration", calibration_metrics(experience))
             with log.phase("update"):
-                for minibatch in minibatches(experience, ppo, seed=(cfg.seed, step)):
-                    updates = {"critic": run.critic.update(minibatch, run.value_loss)}
-                    if step >= ppo.critic_warmup_steps:
-                        updates["policy"] = run.policy.update(minibatch, run.policy_loss)
-                    for model, done in results(updates).items():  # side by side on devices of their own
+                for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
+                    for model, done in results(updates(run, minibatch, step)).items():
                         log.update(model, done.as_metrics())
             with log.phase("push"):
                 log.update("push", run.weights.push(version=step + 1))
@@ -83,6 +90,14 @@ def train(run: Run) -> None:
             if due(step, cfg.checkpoint.every, cfg.steps):
                 with log.phase("checkpoint"):
                     run.checkpoints.save(step + 1)
+
+
+def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:
+    """Start one optimizer step of each model that learns in this step: side by side on devices of their own."""
+    started = {} if run.critic is None else {"critic": run.critic.update(minibatch, run.value_loss)}
+    if step >= run.config.ppo.critic_warmup_steps:
+        started["policy"] = run.policy.update(minibatch, run.policy_loss)
+    return started
 
 
 def due(step: int, every: int, steps: int) -> bool:

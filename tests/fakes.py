@@ -33,11 +33,12 @@ from megatron_rl.config.schema import (
     TrainerConfig,
 )
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling, Score
+from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import FreshRollouts
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.interfaces import UpdateResult
 from megatron_rl.maths.kl import KlControl
-from megatron_rl.maths.losses import PolicyLoss, ValueLoss
+from megatron_rl.maths.losses import ValueLoss
 from megatron_rl.metrics import MetricLog
 from megatron_rl.ppo import Run
 
@@ -60,18 +61,21 @@ def as_micro_batch(minibatch: Minibatch[ExperienceBatch]) -> MicroBatch:
     source, rows = minibatch.source, minibatch.rows
     batch = source.rollouts
     mask = batch.response_mask[rows]
-    picked = {name: getattr(source, name)[rows][mask] for name in ("old_logprobs", "values", "advantages", "returns")}
+    named = {
+        name: getattr(source, name) for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+    }
+    picked = {name: None if values is None else values[rows][mask] for name, values in named.items()}
     tokens = batch.tokens[rows][mask]
     return MicroBatch(
         inputs=tokens,
         targets=tokens,
         positions=torch.arange(len(tokens)),
-        cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32),
-        max_length=len(tokens),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).to(torch.int32),
+        max_length=int(mask.sum(1).max()),
         loss_mask=torch.ones(len(tokens), dtype=torch.bool),
         loss_weight=minibatch.loss_weight[mask],
+        sampled_mask=batch.sampled_mask[rows][mask],
         rollout_logprobs=batch.rollout_logprobs[rows][mask],
-        ref_logprobs=None if source.ref_logprobs is None else source.ref_logprobs[rows][mask],
         **picked,
     )
 
@@ -232,9 +236,11 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         rewards=scorer,
         policy=policy,
         reference=FrozenPolicy(policy),
-        critic=ConstantCritic(),
-        policy_loss=PolicyLoss(clip_low=0.2, clip_high=0.2),
+        critic=ConstantCritic() if config.ppo.has_critic else None,
+        advantage=advantage_estimator(config.ppo),
+        policy_loss=policy_loss(config.ppo),
         value_loss=ValueLoss(clip=0.2),
+        loss_mean=loss_mean(config),
         kl_control=KlControl(config.ppo.kl_coef),
         weights=CopyingSync(policy, engine),
         checkpoints=RecordingCheckpoints(),

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -100,5 +100,6 @@ def _keys(section: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]
     for item in dataclasses.fields(section):
         kind = hints[item.name]
         yield prefix + item.name, kind
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from _keys(kind, f"{prefix}{item.name}.")
+        for option in (kind, *get_args(kind)):  # a section may be optional
+            if dataclasses.is_dataclass(option) and isinstance(option, type):
+                yield from _keys(option, f"{prefix}{item.name}.")

@@ -8,7 +8,7 @@ what its own values contradict; what needs several sections or the files on disk
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,6 +80,9 @@ class RolloutConfig:
     """Strings that end a response, besides the model's end-of-sequence tokens."""
     force_eos: bool = False
     """Put an end-of-sequence token where a response has none, and train on it (as the seed recipe does)."""
+    sampling_rounds: Count = 0
+    """Dynamic sampling (DAPO): prompts whose samples all score the same are dropped and others drawn in their place, in
+    at most this many rounds a step; finding too few stops the run. 0 keeps every prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +96,31 @@ class RewardConfig:
     workers: Positive = 1
     timeout_s: PositiveFloat = 5.0
     """Per sample; a sample that takes longer is killed and counted as a time-out."""
+    overlong_buffer: Count = 0
+    """Soft over-long penalty (DAPO): over the last so many tokens below ``rollout.max_response_tokens`` the score falls
+    by up to 1; evaluation scores without it. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """The algorithm. Formulas and sources stand with the functions in :mod:`megatron_rl.maths`."""
+    """The algorithm. Formulas and sources stand with the functions in :mod:`megatron_rl.maths`; docs/algorithms.md says
+    which settings make which published algorithm.
+    """
 
     __pydantic_config__ = FORBID_UNKNOWN
 
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
+    """Where advantages come from. Only ``gae`` has a critic; with the others leave the ``[critic]`` table out."""
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
-    whiten_advantages: bool = True
-    """Over all response tokens of the rollout, before it is cut into minibatches."""
+    critic_lam: Fraction | None = None
+    """Lambda of the critic's targets (VC-PPO); unset: ``lam``."""
+    lam_alpha: PositiveFloat | None = None
+    """Length-adaptive (VAPO): the policy's lambda is 1 - 1 / (``lam_alpha`` x tokens of the response) in place of
+    ``lam``; needs ``critic_lam``. Unset: ``lam``."""
+    whiten_advantages: bool | None = None
+    """Over all response tokens of the rollout, before it is cut into minibatches. Unset: as published, which is yes for
+    ``gae``, ``reinforce_pp`` and ``reinforce_pp_baseline``."""
     kl_coef: NonNegative = 0.01
     """0 keeps no reference at all."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
@@ -113,15 +129,29 @@ class PPOConfig:
     """Mean KL per response (nats) that an adaptive coefficient aims at; unset keeps ``kl_coef`` fixed."""
     kl_horizon: Positive = 10_000
     """Samples over which the adaptive coefficient moves."""
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """The policy's objective: a ratio per token, one per response, or a bounded weight on the log-prob."""
     clip_low: PositiveFloat = 0.2
+    """How far the ratio may go below 1; 1 sets no bound. GSPO's ratios are far closer to 1: its paper uses 3e-4."""
     clip_high: PositiveFloat = 0.2
+    """How far the ratio may go above 1; GSPO's paper uses 4e-4."""
     dual_clip: PositiveFloat | None = None
     """Bound c > 1 on the loss of tokens with a negative advantage; unset: none."""
     value_clip: PositiveFloat = 0.2
     """How far a value may move from what it was before the update; ``inf``: as far as it likes."""
     entropy_coef: NonNegative = 0.0
-    loss_mean: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of an optimizer step, or over the tokens of each sample and then over samples."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of an optimizer step; or over the tokens of each sample and then over samples; or the same
+    with ``rollout.max_response_tokens`` in place of each sample's tokens (Dr. GRPO)."""
+    engine_correction: Literal["tis", "mis", "icepop"] | None = None
+    """What a token counts where trainer and engine differ in its probability: their ratio truncated, or dropped out of
+    bounds by one bound or by two. Unset: 1."""
+    engine_ratio_level: Literal["token", "sequence"] = "token"
+    """One ratio per token, or their product over the response."""
+    engine_ratio_low: NonNegative = 0.0
+    """``mis`` and ``icepop`` drop ratios below; IcePop's is 0.5."""
+    engine_ratio_high: PositiveFloat = 2.0
+    """``tis`` truncates ratios above, ``mis`` and ``icepop`` drop them; IcePop's is 5."""
     minibatch_samples: Positive = 128
     """Samples of one optimizer step."""
     epochs: Positive = 1
@@ -129,14 +159,80 @@ class PPOConfig:
     critic_warmup_steps: Count = 0
     """First steps in which only the critic learns."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return self.advantage == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a sample's advantage depends on the other samples of its prompt."""
+        return self.advantage in {"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"}
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened."""
+        published = self.advantage in {"gae", "reinforce_pp", "reinforce_pp_baseline"}
+        return published if self.whiten_advantages is None else self.whiten_advantages
+
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
         if self.dual_clip is not None and self.dual_clip <= 1:
             yield f"dual_clip must be above 1, got {self.dual_clip}"
-        if self.clip_low >= 1:
-            yield f"clip_low must be below 1, got {self.clip_low}"
+        if self.clip_low > 1:
+            yield f"clip_low must be at most 1, got {self.clip_low}"
         if self.kl_in == "loss" and self.kl_target is not None:
             yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+        yield from self._advantage_problems()
+        yield from self._loss_problems()
+        yield from self._correction_problems()
+
+    def _advantage_problems(self) -> Iterator[str]:
+        if self.lam_alpha is not None and self.critic_lam is None:
+            yield "lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
+        if not self.has_critic:
+            yield from (
+                f"{name} speaks of a critic, which advantage={self.advantage!r} has not: remove it"
+                for name in self._changed("lam", "critic_lam", "lam_alpha", "value_clip", "critic_warmup_steps")
+            )
+        if self.compares_samples and self.gamma != 1:
+            yield f"gamma must be 1 with advantage={self.advantage!r}, which scores whole responses, got {self.gamma}"
+        if self.advantage.startswith("reinforce_pp") and not self.whitens:
+            yield f"whiten_advantages must not be false with advantage={self.advantage!r}: remove it"
+
+    def _loss_problems(self) -> Iterator[str]:
+        if self.loss != "ppo" and self.dual_clip is not None:
+            yield f"dual_clip bounds loss='ppo' alone: remove it with loss={self.loss!r}"
+        if self.loss == "gspo" and self.loss_mean != "sequence":
+            yield (
+                f"loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, "
+                f"got {self.loss_mean!r}"
+            )
+        if self.advantage == "dr_grpo" and self.loss_mean == "sequence":
+            yield (
+                "loss_mean='sequence' divides by each response's length, the bias that advantage='dr_grpo' is to "
+                "remove: set loss_mean='constant', or advantage='grpo'"
+            )
+
+    def _correction_problems(self) -> Iterator[str]:
+        kind, low, high = self.engine_correction, self.engine_ratio_low, self.engine_ratio_high
+        if kind is None:
+            yield from (
+                f"{name} has no effect without engine_correction: set that or remove this"
+                for name in self._changed("engine_ratio_level", "engine_ratio_low", "engine_ratio_high")
+            )
+        elif not low < 1 < high:
+            yield f"engine_ratio_low < 1 < engine_ratio_high must hold (1: no gap), got {low} and {high}"
+        if kind == "tis" and low > 0:
+            yield f"engine_ratio_low has no effect with engine_correction='tis': remove it, or take 'mis', got {low}"
+        if kind == "icepop" and low == 0:
+            yield "engine_ratio_low must be above 0 with engine_correction='icepop', which drops on both sides, got 0.0"
+        if kind == "icepop" and self.engine_ratio_level == "sequence":
+            yield "engine_ratio_level must be 'token' with engine_correction='icepop'; 'mis' has both, got 'sequence'"
+
+    def _changed(self, *names: str) -> Iterator[str]:
+        """Those of the settings that differ from their default."""
+        return (f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +345,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A PPO run."""
+    """A reinforcement-learning run."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
@@ -260,7 +356,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     policy: TrainerConfig
-    critic: TrainerConfig
+    critic: TrainerConfig | None = None
+    """Required by ``ppo.advantage = "gae"``, refused by the others."""
     seed: Count = 0
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -282,6 +379,36 @@ class RunConfig:
         """Optimizer steps of one step of the loop, for each model."""
         return self.samples_per_step // self.ppo.minibatch_samples * self.ppo.epochs
 
+    @property
+    def trainers(self) -> dict[str, TrainerConfig]:
+        """The models that are trained, by role."""
+        return {"policy": self.policy} if self.critic is None else {"policy": self.policy, "critic": self.critic}
+
+    def _algorithm_problems(self) -> Iterator[str]:
+        advantage, samples = self.ppo.advantage, self.rollout.samples_per_prompt
+        if self.ppo.has_critic and self.critic is None:
+            yield (
+                f"critic: required with ppo.advantage={advantage!r}, not set; add a [critic] table, "
+                "or choose an advantage without a critic"
+            )
+        if not self.ppo.has_critic and self.critic is not None:
+            yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
+        if samples < 2 and self.ppo.compares_samples:
+            yield (
+                f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
+                f"at least 2, got {samples}"
+            )
+        if samples < 2 and self.rollout.sampling_rounds:
+            yield (
+                "rollout.sampling_rounds: dynamic sampling keeps prompts whose samples differ in score and needs "
+                f"rollout.samples_per_prompt of at least 2, got {samples}"
+            )
+        if self.reward.overlong_buffer > self.rollout.max_response_tokens:
+            yield (
+                f"reward.overlong_buffer: must be at most rollout.max_response_tokens="
+                f"{self.rollout.max_response_tokens}, got {self.reward.overlong_buffer}"
+            )
+
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
@@ -294,13 +421,14 @@ class RunConfig:
                 f"({self.prompts_per_step} prompts x {self.rollout.samples_per_prompt}), got {minibatch}; "
                 f"nearest: {nearest}"
             )
-        for role, trainer in (("policy", self.policy), ("critic", self.critic)):
+        yield from self._algorithm_problems()
+        for role, trainer in self.trainers.items():
             data = trainer.layout.data
             if minibatch < data:
                 yield (
                     f"{role}.layout.data: {data} replicas need at least as many samples in a minibatch, got {minibatch}"
                 )
-        dims, found = model_problems(self.model.path, {"policy": self.policy.layout, "critic": self.critic.layout})
+        dims, found = model_problems(self.model.path, {role: trainer.layout for role, trainer in self.trainers.items()})
         yield from found
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:

@@ -9,6 +9,8 @@ import torch
 from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch, TokenRows
 from megatron_rl.config.schema import PPOConfig
 from megatron_rl.dataflow import Finish, Sample, ScoredRollout
+from megatron_rl.interfaces import LossMean
+from megatron_rl.maths.means import TokenMean
 
 
 class StaleRollout(RuntimeError):
@@ -77,35 +79,16 @@ def _with_eos(sample: Sample, eos_id: int | None, room: int) -> tuple[list[int],
 
 
 def minibatches(
-    experience: ExperienceBatch, ppo: PPOConfig, seed: tuple[int, int]
+    experience: ExperienceBatch, ppo: PPOConfig, mean: LossMean, seed: tuple[int, int]
 ) -> Iterator[Minibatch[ExperienceBatch]]:
     """Shuffled minibatches of ``ppo.minibatch_samples`` rows, ``ppo.epochs`` times over; ``seed`` is (run, step)."""
     mask = experience.rollouts.response_mask
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
     for _ in range(ppo.epochs):
         for rows in torch.randperm(mask.shape[0], generator=generator).split(ppo.minibatch_samples):
-            yield Minibatch(source=experience, rows=rows, loss_weight=loss_weight(mask[rows], ppo.loss_mean))
+            yield Minibatch(source=experience, rows=rows, loss_weight=mean(mask[rows]))
 
 
 def whole(rows: TokenRows) -> Minibatch[TokenRows]:
     """All of ``rows`` as one minibatch with the mean over tokens."""
-    everything = torch.arange(rows.rows)
-    return Minibatch(source=rows, rows=everything, loss_weight=loss_weight(rows.response_mask, "token"))
-
-
-def loss_weight(mask: torch.Tensor, mean: str) -> torch.Tensor:
-    """Weights that turn "sum / number of loss tokens" into the mean asked for.
-
-    Args:
-        mask: [b, T] bool, loss tokens of one optimizer step.
-        mean: ``token``: over all tokens, weight 1. ``sequence``: over the tokens of each row and then over rows, weight
-            N / (b x tokens of the row) with N loss tokens in all (OpenRLHF's and the seed's average).
-
-    Returns:
-        [b, T] f32, 0 outside the mask; its sum is the number of loss tokens.
-    """
-    if mean == "token":
-        return mask.float()
-    per_row = mask.sum(1, keepdim=True)
-    occupied = (per_row > 0).sum()
-    return mask * (mask.sum() / (occupied * per_row.clamp(min=1)))
+    return Minibatch(source=rows, rows=torch.arange(rows.rows), loss_weight=TokenMean()(rows.response_mask))

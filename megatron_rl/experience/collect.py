@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from megatron_rl.batches import RolloutBatch
@@ -12,6 +14,7 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.dataflow import Finish, Outcome, Rollout, Sampling, Score, ScoredRollout
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.interfaces import RewardScorer, RolloutEngine
+from megatron_rl.rewards.overlong import OverlongPenalty
 
 _SAMPLES_SHOWN = 4
 
@@ -22,27 +25,114 @@ def sample_seed(seed: int, step: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # engines take signed 64-bit seeds
 
 
+class SamplingExhausted(RuntimeError):
+    """Dynamic sampling did not find enough prompts that teach anything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FreshRollouts:
-    """Generates every step's rollouts in that step: on-policy collection."""
+    """Generates every step's rollouts in that step: on-policy collection.
+
+    Attributes:
+        overlong: added to every score; None adds nothing.
+    """
 
     prompts: PromptStream
     engine: RolloutEngine
     rewards: RewardScorer
     config: RolloutConfig
     seed: int
+    overlong: OverlongPenalty | None = None
 
     def __call__(self, prompts: int, step: int) -> list[ScoredRollout]:
         """The scored rollouts of the next ``prompts`` prompts."""
+        return self.draw(prompts, step, first_sample=0)
+
+    def draw(self, prompts: int, step: int, first_sample: int) -> list[ScoredRollout]:
+        """The same, with the samples of a prompt numbered from ``first_sample``, so that a prompt that comes again in a
+        step is answered anew.
+        """
         taken = self.prompts.take(prompts)
         sampling = Sampling(
             temperature=self.config.temperature, max_tokens=self.config.max_response_tokens, stop=self.config.stop
         )
-        seeds = [
-            [sample_seed(self.seed, step, prompt.id, index) for index in range(self.config.samples_per_prompt)]
-            for prompt in taken
-        ]
-        return score_rollouts(self.engine.generate(taken, sampling, seeds), self.rewards)
+        numbers = range(first_sample, first_sample + self.config.samples_per_prompt)
+        seeds = [[sample_seed(self.seed, step, prompt.id, number) for number in numbers] for prompt in taken]
+        scored = score_rollouts(self.engine.generate(taken, sampling, seeds), self.rewards)
+        return scored if self.overlong is None else [self.overlong.apply(item) for item in scored]
+
+
+@dataclass(kw_only=True)
+class DynamicSampling:
+    """Keeps only prompts whose samples differ in score, and draws others in place of the rest: DAPO's dynamic sampling.
+
+    Source: Yu et al., "DAPO" (2025), equation 11, for scores of any value: samples that all score the same have no
+    group-relative advantage. The first round draws as many prompts as a step needs, each further one as many as the
+    missing ones should take at the share kept so far, and never more than the first. What a round keeps beyond the need
+    is left, in the order drawn, so that the prompt stream's position is all there is to resume from.
+
+    Attributes:
+        source: where rollouts come from.
+        max_rounds: how often it may be asked in a step.
+    """
+
+    source: FreshRollouts
+    max_rounds: int
+    _counts: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __call__(self, prompts: int, step: int) -> list[ScoredRollout]:
+        """The scored rollouts of the next ``prompts`` prompts whose samples differ in score.
+
+        Raises:
+            SamplingExhausted: ``max_rounds`` rounds found fewer.
+        """
+        drawn: list[ScoredRollout] = []
+        kept: list[ScoredRollout] = []
+        for number in range(self.max_rounds):
+            missing = prompts - len(kept)
+            asked = min(prompts, math.ceil(missing * len(drawn) / len(kept))) if kept else prompts
+            found = self.source.draw(asked, step, first_sample=number * self.source.config.samples_per_prompt)
+            drawn += found
+            kept += [item for item in found if not is_uniform(item)]
+            if len(kept) >= prompts:
+                self._counts = {"sampling/rounds": number + 1.0, **_drawn_metrics(drawn)}
+                return kept[:prompts]
+        raise SamplingExhausted(_exhausted(drawn, kept, prompts, self.max_rounds))
+
+    def take_metrics(self, _step: Mapping[str, float]) -> dict[str, float]:
+        """What the last step drew, once; nothing where no step was collected since.
+
+        Returns:
+            under ``sampling/``: ``rounds``; ``prompts_drawn``, ``prompts_uniform``; and of all samples drawn, the
+            dropped ones too, ``score``, ``accuracy`` and ``response_tokens`` (those under ``rollout/`` speak of the
+            kept ones).
+        """
+        counts, self._counts = self._counts, {}
+        return counts
+
+
+def is_uniform(scored: ScoredRollout) -> bool:
+    """Whether all samples of a prompt have the same score."""
+    return len({score.value for score in scored.scores}) == 1
+
+
+def _drawn_metrics(drawn: Sequence[ScoredRollout]) -> dict[str, float]:
+    every = rollout_metrics(drawn)
+    return {
+        "sampling/prompts_drawn": float(len(drawn)),
+        "sampling/prompts_uniform": float(sum(map(is_uniform, drawn))),
+        **{f"sampling/{name}": every[name] for name in ("score", "accuracy", "response_tokens")},
+    }
+
+
+def _exhausted(drawn: Sequence[ScoredRollout], kept: Sequence[ScoredRollout], prompts: int, rounds: int) -> str:
+    common = Counter(item.scores[0].value for item in drawn if is_uniform(item)).most_common(3)
+    listed = ", ".join(f"{count} prompts all {value:g}" for value, count in common)
+    return (
+        f"dynamic sampling needs {prompts} prompts whose samples differ in score, found {len(kept)} among "
+        f"{len(drawn)} in {rounds} rounds ({listed}): raise rollout.sampling_rounds or rollout.samples_per_prompt, or "
+        "use questions that are neither too easy nor too hard"
+    )
 
 
 def score_rollouts(rollouts: Sequence[Rollout], rewards: RewardScorer) -> list[ScoredRollout]:
@@ -73,6 +163,9 @@ def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None 
         "samples": float(len(samples)),
         "response_tokens": float(sum(lengths)),
     }
+    penalties = [score.parts["overlong"] for score in scores if "overlong" in score.parts]
+    if penalties:
+        metrics["overlong_penalty"] = fmean(penalties)
     if batch is not None:
         metrics["total_tokens"] = float(batch.lengths.sum())
         metrics["policy_version"] = float(batch.policy_version)

@@ -122,14 +122,18 @@ def pack(
     def of_targets(values: Tensor) -> Tensor:
         return _pad(values[picked][is_target], padding) * packed.loss_mask
 
+    def if_any(values: Tensor | None) -> Tensor | None:
+        return None if values is None else of_targets(values)
+
     return MicroBatch(
         **vars(packed),
+        sampled_mask=of_targets(rollouts.sampled_mask),
         rollout_logprobs=of_targets(rollouts.rollout_logprobs),
         old_logprobs=of_targets(source.old_logprobs),
-        ref_logprobs=None if source.ref_logprobs is None else of_targets(source.ref_logprobs),
-        values=of_targets(source.values),
+        ref_logprobs=if_any(source.ref_logprobs),
+        values=if_any(source.values),
         advantages=of_targets(source.advantages),
-        returns=of_targets(source.returns),
+        returns=if_any(source.returns),
     )
 
 

@@ -33,6 +33,21 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((keep(x, mask) - masked_mean(x, mask)) ** 2, mask)
 
 
+def row_sums(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of ``x`` over the part of ``mask`` in each packed row, at every position of that row.
+
+    Args:
+        x: [N], rows laid end to end.
+        mask: [N] bool.
+        cu_seqlens: [S + 1], where each row starts; the last entry is N.
+
+    Returns:
+        [N].
+    """
+    rows = torch.arange(len(cu_seqlens) - 1, device=x.device).repeat_interleave(cu_seqlens.diff())
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, keep(x, mask))[rows]
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Bring ``x`` to unit variance, and to mean 0, over ``mask``: ``(x - mean) * rsqrt(max(var, 1e-8))``.
 

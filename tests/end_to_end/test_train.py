@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.conftest import PPO
+
+GRPO = PPO.with_name("grpo.toml")
 Command = Callable[..., list[str]]
 
 
@@ -57,6 +60,30 @@ def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
     assert summary["steps"] == 2
     for name in ("config.json", "curve.png", "samples.jsonl", "tensorboard", "checkpoints/step_000002/hf/config.json"):
         assert (run / name).exists(), name
+
+
+def test_a_run_without_a_critic_starts_none_and_resumes(train_command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps in (1, 2):
+        command = [
+            str(GRPO) if word == str(PPO) else word
+            for word in train_command(f"steps={steps}", "policy.layout.tensor=1", "ppo.engine_correction=tis")
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    processes = json.loads((run / "logs" / "processes.json").read_text())
+    assert sorted(entry["worker"] for entry in processes) == ["engine", "policy"]
+    assert sorted(path.name for path in (run / "checkpoints" / "step_000002").iterdir()) == [
+        "hf",
+        "policy",
+        "state.json",
+    ]
+    done_steps = [record for record in records(run) if "rollout/score" in record]
+    assert [step["step"] for step in done_steps] == [0, 1]
+    for step in done_steps:
+        assert step["policy/grad_norm"] > 0
+        assert step["policy/engine_weight"] == pytest.approx(1, abs=1e-4)
+        assert not [key for key in step if "critic" in key or "value" in key]
 
 
 def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -138,11 +138,116 @@ def test_numbers_out_of_range_are_refused(folder):
     ]
 
 
+GRPO = PPO[: PPO.index("[critic]")].replace("[ppo]", '[ppo]\nadvantage = "grpo"')
+
+
+@pytest.fixture
+def grpo(folder):
+    Path("grpo.toml").write_text(GRPO)
+    return ("grpo.toml",)
+
+
+def test_a_critic_may_be_left_out_where_none_is_trained(grpo):
+    config = load(RunConfig, [Path(*grpo)])
+    assert config.critic is None
+    assert list(config.trainers) == ["policy"]
+    assert not config.ppo.whitens
+    assert load(RunConfig, [Path(*grpo)], ["ppo.whiten_advantages=true"]).ppo.whitens
+
+
+def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
+    assert problems("ppo.advantage=rloo") == [
+        "critic: ppo.advantage='rloo' trains no critic: remove the [critic] table"
+    ]
+    assert problems("ppo.advantage=gae", files=grpo) == [
+        "critic: required with ppo.advantage='gae', not set; add a [critic] table, "
+        "or choose an advantage without a critic"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ("rollout.samples_per_prompt=1", "ppo.minibatch_samples=8"),
+            "rollout.samples_per_prompt: ppo.advantage='grpo' compares the samples of a prompt and needs at least 2, "
+            "got 1",
+        ),
+        (("ppo.lam=1.0",), "ppo: lam speaks of a critic, which advantage='grpo' has not: remove it"),
+        (
+            ("ppo.critic_warmup_steps=2",),
+            "ppo: critic_warmup_steps speaks of a critic, which advantage='grpo' has not: remove it",
+        ),
+        (
+            ("ppo.gamma=0.9",),
+            "ppo: gamma must be 1 with advantage='grpo', which scores whole responses, got 0.9",
+        ),
+        (
+            ("ppo.advantage=reinforce_pp", "ppo.whiten_advantages=false"),
+            "ppo: whiten_advantages must not be false with advantage='reinforce_pp': remove it",
+        ),
+        (
+            ("ppo.advantage=dr_grpo", "ppo.loss_mean=sequence"),
+            "ppo: loss_mean='sequence' divides by each response's length, the bias that advantage='dr_grpo' is to "
+            "remove: set loss_mean='constant', or advantage='grpo'",
+        ),
+        (
+            ("ppo.loss=gspo",),
+            "ppo: loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, got 'token'",
+        ),
+        (
+            ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
+            "ppo: dual_clip bounds loss='ppo' alone: remove it with loss='cispo'",
+        ),
+        (
+            ("ppo.engine_ratio_high=3.0",),
+            "ppo: engine_ratio_high has no effect without engine_correction: set that or remove this",
+        ),
+        (
+            ("ppo.engine_correction=mis", "ppo.engine_ratio_high=0.9"),
+            "ppo: engine_ratio_low < 1 < engine_ratio_high must hold (1: no gap), got 0.0 and 0.9",
+        ),
+        (
+            ("ppo.engine_correction=tis", "ppo.engine_ratio_low=0.5"),
+            "ppo: engine_ratio_low has no effect with engine_correction='tis': remove it, or take 'mis', got 0.5",
+        ),
+        (
+            ("ppo.engine_correction=icepop",),
+            "ppo: engine_ratio_low must be above 0 with engine_correction='icepop', which drops on both sides, got 0.0",
+        ),
+        (
+            ("ppo.engine_correction=icepop", "ppo.engine_ratio_low=0.5", "ppo.engine_ratio_level=sequence"),
+            "ppo: engine_ratio_level must be 'token' with engine_correction='icepop'; 'mis' has both, got 'sequence'",
+        ),
+        (
+            ("reward.overlong_buffer=49",),
+            "reward.overlong_buffer: must be at most rollout.max_response_tokens=48, got 49",
+        ),
+    ],
+)
+def test_contradictions_of_an_algorithm_say_what_to_do(grpo, overrides, expected):
+    assert problems(*overrides, files=grpo) == [expected]
+
+
+def test_settings_that_need_a_critic_or_several_samples_are_checked_with_one_too(folder):
+    assert problems("ppo.lam_alpha=0.05") == [
+        "ppo: lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
+    ]
+    assert problems("rollout.sampling_rounds=3", "rollout.samples_per_prompt=1", "ppo.minibatch_samples=8") == [
+        "rollout.sampling_rounds: dynamic sampling keeps prompts whose samples differ in score and needs "
+        "rollout.samples_per_prompt of at least 2, got 1"
+    ]
+
+
+def test_contradictions_of_an_algorithm_come_together(grpo):
+    found = problems("ppo.loss=gspo", "ppo.lam=1.0", "ppo.gamma=0.5", "rollout.samples_per_prompt=1", files=grpo)
+    assert len(found) == 5  # and eight samples a step are fewer than a minibatch
+
+
 def test_what_is_required_must_be_set(folder):
     Path("empty.toml").touch()
     assert problems(files=("empty.toml",)) == [
-        f"{key}: required, not set"
-        for key in ("run_dir", "steps", "prompts_per_step", "model", "data", "policy", "critic")
+        f"{key}: required, not set" for key in ("run_dir", "steps", "prompts_per_step", "model", "data", "policy")
     ]
 
 
@@ -204,9 +309,9 @@ def sections(kind, path=""):
     yield path or kind.__name__, kind
     hints = get_type_hints(kind)
     for item in dataclasses.fields(kind):
-        inner = hints[item.name]
-        if dataclasses.is_dataclass(inner):
-            yield from sections(inner, f"{path}.{item.name}".lstrip("."))
+        for inner in (hints[item.name], *get_args(hints[item.name])):  # a section may be optional
+            if dataclasses.is_dataclass(inner):
+                yield from sections(inner, f"{path}.{item.name}".lstrip("."))
 
 
 @pytest.mark.parametrize("root", [RunConfig, SFTConfig])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,37 @@ def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
     train(run)
     assert run.critic.updates == 3 * 4
     assert run.policy.updates == 1 * 4
+
+
+@pytest.mark.parametrize(
+    "ppo",
+    [
+        PPOConfig(minibatch_samples=16, lam=0.9, critic_lam=1.0),
+        PPOConfig(minibatch_samples=16, advantage="grpo", loss_mean="sequence"),
+        PPOConfig(minibatch_samples=16, advantage="dr_grpo", loss_mean="constant"),
+        PPOConfig(minibatch_samples=16, advantage="rloo"),
+        PPOConfig(minibatch_samples=16, advantage="reinforce_pp"),
+        PPOConfig(minibatch_samples=16, advantage="reinforce_pp_baseline", kl_in="loss", kl_kind="k2"),
+        PPOConfig(minibatch_samples=16, advantage="grpo", loss="gspo", loss_mean="sequence"),
+        PPOConfig(minibatch_samples=16, advantage="rloo", loss="cispo", engine_correction="tis"),
+    ],
+    ids=lambda ppo: f"{ppo.advantage} {ppo.loss}",
+)
+def test_every_algorithm_learns_on_the_same_loop(tmp_path: Path, ppo: PPOConfig) -> None:
+    assert list(ppo.problems()) == []
+    run = fake_run(fake_config(tmp_path, steps=12, ppo=ppo))
+    train(run)
+    steps = [record for record in records(tmp_path) if "rollout/score" in record]
+    assert steps[0]["rollout/accuracy"] < 0.4
+    assert steps[-1]["rollout/accuracy"] > 0.9
+    with_critic = {key for step in steps for key in step if key.startswith(("critic", "experience/value"))}
+    assert bool(with_critic) == ppo.has_critic
+    for family in ("return", "position"):
+        tokens = {
+            key: value for key, value in steps[-1].items() if re.match(f"critic_calibration/{family}.*/tokens", key)
+        }
+        assert sum(tokens.values()) == steps[-1]["rollout/response_tokens"] * ppo.has_critic
+    assert ("policy/engine_weight" in steps[0]) == (ppo.engine_correction is not None)
 
 
 def test_a_push_that_does_not_arrive_stops_the_run_and_names_both_versions(tmp_path: Path) -> None:

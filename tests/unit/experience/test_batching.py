@@ -10,7 +10,9 @@ import torch
 from megatron_rl.batches import ExperienceBatch, RolloutBatch
 from megatron_rl.config.schema import PPOConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Score, ScoredRollout
-from megatron_rl.experience.batching import StaleRollout, collate, loss_weight, minibatches
+from megatron_rl.experience.batching import StaleRollout, collate, minibatches
+from megatron_rl.interfaces import LossMean
+from megatron_rl.maths.means import ConstantMean, SequenceMean, TokenMean
 
 EOS = 9
 
@@ -87,20 +89,31 @@ def experience(batch: RolloutBatch) -> ExperienceBatch:
 def test_minibatches_visit_every_row_once_an_epoch_in_an_order_that_the_seed_fixes() -> None:
     batch = collate([scored((1,), *[(5, EOS)] * 8)], None, version=3)
     ppo = PPOConfig(minibatch_samples=4, epochs=2)
-    order = [m.rows.tolist() for m in minibatches(experience(batch), ppo, seed=(7, 1))]
-    again = [m.rows.tolist() for m in minibatches(experience(batch), ppo, seed=(7, 1))]
-    other = [m.rows.tolist() for m in minibatches(experience(batch), ppo, seed=(7, 2))]
+    order = [m.rows.tolist() for m in minibatches(experience(batch), ppo, TokenMean(), seed=(7, 1))]
+    again = [m.rows.tolist() for m in minibatches(experience(batch), ppo, TokenMean(), seed=(7, 1))]
+    other = [m.rows.tolist() for m in minibatches(experience(batch), ppo, TokenMean(), seed=(7, 2))]
     assert order == again != other
     assert sorted(order[0] + order[1]) == sorted(order[2] + order[3]) == list(range(8))
 
 
-def test_sequence_mean_is_the_mean_of_the_rows_means() -> None:
+def test_weights_make_the_mean_that_they_are_named_after() -> None:
     mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
     terms = torch.tensor([[9, 1, 2, 3, 4], [9, 8, 9, 9, 9], [9, 5, 7, 9, 9.0]])
-    by_sequence = float((loss_weight(mask, "sequence") * terms * mask).sum() / mask.sum())
-    by_token = float((loss_weight(mask, "token") * terms * mask).sum() / mask.sum())
-    assert by_sequence == pytest.approx((2.5 + 8.0 + 6.0) / 3)
-    assert by_token == pytest.approx((10 + 8 + 12) / 7)
+
+    def mean(weigh: LossMean) -> float:
+        return float((weigh(mask) * terms).sum() / mask.sum())
+
+    assert mean(SequenceMean()) == pytest.approx((2.5 + 8.0 + 6.0) / 3)
+    assert mean(TokenMean()) == pytest.approx((10 + 8 + 12) / 7)
+    assert mean(ConstantMean(tokens=5)) == pytest.approx((10 / 5 + 8 / 5 + 12 / 5) / 3)
+
+
+@pytest.mark.parametrize("mean", [TokenMean(), SequenceMean(), ConstantMean(tokens=5)])
+def test_a_row_without_loss_tokens_does_not_count_as_a_sample(mean: LossMean) -> None:
+    mask = torch.tensor([[0, 1, 1], [0, 1, 0]], dtype=torch.bool)
+    padded = torch.cat([mask, torch.zeros(1, 3, dtype=torch.bool)])
+    torch.testing.assert_close(mean(padded)[:2], mean(mask))
+    assert mean(padded)[2].tolist() == [0, 0, 0]
 
 
 def test_a_batch_of_the_wrong_shape_says_what_it_got() -> None:

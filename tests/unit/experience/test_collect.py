@@ -1,14 +1,159 @@
+"""Where scored rollouts come from: fresh ones, and DAPO's dynamic sampling of them."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from megatron_rl.dataflow import Finish, Outcome, Prompt, Rollout, Sample, Score, ScoredRollout
-from megatron_rl.experience.collect import rollout_metrics
+from megatron_rl.config.schema import RolloutConfig
+from megatron_rl.dataflow import Finish, Outcome, Prompt, Rollout, Sample, Sampling, Score, ScoredRollout
+from megatron_rl.experience.collect import DynamicSampling, FreshRollouts, SamplingExhausted, rollout_metrics
+from megatron_rl.experience.prompts import PromptStream
+from megatron_rl.rewards.overlong import OverlongPenalty
+
+Seeds = Sequence[Sequence[int]]
 
 
-def scored(scores: Sequence[Score]) -> list[ScoredRollout]:
+class CountingEngine:
+    """Answers with the prompt's id, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.seeds: list[Seeds] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Seeds) -> list[Rollout]:
+        self.asked.append([prompt.id for prompt in prompts])
+        self.seeds.append(seeds)
+        return [
+            Rollout(
+                prompt=prompt,
+                samples=tuple(
+                    Sample(token_ids=(1, 2), logprobs=(-0.1, -0.2), text=f"{prompt.id}/{n}", finish=Finish.STOP)
+                    for n, _ in enumerate(own)
+                ),
+                policy_version=0,
+            )
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+
+
+class Scorer:
+    """Scores by (prompt, sample number)."""
+
+    def __init__(self, score: Callable[[int, int], float]) -> None:
+        self._score = score
+
+    def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
+        values = [self._score(*map(int, text.split("/"))) for text, _, _ in requests]
+        return [Score(value=value, parts={"correct": float(value == 1), "boxed": 1.0}) for value in values]
+
+
+def collecting(
+    score: Callable[[int, int], float], *, rounds: int = 5, overlong: OverlongPenalty | None = None
+) -> tuple[DynamicSampling, CountingEngine]:
+    prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(50)]
+    engine = CountingEngine()
+    config = RolloutConfig(samples_per_prompt=2, max_response_tokens=4)
+    source = FreshRollouts(
+        prompts=PromptStream(prompts, seed=0),
+        engine=engine,
+        rewards=Scorer(score),
+        config=config,
+        seed=0,
+        overlong=overlong,
+    )
+    return DynamicSampling(source=source, max_rounds=rounds), engine
+
+
+def even_prompts_differ(prompt: int, sample: int) -> float:
+    return float(sample) if prompt % 2 == 0 else 1.0
+
+
+def test_prompts_whose_samples_all_score_the_same_are_replaced() -> None:
+    sampling, engine = collecting(even_prompts_differ)
+    kept = sampling(8, step=0)
+    drawn = [prompt for asked in engine.asked for prompt in asked]
+    assert [item.rollout.prompt.id for item in kept] == [prompt for prompt in drawn if int(prompt) % 2 == 0][:8]
+    assert len(engine.asked) > 1
+    assert all(len({score.value for score in item.scores}) == 2 for item in kept)
+
+
+def test_a_round_asks_for_what_the_missing_ones_should_take() -> None:
+    sampling, engine = collecting(lambda prompt, sample: float(sample) if prompt % 4 else 0.0, rounds=9)
+    sampling(12, step=0)
+    drawn = kept = 0
+    for asked in engine.asked:
+        wanted = 12 if not kept else min(12, -(-(12 - kept) * drawn // kept))
+        assert len(asked) == wanted
+        drawn, kept = drawn + len(asked), kept + sum(int(prompt) % 4 != 0 for prompt in asked)
+
+
+def test_where_every_prompt_teaches_it_is_plain_collection() -> None:
+    sampling, engine = collecting(lambda prompt, sample: float(sample))
+    plain, other = collecting(lambda prompt, sample: float(sample))
+    assert sampling(6, step=3) == plain.source(6, step=3)
+    assert engine.seeds == other.seeds
+    assert sampling.take_metrics({})["sampling/rounds"] == 1
+
+
+def test_what_was_drawn_is_counted_once() -> None:
+    sampling, engine = collecting(even_prompts_differ)
+    sampling(8, step=0)
+    drawn = [int(prompt) for asked in engine.asked for prompt in asked]
+    odd = sum(prompt % 2 for prompt in drawn)
+    assert sampling.take_metrics({}) == {
+        "sampling/rounds": len(engine.asked),
+        "sampling/prompts_drawn": len(drawn),
+        "sampling/prompts_uniform": odd,
+        # one of two samples is right where they differ, both where they do not
+        "sampling/score": pytest.approx((odd + (len(drawn) - odd) / 2) / len(drawn)),
+        "sampling/accuracy": pytest.approx((odd + (len(drawn) - odd) / 2) / len(drawn)),
+        "sampling/response_tokens": 4 * len(drawn),
+    }
+    assert sampling.take_metrics({}) == {}
+
+
+def test_too_few_prompts_end_the_run_and_say_what_was_found() -> None:
+    sampling, engine = collecting(lambda prompt, sample: 1.0 if prompt else float(sample), rounds=3)
+    message = r"needs 20 prompts .* found 1 among 60 in 3 rounds \(59 prompts all 1\): raise rollout\.sampling_rounds"
+    with pytest.raises(SamplingExhausted, match=message):
+        sampling(20, step=0)
+    assert len(engine.asked) == 3
+
+
+def test_a_prompt_that_comes_again_in_a_step_is_answered_anew() -> None:
+    sampling, engine = collecting(lambda prompt, sample: 0.0, rounds=2)
+    with pytest.raises(SamplingExhausted):
+        sampling(50, step=0)  # each round is the whole file
+    first, second = ({seed for own in seeds for seed in own} for seeds in engine.seeds)
+    assert len(first) == len(second) == 100
+    assert not first & second
+
+
+def test_a_resumed_run_draws_the_prompts_that_come_next() -> None:
+    whole, engine = collecting(even_prompts_differ)
+    whole(8, step=0)
+    state = whole.source.prompts.state()
+    assert state["taken"] == sum(map(len, engine.asked))
+    expected = whole(8, step=1)
+    resumed, _ = collecting(even_prompts_differ)
+    resumed.source.prompts.restore(state)
+    assert resumed(8, step=1) == expected
+
+
+def test_the_overlong_penalty_is_part_of_the_score_and_of_the_metrics() -> None:
+    # two tokens of at most 4, buffer 3: (4 - 3 - 2) / 3
+    sampling, _ = collecting(even_prompts_differ, overlong=OverlongPenalty(max_tokens=4, buffer=3))
+    scored = sampling(4, step=0)
+    assert [score.value for score in scored[0].scores] == pytest.approx([-1 / 3, 1 - 1 / 3])
+    metrics = rollout_metrics(scored)
+    assert metrics["overlong_penalty"] == pytest.approx(-1 / 3)
+    assert metrics["score"] == pytest.approx(0.5 - 1 / 3)
+    assert metrics["accuracy"] == 0.5
+
+
+def with_scores(scores: Sequence[Score]) -> list[ScoredRollout]:
     prompt = Prompt(id="p", token_ids=(1,), answer="1", source="test")
     samples = tuple(
         Sample(token_ids=(2,) * (index + 1), logprobs=(0.0,) * (index + 1), text="", finish=Finish.STOP)
@@ -18,15 +163,15 @@ def scored(scores: Sequence[Score]) -> list[ScoredRollout]:
 
 
 def test_accuracy_counts_samples_that_were_not_scored_as_wrong() -> None:
-    right: Mapping[str, float] = {"correct": 1.0, "boxed": 1.0}
+    right = {"correct": 1.0, "boxed": 1.0}
     timeout = Score(value=-0.5, outcome=Outcome.TIMEOUT)
-    metrics = rollout_metrics(scored([Score(value=1.0, parts=right), timeout]))
+    metrics = rollout_metrics(with_scores([Score(value=1.0, parts=right), timeout]))
     assert (metrics["accuracy"], metrics["format_rate"], metrics["timeouts"]) == (0.5, 0.5, 1.0)
     assert metrics["score"] == pytest.approx(0.25)
     assert (metrics["length_mean"], metrics["length_max"]) == (1.5, 2.0)
 
 
 def test_what_a_rule_does_not_tell_is_left_out() -> None:
-    metrics = rollout_metrics(scored([Score(value=0.7), Score(value=0.1)]))
+    metrics = rollout_metrics(with_scores([Score(value=0.7), Score(value=0.1)]))
     assert metrics["score"] == pytest.approx(0.4)
     assert not {"accuracy", "format_rate"} & metrics.keys()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.maths.diagnostics import explained_variance, logprob_gap
+from megatron_rl.maths.diagnostics import Bucket, critic_calibration, explained_variance, logprob_gap
 
 MASK = torch.tensor([[True, True, False], [True, True, False]])
 
@@ -41,3 +41,26 @@ def test_the_gap_between_trainer_and_engine_by_hand():
 def test_a_gap_over_nothing_is_zero():
     gap = logprob_gap(rows(-1.0, -2.0, -1.5, -3.0), rows(0.0, 0.0, 0.0, 0.0), MASK & False)
     assert (gap.mean_abs, gap.max_abs, gap.k3) == (0.0, 0.0, 0.0)
+
+
+def test_calibration_puts_every_token_into_one_bucket_of_each_family():
+    mask = torch.tensor([[False, True, True, True, True, False], [False, False, True, False, False, False]])
+    values = torch.tensor([[9.0, 0.1, 0.2, 0.3, 0.4, 9.0], [9.0, 9.0, 0.6, 9.0, 9.0, math.nan]])
+    returns = torch.tensor([[9.0, 1.0, 1.0, 0.75, 0.5, 9.0], [9.0, 9.0, -1.0, 9.0, 9.0, math.nan]])
+    found = critic_calibration(values, returns, mask)
+
+    def bucket(tokens, value, return_):
+        return Bucket(tokens=tokens, value=pytest.approx(value), return_=pytest.approx(return_))
+
+    assert found == {
+        "return_below_-0.75": bucket(1, 0.6, -1.0),
+        "return_-0.75_to_-0.25": bucket(0, 0.0, 0.0),
+        "return_-0.25_to_0.25": bucket(0, 0.0, 0.0),
+        "return_0.25_to_0.75": bucket(1, 0.4, 0.5),
+        "return_above_0.75": bucket(3, 0.2, 2.75 / 3),
+        # a response of one token has it in its first quarter
+        "position_first_quarter": bucket(2, 0.35, 0.0),
+        "position_second_quarter": bucket(1, 0.2, 1.0),
+        "position_third_quarter": bucket(1, 0.3, 0.75),
+        "position_last_quarter": bucket(1, 0.4, 0.5),
+    }

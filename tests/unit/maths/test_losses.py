@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.batches import MicroBatch, TokenOutputs, ValueOutputs
-from megatron_rl.maths.losses import PolicyLoss, SupervisedLoss, ValueLoss
+from megatron_rl.maths.losses import (
+    ClippedWeightLoss,
+    CorrectedLoss,
+    EngineCorrection,
+    PolicyLoss,
+    SequencePolicyLoss,
+    SupervisedLoss,
+    ValueLoss,
+)
 
 PER_TOKEN = (
     "inputs",
@@ -19,6 +27,7 @@ PER_TOKEN = (
     "positions",
     "loss_mask",
     "loss_weight",
+    "sampled_mask",
     "rollout_logprobs",
     "old_logprobs",
     "ref_logprobs",
@@ -46,6 +55,7 @@ def micro_batch(mask=None, **fields):
         max_length=size,
         loss_mask=mask,
         loss_weight=field("loss_weight", 1.0),
+        sampled_mask=fields.get("sampled_mask", mask),
         rollout_logprobs=field("rollout_logprobs"),
         old_logprobs=field("old_logprobs"),
         ref_logprobs=field("ref_logprobs") if "ref_logprobs" in fields else None,
@@ -143,6 +153,93 @@ def test_the_kl_of_the_update_is_measured_from_the_old_policy():
     assert terms.metrics["kl_update"].item() == pytest.approx(expected)
 
 
+# Two responses of 3 loss tokens with a prompt token each: log-ratios 0.3, 0, 0 (mean 0.1) and -0.6, 0, 0 (mean -0.2).
+TWO_ROWS = {"mask": torch.tensor([False, True, True, True] * 2), "cu_seqlens": torch.tensor([0, 4, 8])}
+NEW = numbers(9, 0.3, 0, 0, 9, -0.6, 0, 0)
+
+
+def two_rows(loss, advantages, **fields):
+    logprobs = leaf(NEW)
+    batch = micro_batch(TWO_ROWS["mask"], advantages=advantages, **fields)
+    batch = dataclasses.replace(batch, cu_seqlens=TWO_ROWS["cu_seqlens"])
+    terms = loss(TokenOutputs(logprobs=logprobs, entropy=torch.zeros_like(NEW)), batch)
+    terms.total.backward()
+    return terms, logprobs.grad.tolist()
+
+
+def test_a_sequence_has_one_ratio_and_its_gradient_reaches_every_token():
+    terms, gradient = two_rows(SequencePolicyLoss(clip_low=0.5, clip_high=0.5), numbers(0, 1, 1, 1, 0, -2, -2, -2))
+    up, down = math.exp(0.1), math.exp(-0.2)
+    assert terms.total.item() == pytest.approx(3 * (-up + 2 * down))
+    assert terms.metrics["clip_fraction"].item() == 0
+    # d(-s A) / d logprob of each token, as if only that token's probability moved: -s A
+    assert gradient == pytest.approx([0, -up, -up, -up, 0, 2 * down, 2 * down, 2 * down])
+
+
+def test_a_sequences_ratio_is_bounded_as_a_whole():
+    terms, gradient = two_rows(SequencePolicyLoss(clip_low=0.1, clip_high=0.05), numbers(0, 1, 1, 1, 0, 1, 1, -1))
+    # exp(0.1) > 1.05 is bounded for A > 0; exp(-0.2) < 0.9 is bounded for A < 0 alone
+    assert terms.metrics["clip_fraction"].item() == 4
+    assert gradient == pytest.approx([0, 0, 0, 0, 0, -math.exp(-0.2), -math.exp(-0.2), 0])
+    assert terms.total.item() == pytest.approx(-3 * 1.05 - 2 * math.exp(-0.2) + 0.9)
+
+
+def test_a_bounded_weight_leaves_every_token_its_gradient():
+    logprobs = leaf(logs(*RATIOS) - 1)
+    batch = micro_batch(advantages=ADVANTAGES, old_logprobs=numbers(*[-1.0] * 6))
+    terms = ClippedWeightLoss()(TokenOutputs(logprobs=logprobs, entropy=torch.zeros(6)), batch)
+    terms.total.backward()
+    weights = numbers(1, 1.2, 0.8, 1, 1.2, 0.8)
+    assert logprobs.grad.tolist() == pytest.approx((-weights * ADVANTAGES).tolist())
+    assert terms.total.item() == pytest.approx(float((-weights * ADVANTAGES * logprobs.detach()).sum()))
+    assert terms.metrics["clip_fraction"].item() == 4
+
+
+def engine_weights(correction, drawn=None, **fields):
+    """Ratios 0.5, 1, 4 and 2, 2, 1 of trainer to engine in two responses with a prompt token each."""
+    ratios = numbers(9, 0.5, 1, 4, 9, 2, 2, 1)
+    batch = micro_batch(TWO_ROWS["mask"], old_logprobs=ratios.log(), **fields)
+    drawn = TWO_ROWS["mask"] if drawn is None else torch.tensor(drawn)
+    weight, cut = correction(dataclasses.replace(batch, cu_seqlens=TWO_ROWS["cu_seqlens"], sampled_mask=drawn))
+    return [[round(w, 6) for w in half] for half in (weight[1:4].tolist(), weight[5:].tolist())], int(cut.sum())
+
+
+def test_engine_weights_by_hand():
+    tis = EngineCorrection(outside="truncate", level="token", high=2.0)
+    mis = EngineCorrection(outside="mask", level="token", high=2.0)
+    icepop = EngineCorrection(outside="mask", level="token", low=0.6, high=2.0)
+    assert engine_weights(tis) == ([[0.5, 1, 2], [2, 2, 1]], 1)
+    assert engine_weights(mis) == ([[0.5, 1, 0], [2, 2, 1]], 1)
+    assert engine_weights(icepop) == ([[0, 1, 0], [2, 2, 1]], 2)
+    # by response: 0.5 * 1 * 4 = 2 and 2 * 2 * 1 = 4
+    assert engine_weights(dataclasses.replace(tis, level="sequence", high=3.0)) == ([[2, 2, 2], [3, 3, 3]], 3)
+    assert engine_weights(dataclasses.replace(mis, level="sequence", high=3.0)) == ([[2, 2, 2], [0, 0, 0]], 3)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_token_that_the_engine_did_not_draw_is_never_corrected(level):
+    drawn = [False, True, True, False, False, True, True, True]
+    correction = EngineCorrection(outside="mask", level=level, high=1.9)
+    first, second = {"token": ([0.5, 1, 1], [0, 0, 1]), "sequence": ([0.5, 0.5, 1], [0, 0, 0])}[level]
+    assert engine_weights(correction, drawn=drawn)[0] == [first, second]
+
+
+def test_a_corrected_loss_weighs_each_token_and_keeps_the_others_metrics():
+    rollout = logs(1.0, 1.0, 1.0, 1.0, 1.0, 1.0) - numbers(math.log(0.5), 0, 0, 0, 0, math.log(4.0))
+    correction = EngineCorrection(outside="truncate", level="token", high=2.0)
+    plain, _ = policy_terms(PolicyLoss(), rollout_logprobs=rollout)
+    terms, logprobs = policy_terms(CorrectedLoss(loss=PolicyLoss(), correction=correction), rollout_logprobs=rollout)
+    # exp(old - rollout): 0.5 for the first token, 4 bounded to 2 for the last
+    assert terms.total.item() == pytest.approx(-(0.5 * 2.0 + 2.4 + 1.0 - 2.0 - 3.0 + 2 * -1.6))
+    assert {name: terms.metrics[name].item() for name in plain.metrics} == pytest.approx(
+        {name: value.item() for name, value in plain.metrics.items()}
+    )
+    assert terms.metrics["engine_weight"].item() == pytest.approx(0.5 + 4 + 2)
+    assert terms.metrics["engine_cut"].item() == 1
+    terms.total.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.0, -1.0, 2.0, 3.0, 0.0])
+
+
 def test_a_kl_term_without_a_reference_is_refused():
     with pytest.raises(ValueError, match="needs reference log-probs"):
         policy_terms(PolicyLoss(kl_coef=0.1))
@@ -204,14 +301,20 @@ def test_what_is_masked_out_may_be_anything(garbage):
         ref_logprobs=spoilt(-1.5, -2.0),
         values=spoilt(0.5, 1.0),
         returns=spoilt(1.5, 0.0),
+        rollout_logprobs=spoilt(-1.2, -1.9),
         loss_weight=spoilt(1.0, 1.0),
     )
     outputs = TokenOutputs(logprobs=logprobs, entropy=entropy)
     policy = PolicyLoss(dual_clip=3.0, entropy_coef=0.1, kl_coef=0.1, kl_kind="k3")(outputs, batch)
+    correction = EngineCorrection(outside="truncate", level="sequence", high=2.0)
+    others = [
+        CorrectedLoss(loss=loss, correction=correction)(outputs, batch)
+        for loss in (SequencePolicyLoss(), ClippedWeightLoss())
+    ]
     value = ValueLoss()(ValueOutputs(values=values), batch)
     supervised = SupervisedLoss()(outputs, batch)
-    (policy.total + value.total + supervised.total).backward()
-    for terms in (policy, value, supervised):
+    sum(terms.total for terms in (policy, value, supervised, *others)).backward()
+    for terms in (policy, value, supervised, *others):
         assert torch.isfinite(terms.total)
         assert all(torch.isfinite(metric) for metric in terms.metrics.values())
     for tensor in (logprobs, entropy, values):
@@ -220,7 +323,16 @@ def test_what_is_masked_out_may_be_anything(garbage):
         assert tensor.grad[0].item() != 0.0
 
 
-@pytest.mark.parametrize("loss", [PolicyLoss(dual_clip=3.0), ValueLoss(clip=math.inf), SupervisedLoss()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        PolicyLoss(dual_clip=3.0),
+        SequencePolicyLoss(),
+        CorrectedLoss(loss=ClippedWeightLoss(), correction=EngineCorrection(outside="mask", level="token", high=2.0)),
+        ValueLoss(clip=math.inf),
+        SupervisedLoss(),
+    ],
+)
 def test_a_loss_travels_as_a_value(loss):
     assert pickle.loads(pickle.dumps(loss)) == loss
 
@@ -330,3 +442,9 @@ def test_loss_and_gradient_are_the_same_for_any_micro_batch_split(drawn, seed, p
     assert in_parts[0] == pytest.approx(whole[0])
     torch.testing.assert_close(in_parts[1], whole[1])
     torch.testing.assert_close(in_parts[2], whole[2])
+
+
+def test_a_value_loss_without_a_critic_is_refused():
+    batch = dataclasses.replace(micro_batch(advantages=ADVANTAGES), values=None, returns=None)
+    with pytest.raises(ValueError, match="needs the critic's values and targets"):
+        ValueLoss()(ValueOutputs(values=ADVANTAGES), batch)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.maths.masking import keep, masked_mean, masked_sum, masked_var, whiten
+from megatron_rl.maths.masking import keep, masked_mean, masked_sum, masked_var, row_sums, whiten
 
 X = torch.tensor([[1.0, math.nan, 3.0], [math.inf, 5.0, -math.inf]])
 MASK = torch.tensor([[True, False, True], [False, True, False]])
@@ -51,3 +51,9 @@ def test_no_gradient_reaches_what_the_mask_leaves_out():
     (keep(x, MASK) ** 2).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[2.0, 0.0, 6.0], [0.0, 10.0, 0.0]]
+
+
+def test_row_sums_stand_at_every_position_of_their_row():
+    x = torch.tensor([1.0, 2.0, math.nan, 4.0, 5.0])
+    mask = torch.tensor([True, True, False, True, False])
+    assert row_sums(x, mask, torch.tensor([0, 3, 3, 5], dtype=torch.int32)).tolist() == [3, 3, 3, 4, 4]
