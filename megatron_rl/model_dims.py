@@ -52,7 +52,26 @@ class ModelDims:
             found.append(
                 f"pipeline={layout.pipeline} does not divide the model's {self.layers} layers; possible: {legal}"
             )
+        elif layout.chunks > 0 and self.layers % layout.chunks:
+            per_stage = self.layers // layout.pipeline
+            legal = [n for n in range(1, per_stage + 1) if per_stage % n == 0]
+            found.append(
+                f"virtual_pipeline={layout.virtual_pipeline} does not divide the {per_stage} layers of a stage; "
+                f"possible: {legal}"
+            )
+        if layout.expert > 1 or layout.expert_tensor > 1:
+            found.append(f"expert and expert_tensor must be 1: {self.architecture} has no experts")
         return found
+
+    def row_flops(self, length: int) -> float:
+        """FLOPs of a forward pass over a row of ``length`` tokens (a multiply and an add are two).
+
+        Matrices cost the same for each token; each query meets, on the average, half of the row's keys.
+        """
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        weights = self.layers * self.hidden * (2 * queries + 2 * keys + 3 * self.ffn_hidden)
+        matrices = 2.0 * length * (weights + self.hidden * self.vocabulary)
+        return matrices + 2.0 * length**2 * self.layers * queries
 
 
 def read_model_dims(model: Path) -> ModelDims:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,23 @@ _OUTPUT = "output_layer.weight"
 _VALUE_HEAD = "score."
 
 
-def local_parameters(model: Any, dims: ModelDims, layout: ParallelLayout, stage: int) -> dict[str, Tensor]:
-    """The parameters of one stage, by global name: layers are numbered over the whole model, from 0."""
-    offset = stage * (dims.layers // layout.pipeline)
+def local_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """The parameters of this rank's pieces of the model, by global name: layers are numbered over the whole model."""
     found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + offset)
-        found[".".join(parts)] = parameter
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            found[".".join(parts)] = parameter
     return found
 
 
 @torch.no_grad()
-def load_hf(model: Any, folder: Path, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int) -> None:
-    """Fill a stage from a Hugging Face folder; each rank reads only the tensors that its stage holds.
+def load_hf(
+    chunks: Sequence[Any], folder: Path, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
+) -> None:
+    """Fill a rank's pieces of the model from a Hugging Face folder; it reads only the tensors that it holds parts of.
 
     A value head keeps its zeros where the folder has no ``score.*``: a critic starts from a policy's folder.
 
@@ -47,7 +49,7 @@ def load_hf(model: Any, folder: Path, weights: WeightMap, dims: ModelDims, layou
     at = layout.coordinates(rank)
     source = HfFolder(folder)
     entries = {entry.megatron: entry for entry in weights.entries}
-    for name, parameter in local_parameters(model, dims, layout, at.pipeline).items():
+    for name, parameter in local_parameters(chunks).items():
         # the last stage of a tied model holds a second copy of the embedding
         entry = entries.get(_EMBEDDING if name == _OUTPUT and name not in entries else name)
         if entry is None:
@@ -66,16 +68,22 @@ def load_hf(model: Any, folder: Path, weights: WeightMap, dims: ModelDims, layou
 
 @torch.no_grad()
 def full_tensors(
-    model: Any, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
+    mine: Mapping[str, Tensor], weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
 
     Each holder of a shard sends it to rank 0 once, straight; nobody else receives anything.
 
+    Args:
+        mine: this rank's shards, as :func:`local_parameters` names them (the parameters, or something of their shapes).
+        weights: of the model.
+        dims: of the model.
+        layout: of the model.
+        rank: of this process.
+
     Yields:
         Hugging Face name and full tensor, on rank 0.
     """
-    mine = local_parameters(model, dims, layout, layout.coordinates(rank).pipeline)
     shapes: list[Any] = [None] * layout.world_size
     dist.gather_object({name: (p.shape, p.dtype) for name, p in mine.items()}, shapes if rank == 0 else None)
     for entry in weights.entries:

@@ -1,4 +1,4 @@
-"""From sizes and settings to a megatron-core GPTModel: one pipeline stage of it, on this rank."""
+"""From sizes and settings to megatron-core GPTModels: the pieces of one model that this rank holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
-from megatron_rl.layout import ParallelLayout
+from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
 from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
 from megatron_rl.mcore.value_head import ValueHead
@@ -25,8 +25,10 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
 
 
-def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron-core's configuration of a dense model; weights are left unset for :mod:`.export` to fill."""
+    layout = trainer.layout
+    interleaved = layout.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -45,6 +47,10 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -54,6 +60,10 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
+        # batched sends of an interleaved schedule get mixed up between two stages over gloo
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        **_RECOMPUTE[trainer.recompute],
         # micro-batches are cut by tokens, so their lengths differ and pipeline stages must tell each other
         variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
@@ -68,37 +78,54 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
     )
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def build_model(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype, head: Head) -> GPTModel:
-    """This rank's stage of the model, with uninitialised weights (and the value head at zero).
+def build_chunks(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, head: Head) -> list[GPTModel]:
+    """This rank's pieces of the model, with uninitialised weights (and the value head at zero); one, but for virtual
+    pipelines.
 
     A critic never ties its embeddings: it has no output projection to tie them to.
     """
-    config = transformer_config(dims, layout, dtype)
+    config = transformer_config(dims, trainer, dtype)
+    pieces = trainer.layout.virtual_pipeline
+    return [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+
+
+def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | None) -> GPTModel:
+    virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
-        layer_spec(config),
+        layer_spec(config, piece),
         vocab_size=dims.vocabulary,
         max_sequence_length=dims.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+        post_process=parallel_state.is_pipeline_last_stage(**virtual),
         position_embedding_type="rope",
         rotary_base=dims.rope_theta,
         share_embeddings_and_output_weights=dims.tied_embeddings and head is Head.TOKEN,
+        vp_stage=piece,
     )
     model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
     if head is Head.VALUE and model.post_process:
-        model.output_layer = ValueHead(dims.hidden, layout.sequence_parallel)
+        model.output_layer = ValueHead(dims.hidden, config.sequence_parallel)
     return model
 
 
-def layer_spec(config: TransformerConfig) -> Any:
-    """The modules that this stage's layers are made of: megatron-core's local ones, with two exchanges."""
+def layer_spec(config: TransformerConfig, piece: int | None = None) -> Any:
+    """The modules that a piece's layers are made of: megatron-core's local ones, with two exchanges."""
     return _exchange(
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+        get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
+        )
     )
 
 

@@ -8,7 +8,7 @@ from megatron_rl.weights.weight_map import Stage, WeightEntry
 
 
 def stage_of(entry: WeightEntry, layout: ParallelLayout, layers: int) -> int:
-    """The pipeline stage that holds ``entry``: each stage has as many layers.
+    """The pipeline stage that holds ``entry``: layers are cut into equal pieces, dealt out to the stages in turn.
 
     Args:
         entry: the tensor.
@@ -16,17 +16,20 @@ def stage_of(entry: WeightEntry, layout: ParallelLayout, layers: int) -> int:
         layers: of the whole model.
 
     Raises:
-        ValueError: the stages do not divide the layers, or the model has no such layer.
+        ValueError: the pieces do not divide the layers, or the model has no such layer.
     """
-    if layers % layout.pipeline:
-        raise ValueError(f"pipeline={layout.pipeline} must divide the model's {layers} layers")
+    if layers % layout.chunks:
+        raise ValueError(
+            f"pipeline={layout.pipeline} x virtual_pipeline={layout.virtual_pipeline} must divide the model's {layers} "
+            "layers"
+        )
     if entry.stage is Stage.FIRST:
         return 0
     if entry.layer is None:
         return layout.pipeline - 1
     if not 0 <= entry.layer < layers:
         raise ValueError(f"{entry.megatron}: the layer must be in [0, {layers})")
-    return entry.layer // (layers // layout.pipeline)
+    return entry.layer // (layers // layout.chunks) % layout.pipeline
 
 
 def holders(entry: WeightEntry, layout: ParallelLayout, layers: int) -> tuple[int, ...]:

@@ -20,6 +20,10 @@ LAYOUTS = [
     ParallelLayout(pipeline=2),
     ParallelLayout(data=2),
     ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(context=2),
+    ParallelLayout(tensor=2, context=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2, context=2),
 ]
 
 

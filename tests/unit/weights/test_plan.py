@@ -46,9 +46,17 @@ def test_a_value_head_is_whole_on_every_tensor_rank() -> None:
     assert holders(entries[OUTPUT], ParallelLayout(tensor=2, pipeline=2), 2) == (2,)
 
 
+def test_virtual_stages_take_turns() -> None:
+    entries = {entry.megatron: entry for entry in weight_map(dims(num_hidden_layers=8), Head.TOKEN).entries}
+    layout = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    stages = [stage_of(entries[f"decoder.layers.{layer}.input_layernorm.weight"], layout, 8) for layer in range(8)]
+    assert stages == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert stage_of(entries[OUTPUT], layout, 8) == 1
+
+
 def test_uneven_stages_and_layers_beyond_the_model_are_refused() -> None:
     entries = {entry.megatron: entry for entry in weight_map(dims(), Head.TOKEN).entries}
-    with pytest.raises(ValueError, match="pipeline=2 must divide the model's 3 layers"):
+    with pytest.raises(ValueError, match="pipeline=2 x virtual_pipeline=1 must divide the model's 3 layers"):
         stage_of(entries[EMBEDDING], ParallelLayout(pipeline=2), 3)
     with pytest.raises(ValueError, match=r"the layer must be in \[0, 1\)"):
         stage_of(entries[QKV_1], ParallelLayout(), 1)
