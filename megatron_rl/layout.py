@@ -17,6 +17,14 @@ class Coordinates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertCoordinates:
+    """Where one rank sits among those that share the experts of its stage (0-based)."""
+
+    expert_tensor: int
+    expert: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """Sizes of the parallel axes of one model.
 
@@ -108,6 +116,16 @@ class ParallelLayout:
     def rank_of(self, *, tensor: int = 0, context: int = 0, data: int = 0, pipeline: int = 0) -> int:
         """The rank at these coordinates (the inverse of :meth:`coordinates`)."""
         return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """The place of ``rank`` among the experts of its stage.
+
+        Raises:
+            ValueError: the rank is outside ``range(world_size)``.
+        """
+        self.coordinates(rank)
+        rest, expert_tensor = divmod(rank, self.expert_tensor)
+        return ExpertCoordinates(expert_tensor=expert_tensor, expert=rest % self.expert)
 
     def expert_rank_of(self, *, expert_tensor: int = 0, expert: int = 0, pipeline: int = 0) -> int:
         """The first rank of a stage that holds part ``expert_tensor`` of the expert group ``expert``."""

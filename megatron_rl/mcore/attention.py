@@ -186,7 +186,7 @@ class PackedAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [N, 1, heads, head width].
+            query: [N, 1, heads, head width], or [N, heads, head width] from latent attention.
             key: [N, 1, key/value heads, head width].
             value: like ``key``.
             attention_mask: none; the mask is causal inside each row.
@@ -197,6 +197,8 @@ class PackedAttention(torch.nn.Module):
         """
         if packed_seq_params is None or attention_mask is not None:
             raise ValueError("attention needs packed rows and no mask: pass packed_seq_params=packed_rows(batch)")
+        if query.dim() == 3:
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         context = packed_seq_params.context
         if context is not None:
             key, value = self._gathered(key, value, context.order)
@@ -226,11 +228,20 @@ class PackedAttention(torch.nn.Module):
 
 
 class PackedRotary(torch.nn.Module):
-    """Rotary angles of packed rows; stands in for ``GPTModel.rotary_pos_emb``, whose two calls it answers."""
+    """Rotary angles of packed rows; stands in for ``rotary_pos_emb`` of GPTModel or of latent attention and answers
+    their two calls.
+    """
 
-    def __init__(self, inverse_frequencies: Tensor) -> None:
+    def __init__(self, inverse_frequencies: Tensor, shape: tuple[int, ...] = (1, 1)) -> None:
+        """Keep the frequencies.
+
+        Args:
+            inverse_frequencies: [head width / 2].
+            shape: of the axes between positions and width: batch and heads, or heads alone.
+        """
         super().__init__()
         self.inverse_frequencies = inverse_frequencies
+        self.shape = shape
 
     def get_rotary_seq_len(self, *unused: Any) -> Tensor:
         """The positions, in place of a length: whatever this returns is handed to :meth:`forward`."""
@@ -239,6 +250,6 @@ class PackedRotary(torch.nn.Module):
         return rows.positions
 
     def forward(self, positions: Tensor, **ignored: Any) -> Tensor:
-        """Angles [N, 1, 1, head width] of ``positions`` [N]."""
+        """Angles [N, *shape, head width] of ``positions`` [N]."""
         angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return torch.cat([angles, angles], dim=-1).view(len(positions), *self.shape, -1)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.weights.plan import holders
+from megatron_rl.weights.plan import holders, part_of
 from megatron_rl.weights.reshard import merge, split
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import WeightMap
@@ -27,12 +28,21 @@ def local_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
     """The parameters of this rank's pieces of the model, by global name: layers are numbered over the whole model."""
     found: dict[str, Tensor] = {}
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        biases = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("router.expert_bias"))
+        for name, parameter in (*chunk.named_parameters(), *biases):
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            if "local_experts" in parts:
+                place = parts.index("local_experts") + 1
+                parts[place] = str(int(parts[place]) + _first_expert(chunk.config))
             found[".".join(parts)] = parameter
     return found
+
+
+def _first_expert(config: Any) -> int:
+    here = int(config.num_moe_experts) // int(parallel_state.get_expert_model_parallel_world_size())
+    return here * int(parallel_state.get_expert_model_parallel_rank())
 
 
 @torch.no_grad()
@@ -46,7 +56,6 @@ def load_hf(
     Raises:
         ValueError: a parameter has no entry in the weight map, or its shape is not the folder's.
     """
-    at = layout.coordinates(rank)
     source = HfFolder(folder)
     entries = {entry.megatron: entry for entry in weights.entries}
     for name, parameter in local_parameters(chunks).items():
@@ -57,7 +66,7 @@ def load_hf(
         if all(hf.startswith(_VALUE_HEAD) for hf in entry.hf) and not set(entry.hf) & source.names:
             continue
         full = weights.to_megatron(entry, [source.tensor(hf) for hf in entry.hf])
-        shard = split(full, entry, dims, layout.tensor, at.tensor)
+        shard = split(full, entry, dims, *part_of(entry, layout, rank))
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"{name} must have shape {tuple(parameter.shape)} on rank {rank} of {layout}, "
@@ -87,7 +96,7 @@ def full_tensors(
     shapes: list[Any] = [None] * layout.world_size
     dist.gather_object({name: (p.shape, p.dtype) for name, p in mine.items()}, shapes if rank == 0 else None)
     for entry in weights.entries:
-        ranks = holders(entry, layout, dims.layers)
+        ranks = holders(entry, layout, dims)
         if rank != 0:
             if rank in ranks:
                 dist.send(mine[entry.megatron].detach().contiguous(), dst=0)

@@ -222,7 +222,8 @@ def gradient_tensors(worker: Any) -> Iterator[tuple[str, Tensor]]:
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    mine = {name: p.main_grad for name, p in local_parameters([chunk.module for chunk in chunks]).items()}
+    found = local_parameters([chunk.module for chunk in chunks])
+    mine = {name: getattr(p, "main_grad", torch.zeros_like(p)) for name, p in found.items()}  # buffers have none
     return full_tensors(mine, worker._weights, worker._spec.dims, worker._layout, worker._rank)
 
 

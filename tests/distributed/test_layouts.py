@@ -75,6 +75,39 @@ CASES = [
         for name in ("qwen2-tied", "qwen3", "llama")
     ],
 ]
+EXPERTS_CORE = [
+    setup(data=2, expert=2, micro=40),
+    setup(tensor=2, sequence_parallel=True, expert=2),
+]
+EXPERTS_REST = [
+    setup(micro=60),
+    setup(pipeline=2),
+    setup(context=2),
+    setup(context=2, expert=2),
+    setup(tensor=2, sequence_parallel=True, expert_tensor=2),
+    setup(tensor=2, sequence_parallel=True, data=2, expert=2, expert_tensor=2),
+    setup(tensor=2, sequence_parallel=True, data=2, expert=4),
+    setup(pipeline=2, data=2, expert=2, distributed_optimizer=True),
+    setup(pipeline=2, virtual_pipeline=2, data=2, expert=2, micro=40),
+    setup(data=2, expert=2, distributed_optimizer=True, overlap_communication=True),
+    setup(data=4, expert=2, distributed_optimizer=True),
+    setup(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
+    setup(data=2, expert=2, recompute="full"),
+]
+CASES += [
+    *[("qwen2-moe", POLICY, case) for case in EXPERTS_CORE],
+    *[
+        pytest.param(name, role, case, marks=pytest.mark.slow)
+        for case in (*EXPERTS_CORE, *EXPERTS_REST)
+        for name, role in (
+            ("qwen2-moe", POLICY),
+            ("qwen2-moe", CRITIC),
+            ("qwen3-moe", POLICY),
+            ("deepseek", POLICY),
+            ("deepseek", CRITIC),
+        )
+    ],
+]
 _references: dict[tuple[Path, str], Any] = {}
 
 
