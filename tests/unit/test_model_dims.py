@@ -69,7 +69,9 @@ def test_what_a_config_states_wins():
 
 
 def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: LlamaForCausalLM, "):
+    with pytest.raises(
+        UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: DeepseekV3ForCausalLM, "
+    ):
         dims(architectures=["GPT2LMHeadModel"])
 
 
