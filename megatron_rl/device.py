@@ -90,6 +90,8 @@ def prepare_megatron() -> None:
         warnings.simplefilter("ignore")  # each import says again that Apex and Transformer Engine are not there
         _keep_random_states_on_cpu()
         _use_fused_adam()
+        _route_experts_on_cpu()
+    _exchange_unequal_pieces()
 
 
 def _set(owner: Any, names: Iterable[str], value: Any) -> None:
@@ -222,6 +224,53 @@ def _use_fused_adam() -> None:
     _set(optimizer, ["USING_PYTORCH_OPTIMIZER"], False)
     _set(distributed, ["Adam"], FusedAdam)
     _set(distributed, ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"], True)
+
+
+def _route_experts_on_cpu() -> None:
+    """Why: these take "not on CUDA" or "no Transformer Engine" for something else, and then fail."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    def counts(values: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return values.numpy() if as_numpy and torch.is_tensor(values) else values
+
+    _set(dispatcher, ["maybe_move_tensor_to_cpu"], counts)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _set(moe_utils, ["te_general_gemm"], None)
+    if not isinstance(getattr(latent, "TELinear", type), type):
+        _set(latent, ["HAVE_TE"], False)
+
+
+def _exchange_unequal_pieces() -> None:
+    """Why: experts that are shared over tensor ranks gather and reduce pieces of unequal length, which gloo cannot."""
+    import torch.distributed as dist
+
+    gather, reduce = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(pieces: list[Tensor], mine: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({piece.shape for piece in pieces}) == 1:
+            return gather(pieces, mine, group=group, async_op=async_op)
+        for rank, piece in enumerate(pieces):
+            if rank == dist.get_rank(group):
+                piece.copy_(mine)
+            dist.broadcast(piece, group_src=rank, group=group)
+        return None
+
+    def reduce_scatter(
+        mine: Tensor, pieces: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({piece.shape for piece in pieces}) == 1:
+            return reduce(mine, pieces, op=op, group=group, async_op=async_op)
+        for rank, piece in enumerate(pieces):
+            total = piece.contiguous().clone()
+            dist.reduce(total, group_dst=rank, op=op, group=group)
+            if rank == dist.get_rank(group):
+                mine.copy_(total)
+        return None
+
+    _set(dist, ["all_gather"], all_gather)
+    _set(dist, ["reduce_scatter"], reduce_scatter)
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -11,38 +11,93 @@ class Coordinates:
     """Where one rank sits on each axis of its layout (0-based)."""
 
     tensor: int
+    context: int
     data: int
     pipeline: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCoordinates:
+    """Where one rank sits among those that share the experts of its stage (0-based)."""
+
+    expert_tensor: int
+    expert: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """Sizes of the parallel axes of one model.
 
-    Ranks are numbered as megatron-core numbers them (order ``tp-dp-pp``): tensor varies fastest, pipeline slowest.
+    Ranks are numbered as megatron-core numbers them (order ``tp-cp-dp-pp``): tensor varies fastest, pipeline slowest.
+    The experts of a stage are laid anew over its tensor x context x data ranks: expert tensor varies fastest, then
+    expert; what is left over holds copies.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - a class attribute that pydantic reads, not a field
 
     tensor: int = 1
+    """Ranks that share each weight matrix."""
     pipeline: int = 1
+    """Stages that share the layers."""
+    virtual_pipeline: int = 1
+    """Pieces of the model on each stage, which take turns (interleaved schedule); 1: one piece."""
+    context: int = 1
+    """Ranks that share the positions of each row."""
     data: int = 1
+    """Replicas that share the rows."""
+    expert: int = 1
+    """Ranks that share the experts of each layer."""
+    expert_tensor: int = 1
+    """Ranks that share the weight matrices of each expert."""
     sequence_parallel: bool = False
+    """Share the positions between tensor ranks where nothing else is shared: norms, residuals."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def chunks(self) -> int:
+        """Pieces that the layers are cut into."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def row_multiple(self) -> int:
+        """Each row is padded to a multiple of this: context ranks take its positions in pairs of pieces."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """Each micro-batch is padded to a multiple of this: tensor ranks share what a context rank holds."""
+        return self.row_multiple * (self.tensor if self.sequence_parallel else 1)
 
     def problems(self) -> list[str]:
         """What is wrong with the sizes by themselves, one sentence each; empty when nothing is."""
-        found = [
-            f"{axis} must be at least 1, got {size}"
-            for axis, size in (("tensor", self.tensor), ("pipeline", self.pipeline), ("data", self.data))
-            if size < 1
-        ]
+        sizes = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "virtual_pipeline": self.virtual_pipeline,
+            "context": self.context,
+            "data": self.data,
+            "expert": self.expert,
+            "expert_tensor": self.expert_tensor,
+        }
+        found = [f"{axis} must be at least 1, got {size}" for axis, size in sizes.items() if size < 1]
+        if found:
+            return found
         if self.sequence_parallel and self.tensor == 1:
             found.append("sequence_parallel needs tensor > 1, got tensor=1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            found.append(f"virtual_pipeline={self.virtual_pipeline} needs pipeline > 1, got pipeline=1")
+        stage = self.tensor * self.context * self.data
+        if stage % (self.expert * self.expert_tensor):
+            found.append(
+                f"expert x expert_tensor = {self.expert * self.expert_tensor} must divide tensor x context x data = "
+                f"{stage}"
+            )
+        if self.expert > 1 and self.tensor > 1 and not self.sequence_parallel:
+            found.append("expert > 1 together with tensor > 1 needs sequence_parallel=true")
         return found
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -53,20 +108,36 @@ class ParallelLayout:
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank must be in [0, {self.world_size}), got {rank}")
-        return Coordinates(
-            tensor=rank % self.tensor,
-            data=rank // self.tensor % self.data,
-            pipeline=rank // (self.tensor * self.data),
-        )
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
-    def rank_of(self, *, tensor: int = 0, data: int = 0, pipeline: int = 0) -> int:
+    def rank_of(self, *, tensor: int = 0, context: int = 0, data: int = 0, pipeline: int = 0) -> int:
         """The rank at these coordinates (the inverse of :meth:`coordinates`)."""
-        return (pipeline * self.data + data) * self.tensor + tensor
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """The place of ``rank`` among the experts of its stage.
+
+        Raises:
+            ValueError: the rank is outside ``range(world_size)``.
+        """
+        self.coordinates(rank)
+        rest, expert_tensor = divmod(rank, self.expert_tensor)
+        return ExpertCoordinates(expert_tensor=expert_tensor, expert=rest % self.expert)
+
+    def expert_rank_of(self, *, expert_tensor: int = 0, expert: int = 0, pipeline: int = 0) -> int:
+        """The first rank of a stage that holds part ``expert_tensor`` of the expert group ``expert``."""
+        return pipeline * self.tensor * self.context * self.data + expert * self.expert_tensor + expert_tensor
 
     def reporting_ranks(self) -> Iterator[int]:
-        """One rank per data-parallel replica that holds the model's output: last stage, first tensor rank."""
+        """One rank per data-parallel replica that holds the model's output: last stage, first of the others."""
         return (self.rank_of(data=replica, pipeline=self.pipeline - 1) for replica in range(self.data))
 
     def __str__(self) -> str:
-        """Short form for messages, such as ``TP2 PP1 DP1``."""
-        return f"TP{self.tensor}{'+SP' if self.sequence_parallel else ''} PP{self.pipeline} DP{self.data}"
+        """Short form for messages, such as ``TP2 PP1 DP1``; axes that are rarely used are left out at size 1."""
+        virtual = f"xVPP{self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+        rare = {"CP": self.context, "EP": self.expert, "ETP": self.expert_tensor}
+        rest = "".join(f" {name}{size}" for name, size in rare.items() if size > 1)
+        return f"TP{self.tensor}{'+SP' * self.sequence_parallel} PP{self.pipeline}{virtual} DP{self.data}{rest}"

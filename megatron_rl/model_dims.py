@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,49 @@ class UnknownArchitecture(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertDims:
+    """Sizes and switches of the layers with experts."""
+
+    count: int
+    """Routed experts of a layer."""
+    per_token: int
+    ffn_hidden: int
+    """Of each routed expert."""
+    shared_ffn_hidden: int
+    """Of the expert that sees every token; 0: none."""
+    shared_gate: bool
+    """Whether a sigmoid of the hidden state scales the shared expert."""
+    normalise: bool
+    """Whether the weights of a token's experts add up to 1 (before ``scale``)."""
+    sigmoid: bool
+    """Scores are sigmoids; else a softmax."""
+    bias: bool
+    """Whether a bias per expert takes part in choosing experts, not in weighing them."""
+    scale: float
+    """Factor on the weights."""
+    groups: int
+    """Experts are chosen from the best ``groups_per_token`` of so many groups; 1: from all."""
+    groups_per_token: int
+    layers: tuple[int, ...]
+    """Those that have experts; the others have one feed-forward block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDims:
+    """Sizes of multi-head latent attention (DeepSeek-V2, 2024, section 2.1); widths in elements."""
+
+    query_rank: int | None
+    """None: queries are projected straight."""
+    kv_rank: int
+    plain_head_dim: int
+    """Part of queries and keys without positions."""
+    rotary_head_dim: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelDims:
-    """Sizes and switches of a dense decoder-only transformer. Lengths in tokens, widths in elements."""
+    """Sizes and switches of a decoder-only transformer. Lengths in tokens, widths in elements."""
 
     architecture: str
     """The Hugging Face class name, such as ``Qwen2ForCausalLM``: the key of the weight map's family."""
@@ -36,6 +77,8 @@ class ModelDims:
     rope_theta: float
     eos_ids: tuple[int, ...]
     pad_id: int
+    experts: ExpertDims | None = None
+    latent: LatentDims | None = None
 
     def layout_problems(self, layout: ParallelLayout) -> list[str]:
         """Why this model cannot be laid out so, one sentence each with the nearest legal values; empty when it can."""
@@ -52,7 +95,55 @@ class ModelDims:
             found.append(
                 f"pipeline={layout.pipeline} does not divide the model's {self.layers} layers; possible: {legal}"
             )
+        elif layout.chunks > 0 and self.layers % layout.chunks:
+            per_stage = self.layers // layout.pipeline
+            legal = [n for n in range(1, per_stage + 1) if per_stage % n == 0]
+            found.append(
+                f"virtual_pipeline={layout.virtual_pipeline} does not divide the {per_stage} layers of a stage; "
+                f"possible: {legal}"
+            )
+        found += self._expert_problems(layout)
         return found
+
+    def _expert_problems(self, layout: ParallelLayout) -> Iterator[str]:
+        experts = self.experts
+        if experts is None:
+            if layout.expert > 1 or layout.expert_tensor > 1:
+                yield f"expert and expert_tensor must be 1: {self.architecture} has no experts"
+            return
+        if layout.tensor > 1 and not layout.sequence_parallel:
+            yield "a model with experts needs sequence_parallel=true where tensor > 1"
+        if layout.expert > 0 and experts.count % layout.expert:
+            legal = [n for n in range(1, experts.count + 1) if experts.count % n == 0]
+            yield f"expert={layout.expert} does not divide the model's {experts.count} experts; possible: {legal}"
+        if layout.expert_tensor > 0 and experts.ffn_hidden % layout.expert_tensor:
+            yield f"expert_tensor={layout.expert_tensor} does not divide the experts' ffn width of {experts.ffn_hidden}"
+        if layout.tensor > 0 and experts.shared_ffn_hidden % layout.tensor:
+            yield f"tensor={layout.tensor} does not divide the shared expert's ffn width of {experts.shared_ffn_hidden}"
+
+    def row_flops(self, length: int) -> float:
+        """FLOPs of a forward pass over a row of ``length`` tokens (a multiply and an add are two).
+
+        Matrices cost the same for each token; each query meets, on the average, half of the row's keys.
+        """
+        hidden, experts, latent = self.hidden, self.experts, self.latent
+        sparse = 0 if experts is None else len(experts.layers)
+        ffn = (self.layers - sparse) * 3 * hidden * self.ffn_hidden
+        if experts is not None:
+            width = experts.per_token * experts.ffn_hidden + experts.shared_ffn_hidden
+            ffn += sparse * hidden * (3 * width + experts.count)
+        if latent is None:
+            scores = values = self.heads * self.head_dim
+            attention = hidden * (2 * scores + 2 * self.kv_heads * self.head_dim)
+        else:
+            scores = self.heads * (latent.plain_head_dim + latent.rotary_head_dim)
+            values = self.heads * latent.value_head_dim
+            rank = latent.query_rank
+            attention = hidden * scores if rank is None else rank * (hidden + scores)
+            attention += hidden * (latent.kv_rank + latent.rotary_head_dim + values)
+            attention += latent.kv_rank * self.heads * (latent.plain_head_dim + latent.value_head_dim)
+        matrices = 2.0 * length * (self.layers * attention + ffn + hidden * self.vocabulary)
+        return matrices + length**2 * self.layers * float(scores + values)
 
 
 def read_model_dims(model: Path) -> ModelDims:
@@ -69,11 +160,14 @@ def read_model_dims(model: Path) -> ModelDims:
     return dims_from_config(json.loads(file.read_text()))
 
 
-_DENSE = {  # architecture -> (bias of q, k, v; norm of q and k)
+_FAMILIES = {  # architecture -> (bias of q, k, v; norm of q and k)
     "LlamaForCausalLM": (False, False),
     "MistralForCausalLM": (False, False),
     "Qwen2ForCausalLM": (True, False),
+    "Qwen2MoeForCausalLM": (True, False),
     "Qwen3ForCausalLM": (False, True),
+    "Qwen3MoeForCausalLM": (False, True),
+    "DeepseekV3ForCausalLM": (False, False),
 }
 
 
@@ -81,9 +175,9 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
     architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
     architecture = architecture.replace("ForTokenClassification", "ForCausalLM")  # a critic of the same family
-    if architecture not in _DENSE:
-        raise UnknownArchitecture(f"unknown architecture {architecture}; known: {', '.join(sorted(_DENSE))}")
-    qkv_bias, qk_norm = _DENSE[architecture]
+    if architecture not in _FAMILIES:
+        raise UnknownArchitecture(f"unknown architecture {architecture}; known: {', '.join(sorted(_FAMILIES))}")
+    qkv_bias, qk_norm = _FAMILIES[architecture]
     rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{architecture}: rope scaling is not supported, got {dict(rope)}")
@@ -116,4 +210,67 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         eos_ids=eos_ids,
         pad_id=eos_ids[0] if config.get("pad_token_id") is None else int(config["pad_token_id"]),
+        experts=_experts(architecture, config),
+        latent=_latent(config),
+    )
+
+
+def _experts(architecture: str, config: Mapping[str, Any]) -> ExpertDims | None:
+    layers = range(int(config["num_hidden_layers"]))
+    if architecture == "DeepseekV3ForCausalLM":
+        width, groups = int(config["moe_intermediate_size"]), int(config.get("n_group") or 1)
+        chosen, best = int(config["num_experts_per_tok"]), int(config.get("topk_group") or 1)
+        if groups > 1 and chosen != 2 * best:
+            raise ValueError(
+                f"num_experts_per_tok must be 2 x topk_group, got {chosen} and {best}: megatron-core ranks a group by "
+                "as many of its experts as are chosen from it, this model by two"
+            )
+        if not config.get("norm_topk_prob", True):
+            raise ValueError("norm_topk_prob=false is not supported with sigmoid scores: megatron-core normalises them")
+        return ExpertDims(
+            count=int(config.get("n_routed_experts") or config["num_local_experts"]),
+            per_token=chosen,
+            ffn_hidden=width,
+            shared_ffn_hidden=width * int(config.get("n_shared_experts") or 0),
+            shared_gate=False,
+            normalise=True,
+            sigmoid=True,
+            bias=True,
+            scale=float(config.get("routed_scaling_factor", 1.0)),
+            groups=groups,
+            groups_per_token=best,
+            layers=tuple(layers[int(config.get("first_k_dense_replace") or 0) :]),
+        )
+    if architecture not in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
+        return None
+    every, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or ())
+    shared = int(config.get("shared_expert_intermediate_size") or 0) if architecture.startswith("Qwen2") else 0
+    return ExpertDims(
+        count=int(config.get("num_experts") or config["num_local_experts"]),  # transformers 5 renamed it in some
+        per_token=int(config["num_experts_per_tok"]),
+        ffn_hidden=int(config["moe_intermediate_size"]),
+        shared_ffn_hidden=shared,
+        shared_gate=shared > 0,
+        normalise=bool(config.get("norm_topk_prob", False)),
+        sigmoid=False,
+        bias=False,
+        scale=1.0,
+        groups=1,
+        groups_per_token=1,
+        layers=tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0),
+    )
+
+
+def _latent(config: Mapping[str, Any]) -> LatentDims | None:
+    if config.get("kv_lora_rank") is None:
+        return None
+    if not config.get("rope_interleave", True):
+        raise ValueError("rope_interleave=false is not supported: megatron-core's latent attention interleaves")
+    rank = config.get("q_lora_rank")
+    return LatentDims(
+        query_rank=None if rank is None else int(rank),
+        kv_rank=int(config["kv_lora_rank"]),
+        plain_head_dim=int(config["qk_nope_head_dim"]),
+        rotary_head_dim=int(config["qk_rope_head_dim"]),
+        value_head_dim=int(config["v_head_dim"]),
     )

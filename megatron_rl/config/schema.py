@@ -266,6 +266,10 @@ class TrainerConfig:
     """Rows are packed up to this many tokens; a longer row makes a micro-batch of its own."""
     distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks."""
+    overlap_communication: bool = False
+    """Reduce gradients (and gather parameters, with the distributed optimizer) while other layers compute."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

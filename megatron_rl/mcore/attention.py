@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens
+from megatron_rl.experience.packing import context_positions
 
 MAX_PADDING = 1.5
 """A group may hold up to this many times its tokens, padding counted."""
@@ -43,6 +46,21 @@ class RowGroup:
     source: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextPlan:
+    """How a context rank sees the keys and values of all ranks.
+
+    Attributes:
+        order: [N of all ranks] int64, which of the gathered positions comes where, rows in order.
+        groups: the same groups of rows as the queries', over all positions.
+        mask: for each group [rows, 1, query length, key length] bool, which keys a query sees.
+    """
+
+    order: Tensor
+    groups: list[RowGroup]
+    mask: list[Tensor]
+
+
 @dataclass
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
     """What the layers must know of a packed micro-batch; megatron-core hands it through unchanged.
@@ -50,29 +68,36 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
     ``qkv_format`` stays unset, so that megatron-core treats the rows as one plain sequence.
 
     Attributes:
-        positions: [N] int64, of each token in its row.
+        positions: [N] int64, of each token of this rank in its row.
         groups: rows computed together, in order; empty rows are left out.
+        context: where context ranks share the rows.
     """
 
     positions: Tensor | None = None
     groups: list[RowGroup] = field(default_factory=list)
+    context: ContextPlan | None = None
 
 
-def packed_rows(batch: PackedTokens) -> PackedRows:
-    """Plan the attention of a micro-batch."""
-    groups: list[RowGroup] = []
-    bounds = batch.cu_seqlens.tolist()
+def packed_rows(batch: PackedTokens, context_size: int = 1) -> PackedRows:
+    """Plan the attention of a micro-batch.
+
+    Args:
+        batch: what this rank holds of it; ``cu_seqlens`` bounds whole rows.
+        context_size: ranks that share each row.
+    """
+    bounds, device = batch.cu_seqlens.tolist(), batch.inputs.device
     starts = [start for start, stop in pairwise(bounds) if stop > start] + [bounds[-1]]
-    first, longest = 0, 0
-    for row in range(len(starts) - 1):
-        length = starts[row + 1] - starts[row]
-        padded = max(longest, length) * (row + 1 - first)
-        if padded > MAX_PADDING * (starts[row + 1] - starts[first]):
-            groups.append(_group(starts[first : row + 1], longest, batch.inputs.device))
-            first, longest = row, 0
-        longest = max(longest, length)
-    if longest:
-        groups.append(_group(starts[first:], longest, batch.inputs.device))
+    cuts = _group_bounds(starts)
+    groups = [_group([start // context_size for start in starts[a : b + 1]], device) for a, b in cuts]
+    context = None
+    if context_size > 1:
+        places = [context_positions(batch.cu_seqlens, context_size, rank) for rank in range(context_size)]
+        whole = [_group(starts[a : b + 1], device) for a, b in cuts]
+        context = ContextPlan(
+            order=torch.cat(places).argsort(),
+            groups=whole,
+            mask=[_visible(batch.positions, mine, full) for mine, full in zip(groups, whole, strict=True)],
+        )
     return PackedRows(
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
@@ -80,10 +105,41 @@ def packed_rows(batch: PackedTokens) -> PackedRows:
         max_seqlen_kv=batch.max_length,
         positions=batch.positions,
         groups=groups,
+        context=context,
     )
 
 
-def _group(starts: list[int], longest: int, device: torch.device) -> RowGroup:
+def _group_bounds(starts: list[int]) -> list[tuple[int, int]]:
+    """Rows (first, stop) that go together: neighbours whose padded batch is not much larger than they are."""
+    cuts: list[tuple[int, int]] = []
+    first, longest = 0, 0
+    for row in range(len(starts) - 1):
+        length = starts[row + 1] - starts[row]
+        padded = max(longest, length) * (row + 1 - first)
+        if padded > MAX_PADDING * (starts[row + 1] - starts[first]):
+            cuts.append((first, row))
+            first, longest = row, 0
+        longest = max(longest, length)
+    if longest:
+        cuts.append((first, len(starts) - 1))
+    return cuts
+
+
+def _visible(positions: Tensor, queries: RowGroup, keys: RowGroup) -> Tensor:
+    """[rows, 1, query length, key length]: the key is not later in its row than the query."""
+    mine = _rows(positions[queries.start : queries.stop], queries)
+    return (mine[:, :, None] >= torch.arange(keys.length, device=positions.device))[:, None]
+
+
+def _rows(values: Tensor, group: RowGroup) -> Tensor:
+    """[positions of the group, ...] -> [rows, length, ...]."""
+    if group.source is not None:
+        values = _Pad.apply(values, group.source, group.slots)  # type: ignore[no-untyped-call]
+    return values.view(group.rows, group.length, *values.shape[1:])
+
+
+def _group(starts: list[int], device: torch.device) -> RowGroup:
+    longest = max(stop - start for start, stop in pairwise(starts))
     rows, tokens = len(starts) - 1, starts[-1] - starts[0]
     slots = source = None
     if rows * longest > tokens:
@@ -130,7 +186,7 @@ class PackedAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [N, 1, heads, head width].
+            query: [N, 1, heads, head width], or [N, heads, head width] from latent attention.
             key: [N, 1, key/value heads, head width].
             value: like ``key``.
             attention_mask: none; the mask is causal inside each row.
@@ -141,34 +197,51 @@ class PackedAttention(torch.nn.Module):
         """
         if packed_seq_params is None or attention_mask is not None:
             raise ValueError("attention needs packed rows and no mask: pass packed_seq_params=packed_rows(batch)")
-        outputs = [self._attend(query, key, value, group) for group in packed_seq_params.groups]
+        if query.dim() == 3:
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        context = packed_seq_params.context
+        if context is not None:
+            key, value = self._gathered(key, value, context.order)
+        outputs = []
+        for index, group in enumerate(packed_seq_params.groups):
+            whole = group if context is None else context.groups[index]
+            attended = F.scaled_dot_product_attention(
+                _rows(query[group.start : group.stop, 0], group).transpose(1, 2),
+                _rows(key[whole.start : whole.stop, 0], whole).transpose(1, 2),
+                _rows(value[whole.start : whole.stop, 0], whole).transpose(1, 2),
+                attn_mask=None if context is None else context.mask[index],
+                is_causal=context is None,
+                scale=self.scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            flat = attended.transpose(1, 2).reshape(group.rows * group.length, -1)
+            outputs.append(flat if group.slots is None else flat.index_select(0, group.slots))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: RowGroup) -> Tensor:
-        def rows(values: Tensor) -> Tensor:
-            values = values[group.start : group.stop, 0]
-            if group.source is not None:
-                values = _Pad.apply(values, group.source, group.slots)  # type: ignore[no-untyped-call]
-            return values.view(group.rows, group.length, *values.shape[1:]).transpose(1, 2)
-
-        attended = F.scaled_dot_product_attention(
-            rows(query),
-            rows(key),
-            rows(value),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        flat = attended.transpose(1, 2).reshape(group.rows * group.length, -1)
-        return flat if group.slots is None else flat.index_select(0, group.slots)
+    @staticmethod
+    def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all context ranks, rows in order; the backward adds up what each rank made of them."""
+        both = torch.cat([key, value], dim=-1)
+        group = parallel_state.get_context_parallel_group()
+        whole: Tensor = gather_from_sequence_parallel_region(both, group=group).index_select(0, order)
+        return whole[..., : key.shape[-1]], whole[..., key.shape[-1] :]
 
 
 class PackedRotary(torch.nn.Module):
-    """Rotary angles of packed rows; stands in for ``GPTModel.rotary_pos_emb``, whose two calls it answers."""
+    """Rotary angles of packed rows; stands in for ``rotary_pos_emb`` of GPTModel or of latent attention and answers
+    their two calls.
+    """
 
-    def __init__(self, inverse_frequencies: Tensor) -> None:
+    def __init__(self, inverse_frequencies: Tensor, shape: tuple[int, ...] = (1, 1)) -> None:
+        """Keep the frequencies.
+
+        Args:
+            inverse_frequencies: [head width / 2].
+            shape: of the axes between positions and width: batch and heads, or heads alone.
+        """
         super().__init__()
         self.inverse_frequencies = inverse_frequencies
+        self.shape = shape
 
     def get_rotary_seq_len(self, *unused: Any) -> Tensor:
         """The positions, in place of a length: whatever this returns is handed to :meth:`forward`."""
@@ -177,6 +250,6 @@ class PackedRotary(torch.nn.Module):
         return rows.positions
 
     def forward(self, positions: Tensor, **ignored: Any) -> Tensor:
-        """Angles [N, 1, 1, head width] of ``positions`` [N]."""
+        """Angles [N, *shape, head width] of ``positions`` [N]."""
         angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return torch.cat([angles, angles], dim=-1).view(len(positions), *self.shape, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"a checkpoint folder needs a metadata.json, found none in {folder}")
     state = dist_checkpointing.load(_state(training, loading=True), str(folder))
-    training.model.module.load_state_dict(state["model"])
+    for name, chunk in _named_chunks(training):
+        chunk.module.load_state_dict(state[name])
     training.optimizer.load_state_dict(state["optimizer"])
     training.scheduler.load_state_dict(state["scheduler"])
 
@@ -74,9 +76,17 @@ def _state(training: Training, *, loading: bool) -> dict[str, Any]:
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = training.model.module.sharded_state_dict(metadata=metadata)
+    models = {name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(training)}
     return {
-        "model": model,
-        "optimizer": training.optimizer.sharded_state_dict({"model": model}, is_loading=loading, metadata=metadata),
+        **models,
+        "optimizer": training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
         "scheduler": training.scheduler.state_dict(),
     }
+
+
+def _named_chunks(training: Training) -> Iterator[tuple[str, Any]]:
+    """Under the names by which megatron-core's optimizer looks for them; tensors are saved under global names."""
+    if len(training.chunks) == 1:
+        yield "model", training.chunks[0]
+    else:
+        yield from ((f"model{index}", chunk) for index, chunk in enumerate(training.chunks))

@@ -40,6 +40,10 @@ def start_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         order="tp-cp-ep-dp-pp",
         distributed_timeout_minutes=timeout_s / 60,
         # a second, CPU-only set of groups beside NCCL's: each costs polling threads, and nothing here asks for one
@@ -48,6 +52,7 @@ def start_groups(
     at = layout.coordinates(rank)
     found = Coordinates(
         tensor=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
     )

@@ -1,4 +1,4 @@
-"""From sizes and settings to a megatron-core GPTModel: one pipeline stage of it, on this rank."""
+"""From sizes and settings to megatron-core GPTModels: the pieces of one model that this rank holds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
-from megatron_rl.layout import ParallelLayout
+from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
 from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
 from megatron_rl.mcore.value_head import ValueHead
@@ -25,9 +28,14 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
 
 
-def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron-core's configuration of a dense model; weights are left unset for :mod:`.export` to fill."""
-    return TransformerConfig(
+def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-core's configuration of a model; weights are left unset for :mod:`.export` to fill."""
+    layout = trainer.layout
+    interleaved = layout.virtual_pipeline > 1
+    kind = TransformerConfig if dims.latent is None else MLATransformerConfig
+    return kind(
+        **_experts(dims),
+        **_latent(dims),
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.ffn_hidden,
@@ -36,7 +44,7 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         kv_channels=dims.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=dims.norm_eps,
-        qk_layernorm=dims.qk_norm,
+        qk_layernorm=dims.qk_norm or dims.latent is not None,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -45,6 +53,10 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -54,9 +66,13 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
+        # batched sends of an interleaved schedule get mixed up between two stages over gloo
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        **_RECOMPUTE[trainer.recompute],
         # micro-batches are cut by tokens, so their lengths differ and pipeline stages must tell each other
         variable_seq_lengths=layout.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
+        moe_token_dispatcher_type="alltoall",  # with experts or without: the default is refused with variable lengths
         # the loss is a sum, divided once by the tokens of the whole step
         calculate_per_token_loss=True,
         # fusions that need kernels of Apex or Transformer Engine
@@ -68,37 +84,99 @@ def transformer_config(dims: ModelDims, layout: ParallelLayout, dtype: torch.dty
     )
 
 
+def _experts(dims: ModelDims) -> dict[str, Any]:
+    experts = dims.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_layer_freq": [int(layer in experts.layers) for layer in range(dims.layers)],
+        "moe_ffn_hidden_size": experts.ffn_hidden,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden or None,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_router_topk": experts.per_token,
+        "moe_router_score_function": "sigmoid" if experts.sigmoid else "softmax",
+        # a softmax over the chosen experts is that over all of them, normalised
+        "moe_router_pre_softmax": not experts.sigmoid and not experts.normalise,
+        "moe_router_topk_scaling_factor": experts.scale,
+        "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
+        "moe_router_group_topk": experts.groups_per_token if experts.groups > 1 else None,
+        "moe_router_enable_expert_bias": experts.bias,
+        "moe_router_bias_update_rate": 0.0,  # balances pre-training; here it would move the policy on its own
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _latent(dims: ModelDims) -> dict[str, Any]:
+    latent = dims.latent
+    if latent is None:
+        return {}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.plain_head_dim,
+        "qk_pos_emb_head_dim": latent.rotary_head_dim,
+        "v_head_dim": latent.value_head_dim,
+        "rope_type": "rope",
+        "rotary_base": dims.rope_theta,
+    }
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def build_model(dims: ModelDims, layout: ParallelLayout, dtype: torch.dtype, head: Head) -> GPTModel:
-    """This rank's stage of the model, with uninitialised weights (and the value head at zero).
+def build_chunks(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, head: Head) -> list[GPTModel]:
+    """This rank's pieces of the model, with uninitialised weights (and the value head at zero); one, but for virtual
+    pipelines.
 
     A critic never ties its embeddings: it has no output projection to tie them to.
     """
-    config = transformer_config(dims, layout, dtype)
+    config = transformer_config(dims, trainer, dtype)
+    pieces = trainer.layout.virtual_pipeline
+    return [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+
+
+def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | None) -> GPTModel:
+    virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
-        layer_spec(config),
+        layer_spec(config, piece),
         vocab_size=dims.vocabulary,
         max_sequence_length=dims.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+        post_process=parallel_state.is_pipeline_last_stage(**virtual),
         position_embedding_type="rope",
         rotary_base=dims.rope_theta,
         share_embeddings_and_output_weights=dims.tied_embeddings and head is Head.TOKEN,
+        vp_stage=piece,
     )
-    model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
+    if dims.latent is None:
+        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
+    else:
+        for layer in model.decoder.layers:
+            attention = layer.self_attention
+            attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
     if head is Head.VALUE and model.post_process:
-        model.output_layer = ValueHead(dims.hidden, layout.sequence_parallel)
+        model.output_layer = ValueHead(dims.hidden, config.sequence_parallel)
     return model
 
 
-def layer_spec(config: TransformerConfig) -> Any:
-    """The modules that this stage's layers are made of: megatron-core's local ones, with two exchanges."""
+def layer_spec(config: TransformerConfig, piece: int | None = None) -> Any:
+    """The modules that a piece's layers are made of: megatron-core's local ones, with three exchanges."""
     return _exchange(
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+        get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
+        )
     )
 
 
@@ -126,6 +204,11 @@ def _exchange(spec: Any) -> Any:
         )
     if isinstance(spec, list):
         return [_exchange(item) for item in spec]
+    if isinstance(spec, MLASelfAttentionSubmodules):
+        # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in
+        # the gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
+        multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
+        spec = dataclasses.replace(spec, linear_q_down_proj=Linear, linear_kv_down_proj=Linear)
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         fields = [f.name for f in dataclasses.fields(spec) if f.init]
         return dataclasses.replace(spec, **{name: _exchange(getattr(spec, name)) for name in fields})

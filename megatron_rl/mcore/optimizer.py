@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,34 +22,43 @@ class Training:
     """A model with what it takes to train it (megatron-core's objects).
 
     Attributes:
-        model: the model behind megatron-core's DistributedDataParallel.
+        chunks: this rank's pieces of the model, each behind megatron-core's DistributedDataParallel; one, but for
+            virtual pipelines.
         optimizer: a MegatronOptimizer.
         scheduler: an OptimizerParamScheduler.
     """
 
-    model: Any
+    chunks: Sequence[Any]
     optimizer: Any
     scheduler: Any
 
 
-def prepare_training(model: GPTModel, trainer: TrainerConfig, total_updates: int) -> Training:
-    """Wrap a model that has its weights already: the optimizer copies them into its float32 main weights.
+def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_updates: int) -> Training:
+    """Wrap models that have their weights already: the optimizer copies them into its float32 main weights.
 
     Args:
-        model: this rank's stage.
-        trainer: how it is trained.
+        models: this rank's pieces of the model, which share one configuration.
+        trainer: how they are trained.
         total_updates: optimizer steps of the whole run, for the schedule.
     """
-    chunk = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
-        ),
-        model,
+    config = models[0].config
+    overlap = trainer.overlap_communication
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=trainer.distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and trainer.distributed_optimizer,
     )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    chunks = [
+        # the first piece's gradients come last: only its buckets are worth overlapping with the backward pass
+        DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     chosen = trainer.optimizer
-    dtype = model.config.params_dtype
+    dtype = config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -62,12 +72,24 @@ def prepare_training(model: GPTModel, trainer: TrainerConfig, total_updates: int
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=trainer.distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
         ),
-        [chunk],
+        chunks,
         use_gloo_process_groups=False,
     )
-    model.config.grad_scale_func = optimizer.scale_loss
-    return Training(model=chunk, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))
+    config.grad_scale_func = optimizer.scale_loss
+    return Training(chunks=chunks, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))
+
+
+def gather_parameters(training: Training) -> None:
+    """Bring every parameter up to date on every rank; called on all of them.
+
+    With the gather of parameters overlapped, a step leaves the other replicas' shards of the distributed optimizer to
+    the hooks of the next forward pass: whoever reads parameters outside one would read old ones.
+    """
+    for chunk in training.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _schedule(optimizer: Any, chosen: OptimizerConfig, total_updates: int) -> OptimizerParamScheduler:

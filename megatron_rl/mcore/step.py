@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,20 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows, rows_of
 from megatron_rl.device import device
-from megatron_rl.experience.packing import micro_batches, pack, pack_rows, split_rows, unpack
+from megatron_rl.experience.packing import (
+    Packed,
+    context_positions,
+    pack,
+    pack_rows,
+    plan_rows,
+    take_positions,
+    unpack,
+)
 from megatron_rl.interfaces import UpdateResult
 from megatron_rl.layout import Coordinates, ParallelLayout
 from megatron_rl.mcore.attention import PackedRows, packed_rows
 from megatron_rl.mcore.model import run_model
 from megatron_rl.mcore.optimizer import Training
-
-Packed = TypeVar("Packed", bound=PackedTokens)
 
 
 def train_step(
@@ -33,6 +39,7 @@ def train_step(
     layout: ParallelLayout,
     at: Coordinates,
     budget: int,
+    cost: Callable[[int], float],
 ) -> UpdateResult | None:
     """One optimizer step on all rows of a minibatch; called on every rank of the layout with the same minibatch.
 
@@ -43,10 +50,12 @@ def train_step(
             the result: megatron-core divides the summed gradient once by the loss tokens of the whole step.
         layout: of the model.
         at: place of this rank.
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch on one rank.
+        cost: of a row of so many tokens; replicas get rows of like cost.
 
     Returns:
-        the result on the first tensor rank of the last stage of replica 0, None elsewhere.
+        the result on the first rank of the last stage of replica 0, None elsewhere; its metrics are those of the loss,
+        and ``padding`` and ``imbalance`` of :class:`PackingPlan`.
 
     Raises:
         ValueError: the minibatch has no loss token at all, or fewer rows than the layout has replicas.
@@ -56,89 +65,109 @@ def train_step(
     if not loss_tokens:
         raise ValueError(f"an update needs at least one response token, got {len(minibatch.rows)} rows without any")
     lengths = token_rows.lengths[minibatch.rows].tolist()
-    mine = split_rows(lengths, range(len(lengths)), layout.data)[at.data]
-    if not mine:
+    if len(lengths) < layout.data:
         raise ValueError(f"{layout} needs at least {layout.data} rows in a minibatch, got {len(lengths)}")
-    multiple = _multiple(layout)
-    batches = [_placed(pack(minibatch, rows, multiple)) for rows in micro_batches(lengths, mine, budget)]
+    plan = plan_rows(lengths, [cost(length) for length in lengths], layout, budget)
+    batches = [
+        _placed(pack(minibatch, rows, layout.batch_multiple, row_multiple=layout.row_multiple), layout, at)
+        for rows in plan.parts[at.data]
+    ]
 
     def loss_sums(output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms = loss(output, batch)
         return terms.total, batch.loss_mask.sum(dtype=torch.int), dict(terms.metrics)
 
-    training.model.zero_grad_buffer()
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    sums = _run_schedule(training.model, batches, loss_sums, forward_only=False)
+    sums = _run_schedule(training.chunks, batches, loss_sums, forward_only=False)
     rate = get_canonical_lr_for_logging(training.optimizer.param_groups)
     updated, grad_norm, _ = training.optimizer.step()
     if not updated:
         raise RuntimeError(f"the optimizer refused the step: gradient norm {grad_norm}")
     training.scheduler.step(1)
-    if not parallel_state.is_pipeline_last_stage():
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     names = sorted(sums[0])
     totals = torch.stack(
         [sum((each[name].detach().float() for each in sums), torch.zeros((), device=device())) for name in names]
     )
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    if at.data or at.tensor:
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if at.data or at.context or at.tensor:
         return None
     metrics = dict(zip(names, (totals / loss_tokens).tolist(), strict=True))
+    metrics |= {"padding": plan.padding, "imbalance": plan.imbalance}
     return UpdateResult(metrics=metrics, grad_norm=float(grad_norm), learning_rate=float(rate))
 
 
 @torch.no_grad()
 def forward_rows(
-    model: Any,
+    chunks: Sequence[Any],
     source: TokenRows,
     read: Callable[[Tensor, PackedTokens], Tensor],
     *,
     layout: ParallelLayout,
     at: Coordinates,
     budget: int,
+    cost: Callable[[int], float],
 ) -> tuple[Tensor, Tensor] | None:
     """One number per response token of this replica's share of the rows; called on every rank with the same rows.
 
     Args:
-        model: this rank's stage.
+        chunks: this rank's pieces of the model.
         source: all rows.
         read: (last stage's output, micro-batch) -> [N] f32.
         layout: of the model.
         at: place of this rank.
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch on one rank.
+        cost: of a row of so many tokens; replicas get rows of like cost.
 
     Returns:
-        on the first tensor rank of the last stage: which rows [b] int64, and their values [b, T] f32, aligned with
-        tokens and 0 outside the response, both on the CPU. None elsewhere.
+        on the first rank of the last stage of each replica: which rows [b] int64, and their values [b, T] f32, aligned
+        with tokens and 0 outside the response, both on the CPU. None elsewhere.
     """
     lengths = source.lengths.tolist()
     width = source.tokens.shape[1]
-    mine = split_rows(lengths, range(len(lengths)), layout.data)[at.data]
-    parts = micro_batches(lengths, mine, budget)
-    multiple = _multiple(layout)
-    batches = [_placed(pack_rows(source, rows, multiple)) for rows in parts]
-    outputs = _run_schedule(model, batches, read, forward_only=True) if batches else []
-    if not parallel_state.is_pipeline_last_stage() or at.tensor:
+    parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget).parts[at.data]
+    packed = [pack_rows(source, rows, layout.batch_multiple, row_multiple=layout.row_multiple) for rows in parts]
+    batches = [_placed(batch, layout, at) for batch in packed]
+    outputs = _run_schedule(chunks, batches, read, forward_only=True) if batches else []
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    rows = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
-    values = [unpack(out.cpu(), source.lengths[part], width) for out, part in zip(outputs, parts, strict=True)]
+    whole = [_whole(output, batch, layout, at) for output, batch in zip(outputs, packed, strict=True)]
+    if at.tensor or at.context:
+        return None
+    values = [
+        unpack(value, source.lengths[torch.tensor(rows, dtype=torch.int64)], width, layout.row_multiple)
+        for value, rows in zip(whole, parts, strict=True)
+        if rows
+    ]
     found = torch.cat(values) if values else torch.zeros(0, width)
+    rows = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
     return rows, found * source.response_mask[rows]
 
 
-def _multiple(layout: ParallelLayout) -> int:
-    """Sequence parallelism cuts the positions into one piece per tensor rank."""
-    return layout.tensor if layout.sequence_parallel else 1
+def _whole(output: Tensor, batch: PackedTokens, layout: ParallelLayout, at: Coordinates) -> Tensor:
+    """What all context ranks computed of a micro-batch, [N] on the CPU, in the order that it was packed in."""
+    if layout.context == 1:
+        return output.cpu()
+    values = output.new_zeros(len(batch.inputs))
+    values[context_positions(batch.cu_seqlens, layout.context, at.context).to(values.device)] = output
+    dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+    return values.cpu()
 
 
-def _placed(batch: Packed) -> tuple[Packed, PackedRows]:
+def _placed(batch: Packed, layout: ParallelLayout, at: Coordinates) -> tuple[Packed, PackedRows]:
+    """What this rank holds of a micro-batch, on its device."""
+    if layout.context > 1:
+        batch = take_positions(batch, context_positions(batch.cu_seqlens, layout.context, at.context))
     fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, Tensor)}
     placed = dataclasses.replace(batch, **fields)  # type: ignore[arg-type]
-    return placed, packed_rows(placed)
+    return placed, packed_rows(placed, layout.context)
 
 
 def _run_schedule(
-    model: Any,
+    chunks: Sequence[Any],
     batches: Sequence[tuple[PackedTokens, PackedRows]],
     read: Callable[[Tensor, Any], Any],
     *,
@@ -152,8 +181,8 @@ def _run_schedule(
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=1,  # each tensor announces its own length, see variable_seq_lengths
         micro_batch_size=1,

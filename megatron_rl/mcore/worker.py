@@ -5,6 +5,7 @@ A verb that answers does so on its reporting ranks and gives None on the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTok
 from megatron_rl.device import collective_backend, dtype, limit_threads
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
 from megatron_rl.mcore.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rl.mcore.export import full_tensors, load_hf
+from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.groups import start_groups, stop_groups
-from megatron_rl.mcore.model import build_model, read_logprobs, read_tokens, read_values
-from megatron_rl.mcore.optimizer import prepare_training
+from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
+from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
 from megatron_rl.mcore.spec import WorkerSpec
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.weights.safetensors_io import save_hf_folder
@@ -50,16 +51,16 @@ class Worker:
         self._rank = rank
         self._weights = weight_map(spec.dims, spec.head)
         self._at = start_groups(self._layout, rank=rank, host=host, port=port, timeout_s=timeout_s, seed=spec.seed)
-        self._training = prepare_training(self._load_model(), spec.trainer, spec.total_updates)
-        self._reference = self._load_model() if spec.keep_reference else None
+        self._training = prepare_training(self._load_chunks(), spec.trainer, spec.total_updates)
+        self._reference = self._load_chunks() if spec.keep_reference else None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
 
-    def _load_model(self) -> Any:
+    def _load_chunks(self) -> list[Any]:
         spec = self._spec
-        model = build_model(spec.dims, self._layout, dtype(spec.model.dtype), spec.head)
-        load_hf(model, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
-        return model
+        chunks = build_chunks(spec.dims, spec.trainer, dtype(spec.model.dtype), spec.head)
+        load_hf(chunks, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
+        return chunks
 
     def logprobs(
         self, batch: TokenRows, temperature: float | None = None, reference: bool = False
@@ -77,19 +78,26 @@ class Worker:
         Raises:
             ValueError: no reference is kept.
         """
-        model = self._reference if reference else self._training.model
-        if model is None:
+        chunks = self._reference if reference else self._training.chunks
+        if chunks is None:
             raise ValueError(f"{self._spec.role}: no reference is kept; set keep_reference")
         read = partial(read_logprobs, temperature=self._spec.temperature if temperature is None else temperature)
-        return self._forward(model, batch, read)
+        return self._forward(chunks, batch, read)
 
     def values(self, batch: TokenRows) -> tuple[Tensor, Tensor] | None:
         """The value of the state before each response token; answers as :meth:`logprobs`."""
-        return self._forward(self._training.model, batch, lambda output, packed: read_values(output, packed).values)
+        return self._forward(self._training.chunks, batch, lambda output, packed: read_values(output, packed).values)
 
-    def _forward(self, model: Any, batch: TokenRows, read: Any) -> tuple[Tensor, Tensor] | None:
-        budget = self._spec.trainer.tokens_per_microbatch
-        return forward_rows(model, batch, read, layout=self._layout, at=self._at, budget=budget)
+    def _forward(self, chunks: Sequence[Any], batch: TokenRows, read: Any) -> tuple[Tensor, Tensor] | None:
+        return forward_rows(chunks, batch, read, **self._placement())
+
+    def _placement(self) -> dict[str, Any]:
+        return {
+            "layout": self._layout,
+            "at": self._at,
+            "budget": self._spec.trainer.tokens_per_microbatch,
+            "cost": self._spec.dims.row_flops,
+        }
 
     def update(
         self,
@@ -110,11 +118,11 @@ class Worker:
                 terms = call(read_tokens(output, batch, self._spec.temperature), batch)
             return terms
 
-        budget = self._spec.trainer.tokens_per_microbatch
-        return train_step(self._training, minibatch, loss_of, layout=self._layout, at=self._at, budget=budget)
+        return train_step(self._training, minibatch, loss_of, **self._placement())
 
     def save(self, folder: Path) -> None:
         """Save model, optimizer and schedule; returns when all ranks have written."""
+        gather_parameters(self._training)
         save_checkpoint(folder, self._training)
 
     def load(self, folder: Path) -> None:
@@ -165,7 +173,9 @@ class Worker:
             _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken
 
     def _full_tensors(self) -> Any:
-        return full_tensors(self._training.model.module, self._weights, self._spec.dims, self._layout, self._rank)
+        gather_parameters(self._training)
+        mine = local_parameters([chunk.module for chunk in self._training.chunks])
+        return full_tensors(mine, self._weights, self._spec.dims, self._layout, self._rank)
 
     def close(self) -> None:
         """Leave the groups and free the model."""

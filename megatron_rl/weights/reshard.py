@@ -13,7 +13,7 @@ from megatron_rl.weights.weight_map import WeightEntry
 
 
 def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> Tensor:
-    """The shard of one tensor-parallel rank; a view of ``full`` where one is enough.
+    """The shard of one tensor-parallel (or expert-tensor-parallel) rank; a view of ``full`` where one is enough.
 
     Args:
         full: the whole tensor in Megatron's form.

@@ -39,18 +39,40 @@ class Split(Enum):
     """Equal parts of the first half of dim 0, and of the second."""
 
 
+class Layers(Enum):
+    """Which layers have a tensor."""
+
+    ALL = "all"
+    DENSE = "dense"
+    """Those with one feed-forward block."""
+    SPARSE = "sparse"
+    """Those with experts."""
+
+
+class Ffn(Enum):
+    """Whose feed-forward width a tensor has, where it has one."""
+
+    DENSE = "dense"
+    EXPERT = "expert"
+    SHARED = "shared"
+
+
 @dataclass(frozen=True)
 class WeightRule:
-    """One tensor, or one per layer.
+    """One tensor, one per layer, or one per expert of each layer.
 
     Attributes:
-        megatron: its name in megatron-core's local specification; ``{layer}`` stands for the layer's number.
+        megatron: its name in megatron-core's local specification; ``{layer}`` and ``{expert}`` stand for their numbers.
         hf: the Hugging Face tensors it is made of, in the order ``op`` expects.
         op: how it is made.
         split: how it is cut.
+        layers: which layers have it.
+        ffn: whose width its gate and up projections have.
     """
 
     megatron: str
     hf: tuple[str, ...]
     op: Op = Op.COPY
     split: Split = Split.NONE
+    layers: Layers = Layers.ALL
+    ffn: Ffn = Ffn.DENSE

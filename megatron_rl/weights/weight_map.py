@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture
 from megatron_rl.weights.families import EMBEDDING, FAMILIES, HEADS
-from megatron_rl.weights.rules import Head, Op, Split, WeightRule
+from megatron_rl.weights.rules import Ffn, Head, Layers, Op, Split, WeightRule
 
 __all__ = ["Head", "Op", "Split", "Stage", "WeightEntry", "WeightMap", "WeightRule", "weight_map"]
 
@@ -36,6 +36,8 @@ class WeightEntry:
         split: how that is cut over tensor-parallel ranks.
         layer: global, from 0; None outside the layers.
         stage: which pipeline stage holds it.
+        expert: global, from 0; None where all ranks of a stage have a part or a copy.
+        ffn: whose width its gate and up projections have.
     """
 
     megatron: str
@@ -44,6 +46,8 @@ class WeightEntry:
     split: Split
     layer: int | None
     stage: Stage
+    expert: int | None = None
+    ffn: Ffn = Ffn.DENSE
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class WeightMap:
             return hf_tensors[0]
         if entry.op is Op.GATE_UP:
             for name, tensor in zip(entry.hf, hf_tensors, strict=True):
-                self._check_rows(name, tensor, self.dims.ffn_hidden)
+                self._check_rows(name, tensor, self._ffn_hidden(entry))
             return torch.cat(tuple(hf_tensors))
         groups, blocks = self.dims.kv_heads, []
         for name, tensor, rows in zip(entry.hf, hf_tensors, self._group_rows(), strict=True):
@@ -91,14 +95,21 @@ class WeightMap:
         if entry.op is Op.COPY:
             parts: Sequence[Tensor] = (full,)
         elif entry.op is Op.GATE_UP:
-            self._check_rows(entry.megatron, full, 2 * self.dims.ffn_hidden)
-            parts = full.split(self.dims.ffn_hidden)
+            width = self._ffn_hidden(entry)
+            self._check_rows(entry.megatron, full, 2 * width)
+            parts = full.split(width)
         else:
             rows = self._group_rows()
             self._check_rows(entry.megatron, full, self.dims.kv_heads * sum(rows))
             grouped = full.reshape(self.dims.kv_heads, sum(rows), *full.shape[1:])
             parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
         return list(zip(entry.hf, parts, strict=True))
+
+    def _ffn_hidden(self, entry: WeightEntry) -> int:
+        experts = self.dims.experts
+        if entry.ffn is Ffn.DENSE or experts is None:
+            return self.dims.ffn_hidden
+        return experts.ffn_hidden if entry.ffn is Ffn.EXPERT else experts.shared_ffn_hidden
 
     def _group_rows(self) -> list[int]:
         """Rows of queries, keys and values in one query group."""
@@ -123,21 +134,47 @@ def weight_map(dims: ModelDims, head: Head) -> WeightMap:
     """
     if dims.architecture not in FAMILIES:
         raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
-    rules = list(FAMILIES[dims.architecture])
+    rules = [rule for rule in FAMILIES[dims.architecture] if _has(dims, rule)]
     if head is Head.VALUE or not dims.tied_embeddings:
         rules += HEADS[head]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]
     single = [rule for rule in rules if "{layer}" not in rule.megatron and rule is not EMBEDDING]
+    sparse = () if dims.experts is None else dims.experts.layers
     return WeightMap(
         dims,
         (
-            _entry(EMBEDDING, None, Stage.FIRST),
-            *(_entry(rule, layer, Stage.LAYER) for layer in range(dims.layers) for rule in layered),
-            *(_entry(rule, None, Stage.LAST) for rule in single),
+            _entry(EMBEDDING, Stage.FIRST),
+            *(
+                _entry(rule, Stage.LAYER, layer, expert)
+                for layer in range(dims.layers)
+                for rule in layered
+                if rule.layers is Layers.ALL or (rule.layers is Layers.SPARSE) == (layer in sparse)
+                for expert in _experts(dims, rule)
+            ),
+            *(_entry(rule, Stage.LAST) for rule in single),
         ),
     )
 
 
-def _entry(rule: WeightRule, layer: int | None, stage: Stage) -> WeightEntry:
-    hf = tuple(name.format(layer=layer) for name in rule.hf)
-    return WeightEntry(rule.megatron.format(layer=layer), hf, rule.op, rule.split, layer, stage)
+def _has(dims: ModelDims, rule: WeightRule) -> bool:
+    """Whether this model of the family has the tensor at all."""
+    if rule.ffn is Ffn.SHARED or "shared_expert" in rule.megatron:
+        return dims.experts is not None and dims.experts.shared_ffn_hidden > 0
+    low_rank = dims.latent is not None and dims.latent.query_rank is not None
+    if "linear_q_proj" in rule.megatron:
+        return not low_rank
+    if dims.latent is not None and ("linear_q_" in rule.megatron or "q_layernorm" in rule.megatron):
+        return low_rank
+    return True
+
+
+def _experts(dims: ModelDims, rule: WeightRule) -> Iterable[int | None]:
+    if "{expert}" not in rule.megatron or dims.experts is None:
+        return (None,)
+    return range(dims.experts.count)
+
+
+def _entry(rule: WeightRule, stage: Stage, layer: int | None = None, expert: int | None = None) -> WeightEntry:
+    hf = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
+    name = rule.megatron.format(layer=layer, expert=expert)
+    return WeightEntry(name, hf, rule.op, rule.split, layer, stage, expert, rule.ffn)

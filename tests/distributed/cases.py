@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,9 @@ class Setup:
 
     layout: ParallelLayout = ParallelLayout()  # noqa: RUF009 - frozen
     distributed_optimizer: bool = False
+    overlap_communication: bool = False
+    recompute: Any = "none"
+    clip_grad: float = 1.0
     budget: int = 4096
     dtype: Any = "float32"
     lr: float = 1e-2
@@ -119,7 +122,9 @@ class Setup:
 
     def __str__(self) -> str:
         """For the names of tests."""
-        return f"{self.layout}{' dist-opt' * self.distributed_optimizer} {self.budget} {self.dtype}"
+        switches = " dist-opt" * self.distributed_optimizer + " overlap" * self.overlap_communication
+        recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
+        return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
 
 
 def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -> Any:
@@ -128,7 +133,14 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
     from megatron_rl.weights.weight_map import Head
 
     # first steps of Adam divide the gradient by its own size: a large eps keeps rounding of zero gradients small
-    optimizer = OptimizerConfig(lr=setup.lr, eps=1e-3, weight_decay=0.01, warmup_fraction=0.0, min_lr_fraction=1.0)
+    optimizer = OptimizerConfig(
+        lr=setup.lr,
+        eps=1e-3,
+        weight_decay=0.01,
+        clip_grad=setup.clip_grad,
+        warmup_fraction=0.0,
+        min_lr_fraction=1.0,
+    )
     spec = WorkerSpec(
         role=role,
         head=Head.TOKEN if role == POLICY else Head.VALUE,
@@ -139,6 +151,8 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
             layout=setup.layout,
             tokens_per_microbatch=setup.budget,
             distributed_optimizer=setup.distributed_optimizer,
+            overlap_communication=setup.overlap_communication,
+            recompute=setup.recompute,
         ),
         temperature=TEMPERATURE,
         total_updates=10,
@@ -158,7 +172,7 @@ def scores(rank: int, port: int, model: Path, setup: Setup) -> Any:
         return read_tokens(output, batch, TEMPERATURE).entropy
 
     rows = token_rows()
-    answer = worker.logprobs(rows), worker._forward(worker._training.model, rows, entropy)
+    answer = worker.logprobs(rows), worker._forward(worker._training.chunks, rows, entropy)
     worker.close()
     return answer
 
@@ -176,6 +190,41 @@ def trained(
     worker.export_hf(export, model)
     worker.close()
     return results, after, reference
+
+
+def one_step(
+    rank: int, port: int, model: Path, setup: Setup, role: str
+) -> tuple[UpdateResult | None, dict[str, Tensor], dict[str, Tensor]]:
+    """One update: its result, and on rank 0 all gradients and all parameters after it, by Hugging Face name."""
+    worker = start(rank, port, model, setup, role)
+    result = worker.update(minibatch(), Reinforce() if role == POLICY else SquaredError())
+    gradients = named(gradient_tensors(worker))
+    after = named(worker._full_tensors())
+    worker.close()
+    return result, gradients, after
+
+
+def named(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies of them, in float32."""
+    return {name: tensor.detach().float().clone() for name, tensor in tensors}
+
+
+def gradient_tensors(worker: Any) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the last update, whole, on rank 0."""
+    import torch.distributed as dist
+
+    from megatron_rl.mcore.export import full_tensors, local_parameters
+
+    chunks = worker._training.chunks
+    if worker._spec.trainer.distributed_optimizer:  # each replica has reduced a part of them
+        for buffer in (b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    found = local_parameters([chunk.module for chunk in chunks])
+    mine = {name: getattr(p, "main_grad", torch.zeros_like(p)) for name, p in found.items()}  # buffers have none
+    return full_tensors(mine, worker._weights, worker._spec.dims, worker._layout, worker._rank)
 
 
 def supervised(rank: int, port: int, model: Path, setup: Setup) -> UpdateResult | None:
@@ -245,7 +294,7 @@ def learning_rates(rank: int, port: int, model: Path, lr: float, warmup: float, 
 
     worker = start(rank, port, model, Setup())
     optimizer = OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1)
-    training = prepare_training(worker._load_model(), TrainerConfig(optimizer=optimizer), updates)
+    training = prepare_training(worker._load_chunks(), TrainerConfig(optimizer=optimizer), updates)
     rates = []
     for _ in range(updates):
         rates.append(training.optimizer.param_groups[0]["lr"])

@@ -12,7 +12,7 @@ SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -36,12 +36,18 @@ def ranks() -> Iterator[Ranks]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models, by name."""
     from transformers import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     torch.manual_seed(0)
@@ -51,6 +57,48 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2-tied": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **SIZES)),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=16, rope_parameters=rope, **SIZES)),
         "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SIZES)),
+        "qwen2-moe": Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=24,
+                shared_expert_intermediate_size=32,
+                mlp_only_layers=[1],
+                rope_parameters=rope,
+                **SIZES,
+            )
+        ),
+        "qwen3-moe": Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=24,
+                norm_topk_prob=True,
+                head_dim=16,
+                rope_parameters=rope,
+                **SIZES,
+            )
+        ),
+        "deepseek": DeepseekV3ForCausalLM(
+            DeepseekV3Config(
+                n_routed_experts=8,
+                n_shared_experts=2,
+                num_experts_per_tok=4,
+                moe_intermediate_size=16,
+                n_group=4,
+                topk_group=2,
+                first_k_dense_replace=1,
+                q_lora_rank=20,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=8,
+                v_head_dim=12,
+                routed_scaling_factor=1.5,
+                num_mtp_layers=0,
+                rope_parameters=rope,
+                **SIZES | {"num_key_value_heads": 4},
+            )
+        ),
     }
     folders = {}
     for name, model in built.items():
@@ -59,6 +107,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 # norms of one and biases of zero would hide a wrong one
                 noise = 0.1 if "norm" in key or "bias" in key else 0.05
                 parameter += noise * torch.randn_like(parameter)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):
+                    buffer += 0.1 * torch.randn_like(buffer)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
     return folders

@@ -20,7 +20,12 @@ LAYOUTS = [
     ParallelLayout(pipeline=2),
     ParallelLayout(data=2),
     ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(context=2),
+    ParallelLayout(tensor=2, context=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2, context=2),
 ]
+SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek")
 
 
 @cache
@@ -41,10 +46,12 @@ def _hugging_face(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "llama", "qwen2-moe", "qwen3-moe", "deepseek"])
 def test_logprobs_and_entropies_are_those_of_hugging_face(
     ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
 ) -> None:
+    if name in SPARSE and layout.tensor > 1 and not layout.sequence_parallel:
+        pytest.skip("experts under tensor parallelism need sequence parallelism")
     answers = ranks.run(layout.world_size, scores, models[name], Setup(layout=layout, budget=100))
     reporting = set(layout.reporting_ranks())
     assert {rank for rank, (logprobs, _) in enumerate(answers) if logprobs is not None} == reporting

@@ -115,7 +115,8 @@ def test_the_resolved_configuration_is_json_and_loads_again(folder):
     config = load(RunConfig, [Path("ppo.toml")])
     written = json.loads(dump(config))
     assert written["ppo"]["lam"] == 0.95
-    assert written["policy"]["layout"] == {"tensor": 2, "pipeline": 1, "data": 1, "sequence_parallel": False}
+    axes = ("pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
+    assert written["policy"]["layout"] == {"tensor": 2, **dict.fromkeys(axes, 1), "sequence_parallel": False}
 
 
 def test_a_misspelt_key_names_the_nearest(folder):

@@ -7,18 +7,19 @@ from hypothesis import strategies as st
 from megatron_rl.layout import Coordinates, ParallelLayout
 
 sizes = st.integers(1, 4)
-layouts = st.builds(ParallelLayout, tensor=sizes, pipeline=sizes, data=sizes)
+layouts = st.builds(ParallelLayout, tensor=sizes, pipeline=sizes, context=sizes, data=sizes)
 
 
-def test_tensor_varies_fastest_and_pipeline_slowest():
-    layout = ParallelLayout(tensor=2, data=2, pipeline=2)
-    assert layout.world_size == 8
-    assert [layout.coordinates(rank) for rank in (0, 1, 2, 4, 7)] == [
-        Coordinates(tensor=0, data=0, pipeline=0),
-        Coordinates(tensor=1, data=0, pipeline=0),
-        Coordinates(tensor=0, data=1, pipeline=0),
-        Coordinates(tensor=0, data=0, pipeline=1),
-        Coordinates(tensor=1, data=1, pipeline=1),
+def test_tensor_varies_fastest_then_context_then_data_and_pipeline_slowest():
+    layout = ParallelLayout(tensor=2, context=2, data=2, pipeline=2)
+    assert layout.world_size == 16
+    assert [layout.coordinates(rank) for rank in (0, 1, 2, 4, 8, 15)] == [
+        Coordinates(tensor=0, context=0, data=0, pipeline=0),
+        Coordinates(tensor=1, context=0, data=0, pipeline=0),
+        Coordinates(tensor=0, context=1, data=0, pipeline=0),
+        Coordinates(tensor=0, context=0, data=1, pipeline=0),
+        Coordinates(tensor=0, context=0, data=0, pipeline=1),
+        Coordinates(tensor=1, context=1, data=1, pipeline=1),
     ]
 
 
@@ -26,15 +27,14 @@ def test_tensor_varies_fastest_and_pipeline_slowest():
 def test_every_rank_has_its_own_place(layout):
     places = [layout.coordinates(rank) for rank in range(layout.world_size)]
     assert len(set(places)) == layout.world_size
-    back = [layout.rank_of(tensor=at.tensor, data=at.data, pipeline=at.pipeline) for at in places]
-    assert back == list(range(layout.world_size))
+    assert [layout.rank_of(**vars(at)) for at in places] == list(range(layout.world_size))
 
 
 @given(layouts)
 def test_one_rank_per_replica_reports_the_model_output(layout):
     places = [layout.coordinates(rank) for rank in layout.reporting_ranks()]
     assert [at.data for at in places] == list(range(layout.data))
-    assert {(at.tensor, at.pipeline) for at in places} == {(0, layout.pipeline - 1)}
+    assert {(at.tensor, at.context, at.pipeline) for at in places} == {(0, 0, layout.pipeline - 1)}
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
@@ -50,7 +50,20 @@ def test_problems_name_the_axis_and_the_size():
         "data must be at least 1, got -1",
     ]
     assert ParallelLayout(sequence_parallel=True).problems() == ["sequence_parallel needs tensor > 1, got tensor=1"]
+    assert ParallelLayout(virtual_pipeline=2).problems() == ["virtual_pipeline=2 needs pipeline > 1, got pipeline=1"]
+    assert ParallelLayout(tensor=2, data=3, expert=4).problems() == [
+        "expert x expert_tensor = 4 must divide tensor x context x data = 6",
+        "expert > 1 together with tensor > 1 needs sequence_parallel=true",
+    ]
+
+
+def test_rows_are_padded_for_context_ranks_and_batches_for_sequence_parallelism_too():
+    assert (ParallelLayout().row_multiple, ParallelLayout().batch_multiple) == (1, 1)
+    shared = ParallelLayout(tensor=2, context=3, sequence_parallel=True)
+    assert (shared.row_multiple, shared.batch_multiple) == (6, 12)
 
 
 def test_the_short_form_names_every_axis():
     assert str(ParallelLayout(tensor=2, sequence_parallel=True, data=3)) == "TP2+SP PP1 DP3"
+    whole = ParallelLayout(pipeline=2, virtual_pipeline=3, context=4, data=5, expert=2, expert_tensor=5)
+    assert str(whole) == "TP1 PP2xVPP3 DP5 CP4 EP2 ETP5"

@@ -69,7 +69,9 @@ def test_what_a_config_states_wins():
 
 
 def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: LlamaForCausalLM, "):
+    with pytest.raises(
+        UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: DeepseekV3ForCausalLM, "
+    ):
         dims(architectures=["GPT2LMHeadModel"])
 
 
@@ -104,6 +106,23 @@ def test_a_layout_that_does_not_divide_names_the_possible_sizes():
         "tensor=4 does not divide the model's ffn width of 190",
         "tensor=4 does not divide the model's vocabulary of 385",
     ]
+
+
+def test_virtual_stages_and_experts_that_do_not_fit_are_named():
+    assert dims().layout_problems(ParallelLayout(pipeline=2, virtual_pipeline=2)) == [
+        "virtual_pipeline=2 does not divide the 3 layers of a stage; possible: [1, 3]"
+    ]
+    assert dims().layout_problems(ParallelLayout(data=2, expert=2)) == [
+        "expert and expert_tensor must be 1: Qwen2ForCausalLM has no experts"
+    ]
+
+
+def test_the_flops_of_a_row_by_hand():
+    sizes = dims(num_hidden_layers=1, hidden_size=8, intermediate_size=16, vocab_size=32)
+    assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (8, 4, 1)
+    # per token: queries 64 + keys and values 2 * 32 + output 64 + gate, up and down 3 * 128 + logits 256, twice each;
+    # attention of 10 tokens: 10 * 10 / 2 pairs, 8 wide, scores and sums, twice each
+    assert sizes.row_flops(10) == 10 * 2 * (64 + 64 + 64 + 384 + 256) + 2 * 2 * 50 * 8
 
 
 def test_reading_sizes_never_loads_torch():

@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.batches import ExperienceBatch, MicroBatch, Minibatch, RolloutBatch, TokenRows
-from megatron_rl.experience.packing import micro_batches, pack, pack_rows, split_rows, unpack
+from megatron_rl.experience.packing import (
+    context_positions,
+    micro_batches,
+    pack,
+    pack_rows,
+    plan_rows,
+    split_rows,
+    take_positions,
+    unpack,
+)
+from megatron_rl.layout import ParallelLayout
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 
@@ -125,3 +135,56 @@ def test_pack_of_token_rows_carries_tokens_alone() -> None:
     packed = pack(minibatch, [0])
     assert not isinstance(packed, MicroBatch)
     assert packed.loss_weight.tolist() == [0.5]
+
+
+def test_rows_are_padded_each_for_context_ranks() -> None:
+    packed = pack_rows(_rows(), [2, 0, 1], multiple=8, row_multiple=4)
+    # rows of 2, 3 and 1 positions take 4 each, and a last row of 4 fills the batch up to a multiple of 8
+    assert packed.cu_seqlens.tolist() == [0, 4, 8, 12, 16]
+    assert packed.inputs.tolist() == [3, 4, 0, 0, 5, 6, 7, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert packed.positions.tolist() == [0, 1, 2, 3] * 4
+    assert packed.loss_mask.nonzero().flatten().tolist() == [0, 1, 5, 6, 8]
+    back = unpack(packed.targets, torch.tensor([3, 4, 2]), 4, row_multiple=4)
+    assert back.tolist() == [[0, 4, 9, 0], [0, 6, 7, 8], [0, 2, 0, 0]]
+
+
+def test_context_ranks_hold_an_early_and_a_late_piece_of_each_row() -> None:
+    bounds = torch.tensor([0, 4, 12], dtype=torch.int32)
+    assert context_positions(bounds, 2, 0).tolist() == [0, 3, 4, 5, 10, 11]
+    assert context_positions(bounds, 2, 1).tolist() == [1, 2, 6, 7, 8, 9]
+    assert context_positions(bounds, 1, 0).tolist() == list(range(12))
+    with pytest.raises(ValueError, match="4 context ranks need rows padded to a multiple of 8"):
+        context_positions(bounds, 4, 0)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 4))
+def test_context_ranks_hold_every_position_once(pieces: list[int], size: int) -> None:
+    bounds = torch.tensor([0, *pieces]).cumsum(0) * 2 * size
+    held = [context_positions(bounds, size, rank) for rank in range(size)]
+    assert torch.cat(held).sort().values.tolist() == list(range(int(bounds[-1])))
+    assert len({len(each) for each in held}) == 1
+
+
+def test_positions_are_taken_from_every_tensor_but_the_bounds() -> None:
+    packed = pack_rows(_rows(), [0])
+    some = take_positions(packed, torch.tensor([2, 0]))
+    assert some.inputs.tolist() == [7, 5]
+    assert some.loss_mask.tolist() == [True, False]
+    assert some.cu_seqlens.tolist() == packed.cu_seqlens.tolist()
+
+
+def test_replicas_get_rows_of_like_cost_and_count_their_padding() -> None:
+    lengths = [9, 5, 5, 5]
+    plan = plan_rows(lengths, [length**2 for length in lengths], ParallelLayout(data=2, context=2), budget=4)
+    assert plan.parts == (((0,),), ((1,), (2,), (3,)))
+    assert plan.imbalance == pytest.approx(81 / 78 - 1)
+    assert plan.padding == 0
+    assert plan_rows([4, 2], [1, 1], ParallelLayout(context=2), budget=100).padding == pytest.approx(1 - 4 / 8)
+
+
+def test_micro_batches_without_rows_keep_ranks_in_step() -> None:
+    interleaved = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    assert plan_rows([9, 9, 9], [1.0] * 3, interleaved, budget=9).parts == (((0,), (1,), (2,), ()),)
+    experts = plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2, expert=2), budget=9)
+    assert experts.parts == (((0,), (2,)), ((1,), ()))
+    assert plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2), budget=9).parts == (((0,), (2,)), ((1,),))

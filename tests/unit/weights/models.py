@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.model_dims import ModelDims, dims_from_config
@@ -29,14 +32,46 @@ def dims(architecture: str = "Qwen2ForCausalLM", **changes: Any) -> ModelDims:
     return dims_from_config(CONFIG | {"architectures": [architecture]} | changes)
 
 
+EXTRA: dict[str, dict[str, Any]] = {
+    "Qwen3": {"head_dim": 8},
+    "Qwen2Moe": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "shared_expert_intermediate_size": 10,
+        "mlp_only_layers": [0],
+    },
+    "Qwen3Moe": {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
+    "DeepseekV3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 6,
+        "kv_lora_rank": 4,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+        "num_mtp_layers": 0,
+    },
+}
+"""What a family's configuration has beyond :data:`CONFIG`."""
+
+
 @cache
 def hf_tensors(family: str, kind: str, tied: bool) -> dict[str, Tensor]:
-    """The state of a transformers model; every tensor random, so that no two are equal."""
+    """What transformers saves of a model; every tensor random, so that no two are equal."""
     import transformers
 
-    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"}
-    extra = {"head_dim": 8} if family == "Qwen3" else {}
-    config = getattr(transformers, f"{family}Config")(**sizes | extra | {"tie_word_embeddings": tied, "num_labels": 1})
+    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"} | EXTRA.get(family, {})
+    config = getattr(transformers, f"{family}Config")(**sizes | {"tie_word_embeddings": tied, "num_labels": 1})
     model = getattr(transformers, f"{family}For{kind}")(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = load_file(Path(folder) / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(t.shape, generator=generator) for name, t in model.state_dict().items()}
+    return {name: torch.randn(t.shape, generator=generator) for name, t in saved.items()}

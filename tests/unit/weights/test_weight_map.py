@@ -5,25 +5,25 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 
 from megatron_rl.model_dims import UnknownArchitecture
 from megatron_rl.weights.weight_map import Head, Op, Split, Stage, weight_map
-from tests.unit.weights.models import dims, hf_tensors
+from tests.unit.weights.models import EXTRA, dims, hf_tensors
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("head", "kind"), [(Head.TOKEN, "CausalLM"), (Head.VALUE, "TokenClassification")], ids=["token", "value"]
 )
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3"])
 def test_a_transformers_model_goes_to_megatron_and_back_unchanged(
     family: str, head: Head, kind: str, tied: bool
 ) -> None:
+    if not hasattr(transformers, f"{family}For{kind}"):
+        pytest.skip(f"transformers has no {family}For{kind}")
     source = hf_tensors(family, kind, tied)
-    if tied and head is Head.TOKEN:
-        source = {name: tensor for name, tensor in source.items() if name != "lm_head.weight"}
-    head_dim = {"head_dim": 8} if family == "Qwen3" else {}
-    weights = weight_map(dims(f"{family}ForCausalLM", tie_word_embeddings=tied, **head_dim), head)
+    weights = weight_map(dims(f"{family}ForCausalLM", tie_word_embeddings=tied, **EXTRA.get(family, {})), head)
 
     written = Counter()
     for entry in weights.entries:
@@ -105,7 +105,9 @@ def test_a_tensor_of_another_model_is_refused() -> None:
 
 
 def test_unknown_families_and_unmapped_biases_are_refused() -> None:
-    with pytest.raises(UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: Llama"):
+    with pytest.raises(
+        UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: DeepseekV3ForCausalLM, Llama"
+    ):
         weight_map(dataclasses.replace(dims(), architecture="GPT2LMHeadModel"), Head.TOKEN)
     with pytest.raises(ValueError, match="LlamaForCausalLM: attention_bias=true"):
         weight_map(dims("LlamaForCausalLM", attention_bias=True), Head.TOKEN)

@@ -1,0 +1,150 @@
+"""The matrix: loss, gradients and parameters after a step do not depend on how a model is laid out, fed or recomputed.
+
+``pytest tests/distributed -k layouts -m ''`` runs all of it. Each case is held against one rank that computes the whole
+minibatch at once; the largest differences go into ``docs/numerics.md`` by ``python docs/make_numerics.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_rl.layout import ParallelLayout
+from tests.distributed.cases import CRITIC, POLICY, Setup, one_step
+from tests.distributed.ranks import Ranks
+
+GRADIENTS, PARAMETERS = 1e-5, 1e-4
+"""Largest relative difference of a tensor, ||a - b|| / ||b||; elementwise ratios mean nothing near zero."""
+NO_CLIP = 1e9  # clipping scales gradients in place where the optimizer is not distributed
+
+
+def setup(*, micro: int = 100, **axes: Any) -> Setup:
+    switches = {
+        name: axes.pop(name) for name in ("distributed_optimizer", "overlap_communication", "recompute") if name in axes
+    }
+    return Setup(layout=ParallelLayout(**axes), budget=micro, clip_grad=NO_CLIP, **switches)
+
+
+CORE = [
+    setup(micro=60),
+    setup(tensor=2),
+    setup(tensor=2, sequence_parallel=True),
+    setup(pipeline=2),
+    setup(pipeline=2, virtual_pipeline=2),
+    setup(context=2),
+    setup(data=2),
+    setup(data=2, distributed_optimizer=True, overlap_communication=True),
+]
+REST = [
+    setup(micro=1),
+    setup(tensor=2, pipeline=2),
+    setup(tensor=2, pipeline=2, sequence_parallel=True, micro=4096),
+    setup(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True, micro=60),
+    setup(pipeline=4),
+    setup(context=4),
+    setup(tensor=2, context=2, sequence_parallel=True),
+    setup(pipeline=2, context=2),
+    setup(pipeline=2, virtual_pipeline=2, context=2),
+    setup(data=4, micro=1),
+    setup(data=2, distributed_optimizer=True),
+    setup(data=2, overlap_communication=True, micro=40),
+    setup(data=2, tensor=2, sequence_parallel=True, distributed_optimizer=True, overlap_communication=True),
+    setup(data=2, pipeline=2, virtual_pipeline=2, distributed_optimizer=True, overlap_communication=True, micro=40),
+    setup(data=2, context=2, distributed_optimizer=True),
+    setup(recompute="selective"),
+    setup(recompute="full"),
+    setup(tensor=2, sequence_parallel=True, recompute="selective"),
+    setup(tensor=2, sequence_parallel=True, recompute="full"),
+    setup(pipeline=2, virtual_pipeline=2, recompute="full"),
+    setup(context=2, recompute="full"),
+]
+CASES = [
+    *[(name, role, case) for case in CORE for name, role in (("qwen2", POLICY), ("qwen2-tied", CRITIC))],
+    *[
+        pytest.param(name, role, case, marks=pytest.mark.slow)
+        for case in REST
+        for name, role in (("qwen2", POLICY), ("qwen2-tied", CRITIC))
+    ],
+    *[
+        pytest.param(name, POLICY, case, marks=pytest.mark.slow)
+        for case in (*CORE[1:6], *REST[1:9])
+        for name in ("qwen2-tied", "qwen3", "llama")
+    ],
+]
+EXPERTS_CORE = [
+    setup(data=2, expert=2, micro=40),
+    setup(tensor=2, sequence_parallel=True, expert=2),
+]
+EXPERTS_REST = [
+    setup(micro=60),
+    setup(pipeline=2),
+    setup(context=2),
+    setup(context=2, expert=2),
+    setup(tensor=2, sequence_parallel=True, expert_tensor=2),
+    setup(tensor=2, sequence_parallel=True, data=2, expert=2, expert_tensor=2),
+    setup(tensor=2, sequence_parallel=True, data=2, expert=4),
+    setup(pipeline=2, data=2, expert=2, distributed_optimizer=True),
+    setup(pipeline=2, virtual_pipeline=2, data=2, expert=2, micro=40),
+    setup(data=2, expert=2, distributed_optimizer=True, overlap_communication=True),
+    setup(data=4, expert=2, distributed_optimizer=True),
+    setup(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
+    setup(data=2, expert=2, recompute="full"),
+]
+CASES += [
+    *[("qwen2-moe", POLICY, case) for case in EXPERTS_CORE],
+    *[
+        pytest.param(name, role, case, marks=pytest.mark.slow)
+        for case in (*EXPERTS_CORE, *EXPERTS_REST)
+        for name, role in (
+            ("qwen2-moe", POLICY),
+            ("qwen2-moe", CRITIC),
+            ("qwen3-moe", POLICY),
+            ("deepseek", POLICY),
+            ("deepseek", CRITIC),
+        )
+    ],
+]
+_references: dict[tuple[Path, str], Any] = {}
+
+
+def distance(mine: Tensor, reference: Tensor) -> float:
+    """||a - b|| / ||b||; 0 where both are zero."""
+    size = float(reference.norm())
+    difference = float((mine - reference).norm())
+    return difference / size if size else difference
+
+
+def compare(ranks: Ranks, model: Path, role: str, case: Setup) -> dict[str, float]:
+    """Relative differences from one rank: of the loss, the gradient norm, the worst gradient, the worst parameter."""
+    if (model, role) not in _references:
+        alone = replace(case, layout=ParallelLayout(), budget=4096, recompute="none")
+        alone = replace(alone, distributed_optimizer=False, overlap_communication=False)
+        [_references[model, role]] = ranks.run(1, one_step, model, alone, role)
+    result, gradients, after = _references[model, role]
+    answers = ranks.run(case.layout.world_size, one_step, model, case, role)
+    mine = answers[case.layout.rank_of(pipeline=case.layout.pipeline - 1)][0]
+    _, my_gradients, my_parameters = answers[0]
+    assert my_gradients.keys() == gradients.keys()
+    assert my_parameters.keys() == after.keys()
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 0
+    return {
+        "loss": abs(mine.metrics["loss"] / result.metrics["loss"] - 1),
+        "gradient norm": abs(mine.grad_norm / result.grad_norm - 1),
+        "gradients": max(distance(my_gradients[key], gradients[key]) for key in gradients),
+        "parameters": max(distance(my_parameters[key], after[key]) for key in after),
+    }
+
+
+@pytest.mark.parametrize(("name", "role", "case"), CASES, ids=str)
+def test_a_step_is_the_same_in_all_layouts(
+    ranks: Ranks, models: dict[str, Path], name: str, role: str, case: Setup
+) -> None:
+    found = compare(ranks, models[name], role, case)
+    assert found["loss"] < GRADIENTS
+    assert found["gradient norm"] < GRADIENTS
+    assert found["gradients"] < GRADIENTS
+    assert found["parameters"] < PARAMETERS
