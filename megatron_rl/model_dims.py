@@ -113,6 +113,13 @@ class ModelDims:
             return
         if layout.tensor > 1 and not layout.sequence_parallel:
             yield "a model with experts needs sequence_parallel=true where tensor > 1"
+        if layout.expert == 1 and layout.expert_tensor != layout.tensor:
+            # megatron-core takes the experts for ordinary weights then, and never adds up what each tensor rank's part
+            # of the sequence says of its copy
+            yield (
+                f"expert_tensor must equal tensor={layout.tensor} where expert = 1, got {layout.expert_tensor}: "
+                "copies of experts on tensor ranks would drift apart"
+            )
         if layout.expert > 0 and experts.count % layout.expert:
             legal = [n for n in range(1, experts.count + 1) if experts.count % n == 0]
             yield f"expert={layout.expert} does not divide the model's {experts.count} experts; possible: {legal}"

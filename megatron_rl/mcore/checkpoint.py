@@ -72,6 +72,8 @@ def load_checkpoint(folder: Path, training: Training) -> None:
 def _state(training: Training, *, loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # experts have an optimizer of their own where expert > 1: its name must not get into those of the moments
+        "chained_optim_avoid_prefix": True,
         # moments are gathered over the collective backend itself; there is no second set of gloo groups
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -227,6 +227,11 @@ def gradient_tensors(worker: Any) -> Iterator[tuple[str, Tensor]]:
     return full_tensors(mine, worker._weights, worker._spec.dims, worker._layout, worker._rank)
 
 
+def loss_metrics(result: UpdateResult) -> dict[str, float]:
+    """The metrics that do not depend on how rows are packed and dealt out."""
+    return {name: value for name, value in result.metrics.items() if name not in ("padding", "imbalance")}
+
+
 def supervised(rank: int, port: int, model: Path, setup: Setup) -> UpdateResult | None:
     """One update on tokens alone."""
     worker = start(rank, port, model, setup)

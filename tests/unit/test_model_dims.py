@@ -117,6 +117,25 @@ def test_virtual_stages_and_experts_that_do_not_fit_are_named():
     ]
 
 
+def test_layouts_that_would_not_train_experts_right_are_refused():
+    sparse = dims(architectures=["Qwen3MoeForCausalLM"], num_experts=6, num_experts_per_tok=2, moe_intermediate_size=10)
+    assert sparse.experts.layers == tuple(range(6))
+    shared = ParallelLayout(tensor=2, sequence_parallel=True, expert_tensor=2)
+    assert sparse.layout_problems(shared) == []
+    assert sparse.layout_problems(ParallelLayout(tensor=2, expert_tensor=2)) == [
+        "a model with experts needs sequence_parallel=true where tensor > 1"
+    ]
+    assert sparse.layout_problems(ParallelLayout(tensor=2, sequence_parallel=True)) == [
+        "expert_tensor must equal tensor=2 where expert = 1, got 1: copies of experts on tensor ranks would drift apart"
+    ]
+    assert sparse.layout_problems(ParallelLayout(data=4, expert=4)) == [
+        "expert=4 does not divide the model's 6 experts; possible: [1, 2, 3, 6]"
+    ]
+    assert sparse.layout_problems(ParallelLayout(data=8, expert=2, expert_tensor=4)) == [
+        "expert_tensor=4 does not divide the experts' ffn width of 10"
+    ]
+
+
 def test_the_flops_of_a_row_by_hand():
     sizes = dims(num_hidden_layers=1, hidden_size=8, intermediate_size=16, vocab_size=32)
     assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (8, 4, 1)
