@@ -28,7 +28,7 @@ Packed = TypeVar("Packed", bound=PackedTokens)
 def train_step(
     training: Training,
     minibatch: Minibatch[ExperienceBatch] | Minibatch[TokenRows],
-    loss: Callable[[Tensor, Any], LossTerms],
+    loss: Callable[[Any, Tensor, Any], LossTerms],
     *,
     layout: ParallelLayout,
     at: Coordinates,
@@ -39,7 +39,7 @@ def train_step(
     Args:
         training: the model and its optimizer.
         minibatch: the rows of the step.
-        loss: (last stage's output, micro-batch) -> sums. Neither the split into micro-batches nor the layout changes
+        loss: (last stage, its output, micro-batch) -> sums. Neither the split into micro-batches nor the layout changes
             the result: megatron-core divides the summed gradient once by the loss tokens of the whole step.
         layout: of the model.
         at: place of this rank.
@@ -62,8 +62,8 @@ def train_step(
     multiple = _multiple(layout)
     batches = [_placed(pack(minibatch, rows, multiple)) for rows in micro_batches(lengths, mine, budget)]
 
-    def loss_sums(output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms = loss(output, batch)
+    def loss_sums(stage: Any, output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms = loss(stage, output, batch)
         return terms.total, batch.loss_mask.sum(dtype=torch.int), dict(terms.metrics)
 
     training.model.zero_grad_buffer()
@@ -91,7 +91,7 @@ def train_step(
 def forward_rows(
     model: Any,
     source: TokenRows,
-    read: Callable[[Tensor, PackedTokens], Tensor],
+    read: Callable[[Any, Tensor, PackedTokens], Tensor],
     *,
     layout: ParallelLayout,
     at: Coordinates,
@@ -102,7 +102,7 @@ def forward_rows(
     Args:
         model: this rank's stage.
         source: all rows.
-        read: (last stage's output, micro-batch) -> [N] f32.
+        read: (last stage, its output, micro-batch) -> [N] f32.
         layout: of the model.
         at: place of this rank.
         budget: tokens of a micro-batch.
@@ -140,7 +140,7 @@ def _placed(batch: Packed) -> tuple[Packed, PackedRows]:
 def _run_schedule(
     model: Any,
     batches: Sequence[tuple[PackedTokens, PackedRows]],
-    read: Callable[[Tensor, Any], Any],
+    read: Callable[[Any, Tensor, Any], Any],
     *,
     forward_only: bool,
 ) -> list[Any]:
@@ -148,7 +148,7 @@ def _run_schedule(
 
     def forward_step(data: Iterator[tuple[PackedTokens, PackedRows]], chunk: Any) -> tuple[Tensor, Any]:
         batch, rows = next(data)
-        return run_model(chunk, batch, rows), lambda output, non_loss_data=False: read(output, batch)
+        return run_model(chunk, batch, rows), lambda output, non_loss_data=False: read(chunk, output, batch)
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -154,8 +154,8 @@ def scores(rank: int, port: int, model: Path, setup: Setup) -> Any:
 
     worker = start(rank, port, model, setup)
 
-    def entropy(output: Tensor, batch: PackedTokens) -> Tensor:
-        return read_tokens(output, batch, TEMPERATURE).entropy
+    def entropy(stage: Any, output: Tensor, batch: PackedTokens) -> Tensor:
+        return read_tokens(stage, output, batch, TEMPERATURE).entropy
 
     rows = token_rows()
     answer = worker.logprobs(rows), worker._forward(worker._training.model, rows, entropy)
