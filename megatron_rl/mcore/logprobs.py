@@ -73,11 +73,12 @@ def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """With x = logits / temperature, over all ranks r: lse = logsumexp_r(lse_r) and log p(t) = x_t - lse. Rank r's part
-    of the vocabulary has the share w_r = exp(lse_r - lse) and by itself the entropy H_r, so H = sum_r w_r (H_r + lse -
-    lse_r). With m = max x, s = sum exp(x - m): lse_r = m + log s and H_r = log s + sum exp(x - m) (m - x) / s, two
-    terms of one sign, so that large logits cost no digits. Derivatives: d log p(t) / d x_i = [i = t] - p_i and
-    d H / d x_i = -p_i (log p_i + H).
+    """With x = logits / temperature. Rank r has, of its part of the vocabulary, m_r = max x, s_r = sum exp(x - m_r) and
+    d_r = sum exp(x - m_r) (m_r - x); one rank has x_t of the target. With m = max m_r and u_r = exp(m_r - m):
+    s = sum_r u_r s_r, log p(t) = (x_t - m) - log s and the entropy is H = log s + sum_r u_r (d_r + (m - m_r) s_r) / s.
+    Differences are taken from the maximum first and no terms of opposite sign are added, so large logits cost no digits.
+
+    Derivatives: d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (log p_i + H).
     """
 
     @staticmethod
@@ -95,23 +96,25 @@ class _LinearLogprobs(torch.autograd.Function):
         local = targets - group.rank() * width
         mine = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1).unsqueeze(-1)
-        stats = torch.empty(3 if with_entropy else 2, tokens, dtype=torch.float32, device=hidden.device)
+        stats = torch.empty(4 if with_entropy else 3, tokens, dtype=torch.float32, device=hidden.device)
         for part in _chunks(tokens, chunk):
             logits = _scaled_logits(hidden[part], weight, temperature)
-            stats[0, part] = logits.gather(-1, local[part]).squeeze(-1) * mine[part]
+            picked = logits.gather(-1, local[part]).squeeze(-1) * mine[part]
             largest = logits.amax(-1)
             below = logits.sub_(largest.unsqueeze(-1))
             terms = below.exp() if with_entropy else below.exp_()
-            total = terms.sum(-1)
-            stats[1, part] = largest + total.log()
+            found = [picked, largest, terms.sum(-1)]
             if with_entropy:
-                stats[2, part] = total.log() - torch.linalg.vecdot(terms, below) / total
-        parts = _gather(stats, group)
-        lse = parts[:, 1].logsumexp(0)
-        logprobs = parts[:, 0].sum(0) - lse
-        entropy = lse.new_empty(0)
+                found.append(-torch.linalg.vecdot(terms, below))
+            stats[:, part] = torch.stack(found)
+        picked, largest, total, *depth = _gather(stats, group).unbind(1)
+        picked, peak = picked.sum(0), largest.amax(0)
+        share = (largest - peak).exp()
+        log_total = (share * total).sum(0).log()
+        logprobs, lse, entropy = picked - peak - log_total, peak + log_total, log_total.new_empty(0)
         if with_entropy:
-            entropy = ((parts[:, 1] - lse).exp() * (parts[:, 2] + lse - parts[:, 1])).sum(0)
+            inner = (share * (depth[0] + (peak - largest) * total)).sum(0)
+            entropy = log_total + inner * (-log_total).exp()
         ctx.save_for_backward(hidden, weight, local, mine, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
