@@ -32,8 +32,8 @@ def linear_logprobs(
     whole result. The backward computes each chunk's logits again.
 
     The product is rounded to the type of ``weight``, as an output layer rounds its logits; all that follows is float32.
-    The gradient of ``weight`` is summed over the chunks in float32. That of ``hidden`` is this rank's part, to be summed
-    over ``group``, as from any column-parallel layer: :class:`~megatron_rl.mcore.output_layer.TokenHead` does.
+    The gradient of ``weight`` is summed over the chunks in float32. That of ``hidden`` is this rank's part, which
+    :class:`~megatron_rl.mcore.output_layer.TokenHead` sums over ``group``, as any column-parallel layer does.
 
     Args:
         hidden: [N, h], the same on all ranks.
@@ -76,7 +76,7 @@ class _LinearLogprobs(torch.autograd.Function):
     """With x = logits / temperature. Rank r has, of its part of the vocabulary, m_r = max x, s_r = sum exp(x - m_r) and
     d_r = sum exp(x - m_r) (m_r - x); one rank has x_t of the target. With m = max m_r and u_r = exp(m_r - m):
     s = sum_r u_r s_r, log p(t) = (x_t - m) - log s and the entropy is H = log s + sum_r u_r (d_r + (m - m_r) s_r) / s.
-    Differences are taken from the maximum first and no terms of opposite sign are added, so large logits cost no digits.
+    Differences are taken from the maximum first and H adds no terms of opposite sign: large logits cost no digits.
 
     Derivatives: d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (log p_i + H).
     """
@@ -121,7 +121,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
