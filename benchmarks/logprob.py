@@ -2,9 +2,11 @@
 
 ``python benchmarks/logprob.py [--tokens N] [--columns V] [--hidden H]``; the defaults are a micro-batch of 32k tokens
 and one rank's share of a vocabulary of 152k at tensor parallel 8. Each path runs in processes of its own, in turn, and
-the best of its rounds counts; on a machine that does other work as well, compare the CPU seconds. *Forward* is a log-prob pass: no gradient, no entropy. *Forward and backward* is an
-update's: log-probs with their gradient, the entropy as a metric. Memory is the largest resident set of the latter above
-the one before it, with hidden states and weight there already.
+the best of its rounds counts; where the machine does other work as well, compare the CPU seconds.
+
+*Forward* is a log-prob pass: no gradient, no entropy. *Forward and backward* is an update's: log-probs with their
+gradient, the entropy as a metric. Memory is the largest resident set of the latter above the one before it, when hidden
+states and weight are there already.
 """
 
 from __future__ import annotations
