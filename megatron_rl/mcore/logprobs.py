@@ -28,7 +28,7 @@ def linear_logprobs(
     """Log-prob of each target, and the entropy, of ``softmax(hidden @ weight.T / temperature)``.
 
     Neither the logits of all tokens nor those of the whole vocabulary are ever held: each rank goes over its part of
-    the vocabulary some tokens at a time, keeps three numbers per token, and one exchange of those gives every rank the
+    the vocabulary some tokens at a time, keeps a few numbers per token, and one exchange of those gives every rank the
     whole result. The backward computes each chunk's logits again.
 
     The product is rounded to the type of ``weight``, as an output layer rounds its logits; all that follows is float32.
