@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
 from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
-from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
+from megatron_rl.mcore.logprobs import linear_logprobs
+from megatron_rl.mcore.output_layer import TokenHead, output_weight
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
@@ -166,8 +167,10 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
         for layer in model.decoder.layers:
             attention = layer.self_attention
             attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
-    if head is Head.VALUE and model.post_process:
-        model.output_layer = ValueHead(dims.hidden, config.sequence_parallel)
+    if model.post_process:
+        model.output_layer = (
+            ValueHead(dims.hidden, config.sequence_parallel) if head is Head.VALUE else TokenHead(model.output_layer)
+        )
     return model
 
 
@@ -216,7 +219,9 @@ def _exchange(spec: Any) -> Any:
 
 
 def run_model(model: Any, batch: PackedTokens, rows: PackedRows) -> Tensor:
-    """Forward of this stage: hidden states [N(/tensor), 1, h] for the next one, or [1, N, outputs] from the last."""
+    """Forward of this stage: hidden states [N(/tensor), 1, h] for the next one; from the last one what its head gives:
+    hidden states [1, N, h] of a policy, values [1, N, 1] of a critic.
+    """
     output: Tensor = model(
         input_ids=batch.inputs[None],
         position_ids=batch.positions[None],
@@ -226,20 +231,29 @@ def run_model(model: Any, batch: PackedTokens, rows: PackedRows) -> Tensor:
     return output
 
 
-def read_tokens(output: Tensor, batch: PackedTokens, temperature: float) -> TokenOutputs:
-    """Log-prob and entropy of each target from the last stage's logits [1, N, V / tensor]."""
-    logprobs, entropy = vocab_parallel_logprobs(
-        output[0], batch.targets, temperature, parallel_state.get_tensor_model_parallel_group(), with_entropy=True
-    )
+def read_tokens(model: Any, output: Tensor, batch: PackedTokens, temperature: float) -> TokenOutputs:
+    """Log-prob and entropy of each target from what the last stage gave, by the weight of that stage."""
+    logprobs, entropy = _read(model, output, batch, temperature, with_entropy=True)
     assert entropy is not None
     return TokenOutputs(logprobs=logprobs, entropy=entropy)
 
 
-def read_logprobs(output: Tensor, batch: PackedTokens, temperature: float) -> Tensor:
+def read_logprobs(model: Any, output: Tensor, batch: PackedTokens, temperature: float) -> Tensor:
     """The same without the entropy: [N] f32."""
-    return vocab_parallel_logprobs(
-        output[0], batch.targets, temperature, parallel_state.get_tensor_model_parallel_group(), with_entropy=False
-    )[0]
+    return _read(model, output, batch, temperature, with_entropy=False)[0]
+
+
+def _read(
+    model: Any, output: Tensor, batch: PackedTokens, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    return linear_logprobs(
+        output[0],
+        output_weight(model),
+        batch.targets,
+        temperature=temperature,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        with_entropy=with_entropy,
+    )
 
 
 def read_values(output: Tensor, batch: PackedTokens) -> ValueOutputs:

@@ -34,7 +34,7 @@ from megatron_rl.mcore.optimizer import Training
 def train_step(
     training: Training,
     minibatch: Minibatch[ExperienceBatch] | Minibatch[TokenRows],
-    loss: Callable[[Tensor, Any], LossTerms],
+    loss: Callable[[Any, Tensor, Any], LossTerms],
     *,
     layout: ParallelLayout,
     at: Coordinates,
@@ -46,7 +46,7 @@ def train_step(
     Args:
         training: the model and its optimizer.
         minibatch: the rows of the step.
-        loss: (last stage's output, micro-batch) -> sums. Neither the split into micro-batches nor the layout changes
+        loss: (last stage, its output, micro-batch) -> sums. Neither the split into micro-batches nor the layout changes
             the result: megatron-core divides the summed gradient once by the loss tokens of the whole step.
         layout: of the model.
         at: place of this rank.
@@ -73,8 +73,8 @@ def train_step(
         for rows in plan.parts[at.data]
     ]
 
-    def loss_sums(output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms = loss(output, batch)
+    def loss_sums(stage: Any, output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms = loss(stage, output, batch)
         return terms.total, batch.loss_mask.sum(dtype=torch.int), dict(terms.metrics)
 
     for chunk in training.chunks:
@@ -104,7 +104,7 @@ def train_step(
 def forward_rows(
     chunks: Sequence[Any],
     source: TokenRows,
-    read: Callable[[Tensor, PackedTokens], Tensor],
+    read: Callable[[Any, Tensor, PackedTokens], Tensor],
     *,
     layout: ParallelLayout,
     at: Coordinates,
@@ -116,7 +116,7 @@ def forward_rows(
     Args:
         chunks: this rank's pieces of the model.
         source: all rows.
-        read: (last stage's output, micro-batch) -> [N] f32.
+        read: (last stage, its output, micro-batch) -> [N] f32.
         layout: of the model.
         at: place of this rank.
         budget: tokens of a micro-batch on one rank.
@@ -169,7 +169,7 @@ def _placed(batch: Packed, layout: ParallelLayout, at: Coordinates) -> tuple[Pac
 def _run_schedule(
     chunks: Sequence[Any],
     batches: Sequence[tuple[PackedTokens, PackedRows]],
-    read: Callable[[Tensor, Any], Any],
+    read: Callable[[Any, Tensor, Any], Any],
     *,
     forward_only: bool,
 ) -> list[Any]:
@@ -177,7 +177,7 @@ def _run_schedule(
 
     def forward_step(data: Iterator[tuple[PackedTokens, PackedRows]], chunk: Any) -> tuple[Tensor, Any]:
         batch, rows = next(data)
-        return run_model(chunk, batch, rows), lambda output, non_loss_data=False: read(output, batch)
+        return run_model(chunk, batch, rows), lambda output, non_loss_data=False: read(chunk, output, batch)
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,

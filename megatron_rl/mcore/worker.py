@@ -86,7 +86,7 @@ class Worker:
 
     def values(self, batch: TokenRows) -> tuple[Tensor, Tensor] | None:
         """The value of the state before each response token; answers as :meth:`logprobs`."""
-        return self._forward(self._training.chunks, batch, lambda output, packed: read_values(output, packed).values)
+        return self._forward(self._training.chunks, batch, lambda _, *output: read_values(*output).values)
 
     def _forward(self, chunks: Sequence[Any], batch: TokenRows, read: Any) -> tuple[Tensor, Tensor] | None:
         return forward_rows(chunks, batch, read, **self._placement())
@@ -111,11 +111,11 @@ class Worker:
         """
         call: Any = loss
 
-        def loss_of(output: Tensor, batch: PackedTokens) -> LossTerms:
+        def loss_of(stage: Any, output: Tensor, batch: PackedTokens) -> LossTerms:
             if self._spec.head is Head.VALUE:
                 terms: LossTerms = call(read_values(output, batch), batch)
             else:
-                terms = call(read_tokens(output, batch, self._spec.temperature), batch)
+                terms = call(read_tokens(stage, output, batch, self._spec.temperature), batch)
             return terms
 
         return train_step(self._training, minibatch, loss_of, **self._placement())

@@ -168,8 +168,8 @@ def scores(rank: int, port: int, model: Path, setup: Setup) -> Any:
 
     worker = start(rank, port, model, setup)
 
-    def entropy(output: Tensor, batch: PackedTokens) -> Tensor:
-        return read_tokens(output, batch, TEMPERATURE).entropy
+    def entropy(stage: Any, output: Tensor, batch: PackedTokens) -> Tensor:
+        return read_tokens(stage, output, batch, TEMPERATURE).entropy
 
     rows = token_rows()
     answer = worker.logprobs(rows), worker._forward(worker._training.chunks, rows, entropy)
@@ -306,49 +306,6 @@ def learning_rates(rank: int, port: int, model: Path, lr: float, warmup: float, 
         training.scheduler.step(1)
     worker.close()
     return rates
-
-
-def dense_and_parallel(rank: int, port: int, world: int) -> list[float]:
-    """Largest differences of log-probs, entropies and gradients: split over the vocabulary against dense autograd."""
-    import torch.distributed as dist
-
-    from megatron_rl.mcore.groups import start_groups, stop_groups
-    from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
-
-    start_groups(ParallelLayout(tensor=world), rank=rank, host="127.0.0.1", port=port, timeout_s=30.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    logits = 5 * torch.randn(17, 24, generator=generator)
-    targets = torch.randint(0, 24, (17,), generator=generator)
-    weights = torch.randn(2, 17, generator=generator)
-    worst = [0.0, 0.0, 0.0]
-
-    def note(kind: int, got: Tensor, want: Tensor) -> None:
-        worst[kind] = max(worst[kind], float((got - want).abs().max()))
-
-    for temperature in (1.0, 0.6):
-        for use in ("logprobs", "entropy", "both", "logprobs without entropy"):
-            dense = logits.clone().requires_grad_()
-            log = (dense / temperature).log_softmax(-1)
-            logprobs, entropy = log.gather(-1, targets[:, None])[:, 0], -(log.exp() * log).sum(-1)
-            part = logits.chunk(world, -1)[rank].clone().requires_grad_()
-            mine, my_entropy = vocab_parallel_logprobs(
-                part, targets, temperature, dist.group.WORLD, with_entropy=use != "logprobs without entropy"
-            )
-            note(0, mine, logprobs)
-            full, own = weights.new_zeros(()), weights.new_zeros(())
-            if use != "entropy":
-                full, own = full + (weights[0] * logprobs).sum(), own + (weights[0] * mine).sum()
-            if use in ("entropy", "both"):
-                assert my_entropy is not None
-                note(1, my_entropy, entropy)
-                full, own = full + (weights[1] * entropy).sum(), own + (weights[1] * my_entropy).sum()
-            full.backward()
-            own.backward()
-            assert part.grad is not None
-            assert dense.grad is not None
-            note(2, part.grad, dense.grad.chunk(world, -1)[rank])
-    stop_groups()
-    return worst
 
 
 def attention_groups(rank: int, port: int, lengths: list[int]) -> tuple[int, float]:
