@@ -221,7 +221,7 @@ class _MachineMetrics:
     epochs: int
 
     def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
-        found = {"busy_s/rewards/score": self.rewards.busy_seconds}
+        found = {"busy_s/rewards/score": self.rewards.take_busy_seconds()}
         for role, group in self.groups.items():
             taken = group.take_statistics()
             found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}

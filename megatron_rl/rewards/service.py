@@ -93,10 +93,10 @@ class RewardService:
             self.close()
             raise
 
-    @property
-    def busy_seconds(self) -> float:
-        """Wall seconds that the workers together spent on samples in the last call of ``score``."""
-        return self._busy_seconds
+    def take_busy_seconds(self) -> float:
+        """Wall seconds that the workers together spent on samples since this was last asked."""
+        taken, self._busy_seconds = self._busy_seconds, 0.0
+        return taken
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Score every request.
@@ -243,7 +243,6 @@ class _Call:
         self.deaths = 0
         self.errors: list[str] = []
         self.began = time.monotonic()
-        service._busy_seconds = 0.0
 
     def run(self) -> list[Score]:
         service = self.service

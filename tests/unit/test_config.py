@@ -197,6 +197,11 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             "ppo: loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, got 'token'",
         ),
         (
+            ("ppo.loss=gspo", "ppo.loss_mean=sequence", "policy.layout.context=2"),
+            "ppo.loss: 'gspo' needs each response whole on one rank, and policy.layout.context=2 cuts responses: set one "
+            "or the other",
+        ),
+        (
             ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
             "ppo: dual_clip bounds loss='ppo' alone: remove it with loss='cispo'",
         ),
