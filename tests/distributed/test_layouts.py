@@ -1,11 +1,14 @@
 """The matrix: loss, gradients and parameters after a step do not depend on how a model is laid out, fed or recomputed.
 
 ``pytest tests/distributed -k layouts -m ''`` runs all of it. Each case is held against one rank that computes the whole
-minibatch at once; the largest differences go into ``docs/numerics.md`` by ``python docs/make_numerics.py``.
+minibatch at once. With ``MEGATRON_RL_NUMERICS=write`` in the environment the largest differences replace the table in
+``docs/numerics.md``.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from tests.distributed.ranks import Ranks
 
 GRADIENTS, PARAMETERS = 1e-5, 1e-4
 """Largest relative difference of a tensor, ||a - b|| / ||b||; elementwise ratios mean nothing near zero."""
+NUMERICS = Path(__file__).parents[2] / "docs" / "numerics.md"
+BEGIN, END = "<!-- layouts -->\n", "\n<!-- end of layouts -->"
 NO_CLIP = 1e9  # clipping scales gradients in place where the optimizer is not distributed
 
 
@@ -139,11 +144,33 @@ def compare(ranks: Ranks, model: Path, role: str, case: Setup) -> dict[str, floa
     }
 
 
+@pytest.fixture(scope="module")
+def measured() -> Iterator[dict[str, list[tuple[str, dict[str, float]]]]]:
+    """What each layout gave: (model, differences) of every case."""
+    found: dict[str, list[tuple[str, dict[str, float]]]] = {}
+    yield found
+    if os.environ.get("MEGATRON_RL_NUMERICS") == "write":
+        before, rest = NUMERICS.read_text().split(BEGIN)
+        NUMERICS.write_text(before + BEGIN + table(found) + END + rest.split(END)[1])
+
+
+def table(found: dict[str, list[tuple[str, dict[str, float]]]]) -> str:
+    """Markdown: for each layout the models and the largest difference of all of them."""
+    columns = ["loss", "gradient norm", "gradients", "parameters"]
+    lines = [f"| layout | models | {' | '.join(columns)} |", "| --- | --- |" + " --- |" * len(columns)]
+    for layout, cases in found.items():
+        worst = (f"{max(differences[column] for _, differences in cases):.0e}" for column in columns)
+        lines.append(f"| {layout} | {', '.join(model for model, _ in cases)} | {' | '.join(worst)} |")
+    return "\n" + "\n".join(lines) + "\n"
+
+
 @pytest.mark.parametrize(("name", "role", "case"), CASES, ids=str)
 def test_a_step_is_the_same_in_all_layouts(
-    ranks: Ranks, models: dict[str, Path], name: str, role: str, case: Setup
+    ranks: Ranks, models: dict[str, Path], measured: dict[str, Any], name: str, role: str, case: Setup
 ) -> None:
     found = compare(ranks, models[name], role, case)
+    model = name if role == POLICY else f"{name} critic"
+    measured.setdefault(str(case).removesuffix(" float32"), []).append((model, found))
     assert found["loss"] < GRADIENTS
     assert found["gradient norm"] < GRADIENTS
     assert found["gradients"] < GRADIENTS

@@ -198,8 +198,8 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
         ),
         (
             ("ppo.loss=gspo", "ppo.loss_mean=sequence", "policy.layout.context=2"),
-            "ppo.loss: 'gspo' needs each response whole on one rank, and policy.layout.context=2 cuts responses: set one "
-            "or the other",
+            "ppo.loss: 'gspo' needs each response whole on one rank, and policy.layout.context=2 cuts responses: set "
+            "one or the other",
         ),
         (
             ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
