@@ -192,9 +192,26 @@ class RecordingCheckpoints:
     """Remembers which steps were saved."""
 
     steps: list[int] = field(default_factory=list)
+    awaited: list[int] = field(default_factory=list)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, wait: bool) -> dict[str, float]:
         self.steps.append(step)
+        if wait:
+            self.awaited.append(step)
+        return {"pause_s": 0.25}
+
+
+@dataclass
+class StopAfter:
+    """Asks to stop from the given question on (one is asked per step)."""
+
+    questions: int
+    asked_so_far: int = 0
+
+    @property
+    def asked(self) -> bool:
+        self.asked_so_far += 1
+        return self.asked_so_far > self.questions
 
 
 def fake_config(run_dir: Path, **changes: Any) -> RunConfig:
@@ -238,7 +255,8 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         kl_control=KlControl(config.ppo.kl_coef),
         weights=CopyingSync(policy, engine),
         checkpoints=RecordingCheckpoints(),
+        stop=StopAfter(config.steps),
         heldout=prompts[:4],
         forced_eos=None,
-        metrics=MetricLog(config.run_dir, total_steps=config.steps, tensorboard=False, wandb_project=None),
+        metrics=MetricLog(config.run_dir, total_steps=config.steps, start_step=start_step),
     )

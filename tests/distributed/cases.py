@@ -220,6 +220,7 @@ def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Pa
     BaseProcess.start = refuse  # type: ignore[method-assign]
     try:
         worker.save(folder)
+        worker.written()
     finally:
         BaseProcess.start = begin  # type: ignore[method-assign]
     results = [worker.update(minibatch(), loss) for _ in range(2)]
