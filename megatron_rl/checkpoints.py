@@ -197,6 +197,7 @@ def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
     Raises:
         CheckpointProblem: the model, the data, or a setting that must stay has changed; lists all of it.
     """
+    identity = RunIdentity(**json.loads(json.dumps(asdict(identity))))  # what was saved has lists for tuples
     problems = list(identity.problems(saved.identity))
     if problems:
         raise CheckpointProblem(
