@@ -178,10 +178,8 @@ def test_a_damaged_file_is_named_with_the_way_on(saver: Saver, folder: Path, spo
     cut(folder / "step_000009/critic/weights.txt")
     with pytest.raises(CheckpointProblem) as problem:
         find_checkpoint(folder)
-    assert (
-        f"step_000011 is damaged; step_000008 is whole: to go on from it, write step_000008 into {folder}/latest"
-        in (str(problem.value))
-    )
+    remedy = f"step_000008 is whole: to go on from it, write step_000008 into {folder}/latest"
+    assert f"step_000011 is damaged; {remedy}" in str(problem.value)
     assert says in str(problem.value)
     (folder / "latest").write_text("step_000008")
     saved = find_checkpoint(folder)
@@ -199,7 +197,7 @@ def test_without_an_earlier_one_the_way_on_is_to_start_anew(saver: Saver, folder
 def test_a_marker_that_is_gone_is_not_taken_for_a_fresh_start(saver: Saver, folder: Path) -> None:
     saver.save(1)
     (folder / "latest").unlink()
-    with pytest.raises(CheckpointProblem, match="must have a file 'latest' .* found step_000001"):
+    with pytest.raises(CheckpointProblem, match=r"must have a file 'latest' .* found step_000001"):
         find_checkpoint(folder)
 
 
