@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from megatron_rl import device
 from megatron_rl.batches import TokenRows
-from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, find_checkpoint
+from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
@@ -64,7 +64,10 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
     saved = find_checkpoint(config.run_dir / "checkpoints")
-    changes = [] if saved is None else check_same_run(saved, identity)
+    changes = []
+    if saved is not None:
+        changes = check_same_run(saved, identity)
+        check_whole(saved)
     prepare_folder(config)
     with ExitStack() as stack:
         rewards = stack.enter_context(

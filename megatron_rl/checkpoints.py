@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -137,7 +137,7 @@ def _within(name: str, key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """A checkpoint that was found complete and undamaged.
+    """A checkpoint that was committed.
 
     Attributes:
         folder: that holds it.
@@ -153,14 +153,13 @@ class SavedRun:
 
 
 def find_checkpoint(folder: Path) -> SavedRun | None:
-    """The checkpoint that ``latest`` in ``folder`` names, with every file read and compared to its sum.
+    """The checkpoint that ``latest`` in ``folder`` names; of its files only the state is read yet.
 
     Returns:
         None where nothing was saved yet.
 
     Raises:
-        CheckpointProblem: ``latest`` or what it names is missing, or a file is missing, truncated or changed; the
-            message says which earlier checkpoint is whole.
+        CheckpointProblem: ``latest``, or what it names, is missing or damaged.
     """
     latest = folder / _LATEST
     if not latest.is_file():
@@ -173,19 +172,21 @@ def find_checkpoint(folder: Path) -> SavedRun | None:
     name = latest.read_text().strip()
     if name == _NONE_YET:
         return None
-    problems = _damage(folder / name)
-    if problems:
-        whole = next((path.name for path in reversed(_steps(folder)) if path.name < name and not _damage(path)), None)
-        remedy = (
-            f"{whole} is whole: to go on from it, write {whole} into {latest}"
-            if whole
-            else "no earlier checkpoint is whole: start anew in another run_dir, or restore the files"
-        )
-        raise CheckpointProblem("\n  ".join([f"the checkpoint {folder / name} is damaged; {remedy}", *problems]))
+    _refuse_damage(folder / name, [_STATE])
     state = json.loads((folder / name / _STATE).read_text())
     return SavedRun(
         folder=folder / name, step=state["step"], parts=state["parts"], identity=RunIdentity(**state["identity"])
     )
+
+
+def check_whole(saved: SavedRun) -> None:
+    """Read every file of a checkpoint and compare it to its sum, several at a time.
+
+    Raises:
+        CheckpointProblem: a file is missing, truncated or changed; the message names all of them, and the newest
+            earlier checkpoint that is whole.
+    """
+    _refuse_damage(saved.folder)
 
 
 def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
@@ -211,14 +212,29 @@ def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
     return list(identity.changes(saved.identity))
 
 
-def _damage(checkpoint: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each."""
+def _refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:
+    problems = _damage(checkpoint, names)
+    if not problems:
+        return
+    earlier = [path for path in _steps(checkpoint.parent) if path.name < checkpoint.name]
+    whole = next((path.name for path in reversed(earlier) if not _damage(path)), None)
+    remedy = (
+        f"{whole} is whole: to go on from it, write {whole} into {checkpoint.with_name(_LATEST)}"
+        if whole
+        else "no earlier checkpoint is whole: start anew in another run_dir, or restore the files"
+    )
+    raise CheckpointProblem("\n  ".join([f"the checkpoint {checkpoint} is damaged; {remedy}", *problems]))
+
+
+def _damage(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What is wrong with these files of a checkpoint (all, unless named), one line each."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return [f"{checkpoint / _MANIFEST} cannot be read: {error}"]
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda name: _difference(checkpoint / name, FileRecord(**manifest[name])), manifest)
+        asked = manifest if names is None else names
+        found = pool.map(lambda name: _difference(checkpoint / name, FileRecord(**manifest[name])), asked)
         return [problem for problem in found if problem]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.checkpoints import find_checkpoint
+from megatron_rl.checkpoints import check_whole, find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
@@ -44,6 +44,8 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_to_go_on_from(models: dict[str
         last = max(int(line[1]) for line in words if line[0] == "save")
         left_behind += any(folder.glob(".partial_*"))
         saved = find_checkpoint(folder)
+        if saved is not None:
+            check_whole(saved)
         resumed_from = saved.step if saved else 0
         assert last - 1 <= resumed_from <= last
     assert left_behind >= KILLS // 3, "kills must have struck during saves"

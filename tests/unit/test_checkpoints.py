@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from megatron_rl import checkpoints as module
-from megatron_rl.checkpoints import CheckpointProblem, RunCheckpoints, RunIdentity, check_same_run, find_checkpoint
+from megatron_rl.checkpoints import (
+    CheckpointProblem,
+    RunCheckpoints,
+    RunIdentity,
+    check_same_run,
+    check_whole,
+    find_checkpoint,
+)
 from megatron_rl.durable import FileRecord, read_record
 from tests.fakes import FileModel
 
@@ -176,8 +183,10 @@ def test_a_damaged_file_is_named_with_the_way_on(saver: Saver, folder: Path, spo
         saver.save(step)
     spoil(folder / "step_000011/policy/weights.txt")
     cut(folder / "step_000009/critic/weights.txt")
+    found = find_checkpoint(folder)
+    assert found is not None
     with pytest.raises(CheckpointProblem) as problem:
-        find_checkpoint(folder)
+        check_whole(found)
     remedy = f"step_000008 is whole: to go on from it, write step_000008 into {folder}/latest"
     assert f"step_000011 is damaged; {remedy}" in str(problem.value)
     assert says in str(problem.value)
@@ -189,8 +198,10 @@ def test_a_damaged_file_is_named_with_the_way_on(saver: Saver, folder: Path, spo
 
 def test_without_an_earlier_one_the_way_on_is_to_start_anew(saver: Saver, folder: Path) -> None:
     saver.save(1)
-    (folder / "step_000001/manifest.json").unlink()
-    with pytest.raises(CheckpointProblem, match=r"no earlier checkpoint is whole: start anew(.|\n)*manifest\.json"):
+    cut(folder / "step_000001/state.json")
+    with pytest.raises(
+        CheckpointProblem, match=r"no earlier checkpoint is whole: start anew(.|\n)*state\.json must have"
+    ):
         find_checkpoint(folder)
 
 
