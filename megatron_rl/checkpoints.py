@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -356,8 +357,11 @@ class RunCheckpoints:
 
     def _finish(self) -> dict[str, float]:
         """Wait for the save under way, if any; its metrics."""
-        under_way, self._under_way = self._under_way, None
-        return {} if under_way is None else under_way.result()
+        if self._under_way is None:
+            return {}
+        futures.wait([self._under_way])  # an interrupt here leaves it to __exit__
+        done, self._under_way = self._under_way, None
+        return done.result()
 
     def _complete(
         self, done: Future[dict[str, float]], partial: Path, writing: Mapping[str, Writing], state: str, started: float
