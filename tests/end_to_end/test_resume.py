@@ -104,18 +104,20 @@ def test_a_killed_run_goes_on_at_another_layout(train_command: Command, tmp_path
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     settings = (*SIX_STEPS, "critic.layout.pipeline=1")
     finish(train_command(*settings, f"run_dir={unbroken}"))
-    kill_in_step_4(train_command(*settings, f"run_dir={broken}"), broken)
+    killed = kill_in_step_4(train_command(*settings, f"run_dir={broken}"), broken)
     finish(train_command(*settings, f"run_dir={broken}", "policy.layout.tensor=1", "policy.layout.pipeline=2"))
 
     assert lines(broken / "samples.jsonl") == lines(unbroken / "samples.jsonl")
     for got, want in zip(computed(broken), computed(unbroken), strict=True):
+        assert got.pop("kind") == want.pop("kind")
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
     expected = saved_tensors(unbroken / "checkpoints/step_000006/policy")
     moments = [name for name in expected if "exp_avg" in name]
     assert len(moments) == 2 * sum(name.startswith(("decoder.", "embedding.", "output_layer.")) for name in expected)
     for name, tensor in saved_tensors(broken / "checkpoints/step_000006/policy").items():
         gap = float((tensor - expected[name]).norm() / expected[name].norm())
-        assert gap < 1e-4, (name, gap)
+        assert gap < (1e-5 if name in moments else 1e-4), (name, gap)  # measured: 1.2e-6, 1.1e-5
+    assert psutil.wait_procs([*killed.ours, *killed.rays], timeout=90)[1] == []
 
 
 def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Command, tmp_path: Path) -> None:
