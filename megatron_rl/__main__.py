@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -18,7 +19,9 @@ _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 (failed), 2 (the configuration is wrong) or 130 (interrupted)."""
+    """Run one command; the exit status is 0 (done, or saved and stopped as SIGTERM asked), 1 (failed), 2 (the
+    configuration is wrong) or 130 (interrupted).
+    """
     parser = argparse.ArgumentParser(prog="megatron-rl", description="Reinforcement learning for reasoning.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -28,13 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("settings", nargs="+", metavar="FILE.toml|key=value")
+        if name == "train":
+            command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
     asked = parser.parse_args(arguments)
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if asked.command == "train":
-            _train(load(RunConfig, files, overrides))
+            _train(load(RunConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "sft":
             _sft(load(SFTConfig, files, overrides))
         else:
@@ -48,14 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
+    if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
+        raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
+    stop = _Termination()
+    signal.signal(signal.SIGTERM, stop)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
     from megatron_rl.report import plot_curve, summarise, summary_table
 
-    with open_run(config) as run:
-        train(run)
+    with open_run(config, stop) as run:
+        if not stop.asked:
+            train(run)
+    if stop.asked:
+        return
     summary = summarise(config.run_dir / "metrics.jsonl") | {"seconds": round(time.monotonic() - started, 1)}
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
@@ -68,6 +80,18 @@ def _sft(config: SFTConfig) -> None:
 
     with open_supervised(config) as run:
         supervise(run)
+
+
+class _Termination:
+    """What SIGTERM does to a run, and the loop asks: the first one lets it save and end, another ends it at once."""
+
+    asked = False
+
+    def __call__(self, signal_number: int, frame: Any) -> None:
+        if self.asked:
+            _interrupt(signal_number, frame)
+        self.asked = True
+        os.write(2, b"megatron-rl: asked to stop: finishing this step and saving it; again, or Ctrl-C, stops at once\n")
 
 
 def _interrupt(_signal: int, _frame: Any) -> NoReturn:

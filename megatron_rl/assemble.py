@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +12,15 @@ from tokenizers import Tokenizer
 
 from megatron_rl import device
 from megatron_rl.batches import TokenRows
-from megatron_rl.checkpoints import RunCheckpoints
-from megatron_rl.config.load import dump
+from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
+from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts
 from megatron_rl.experience.supervised import supervised_batches
-from megatron_rl.interfaces import Pending, results
+from megatron_rl.interfaces import Pending, StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
@@ -48,10 +48,11 @@ _PROBE_ROWS = 8
 
 
 @contextmanager
-def open_run(config: RunConfig) -> Iterator[Run]:
-    """Start everything that a run needs; leaving the block ends all of it.
+def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
+    """Start everything that a run needs, at the step of its newest checkpoint; leaving the block ends all of it.
 
     Raises:
+        CheckpointProblem: the run's checkpoint is damaged, or was saved by another run.
         ClusterProblem: the machine or the cluster is too small.
         ValueError: a data file is unusable.
         WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
@@ -63,6 +64,12 @@ def open_run(config: RunConfig) -> Iterator[Run]:
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     prompts = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+    identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
+    saved = find_checkpoint(config.run_dir / "checkpoints")
+    changes = []
+    if saved is not None:
+        changes = check_same_run(saved, identity)
+        check_whole(saved)
     prepare_folder(config)
     with ExitStack() as stack:
         rewards = stack.enter_context(
@@ -90,15 +97,18 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         connect(policy, engine, config.cluster.start_deadline_s)
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
-        checkpoints = RunCheckpoints(
-            folder=config.run_dir / "checkpoints",
-            keep=config.checkpoint.keep,
-            models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
-            parts={"prompts": stream, "kl_control": kl_control},
-            like=config.model.path.resolve(),
-            wait=results,
+        checkpoints = stack.enter_context(
+            RunCheckpoints(
+                config.run_dir.resolve() / "checkpoints",
+                keep=config.checkpoint.keep,
+                asynchronous=config.checkpoint.asynchronous,
+                models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
+                parts={"prompts": stream, "kl_control": kl_control},
+                like=config.model.path.resolve(),
+                identity=identity,
+            )
         )
-        start_step = checkpoints.resume()
+        start_step = checkpoints.start(saved)
         fresh = FreshRollouts(
             prompts=stream,
             engine=engine,
@@ -117,8 +127,13 @@ def open_run(config: RunConfig) -> Iterator[Run]:
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
                 sources=[machine] if sampling is None else [sampling.take_metrics, machine],
+                start_step=start_step,
             )
         )
+        if saved is not None:
+            metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
+        for change in changes:
+            metrics.note(f"changed since that checkpoint was saved: {change}")
         for name, found in (("train", prompts), ("heldout", heldout)):
             if found.dropped:
                 metrics.note(
@@ -141,6 +156,7 @@ def open_run(config: RunConfig) -> Iterator[Run]:
             kl_control=kl_control,
             weights=CheckedSync(policy, engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance),
             checkpoints=checkpoints,
+            stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
             forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
             metrics=metrics,

@@ -1,25 +1,78 @@
-"""A run's checkpoints: complete or not there, the last few kept, the newest found again."""
+"""A run's checkpoints: complete or not there, checked before they are trusted, the last few kept.
+
+``docs/checkpoints.md`` describes the folder and what is promised of it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_rl.interfaces import Pending
+from megatron_rl.durable import FileRecord, flush, read_record, replace_text, write_file
+from megatron_rl.interfaces import Pending, results
 
-_PREFIX = "step_"
+_PREFIX, _PARTIAL = "step_", ".partial_"
+_LATEST, _NONE_YET = "latest", "none"
+_STATE, _MANIFEST = "state.json", "manifest.json"
+_READERS = 4
+_POLL_S = 0.2
+
+_FIXED = {
+    "seed": "the order of prompts and every sample are drawn from it",
+    "model.dtype": "the optimizer's state depends on it",
+    "prompts_per_step": "the learning-rate schedule and the position in the data count by it",
+    "rollout.samples_per_prompt": "the learning-rate schedule counts by it",
+    "ppo.minibatch_samples": "the learning-rate schedule counts optimizer steps",
+    "ppo.epochs": "the learning-rate schedule counts optimizer steps",
+    "ppo.critic_warmup_steps": "the learning-rate schedule counts optimizer steps",
+    "policy.optimizer": "the optimizer's state holds them",
+    "critic.optimizer": "the optimizer's state holds them",
+}
+"""Settings that a resumed run may not change, and why."""
+_LAYING_OUT = ("layout", "tokens_per_microbatch", "distributed_optimizer", "overlap_communication", "recompute")
+_MACHINE = (
+    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "reward.workers"),
+    *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
+)
+"""Settings that do not change what is computed, beyond rounding."""
+
+
+class CheckpointProblem(RuntimeError):
+    """A checkpoint cannot be used; the message says which, why, and how to go on."""
+
+
+class Writing(Protocol):
+    """Files that are being written."""
+
+    def ready(self, within_s: float) -> bool:
+        """Whether :meth:`result` would not wait any more, having waited ``within_s``."""
+
+    def result(self) -> Mapping[str, FileRecord]:
+        """What was written, by name.
+
+        Raises:
+            Exception: why it could not be.
+        """
 
 
 class Saveable(Protocol):
     """A model that can be written and read back, at any layout."""
 
     def save(self, folder: Path) -> Pending[None]:
-        """Write model, optimizer and schedule."""
+        """Copy model, optimizer and schedule, and start to write the copy; training may go on after that."""
+
+    def written(self) -> Writing:
+        """What :meth:`save` started."""
 
     def load(self, folder: Path) -> Pending[None]:
         """Take them up again."""
@@ -39,48 +92,320 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCheckpoints:
-    """Checkpoints in ``folder``: one folder per step with each model, the driver's state, and the policy as a Hugging
-    Face folder ``hf`` that an engine or ``transformers`` loads as it is.
+class RunIdentity:
+    """What tells one run from another; plain data.
+
+    Attributes:
+        model: the sizes of the model.
+        prompts: digest of the training prompts in their order.
+        settings: the resolved configuration, by dotted key.
+    """
+
+    model: Mapping[str, Any]
+    prompts: str
+    settings: Mapping[str, Any]
+
+    def problems(self, saved: RunIdentity) -> Iterator[str]:
+        """Why a run with this identity cannot go on from a checkpoint of ``saved``."""
+        for key, why in _FIXED.items():
+            for name, (old, new) in _differences(saved.settings, self.settings):
+                if _within(name, key):
+                    yield f"{name}: was {old!r}, is {new!r}; {why}"
+        for name, (old, new) in _differences(saved.model, self.model):
+            yield f"model.path: another model, {name} was {old!r}, is {new!r}"
+        for name in ("policy.layout.expert", "critic.layout.expert"):
+            old, new = saved.settings.get(name, 1), self.settings.get(name, 1)
+            if (old > 1) != (new > 1):
+                yield f"{name}: was {old}, is {new}; experts that are shared out have an optimizer of their own"
+        if self.prompts != saved.prompts:
+            yield "data.train: other prompts (or another template or limit); the position in the data is lost"
+
+    def changes(self, saved: RunIdentity) -> Iterator[str]:
+        """What was set otherwise in ``saved`` and changes what is computed, but may be changed."""
+        for name, (old, new) in _differences(saved.settings, self.settings):
+            if not any(_within(name, key) for key in (*_FIXED, *_MACHINE)):
+                yield f"{name} was {old!r}, is {new!r}"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            yield name, (old.get(name), new.get(name))
+
+
+def _within(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """A checkpoint that was committed.
+
+    Attributes:
+        folder: that holds it.
+        step: steps done.
+        parts: states of the driver's parts, by name.
+        identity: of the run that saved it.
     """
 
     folder: Path
-    keep: int
-    models: Mapping[str, Saveable]
-    parts: Mapping[str, Stateful]
-    like: Path
-    wait: Callable[[Mapping[str, Pending[None]]], object]
+    step: int
+    parts: Mapping[str, Any]
+    identity: RunIdentity
 
-    def save(self, step: int) -> None:
-        """Write everything under a temporary name, then give it its own in one move, then drop the oldest."""
-        final = self.folder / f"{_PREFIX}{step:06d}"
-        if final.exists():
-            return  # a resumed run that had saved this step
-        partial = self.folder / f".partial_{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.wait({name: model.save(partial / name) for name, model in self.models.items()})
-        self.wait({"policy": self.models["policy"].export_hf(partial / "hf", self.like)})
-        state = {"step": step, "parts": {name: part.state() for name, part in self.parts.items()}}
-        with (partial / "state.json").open("w") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(final)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
 
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(self.folder.glob(f"{_PREFIX}*"))
+def find_checkpoint(folder: Path) -> SavedRun | None:
+    """The checkpoint that ``latest`` in ``folder`` names; of its files only the state is read yet.
 
-    def resume(self) -> int:
-        """Take up the newest checkpoint; the step to go on from, 0 where there is none."""
-        found = self.complete()
-        if not found:
+    Returns:
+        None where nothing was saved yet.
+
+    Raises:
+        CheckpointProblem: ``latest``, or what it names, is missing or damaged.
+    """
+    latest = folder / _LATEST
+    if not latest.is_file():
+        if names := ", ".join(path.name for path in _steps(folder)):
+            raise CheckpointProblem(
+                f"{folder} must have a file {_LATEST!r} that names the checkpoint to go on from, found {names} and no "
+                f"such file; write one of the names into it, or remove the folders to start anew"
+            )
+        return None
+    name = latest.read_text().strip()
+    if name == _NONE_YET:
+        return None
+    _refuse_damage(folder / name, [_STATE])
+    state = json.loads((folder / name / _STATE).read_text())
+    return SavedRun(
+        folder=folder / name, step=state["step"], parts=state["parts"], identity=RunIdentity(**state["identity"])
+    )
+
+
+def check_whole(saved: SavedRun) -> None:
+    """Read every file of a checkpoint and compare it to its sum, several at a time.
+
+    Raises:
+        CheckpointProblem: a file is missing, truncated or changed; the message names all of them, and the newest
+            earlier checkpoint that is whole.
+    """
+    _refuse_damage(saved.folder)
+
+
+def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
+    """Refuse to go on from the checkpoint of another run.
+
+    Returns:
+        what is set otherwise than it was, and may be.
+
+    Raises:
+        CheckpointProblem: the model, the data, or a setting that must stay has changed; lists all of it.
+    """
+    identity = RunIdentity(**json.loads(json.dumps(asdict(identity))))  # what was saved has lists for tuples
+    problems = list(identity.problems(saved.identity))
+    if problems:
+        raise CheckpointProblem(
+            "\n  ".join(
+                [
+                    f"this run cannot go on from {saved.folder}; set back what changed, or name another run_dir:",
+                    *problems,
+                ]
+            )
+        )
+    return list(identity.changes(saved.identity))
+
+
+def _refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:
+    problems = _damage(checkpoint, names)
+    if not problems:
+        return
+    earlier = [path for path in _steps(checkpoint.parent) if path.name < checkpoint.name]
+    whole = next((path.name for path in reversed(earlier) if not _damage(path)), None)
+    remedy = (
+        f"{whole} is whole: to go on from it, write {whole} into {checkpoint.with_name(_LATEST)}"
+        if whole
+        else "no earlier checkpoint is whole: start anew in another run_dir, or restore the files"
+    )
+    raise CheckpointProblem("\n  ".join([f"the checkpoint {checkpoint} is damaged; {remedy}", *problems]))
+
+
+def _damage(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What is wrong with these files of a checkpoint (all, unless named), one line each."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return [f"{checkpoint / _MANIFEST} cannot be read: {error}"]
+    with ThreadPoolExecutor(_READERS) as pool:
+        asked = manifest if names is None else names
+        found = pool.map(lambda name: _difference(checkpoint / name, FileRecord(**manifest[name])), asked)
+        return [problem for problem in found if problem]
+
+
+def _difference(path: Path, expected: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != expected.size_bytes:
+        return f"{path} must have {expected.size_bytes} bytes, has {size}"
+    return None if read_record(path) == expected else f"{path} was changed: its xxh3 is not that of the manifest"
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{_PREFIX}*"))
+
+
+class RunCheckpoints:
+    """Writes checkpoints of a run; leaving its ``with`` block waits for the one under way, unless interrupted."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        asynchronous: bool,
+        models: Mapping[str, Saveable],
+        parts: Mapping[str, Stateful],
+        like: Path,
+        identity: RunIdentity,
+    ) -> None:
+        """Take note; nothing is written yet.
+
+        Args:
+            folder: of all checkpoints.
+            keep: how many; older ones are deleted.
+            asynchronous: training goes on while files are written.
+            models: by role; the ``policy`` is also written as a Hugging Face folder.
+            parts: of the driver, by name.
+            like: the Hugging Face folder that configuration and tokenizer come from.
+            identity: of this run.
+        """
+        self._folder = folder
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._models = models
+        self._parts = parts
+        self._like = like
+        self._identity = identity
+        self._under_way: Future[dict[str, float]] | None = None
+        self._abandoned = threading.Event()
+
+    def __enter__(self) -> RunCheckpoints:
+        """The checkpoints themselves."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the save under way: what a failing run had saved is not lost. An interrupt does not wait."""
+        if isinstance(error, KeyboardInterrupt):
+            self._abandoned.set()
+        try:
+            self._finish()
+        except Exception as lost:
+            if error is None:
+                raise
+            error.add_note(f"a checkpoint was under way and could not be completed: {lost}")
+
+    def start(self, saved: SavedRun | None) -> int:
+        """Take up ``saved``, or start from nothing; what interrupted saves left is removed.
+
+        Returns:
+            the step to go on from.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if saved is None:
+            replace_text(self._folder / _LATEST, _NONE_YET + "\n")
+        # a folder newer than what `latest` names was never committed, or the user went back before it
+        newer = [path for path in _steps(self._folder) if saved is None or path.name > saved.folder.name]
+        for left in [*self._folder.glob(f"{_PARTIAL}*"), *newer]:
+            shutil.rmtree(left)
+        if saved is None:
             return 0
-        state = json.loads((found[-1] / "state.json").read_text())
-        self.wait({name: model.load(found[-1] / name) for name, model in self.models.items()})
-        for name, part in self.parts.items():
-            part.restore(state["parts"][name])
-        return int(state["step"])
+        results({role: model.load(saved.folder / role) for role, model in self._models.items()})
+        for name, part in self._parts.items():
+            part.restore(saved.parts[name])
+        return saved.step
+
+    def save(self, step: int, *, wait: bool) -> dict[str, float]:
+        """Copy all state and write it under a temporary name; it gets its own, and ``latest`` names it, once the disk
+        has every file.
+
+        Returns:
+            ``pause_s``, for which training stood still; and of the save that came to its end in this call, if any,
+            ``write_s`` from its start to its end and ``size_mib``.
+
+        Raises:
+            Exception: what kept this save or the one before it from being written, with notes on what there is.
+        """
+        started = time.perf_counter()
+        metrics = self._finish()
+        partial = self._folder / f"{_PARTIAL}{step:06d}"
+        with self._explained(partial):
+            partial.mkdir()
+            results({role: model.save(partial / role) for role, model in self._models.items()})
+            writing = {role: model.written() for role, model in self._models.items()}
+            self._models["policy"].export_hf(partial / "hf", self._like).result()
+            parts = {name: part.state() for name, part in self._parts.items()}
+            state = json.dumps({"step": step, "parts": parts, "identity": asdict(self._identity)}, indent=1)
+        self._under_way = Future()
+        arguments = (self._under_way, partial, writing, state, started)
+        threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True).start()
+        if wait or not self._asynchronous:
+            metrics |= self._finish()
+        return metrics | {"pause_s": time.perf_counter() - started}
+
+    def _finish(self) -> dict[str, float]:
+        """Wait for the save under way, if any; its metrics."""
+        if self._under_way is None:
+            return {}
+        futures.wait([self._under_way])  # an interrupt here leaves it to __exit__
+        done, self._under_way = self._under_way, None
+        return done.result()
+
+    def _complete(
+        self, done: Future[dict[str, float]], partial: Path, writing: Mapping[str, Writing], state: str, started: float
+    ) -> None:
+        """What runs beside training: wait for the ranks' files, then commit."""
+        try:
+            with self._explained(partial):
+                while not all(part.ready(_POLL_S) for part in writing.values()):
+                    if self._abandoned.is_set():
+                        raise CheckpointProblem("the run was interrupted")
+                files = {f"{role}/{name}": r for role, part in writing.items() for name, r in part.result().items()}
+                size = self._commit(partial, files, state)
+            done.set_result({"write_s": time.perf_counter() - started, "size_mib": size / 2**20})
+        except BaseException as error:
+            done.set_exception(error)
+
+    def _commit(self, partial: Path, files: dict[str, FileRecord], state: str) -> int:
+        """Make a checkpoint of a folder whose models are written; its size in bytes."""
+        for path in sorted((partial / "hf").iterdir()):  # flushed by its writer
+            files[f"hf/{path.name}"] = read_record(path)
+        files[_STATE] = write_file(partial / _STATE, state.encode())
+        manifest = {name: asdict(record) for name, record in sorted(files.items())}
+        write_file(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        flush(partial)
+        final = self._folder / partial.name.replace(_PARTIAL, _PREFIX)
+        partial.rename(final)
+        flush(self._folder)
+        replace_text(self._folder / _LATEST, final.name + "\n")
+        for old in _steps(self._folder)[: -self._keep]:
+            shutil.rmtree(old.rename(old.with_name(old.name.replace(_PREFIX, _PARTIAL))))
+        return sum(record.size_bytes for record in files.values())
+
+    @contextmanager
+    def _explained(self, partial: Path) -> Iterator[None]:
+        """Give back the room of a save that fails, and say what there is now."""
+        try:
+            yield
+        except Exception as error:
+            free = shutil.disk_usage(self._folder).free / 2**20
+            shutil.rmtree(partial, ignore_errors=True)
+            newest = (self._folder / _LATEST).read_text().strip()
+            error.add_note(
+                f"while the checkpoint {partial.name.replace(_PARTIAL, _PREFIX)} was saved; the newest whole one in "
+                f"{self._folder}: {newest}; free on that disk at the time: {free:.0f} MiB"
+            )
+            raise

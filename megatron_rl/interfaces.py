@@ -200,5 +200,24 @@ class WeightSync(Protocol):
 class Checkpoints(Protocol):
     """Where a run is saved."""
 
-    def save(self, step: int) -> None:
-        """Save all that is needed to go on from ``step``; complete or not there at all."""
+    def save(self, step: int, *, wait: bool) -> Mapping[str, float]:
+        """Save all that is needed to go on from ``step``; complete or not there at all.
+
+        Args:
+            step: steps done.
+            wait: return only once it is on the disk; else it may be written while training goes on.
+
+        Returns:
+            metrics of this save, and of an earlier one that came to its end since the last call.
+
+        Raises:
+            Exception: this save, or the one before it, could not be written.
+        """
+
+
+class StopRequest(Protocol):
+    """Whether somebody wants the run to end early."""
+
+    @property
+    def asked(self) -> bool:
+        """True from then on: the step in progress is finished and saved, and none is begun."""

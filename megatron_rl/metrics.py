@@ -82,8 +82,9 @@ class MetricLog:
         wandb_project: str | None = None,
         console: Console | None = None,
         sources: Sequence[Source] = (),
+        start_step: int = 0,
     ) -> None:
-        """Open the log.
+        """Open the log. What it holds of steps from ``start_step`` on is superseded, and dropped with a note.
 
         Args:
             run_dir: made where it is missing; gets ``metrics.jsonl``, and ``tensorboard/``, ``wandb/`` where asked for.
@@ -92,6 +93,7 @@ class MetricLog:
             wandb_project: send to this W&B project; None sends nothing.
             console: where progress goes; standard output unless given. Not a terminal: plain lines.
             sources: see :data:`Source`.
+            start_step: the first step to come.
 
         Raises:
             RuntimeError: ``wandb_project`` is set and W&B is not installed.
@@ -102,13 +104,15 @@ class MetricLog:
         self._spent: list[float] = []
         self._sources = tuple(sources)
         self._file = run_dir / "metrics.jsonl"
-        _drop_partial_line(self._file)
+        dropped = [_drop_superseded(run_dir / name, start_step) for name in ("metrics.jsonl", "samples.jsonl")]
         self._sinks: list[_Sink] = []
         if tensorboard:
-            self._sinks.append(_TensorBoard(run_dir / "tensorboard"))
+            self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
         if wandb_project is not None:
             self._sinks.append(_WandB(run_dir, wandb_project))
         self._console = _ConsoleTable(Console() if console is None else console, total_steps)
+        if dropped[0]:
+            self.note(f"metrics.jsonl: {dropped[0]} records of step {start_step} and later are superseded and dropped")
 
     def __enter__(self) -> MetricLog:
         """The log itself."""
@@ -185,14 +189,17 @@ def _append(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _drop_partial_line(file: Path) -> None:
-    """A killed run may have left half a line, which would spoil the next record as well."""
-    if file.is_file():
-        content = file.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete != len(content):
-            with file.open("r+b") as lines:
-                lines.truncate(complete)
+def _drop_superseded(file: Path, start_step: int) -> int:
+    """Keep the rows of steps before ``start_step``; the number of others, a line that a kill cut short included."""
+    if not file.is_file():
+        return 0
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start_step]
+    if len(kept) < len(lines):
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(file)
+    return len(lines) - len(kept)
 
 
 class _Sink(Protocol):
@@ -206,12 +213,15 @@ class _Sink(Protocol):
 class _TensorBoard:
     """Event files, by tensorboard's own writer: torch's would load torch."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(folder))
+        # TensorBoard then forgets what earlier files say of this number of steps done and more
+        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(self._event(wall_time=time.time(), step=start_step + 1, session_log=begun))
 
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]

@@ -24,6 +24,7 @@ from megatron_rl.interfaces import (
     ReferenceModel,
     RewardScorer,
     RolloutEngine,
+    StopRequest,
     TokenLoss,
     UpdateResult,
     ValueLoss,
@@ -54,13 +55,14 @@ class Run:
     kl_control: KlControl
     weights: WeightSync
     checkpoints: Checkpoints
+    stop: StopRequest
     heldout: tuple[Prompt, ...]
     forced_eos: int | None
     metrics: MetricLog
 
 
 def train(run: Run) -> None:
-    """Run the loop from ``run.start_step`` until ``run.config.steps`` steps are done."""
+    """Run the loop from ``run.start_step`` until ``run.config.steps`` steps are done, or the run is asked to stop."""
     cfg = run.config
     run.weights.push(version=run.start_step)
     with run.metrics.evaluation(run.start_step) as log:
@@ -87,9 +89,12 @@ def train(run: Run) -> None:
             if due(step, cfg.evaluation.every, cfg.steps):
                 with log.phase("evaluate"):
                     log.update("heldout", evaluate(run))
-            if due(step, cfg.checkpoint.every, cfg.steps):
+            if (stopping := run.stop.asked) or due(step, cfg.checkpoint.every, cfg.steps):
                 with log.phase("checkpoint"):
-                    run.checkpoints.save(step + 1)
+                    last = stopping or step + 1 == cfg.steps
+                    log.update("checkpoint", run.checkpoints.save(step + 1, wait=last))
+        if stopping:
+            break
 
 
 def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:

@@ -6,6 +6,7 @@ Nothing of Megatron, vLLM or Ray; the mathematics is the real one.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from megatron_rl.config.schema import (
     TrainerConfig,
 )
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling, Score
+from megatron_rl.durable import FileRecord, write_file
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import FreshRollouts
 from megatron_rl.experience.prompts import PromptStream
@@ -196,9 +198,66 @@ class RecordingCheckpoints:
     """Remembers which steps were saved."""
 
     steps: list[int] = field(default_factory=list)
+    awaited: list[int] = field(default_factory=list)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, wait: bool) -> dict[str, float]:
         self.steps.append(step)
+        if wait:
+            self.awaited.append(step)
+        return {"pause_s": 0.25}
+
+
+@dataclass
+class StopAfter:
+    """Asks to stop from the given question on (one is asked per step)."""
+
+    questions: int
+    asked_so_far: int = 0
+
+    @property
+    def asked(self) -> bool:
+        self.asked_so_far += 1
+        return self.asked_so_far > self.questions
+
+
+@dataclass
+class FileModel:
+    """A model that is one number, saved as text; ``gate`` holds the writing up, ``error`` lets it fail."""
+
+    value: int = 0
+    error: Exception | None = None
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def save(self, folder: Path) -> Ready:
+        folder.mkdir()
+        self._staged = folder / "weights.txt", str(self.value).encode() * 100
+        return Ready(None)
+
+    def written(self) -> FileModel:
+        return self
+
+    def ready(self, within_s: float) -> bool:
+        return self.gate.wait(within_s)
+
+    def result(self) -> dict[str, FileRecord]:
+        path, content = self._staged
+        if self.error is not None:
+            path.write_bytes(content[:10])
+            raise self.error
+        return {path.name: write_file(path, content)}
+
+    def load(self, folder: Path) -> Ready:
+        text = (folder / "weights.txt").read_text()
+        self.value = int(text[: len(text) // 100])
+        return Ready(None)
+
+    def export_hf(self, folder: Path, like: Path) -> Ready:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(str(self.value))
+        return Ready(None)
 
 
 def fake_config(run_dir: Path, **changes: Any) -> RunConfig:
@@ -244,7 +303,8 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         kl_control=KlControl(config.ppo.kl_coef),
         weights=CopyingSync(policy, engine),
         checkpoints=RecordingCheckpoints(),
+        stop=StopAfter(config.steps),
         heldout=prompts[:4],
         forced_eos=None,
-        metrics=MetricLog(config.run_dir, total_steps=config.steps, tensorboard=False, wandb_project=None),
+        metrics=MetricLog(config.run_dir, total_steps=config.steps, start_step=start_step),
     )

@@ -163,6 +163,12 @@ ABLATIONS = {
 }
 
 
+class Unhurried:
+    """Nobody asks an ablation to stop."""
+
+    asked = False
+
+
 def run_ablation(name: str, ablation: Ablation, seed: int) -> dict[str, Any]:
     """Run it whole; what the summary, the metrics and a fresh engine on the final checkpoint say."""
     folder = FOLDER / name.replace(" ", "_").replace(",", "")
@@ -170,7 +176,7 @@ def run_ablation(name: str, ablation: Ablation, seed: int) -> dict[str, Any]:
     config = load(RunConfig, [PPO], [f"run_dir={folder}", f"seed={seed}", *ablation.overrides])
     row: dict[str, Any] = {"ablation": name, "expected": ablation.expected}
     try:
-        with open_run(config) as run:
+        with open_run(config, Unhurried()) as run:
             train(ablation.change(run))
     except StaleRollout as error:
         return row | {"stopped": str(error)}

@@ -56,6 +56,19 @@ def dump(config: RunConfig | SFTConfig) -> str:
     return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2) + "\n"
 
 
+def dotted(config: RunConfig | SFTConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data, by dotted key."""
+    return dict(_flat(TypeAdapter(type(config)).dump_python(config, mode="json")))
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):

@@ -317,6 +317,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only after the last step."""
     keep: Positive = 2
     """Older ones are deleted."""
+    asynchronous: bool = True
+    """Training goes on while files are written, at the price of a copy of the training state in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

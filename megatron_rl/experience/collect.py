@@ -189,6 +189,7 @@ def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, ob
             "prompt": item.rollout.prompt.id,
             "answer": item.rollout.prompt.answer,
             "response": item.rollout.samples[0].text,
+            "token_ids": list(item.rollout.samples[0].token_ids),
             "score": item.scores[0].value,
             "outcome": item.scores[0].outcome.value,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ class PromptSet:
 
     prompts: tuple[Prompt, ...]
     dropped: int
+
+    def digest(self) -> str:
+        """The same for the same prompts in the same order: a position in the data belongs to one digest."""
+        summed = hashlib.blake2b(digest_size=16)
+        for prompt in self.prompts:
+            summed.update(repr((prompt.id, prompt.token_ids, prompt.answer)).encode())
+        return summed.hexdigest()
 
 
 def read_rows(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,8 +1,17 @@
-"""Saving and loading the training state; it loads at any layout, whatever layout saved it."""
+"""Saving and loading the training state; it loads at any layout, whatever layout saved it.
+
+A save has two halves. :func:`stage_checkpoint` does all that needs the other ranks, and copies this rank's state to
+host memory; training may go on once it returns. :meth:`StagedCheckpoint.write` then needs nobody and touches no tensor:
+it may run in a thread beside training, whose collectives it cannot disturb.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +24,54 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 
+from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training
 
 
-class SaveInProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's format and planner with torch's own writer, which writes from this process.
+class _HostMemory(FileSystemBase):
+    """A file system for torch's writer, which thereby serialises into buffers of this process."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, io.BytesIO] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        stream = self.files[Path(path)] = _Kept()
+        yield stream
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> Path:
+        return Path(path) / suffix
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self.files[Path(new_path)] = self.files.pop(Path(path))
+
+    def init_path(self, path: str | os.PathLike[str]) -> Path:
+        return Path(path)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """There are no folders in it."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return Path(path) in self.files
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        del self.files[Path(path)]
+
+
+class _Kept(io.BytesIO):
+    """A buffer that outlives its ``close``, which torch's writer calls."""
+
+    def close(self) -> None: ...
+
+
+class SaveToMemory(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """megatron-core's format and planner with torch's own writer, in this process and into its memory.
 
     megatron-core's writer starts a multiprocessing Manager by spawn, which imports the main program again and outlives
     a rank that is killed, and forks its writers off a process whose collectives have threads.
@@ -28,19 +79,54 @@ class SaveInProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
+        self.memory = _HostMemory()
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards; rank 0 writes the metadata last."""
+        """Serialise this rank's shards; on rank 0 the metadata of all of them, too."""
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=False)
+        writer.fs = self.memory  # type: ignore[assignment]
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(flat, is_loading=False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+            storage_writer=writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
 
-def save_checkpoint(folder: Path, training: Training) -> None:
-    """Save weights, optimizer and schedule; called on every rank, returns when all have written.
+@dataclass(frozen=True, kw_only=True)
+class StagedCheckpoint:
+    """This rank's part of a checkpoint, in host memory.
+
+    Attributes:
+        folder: of the model in the checkpoint; it exists.
+        files: content by name.
+        leads: this rank answers for what megatron-core wrote there by itself (optimizer settings, format version).
+    """
+
+    folder: Path
+    files: Mapping[str, memoryview]
+    leads: bool
+
+    def write(self) -> dict[str, FileRecord]:
+        """Put it on the disk, flushed; what was written, by name.
+
+        Raises:
+            OSError: the disk does not take it, for instance because it is full.
+        """
+        written = {name: write_file(self.folder / name, content) for name, content in self.files.items()}
+        if self.leads:
+            for path in (self.folder / "common.pt", self.folder / "metadata.json"):
+                flush(path)
+                written[path.name] = read_record(path)
+        flush(self.folder)
+        return written
+
+
+def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
+    """Copy weights, optimizer and schedule to host memory; called on every rank. Costs one copy of the rank's state.
+
+    Random states are left out: nothing in training draws from them (there is no dropout; the engine's seeds and the
+    order of rows follow from the run's seed and the step).
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -50,12 +136,14 @@ def save_checkpoint(folder: Path, training: Training) -> None:
         if any(folder.iterdir()):
             raise FileExistsError(f"a checkpoint needs an empty folder, found files in {folder}")
     dist.barrier()
-    dist_checkpointing.save(_state(training, loading=False), str(folder), sharded_strategy=SaveInProcess())
-    dist.barrier()
+    strategy = SaveToMemory()
+    dist_checkpointing.save(_state(training, loading=False), str(folder), sharded_strategy=strategy)
+    files = {path.name: buffer.getbuffer() for path, buffer in strategy.memory.files.items()}
+    return StagedCheckpoint(folder=folder, files=files, leads=dist.get_rank() == 0)
 
 
 def load_checkpoint(folder: Path, training: Training) -> None:
-    """Load what :func:`save_checkpoint` saved, at this or another layout; called on every rank.
+    """Load what :func:`stage_checkpoint` staged, at this or another layout; called on every rank.
 
     Raises:
         FileNotFoundError: the folder is not a complete checkpoint.

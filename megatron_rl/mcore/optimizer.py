@@ -110,4 +110,7 @@ def _schedule(optimizer: Any, chosen: OptimizerConfig, total_updates: int) -> Op
         end_wd=chosen.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # a resumed run has the schedule of its settings at the checkpoint's step: it may have been made longer
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -5,7 +5,9 @@ A verb that answers does so on its reporting ranks and gives None on the others.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
 from megatron_rl.device import collective_backend, dtype, limit_threads
+from megatron_rl.durable import FileRecord
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
-from megatron_rl.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.mcore.checkpoint import load_checkpoint, stage_checkpoint
 from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
@@ -55,6 +58,7 @@ class Worker:
         self._reference = self._load_chunks() if spec.keep_reference else None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
+        self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
         spec = self._spec
@@ -121,9 +125,35 @@ class Worker:
         return train_step(self._training, minibatch, loss_of, **self._placement())
 
     def save(self, folder: Path) -> None:
-        """Save model, optimizer and schedule; returns when all ranks have written."""
+        """Copy model, optimizer and schedule to host memory and start to write them; returns before they are written.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
         gather_parameters(self._training)
-        save_checkpoint(folder, self._training)
+        staged = stage_checkpoint(folder, self._training)
+        written: Future[dict[str, FileRecord]] = Future()
+
+        def write() -> None:
+            try:
+                written.set_result(staged.write())
+            except Exception as error:
+                written.set_exception(error)
+
+        self._written = written
+        # a daemon: a worker that is told to go does not wait for its disk
+        threading.Thread(target=write, name="checkpoint writer", daemon=True).start()
+
+    def written(self) -> dict[str, FileRecord]:
+        """Wait for what :meth:`save` started. Touches no group and no tensor, so it may run beside any other verb.
+
+        Returns:
+            what this rank wrote, by name in the folder.
+
+        Raises:
+            OSError: the disk did not take it, for instance because it is full.
+        """
+        return self._written.result()
 
     def load(self, folder: Path) -> None:
         """Load what :meth:`save` saved, at this or another layout. The reference stays as it is."""

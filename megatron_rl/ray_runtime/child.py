@@ -14,6 +14,7 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -90,11 +91,17 @@ def die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Serve calls from the descriptor given as first argument until it is closed."""
-    die_with_parent(parent=int(sys.argv[2]))
+    """Serve calls until the driver's side is closed: from the first descriptor given, one after the other in the main
+    thread; from the second, beside them. The third argument is the parent's pid.
+    """
+    die_with_parent(parent=int(sys.argv[3]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     worker = _Worker()
+    threading.Thread(target=_serve, args=(Connection(int(sys.argv[2])), worker), name="beside", daemon=True).start()
+    _serve(Connection(int(sys.argv[1])), worker)
+
+
+def _serve(pipe: Connection[Any, Any], worker: _Worker) -> None:
     while True:
         try:
             call: Call = pickle.loads(pipe.recv_bytes())

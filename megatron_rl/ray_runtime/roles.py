@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_rows
+from megatron_rl.checkpoints import Writing
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.interfaces import (
     Pending,
@@ -53,8 +54,12 @@ class RemoteTrainer:
         return self.group.call("update", minibatch, loss, finish=_only)
 
     def save(self, folder: Path) -> Pending[None]:
-        """Write model, optimizer and schedule to ``folder``."""
+        """Copy model, optimizer and schedule, and start to write the copy to ``folder``."""
         return self.group.call("save", folder, finish=lambda _: None)
+
+    def written(self) -> Writing:
+        """What :meth:`save` started."""
+        return self.group.call_beside("written", finish=lambda parts: {k: v for part in parts for k, v in part.items()})
 
     def load(self, folder: Path) -> Pending[None]:
         """Take up what :meth:`save` wrote."""

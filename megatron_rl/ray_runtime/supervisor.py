@@ -78,6 +78,7 @@ class Supervisor:
         self._environment = _writing_to(Path(scratch)) | dict(environment)
         self._phase = "starting"
         self._turn = threading.Condition()
+        self._one_beside = threading.Lock()
         self._next_number = 0
         self._gone = threading.Event()
         self._exit_code = 0
@@ -88,13 +89,14 @@ class Supervisor:
         started.wait()
 
     def _guard(self, started: threading.Event) -> None:
-        ours, theirs = socket.socketpair()
+        (ours, theirs), (ours_beside, theirs_beside) = socket.socketpair(), socket.socketpair()
         self._pipe: Connection[Any, Any] = Connection(ours.detach())
+        self._pipe_beside: Connection[Any, Any] = Connection(ours_beside.detach())
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(theirs_beside.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno(), theirs_beside.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -102,6 +104,7 @@ class Supervisor:
                 start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
             )
         theirs.close()
+        theirs_beside.close()
         started.set()
         self._exit_code = self._process.wait()
         self._gone.set()
@@ -138,6 +141,16 @@ class Supervisor:
             self._turn.notify_all()
         return reply
 
+    def call_beside(self, call: Call) -> Reply | Death:
+        """Have the worker do it in a thread of its own, whatever else it does; such calls run one at a time."""
+        with self._one_beside:
+            try:
+                self._pipe_beside.send_bytes(pickle.dumps(call))
+                reply: Reply = pickle.loads(self._pipe_beside.recv_bytes())
+            except (EOFError, OSError):
+                return self.death()
+        return reply
+
     def death(self) -> Death:
         """Wait for the worker's end and say how it came."""
         self._gone.wait()
@@ -152,8 +165,9 @@ class Supervisor:
         )
 
     def stop(self) -> None:
-        """Close the pipe, which ends the worker, and wait for it."""
+        """Close the pipes, which ends the worker, and wait for it."""
         self._pipe.close()
+        self._pipe_beside.close()
         if not self._gone.wait(timeout=5):
             self._process.kill()
             self._gone.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +103,12 @@ class GroupCall(Generic[T]):
         self._finish = finish
         self._deadline = time.monotonic() + group.deadline_s
 
+    def ready(self, within_s: float) -> bool:
+        """Whether :meth:`result` would not wait any more, having waited ``within_s``."""
+        references = [*self._references]
+        done, _ = ray.wait(references, num_returns=len(references), timeout=within_s)
+        return len(done) == len(references) or time.monotonic() > self._deadline
+
     def result(self) -> T:
         """Wait for every rank.
 
@@ -156,6 +163,7 @@ class WorkerGroup:
         self._keys = itertools.count()
         self._numbers = [itertools.count() for _ in self._supervisors]
         self._statistics = Statistics()
+        self._counting = threading.Lock()
         self.names = [name if len(supervisors) == 1 else f"{name} rank {rank}" for rank in range(len(supervisors))]
         for worker, supervisor in zip(self.names, self._supervisors, strict=True):
             watch.add(worker, supervisor.death.remote())
@@ -204,6 +212,15 @@ class WorkerGroup:
             raise ValueError(f"{self.name}: {verb} shares a batch, so it must be called on every rank, got {ranks}")
         return GroupCall(self, verb, dict(self._send(call, rank) for rank in chosen), finish)
 
+    def call_beside(self, verb: str, *, finish: Callable[[list[Any]], T]) -> GroupCall[T]:
+        """Call a verb on all ranks beside whatever else they do, now or later: it must touch nothing that those use."""
+        call = Call(phase=verb, payload=cloudpickle.dumps((verb, (), {})))
+        references = {
+            supervisor.call_beside.remote(call): name
+            for name, supervisor in zip(self.names, self._supervisors, strict=True)
+        }
+        return GroupCall(self, verb, references, finish)
+
     def _pickled(self, value: Any, hold: list[tuple[int, bytes]], *, itself: Any = None) -> bytes:
         group = self
 
@@ -228,13 +245,15 @@ class WorkerGroup:
 
     def note(self, verb: str, replies: Sequence[Reply]) -> None:
         """Count what the ranks said of one call."""
-        self._statistics.busy_s[verb] += max(reply.busy_s for reply in replies)
-        peak = max(reply.peak_rss_bytes for reply in replies)
-        self._statistics.peak_rss_bytes = max(self._statistics.peak_rss_bytes, peak)
+        with self._counting:  # a save is waited for by a thread of its own
+            self._statistics.busy_s[verb] += max(reply.busy_s for reply in replies)
+            peak = max(reply.peak_rss_bytes for reply in replies)
+            self._statistics.peak_rss_bytes = max(self._statistics.peak_rss_bytes, peak)
 
     def take_statistics(self) -> Statistics:
         """What was counted since the last time."""
-        taken, self._statistics = self._statistics, Statistics()
+        with self._counting:
+            taken, self._statistics = self._statistics, Statistics()
         return taken
 
     def stop(self) -> list[Any]:

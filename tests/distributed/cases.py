@@ -274,6 +274,7 @@ def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Pa
     BaseProcess.start = refuse  # type: ignore[method-assign]
     try:
         worker.save(folder)
+        worker.written()
     finally:
         BaseProcess.start = begin  # type: ignore[method-assign]
     results = [worker.update(minibatch(), loss) for _ in range(2)]
@@ -291,6 +292,33 @@ def resumed(rank: int, port: int, model: Path, setup: Setup, role: str, folder: 
     worker.export_hf(export, model)
     worker.close()
     return results
+
+
+def resaved(rank: int, port: int, model: Path, setup: Setup, folder: Path, again: Path) -> bool:
+    """Load, save again; whether updates draw no random numbers, since none are saved."""
+    worker = start(rank, port, model, setup)
+    worker.load(folder)
+    worker.save(again)
+    worker.written()
+    before = torch.get_rng_state()
+    worker.update(minibatch(), Reinforce())
+    unmoved = torch.equal(before, torch.get_rng_state())
+    worker.close()
+    return unmoved
+
+
+def unwritable(rank: int, port: int, model: Path, folder: Path) -> str:
+    """Save to a disk that is too small; what the writer says, and whether training goes on."""
+    worker = start(rank, port, model, Setup())
+    worker.save(folder)
+    worker.update(minibatch(), Reinforce())
+    try:
+        worker.written()
+    except OSError as error:
+        return str(error)
+    finally:
+        worker.close()
+    return "it was written"
 
 
 def learning_rates(rank: int, port: int, model: Path, lr: float, warmup: float, updates: int) -> list[float]:

@@ -86,6 +86,17 @@ def test_calls_that_overlap_run_in_one_order_on_every_rank(group: WorkerGroup) -
     assert group.call("history", finish=list).result() == [list(range(12))] * 2
 
 
+def test_a_call_beside_others_runs_at_once_and_one_that_fails_is_told(group: WorkerGroup) -> None:
+    long = group.call("sleep", 3, finish=first)
+    beside = group.call_beside("history", finish=len)
+    assert beside.ready(within_s=2)
+    assert beside.result() == 2
+    assert not long.ready(within_s=0)
+    long.result()
+    with pytest.raises(WorkerFailed, match="'Recorder' object has no attribute 'nothing'"):
+        group.call_beside("nothing", finish=first).result()
+
+
 def test_a_batch_is_sent_once_and_forgotten_when_newer_ones_come(group: WorkerGroup) -> None:
     batch = rows(1)
     seen = [group.call("remember", batch, finish=first).result() for _ in range(3)]

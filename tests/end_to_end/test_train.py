@@ -104,19 +104,6 @@ def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
     assert re.search(r"data\.train: \d+ prompts are longer than data\.max_prompt_tokens=22 and left out", done.stdout)
 
 
-def test_a_run_resumes_from_its_checkpoint(train_command: Command, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for steps in (1, 2):
-        command = train_command(
-            f"steps={steps}", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1"
-        )
-        subprocess.run(command, check=True, timeout=200, capture_output=True)
-    steps_done = [record for record in records(run) if "rollout/score" in record]
-    assert [step["step"] for step in steps_done] == [0, 1]
-    assert [step["rollout/policy_version"] for step in steps_done] == [0, 1]
-    assert steps_done[1]["experience/kl"] != pytest.approx(0, abs=1e-7), "the policy must be the one that was saved"
-
-
 def test_a_killed_engine_ends_the_run_with_its_cause(train_command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = train_command("steps=500", "ppo.critic_warmup_steps=0")
@@ -148,13 +135,12 @@ def test_an_exception_in_a_rank_ends_the_run_with_its_cause(train_command: Comma
     assert "model.safetensors" in done.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_run(train_command: Command, tmp_path: Path, sent: signal.Signals) -> None:
+def test_an_interrupt_ends_the_run(train_command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = train_command("steps=500", "policy.layout.tensor=1", "critic.layout.pipeline=1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run, process)
-        process.send_signal(sent)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors

@@ -130,16 +130,27 @@ def test_sources_see_the_step_and_add_to_it(tmp_path):
     assert records(tmp_path)[0]["tokens_per_s"] == 5.0
 
 
-def test_a_resumed_run_appends_and_drops_a_line_that_was_cut_off(tmp_path):
+def test_a_resumed_run_appends_and_drops_what_it_does_again(tmp_path):
     first, _ = open_log(tmp_path)
-    with first.step(0):
+    with first.evaluation(0):
         pass
+    for number in range(3):
+        with first.step(number) as step:
+            step.rows("samples", [{"step": number, "run": 1}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "ki')
-    second, _ = open_log(tmp_path)
-    with second.step(1):
-        pass
-    assert [record["step"] for record in records(tmp_path)] == [0, 1]
+        file.write('{"step": 3, "ki')
+    second, screen = open_log(tmp_path, start_step=2)
+    with second.step(2) as step:
+        step.rows("samples", [{"step": 2, "run": 2}])
+    assert [(row["kind"], row["step"]) for row in records(tmp_path)] == [
+        ("evaluation", 0),
+        ("step", 0),
+        ("step", 1),
+        ("step", 2),
+    ]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": 0, "run": 1}, {"step": 1, "run": 1}, {"step": 2, "run": 2}]
+    assert "2 records of step 2 and later are superseded and dropped" in screen.getvalue()
 
 
 def test_rows_are_written_at_once(tmp_path):

@@ -13,7 +13,7 @@ from megatron_rl.batches import RolloutBatch
 from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.ppo import due, train
-from tests.fakes import CopyingSync, Ready, fake_config, fake_run
+from tests.fakes import CopyingSync, Ready, StopAfter, fake_config, fake_run
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -92,10 +92,19 @@ def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
     run = fake_run(config)
     train(run)
     assert run.checkpoints.steps == [3, 6, 7]
+    assert run.checkpoints.awaited == [7], "training goes on while all but the last are written"
     evaluated = [
         record["step"] + (record["kind"] == "step") for record in records(tmp_path) if "heldout/accuracy" in record
     ]
     assert evaluated == [0, 3, 6, 7]
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_step_in_progress_and_begins_none(tmp_path: Path) -> None:
+    run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(1))
+    train(run)
+    assert run.weights.versions == [0, 1, 2]
+    assert (run.checkpoints.steps, run.checkpoints.awaited) == ([2], [2])
+    assert records(tmp_path)[-1]["checkpoint/pause_s"] == 0.25
 
 
 def test_a_resumed_run_goes_on_at_its_step(tmp_path: Path) -> None:

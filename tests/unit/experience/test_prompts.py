@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.collect import sample_seed
-from megatron_rl.experience.prompts import PromptStream, load_prompts
+from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts
 
 
 @pytest.fixture
@@ -71,6 +71,16 @@ def test_a_restored_stream_goes_on_where_the_other_stood() -> None:
     other = PromptStream(prompts(7), seed=3)
     other.restore(stream.state())
     assert [p.id for p in other.take(9)] == [p.id for p in stream.take(9)]
+
+
+def test_the_digest_follows_the_prompts_and_their_order() -> None:
+    def digest(*found: Prompt) -> str:
+        return PromptSet(prompts=found, dropped=0).digest()
+
+    first, second = prompts(2)
+    other = Prompt(id="0", token_ids=(1,), answer="5", source="")
+    assert digest(first, second) == digest(*prompts(2))
+    assert len({digest(first, second), digest(second, first), digest(first), digest(other, second)}) == 4
 
 
 def test_sample_seeds_depend_on_each_part_and_fit_a_signed_integer() -> None:

@@ -1,0 +1,66 @@
+"""Files that a crash cannot spoil: on the disk before anything relies on them, and summed so that damage shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file must be: its size, and xxh3-128 over its content."""
+
+    size_bytes: int
+    xxh3: str
+
+
+def write_file(path: Path, content: bytes | memoryview) -> FileRecord:
+    """Write a new file; when this returns, the disk has its content (its name only after :func:`flush`).
+
+    Raises:
+        OSError: the disk does not take it; half a file may be left.
+    """
+    with path.open("xb", buffering=0) as file:
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left[:_CHUNK_BYTES]) :]
+        os.fsync(file.fileno())
+    return _record([content])
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` this content in one move: a reader sees the old content or the new one, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_file(partial, text.encode())
+    partial.replace(path)
+    flush(path.parent)
+
+
+def read_record(path: Path) -> FileRecord:
+    """What a file is."""
+    with path.open("rb") as file:
+        return _record(iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+
+def flush(path: Path) -> None:
+    """Make the disk have a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _record(chunks: Iterable[bytes | memoryview]) -> FileRecord:
+    digest, size = xxhash.xxh3_128(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+    return FileRecord(size_bytes=size, xxh3=digest.hexdigest())

@@ -1,0 +1,297 @@
+"""Checkpoints of a run: what is on the disk at each moment, what is trusted, and what is said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl import checkpoints as module
+from megatron_rl.checkpoints import (
+    CheckpointProblem,
+    RunCheckpoints,
+    RunIdentity,
+    check_same_run,
+    check_whole,
+    find_checkpoint,
+)
+from megatron_rl.durable import FileRecord, read_record
+from tests.fakes import FileModel
+
+IDENTITY = RunIdentity(
+    model={"layers": 2, "eos_ids": (3,)},
+    prompts="abc",
+    settings={"seed": 0, "policy.optimizer.lr": 1e-3, "policy.layout.tensor": 2, "ppo.clip_low": 0.2, "steps": 6},
+)
+
+
+class Cursor:
+    """A part of the driver."""
+
+    taken = 0
+
+    def state(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
+class Saver:
+    """A run's checkpoints with what they save."""
+
+    def __init__(self, folder: Path, *, asynchronous: bool = True, keep: int = 2) -> None:
+        self.policy, self.critic, self.cursor = FileModel(), FileModel(), Cursor()
+        self.checkpoints = RunCheckpoints(
+            folder,
+            keep=keep,
+            asynchronous=asynchronous,
+            models={"policy": self.policy, "critic": self.critic},
+            parts={"prompts": self.cursor},
+            like=folder,
+            identity=IDENTITY,
+        )
+
+    def save(self, step: int, *, wait: bool = True) -> dict[str, float]:
+        self.policy.value, self.critic.value, self.cursor.taken = step, 10 * step, 100 * step
+        return self.checkpoints.save(step, wait=wait)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saver(folder: Path) -> Iterator[Saver]:
+    made = Saver(folder)
+    made.checkpoints.start(find_checkpoint(folder))
+    yield made
+    made.policy.gate.set()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_everything_is_taken_up_again(saver: Saver, folder: Path) -> None:
+    saver.save(3)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    assert (saved.step, saved.folder) == (3, folder / "step_000003")
+    other = Saver(folder)
+    assert other.checkpoints.start(saved) == 3
+    assert (other.policy.value, other.critic.value, other.cursor.taken) == (3, 30, 300)
+    assert (saved.folder / "hf/model.safetensors").read_text() == "3"
+
+
+def test_the_manifest_sums_every_file_but_itself(saver: Saver, folder: Path) -> None:
+    saver.save(3)
+    manifest = json.loads((folder / "step_000003/manifest.json").read_text())
+    files = {str(p.relative_to(folder / "step_000003")) for p in (folder / "step_000003").rglob("*") if p.is_file()}
+    assert set(manifest) == files - {"manifest.json"}
+    assert manifest["policy/weights.txt"]["size_bytes"] == 100
+    for name, record in manifest.items():
+        assert read_record(folder / "step_000003" / name) == FileRecord(**record)
+
+
+def test_the_last_few_are_kept(saver: Saver, folder: Path) -> None:
+    for step in (1, 2, 9, 10):
+        saver.save(step)
+    assert names(folder) == ["latest", "step_000009", "step_000010"]
+    assert (folder / "latest").read_text() == "step_000010\n"
+
+
+def test_training_goes_on_while_files_are_written_and_nobody_trusts_them_before_the_end(
+    saver: Saver, folder: Path
+) -> None:
+    saver.save(1)
+    saver.policy.gate.clear()
+    assert "write_s" not in saver.save(2, wait=False)
+    assert names(folder) == [".partial_000002", "latest", "step_000001"]
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    assert saved.step == 1
+    saver.policy.value = 77  # training moves on; what was copied stays
+    saver.policy.gate.set()
+    end = time.monotonic() + 10
+    while (folder / "latest").read_text() != "step_000002\n":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert (folder / "step_000002/policy/weights.txt").read_text() == "2" * 100
+    metrics = saver.save(3, wait=False)
+    assert metrics["write_s"] > 0
+    assert metrics["size_mib"] > 0
+
+
+def test_the_next_save_waits_for_the_one_before(saver: Saver, folder: Path) -> None:
+    saver.save(1, wait=False)
+    saver.save(2)
+    assert names(folder) == ["latest", "step_000001", "step_000002"]
+
+
+def test_without_asynchronous_a_save_is_complete_when_it_returns(folder: Path) -> None:
+    saver = Saver(folder, asynchronous=False)
+    saver.checkpoints.start(None)
+    assert saver.save(1, wait=False)["write_s"] > 0
+    assert (folder / "latest").read_text() == "step_000001\n"
+
+
+def test_what_a_killed_save_left_is_removed_and_never_taken_for_complete(saver: Saver, folder: Path) -> None:
+    saver.save(4)
+    (folder / ".partial_000005/policy").mkdir(parents=True)
+    (folder / "step_000004").rename(folder / "step_000006")  # renamed, and killed before `latest` moved
+    saver.checkpoints.start(None)
+    assert names(folder) == ["latest"]
+    assert find_checkpoint(folder) is None
+    saver.save(1)
+    (folder / "step_000001").rename(folder / "aside")
+    saver.save(2)
+    (folder / "latest").write_text("step_000001\n")
+    (folder / "aside").rename(folder / "step_000001")
+    assert saver.checkpoints.start(find_checkpoint(folder)) == 1
+    assert names(folder) == ["latest", "step_000001"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (cut, "weights.txt must have 200 bytes, has 199"),
+        (flip, "weights.txt was changed: its xxh3 is not that of the manifest"),
+        (Path.unlink, "weights.txt is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_on(saver: Saver, folder: Path, spoil: Any, says: str) -> None:
+    saver.checkpoints._keep = 3
+    for step in (8, 9, 11):
+        saver.save(step)
+    spoil(folder / "step_000011/policy/weights.txt")
+    cut(folder / "step_000009/critic/weights.txt")
+    found = find_checkpoint(folder)
+    assert found is not None
+    with pytest.raises(CheckpointProblem) as problem:
+        check_whole(found)
+    remedy = f"step_000008 is whole: to go on from it, write step_000008 into {folder}/latest"
+    assert f"step_000011 is damaged; {remedy}" in str(problem.value)
+    assert says in str(problem.value)
+    (folder / "latest").write_text("step_000008")
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    assert saved.step == 8
+
+
+def test_without_an_earlier_one_the_way_on_is_to_start_anew(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    cut(folder / "step_000001/state.json")
+    with pytest.raises(
+        CheckpointProblem, match=r"no earlier checkpoint is whole: start anew(.|\n)*state\.json must have"
+    ):
+        find_checkpoint(folder)
+
+
+def test_a_marker_that_is_gone_is_not_taken_for_a_fresh_start(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    (folder / "latest").unlink()
+    with pytest.raises(CheckpointProblem, match=r"must have a file 'latest' .* found step_000001"):
+        find_checkpoint(folder)
+
+
+def test_a_failed_write_fails_the_next_save_with_its_cause_and_the_one_before_stays(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saver.policy.error = OSError(errno.ENOSPC, "No space left on device")
+    saver.save(2, wait=False)
+    with pytest.raises(OSError, match="No space left on device") as failure:
+        saver.save(3, wait=False)
+    (note,) = failure.value.__notes__
+    assert "while the checkpoint step_000002 was saved; the newest whole one" in note
+    assert "step_000001; free on that disk at the time: " in note
+    assert names(folder) == ["latest", "step_000001"], "the room that it took is given back"
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    assert saved.step == 1
+
+
+def test_a_run_that_fails_still_completes_what_it_saved(saver: Saver, folder: Path) -> None:
+    saver.policy.gate.clear()
+    with pytest.raises(ValueError, match="of the loop"), saver.checkpoints:  # noqa: PT012
+        saver.save(1, wait=False)
+        saver.policy.gate.set()
+        raise ValueError("of the loop")
+    assert (folder / "latest").read_text() == "step_000001\n"
+
+
+def test_an_interrupt_does_not_wait_for_the_disk(saver: Saver, folder: Path) -> None:
+    saver.policy.gate.clear()
+    with pytest.raises(KeyboardInterrupt) as interrupt, saver.checkpoints:  # noqa: PT012
+        saver.save(1, wait=False)
+        raise KeyboardInterrupt
+    assert "a checkpoint was under way" in interrupt.value.__notes__[0]
+    assert find_checkpoint(folder) is None
+
+
+def changed(**settings: Any) -> RunIdentity:
+    return dataclasses.replace(IDENTITY, settings={**IDENTITY.settings, **settings})
+
+
+def test_another_run_is_refused_with_all_reasons_at_once(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    other = RunIdentity(
+        model={"layers": 4, "eos_ids": (3,)},
+        prompts="abd",
+        settings={**IDENTITY.settings, "seed": 1, "policy.optimizer.lr": 2e-3, "policy.optimizer.eps": 1e-8},
+    )
+    with pytest.raises(CheckpointProblem) as problem:
+        check_same_run(saved, other)
+    assert [line.strip() for line in str(problem.value).splitlines()[1:]] == [
+        "seed: was 0, is 1; the order of prompts and every sample are drawn from it",
+        "policy.optimizer.eps: was None, is 1e-08; the optimizer's state holds them",
+        "policy.optimizer.lr: was 0.001, is 0.002; the optimizer's state holds them",
+        "model.path: another model, layers was 2, is 4",
+        "data.train: other prompts (or another template or limit); the position in the data is lost",
+    ]
+
+
+def test_the_layout_may_change_in_silence_and_the_algorithm_with_a_word(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    assert check_same_run(saved, IDENTITY) == []
+    assert check_same_run(saved, changed(**{"policy.layout.tensor": 1})) == []
+    assert check_same_run(saved, changed(**{"ppo.clip_low": 0.3, "steps": 9})) == [
+        "ppo.clip_low was 0.2, is 0.3",
+        "steps was 6, is 9",
+    ]
+
+
+def test_experts_may_not_be_shared_out_where_they_were_not(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    with pytest.raises(CheckpointProblem, match=r"policy\.layout\.expert: was 1, is 2; experts that are shared out"):
+        check_same_run(saved, changed(**{"policy.layout.expert": 2}))
+
+
+def test_every_setting_that_is_spoken_of_exists() -> None:
+    from megatron_rl.config.load import _keys
+    from megatron_rl.config.schema import RunConfig
+
+    known = {key for key, _ in _keys(RunConfig)}
+    assert {*module._FIXED, *module._MACHINE} <= known

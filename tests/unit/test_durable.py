@@ -1,0 +1,44 @@
+"""Files that a crash cannot spoil."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from megatron_rl import durable
+from megatron_rl.durable import FileRecord, read_record, replace_text, write_file
+
+
+def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_CHUNK_BYTES", 7)
+    content = bytes(range(256))
+    written = write_file(tmp_path / "file", memoryview(content))
+    assert (tmp_path / "file").read_bytes() == content
+    assert written == read_record(tmp_path / "file")
+    assert written == FileRecord(size_bytes=256, xxh3=xxhash.xxh3_128_hexdigest(content))
+
+
+def test_a_file_is_never_written_over(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", b"old")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_replacement_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "latest"
+    replace_text(file, "one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            replace_text(file, "two")
+    assert file.read_text() == "one"
+    replace_text(file, "three")  # what the failed one left is no obstacle
+    assert file.read_text() == "three"
+    assert list(tmp_path.iterdir()) == [file]
