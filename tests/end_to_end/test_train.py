@@ -75,6 +75,7 @@ def test_a_run_without_a_critic_starts_none_and_resumes(train_command: Command, 
     assert sorted(entry["worker"] for entry in processes) == ["engine", "policy"]
     assert sorted(path.name for path in (run / "checkpoints" / "step_000002").iterdir()) == [
         "hf",
+        "manifest.json",
         "policy",
         "state.json",
     ]
