@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from megatron_rl.durable import flush
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -118,10 +119,10 @@ def save_hf_folder(
             if (like / name).is_file():
                 shutil.copyfile(like / name, partial / name)
         for written in partial.iterdir():
-            _flush(written)
-        _flush(partial)
+            flush(written)
+        flush(partial)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -183,12 +184,3 @@ def _config(like: dict[str, Any], architecture: str | None, dtype: torch.dtype) 
         if architecture.endswith("ForTokenClassification"):
             config |= {"num_labels": 1, "id2label": {"0": "value"}, "label2id": {"value": 0}}
     return config
-
-
-def _flush(path: Path) -> None:
-    """Make the disk have it before anything that relies on it is written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
