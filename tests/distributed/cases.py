@@ -204,6 +204,20 @@ def one_step(
     return result, gradients, after
 
 
+def scored_and_trained(
+    rank: int, port: int, model: Path, setup: Setup, role: str, rows: TokenRows, batch: Any, loss: Any
+) -> tuple[Any, UpdateResult | None, dict[str, Tensor]]:
+    """What a fresh model says of ``rows``; and with a minibatch one update, and on rank 0 all parameters after it."""
+    worker = start(rank, port, model, setup, role)
+    scored = worker.logprobs(rows) if role == POLICY else worker.values(rows)
+    result, after = None, {}
+    if batch is not None:
+        result = worker.update(batch, loss)
+        after = named(worker._full_tensors())
+    worker.close()
+    return scored, result, after
+
+
 def named(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Copies of them, in float32."""
     return {name: tensor.detach().float().clone() for name, tensor in tensors}
