@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,13 @@ def minibatch() -> Minibatch[ExperienceBatch]:
     return Minibatch(source=experience, rows=torch.tensor([11, 0, 3, 7, 1, 9, 4, 6, 2, 10]), loss_weight=weight)
 
 
+def padded(batch: Minibatch[ExperienceBatch]) -> Minibatch[ExperienceBatch]:
+    """The same rows, each as long as the longest: what comes after a row's end is read, and counts for nothing."""
+    rollouts = batch.source.rollouts
+    whole = torch.full_like(rollouts.lengths, rollouts.tokens.shape[1])
+    return replace(batch, source=replace(batch.source, rollouts=replace(rollouts, lengths=whole)))
+
+
 @dataclass(frozen=True)
 class Reinforce:
     """- advantage x log-prob, minus an entropy bonus."""
@@ -114,6 +121,7 @@ class Setup:
     distributed_optimizer: bool = False
     overlap_communication: bool = False
     recompute: Any = "none"
+    padded: bool = False
     clip_grad: float = 1.0
     budget: int = 4096
     dtype: Any = "float32"
@@ -123,6 +131,7 @@ class Setup:
     def __str__(self) -> str:
         """For the names of tests."""
         switches = " dist-opt" * self.distributed_optimizer + " overlap" * self.overlap_communication
+        switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
         return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
 
@@ -197,7 +206,8 @@ def one_step(
 ) -> tuple[UpdateResult | None, dict[str, Tensor], dict[str, Tensor]]:
     """One update: its result, and on rank 0 all gradients and all parameters after it, by Hugging Face name."""
     worker = start(rank, port, model, setup, role)
-    result = worker.update(minibatch(), Reinforce() if role == POLICY else SquaredError())
+    batch = padded(minibatch()) if setup.padded else minibatch()
+    result = worker.update(batch, Reinforce() if role == POLICY else SquaredError())
     gradients = named(gradient_tensors(worker))
     after = named(worker._full_tensors())
     worker.close()
