@@ -7,7 +7,7 @@ weights never reach the engine must stop; a critic that never learns must show i
 Advantages that stand one token off still teach every token but the first, or but the last; what they cannot teach is
 the choice that the first token makes, between reasoning and answering at once. A critic that knows what each choice is
 worth leaves no other trace of it, so those runs, and a control, take larger rollouts, warm up the critic for longer and
-stop after four steps of the policy: given time, a policy that reasons better makes the critic lag behind, and the
+stop after three steps of the policy: given time, a policy that reasons better makes the critic lag behind, and the
 choice is learnt from that. The run that learns from samples of weights it has left behind stops early as well: it gets
 better before it falls apart.
 """
@@ -44,9 +44,9 @@ UNCHECKED = "few steps, no push, unchecked"
 FEW_STEPS = (
     "prompts_per_step=256",
     "ppo.minibatch_samples=256",
-    "ppo.critic_warmup_steps=12",
+    "ppo.critic_warmup_steps=16",
     "ppo.value_clip=inf",
-    "steps=16",
+    "steps=19",
 )
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
