@@ -127,7 +127,7 @@ def chunked(rank: int, port: int, head: Head) -> Numbers:
             sequence_parallel=head.sequence_parallel,
         )
         projection = ColumnParallelLinear(HIDDEN, VOCABULARY, config=config, init_method=lambda w: w, bias=False)
-        layer = TokenHead(projection)
+        layer = TokenHead(projection, VOCABULARY)
         given = inputs(head)
         with torch.no_grad():
             layer.weight.copy_(given.weight.chunk(head.tensor)[rank])
