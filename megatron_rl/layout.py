@@ -64,11 +64,6 @@ class ParallelLayout:
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
-    def chunks(self) -> int:
-        """Pieces that the layers are cut into."""
-        return self.pipeline * self.virtual_pipeline
-
-    @property
     def row_multiple(self) -> int:
         """Each row is padded to a multiple of this: context ranks take its positions in pairs of pieces."""
         return 2 * self.context if self.context > 1 else 1
