@@ -296,7 +296,8 @@ def test_a_layout_that_does_not_divide_is_refused(folder):
         "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6] "
         "(or set first_stage_layers, last_stage_layers)"
     ]
-    assert problems("critic.layout.pipeline=4", "critic.layout.last_stage_layers=3") == []
+    uneven = ["critic.layout.pipeline=2", "critic.layout.last_stage_layers=2"]
+    assert load(RunConfig, [Path("ppo.toml")], uneven).critic.layout.last_stage_layers == 2
     assert problems("critic.layout.sequence_parallel=true") == [
         "critic.layout: sequence_parallel needs tensor > 1, got tensor=1"
     ]
