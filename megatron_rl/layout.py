@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 
@@ -160,10 +161,7 @@ class ParallelLayout:
         """
         if not 0 <= layer < layers:
             raise ValueError(f"the layer must be in [0, {layers}), got {layer}")
-        if problems := self.layer_problems(layers):
-            raise ValueError("; ".join(problems))
-        bounds = list(accumulate(size // self.virtual_pipeline for size in self._stage_layers(layers)))
-        return bisect(bounds, layer % bounds[-1])
+        return _stages(self, layers)[layer]
 
     def coordinates(self, rank: int) -> Coordinates:
         """The place of ``rank`` on each axis.
@@ -207,6 +205,14 @@ class ParallelLayout:
         rare = {"CP": self.context, "EP": self.expert, "ETP": self.expert_tensor}
         rest = "".join(f" {name}{size}" for name, size in rare.items() if size > 1)
         return f"TP{self.tensor}{'+SP' * self.sequence_parallel} PP{self.pipeline}{virtual}{ends} DP{self.data}{rest}"
+
+
+@cache  # a plan asks once per tensor
+def _stages(layout: ParallelLayout, layers: int) -> tuple[int, ...]:
+    if problems := layout.layer_problems(layers):
+        raise ValueError("; ".join(problems))
+    bounds = list(accumulate(size // layout.virtual_pipeline for size in layout._stage_layers(layers)))
+    return tuple(bisect(bounds, layer % bounds[-1]) for layer in range(layers))
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
