@@ -86,7 +86,7 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorMoves:
-    """How one Megatron tensor (on the way from files to files: what would make one) gets to its target.
+    """How one entry of the weight map gets to its target.
 
     Attributes:
         entry: which tensor it is.
@@ -106,7 +106,8 @@ class PlanSummary:
     Attributes:
         moves: how many.
         size_bytes: of all of them.
-        pairs: bytes by source and target rank; None stands for the files.
+        pairs: bytes by source and target rank; None stands for the files. From a rank to itself they stay where they
+            are.
     """
 
     moves: int

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,18 +26,18 @@ DENSE = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral")
 ODD = ("qwen2-odd", "llama-odd")
 """Of a vocabulary that only one tensor rank divides; tied and untied."""
 SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek")
-LAYOUTS = [
+TP2, TP2_PP2 = ParallelLayout(tensor=2), ParallelLayout(tensor=2, pipeline=2)
+TP4 = ParallelLayout(tensor=4)
+"""Two ranks to a key/value head."""
+UNEVEN = ParallelLayout(pipeline=3, first_stage_layers=1, last_stage_layers=1)
+LAYOUTS = [TP2, ParallelLayout(pipeline=2), TP2_PP2, ParallelLayout(pipeline=2, virtual_pipeline=2)]
+COPIES = [ParallelLayout(), ParallelLayout(tensor=2, data=2), ParallelLayout(context=2, data=2)]
+EXPERTS = [ParallelLayout(data=2, expert=2), ParallelLayout(tensor=2, sequence_parallel=True, expert=2)]
+MORE_EXPERTS = [
     ParallelLayout(),
-    ParallelLayout(tensor=2),
-    ParallelLayout(pipeline=2),
-    ParallelLayout(tensor=2, pipeline=2),
-    ParallelLayout(pipeline=2, virtual_pipeline=2),
-    ParallelLayout(pipeline=3, first_stage_layers=1, last_stage_layers=1),
-    ParallelLayout(tensor=4),  # two ranks to a key/value head
-]
-EXPERTS = [
-    ParallelLayout(data=2, expert=2),
-    ParallelLayout(tensor=2, sequence_parallel=True, expert=2),
+    ParallelLayout(tensor=2, sequence_parallel=True, data=2, expert=2, expert_tensor=2),
+    ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
+    ParallelLayout(data=4, expert=2),
 ]
 
 
@@ -78,7 +79,11 @@ def check(ranks: Ranks, layout: ParallelLayout, models: Iterable[Path], folder: 
     return traffic
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def slow(layouts: Iterable[ParallelLayout]) -> Iterable[Any]:
+    return [pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, UNEVEN, TP4, *slow(COPIES)], ids=str)
 def test_weights_of_dense_models_and_critics_come_back_from_any_layout(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
 ) -> None:
@@ -86,14 +91,14 @@ def test_weights_of_dense_models_and_critics_come_back_from_any_layout(
     assert all(done.read == done.held for here in traffic for done in here)  # not an element more than a rank holds
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], LAYOUTS[-1]], ids=str)
+@pytest.mark.parametrize("layout", [TP2, *slow([TP2_PP2, TP4])], ids=str)
 def test_weights_of_a_padded_vocabulary_come_back_without_the_padding(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
 ) -> None:
     check(ranks, layout, [models[name] for name in ODD], tmp_path)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS[:-1], *EXPERTS], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERTS, *slow([UNEVEN, *MORE_EXPERTS])], ids=str)
 def test_weights_of_models_with_experts_come_back_from_any_layout(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
 ) -> None:
@@ -105,7 +110,7 @@ def test_weights_of_models_with_experts_come_back_from_any_layout(
 
 @pytest.mark.parametrize("name", ODD)
 def test_padding_of_a_trained_vocabulary_stays_zero(ranks: Ranks, models: dict[str, Path], name: str) -> None:
-    first, second = ranks.run(2, vocabularies_after_update, models[name], Setup(layout=ParallelLayout(tensor=2)))
+    first, second = ranks.run(2, vocabularies_after_update, models[name], Setup(layout=TP2))
     for full, padding in zip(first, second, strict=True):  # 97 tokens on two ranks of 128 rows each
         assert (len(full), len(padding)) == (128, 128)
         assert full[:97].abs().sum(1).min() > 0

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.weights.families import FAMILIES
 from megatron_rl.weights.plan import (
     HfFiles,
     Shard,
@@ -98,7 +99,7 @@ def test_every_first_holder_has_its_shard_and_every_copy_has_one(weights: Weight
 @pytest.mark.parametrize(
     ("head", "kind"), [(Head.TOKEN, "CausalLM"), (Head.VALUE, "TokenClassification")], ids=["token", "value"]
 )
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3"])
+@pytest.mark.parametrize("family", [architecture.removesuffix("ForCausalLM") for architecture in FAMILIES])
 def test_planned_shapes_are_those_of_transformers(family: str, head: Head, kind: str, tied: bool) -> None:
     if not hasattr(transformers, f"{family}For{kind}"):
         pytest.skip(f"transformers has no {family}For{kind}")
