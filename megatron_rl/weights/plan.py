@@ -144,11 +144,11 @@ class TransferPlan:
     def summary(self) -> PlanSummary:
         """Count moves and bytes, by pair of ranks: what a dry run prints."""
         pairs: dict[tuple[int | None, int | None], int] = {}
-        count = 0
-        for count, move in enumerate(self.moves, start=1):  # noqa: B007 - read after the loop
+        moves = list(self.moves)
+        for move in moves:
             pair = move.source.rank, move.target.rank
             pairs[pair] = pairs.get(pair, 0) + move.size_bytes
-        return PlanSummary(moves=count, size_bytes=sum(pairs.values()), pairs=pairs)
+        return PlanSummary(moves=len(moves), size_bytes=sum(pairs.values()), pairs=pairs)
 
 
 def transfer_plan(weights: WeightMap, source: End, target: End, *, element_bytes: int = 2) -> TransferPlan:
@@ -273,6 +273,11 @@ def shards_on(weights: WeightMap, layout: ParallelLayout, rank: int) -> dict[str
     """What one rank holds, by its own name for it: its shards, or whose it has copies of.
 
     The last stage of a tied model holds the embedding once more, as its output layer.
+
+    Args:
+        weights: all tensors of the model: one without an output layer is taken for tied.
+        layout: of the model.
+        rank: which one.
 
     Raises:
         ValueError: as :func:`stage_of`, or the rank is outside the layout.
