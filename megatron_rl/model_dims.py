@@ -83,27 +83,29 @@ class ModelDims:
     def layout_problems(self, layout: ParallelLayout) -> list[str]:
         """Why this model cannot be laid out so, one sentence each with the nearest legal values; empty when it can."""
         found = layout.problems()
-        for what, size in (("attention heads", self.heads), ("key/value heads", self.kv_heads)):
-            if layout.tensor > 0 and size % layout.tensor:
-                legal = [n for n in range(1, size + 1) if self.heads % n == 0 and self.kv_heads % n == 0]
-                found.append(f"tensor={layout.tensor} does not divide the model's {size} {what}; possible: {legal}")
-        for what, size in (("ffn width", self.ffn_hidden), ("vocabulary", self.vocabulary)):
-            if layout.tensor > 0 and size % layout.tensor:
-                found.append(f"tensor={layout.tensor} does not divide the model's {what} of {size}")
-        if layout.pipeline > 0 and self.layers % layout.pipeline:
-            legal = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
+        if not layout.positive:
+            return found
+        if not self._shares_heads(layout.tensor):
+            legal = [n for n in range(1, self.heads + 1) if self._shares_heads(n)]
             found.append(
-                f"pipeline={layout.pipeline} does not divide the model's {self.layers} layers; possible: {legal}"
+                f"tensor={layout.tensor} does not divide the model's {self.heads} attention heads and {self.kv_heads} "
+                f"key/value heads; possible: {legal}"
             )
-        elif layout.chunks > 0 and self.layers % layout.chunks:
-            per_stage = self.layers // layout.pipeline
-            legal = [n for n in range(1, per_stage + 1) if per_stage % n == 0]
-            found.append(
-                f"virtual_pipeline={layout.virtual_pipeline} does not divide the {per_stage} layers of a stage; "
-                f"possible: {legal}"
-            )
+        if self.ffn_hidden % layout.tensor:
+            found.append(f"tensor={layout.tensor} does not divide the model's ffn width of {self.ffn_hidden}")
+        found += layout.layer_problems(self.layers)
         found += self._expert_problems(layout)
         return found
+
+    def _shares_heads(self, ranks: int) -> bool:
+        """Whether each rank has as many query heads, with whole query groups or an equal part of one.
+
+        In the latter case megatron-core cuts the group's matrix into equal parts and gathers what they compute, so that
+        the rows of keys and values need not fall on any one rank.
+        """
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        groups = self.kv_heads % ranks == 0 or (ranks % self.kv_heads == 0 and rows % ranks == 0)
+        return self.heads % ranks == 0 and (groups or self.latent is not None)
 
     def _expert_problems(self, layout: ParallelLayout) -> Iterator[str]:
         experts = self.experts
@@ -120,12 +122,12 @@ class ModelDims:
                 f"expert_tensor must equal tensor={layout.tensor} where expert = 1, got {layout.expert_tensor}: "
                 "copies of experts on tensor ranks would drift apart"
             )
-        if layout.expert > 0 and experts.count % layout.expert:
+        if experts.count % layout.expert:
             legal = [n for n in range(1, experts.count + 1) if experts.count % n == 0]
             yield f"expert={layout.expert} does not divide the model's {experts.count} experts; possible: {legal}"
-        if layout.expert_tensor > 0 and experts.ffn_hidden % layout.expert_tensor:
+        if experts.ffn_hidden % layout.expert_tensor:
             yield f"expert_tensor={layout.expert_tensor} does not divide the experts' ffn width of {experts.ffn_hidden}"
-        if layout.tensor > 0 and experts.shared_ffn_hidden % layout.tensor:
+        if experts.shared_ffn_hidden % layout.tensor:
             yield f"tensor={layout.tensor} does not divide the shared expert's ffn width of {experts.shared_ffn_hidden}"
 
     def row_flops(self, length: int) -> float:

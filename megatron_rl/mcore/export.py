@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,10 @@ from torch import Tensor
 from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.weights.plan import holders, part_of
-from megatron_rl.weights.reshard import merge, split
+from megatron_rl.weights.plan import HfFiles, Region, holders, shards_on, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import WeightMap
 
-_EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
 _VALUE_HEAD = "score."
 
 
@@ -49,30 +48,42 @@ def _first_expert(config: Any) -> int:
 def load_hf(
     chunks: Sequence[Any], folder: Path, weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
 ) -> None:
-    """Fill a rank's pieces of the model from a Hugging Face folder; it reads only the tensors that it holds parts of.
+    """Fill a rank's pieces of the model from a Hugging Face folder, straight from the parts of its files that it needs.
 
     A value head keeps its zeros where the folder has no ``score.*``: a critic starts from a policy's folder.
 
     Raises:
-        ValueError: a parameter has no entry in the weight map, or its shape is not the folder's.
+        ValueError: the weight map and the model disagree on this rank's parameters, or the folder on their shapes.
     """
     source = HfFolder(folder)
-    entries = {entry.megatron: entry for entry in weights.entries}
-    for name, parameter in local_parameters(chunks).items():
-        # the last stage of a tied model holds a second copy of the embedding
-        entry = entries.get(_EMBEDDING if name == _OUTPUT and name not in entries else name)
-        if entry is None:
-            raise ValueError(f"{dims.architecture}: the weight map must name every parameter, it lacks {name}")
-        if all(hf.startswith(_VALUE_HEAD) for hf in entry.hf) and not set(entry.hf) & source.names:
+    parameters, shards = local_parameters(chunks), shards_on(weights, layout, rank)
+    if parameters.keys() != shards.keys():
+        lacking, unknown = sorted(parameters.keys() - shards.keys()), sorted(shards.keys() - parameters.keys())
+        raise ValueError(
+            f"{dims.architecture}: the weight map must name the parameters of rank {rank} of {layout}, it lacks "
+            f"{lacking} and names {unknown} that are not there"
+        )
+    wanted = {shard.name for shard in shards.values()}
+    mine = replace(weights, entries=tuple(entry for entry in weights.entries if entry.megatron in wanted))
+    tensors = {tensor.entry.megatron: tensor for tensor in transfer_plan(mine, HfFiles(), layout).tensors}
+    for name, parameter in parameters.items():
+        tensor, holder = tensors[shards[name].name], shards[name].rank
+        if all(hf.startswith(_VALUE_HEAD) for hf in tensor.entry.hf) and not set(tensor.entry.hf) & source.names:
             continue
-        full = weights.to_megatron(entry, [source.tensor(hf) for hf in entry.hf])
-        shard = split(full, entry, dims, *part_of(entry, layout, rank))
-        if shard.shape != parameter.shape:
-            raise ValueError(
-                f"{name} must have shape {tuple(parameter.shape)} on rank {rank} of {layout}, "
-                f"{folder} gives {tuple(shard.shape)}; check that config.json belongs to its weights"
-            )
-        parameter.copy_(shard)
+        for move in tensor.moves:
+            if move.target.rank == holder:
+                there = move.source
+                _part(parameter, move.target).copy_(source.slice(there.name, there.index, shape=there.shape))
+        for region in tensor.padding:
+            if region.rank == holder:
+                _part(parameter, region).zero_()
+
+
+def _part(tensor: Tensor, region: Region) -> Tensor:
+    """A view of the region."""
+    if tuple(tensor.shape) != region.shape:
+        raise ValueError(f"{region.name} must have shape {region.shape}, megatron-core has {tuple(tensor.shape)}")
+    return tensor.detach()[region.index]
 
 
 @torch.no_grad()
@@ -81,7 +92,8 @@ def full_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
 
-    Each holder of a shard sends it to rank 0 once, straight; nobody else receives anything.
+    The first holder of each shard sends it to rank 0 once, straight; nobody else receives anything, and padding stays
+    where it is.
 
     Args:
         mine: this rank's shards, as :func:`local_parameters` names them (the parameters, or something of their shapes).
@@ -93,20 +105,48 @@ def full_tensors(
     Yields:
         Hugging Face name and full tensor, on rank 0.
     """
-    shapes: list[Any] = [None] * layout.world_size
-    dist.gather_object({name: (p.shape, p.dtype) for name, p in mine.items()}, shapes if rank == 0 else None)
-    for entry in weights.entries:
-        ranks = holders(entry, layout, dims)
-        if rank != 0:
-            if rank in ranks:
-                dist.send(mine[entry.megatron].detach().contiguous(), dst=0)
-            continue
-        shards = []
-        for holder in ranks:
-            if holder == 0:
-                shards.append(mine[entry.megatron].detach())
-                continue
-            shape, dtype = shapes[holder][entry.megatron]
-            shards.append(torch.empty(shape, dtype=dtype, device=device()))
-            dist.recv(shards[-1], src=holder)
-        yield from weights.to_hf(entry, merge(shards, entry, dims))
+    dtypes: list[Any] = [None] * layout.world_size
+    dist.gather_object({name: tensor.dtype for name, tensor in mine.items()}, dtypes if rank == 0 else None)
+    for tensor in transfer_plan(weights, layout, HfFiles()).tensors:
+        name = tensor.entry.megatron
+        parts: dict[int | None, Iterator[Tensor]] = {}
+        for holder in holders(tensor.entry, layout, dims):
+            regions = [move.source for move in tensor.moves if move.source.rank == holder]
+            if rank == 0 and holder != 0:
+                parts[holder] = iter(_receive(holder, regions, dtypes[holder][name]))
+            elif rank == holder:
+                parts[holder] = iter([_part(mine[name], region) for region in regions])
+        if rank == 0:
+            pieces = [(move.target, next(parts[move.source.rank])) for move in tensor.moves]
+            for hf, group in groupby(pieces, key=lambda piece: piece[0].name):
+                yield hf, _assemble(list(group))
+        elif rank in parts:
+            _send(list(parts[rank]))
+
+
+def _send(parts: Sequence[Tensor]) -> None:
+    """To rank 0, in one message one behind the other; nothing where a shard is padding alone."""
+    if parts:
+        flat = [part.reshape(-1) for part in parts]
+        dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
+
+
+def _receive(holder: int, regions: Sequence[Region], dtype: torch.dtype) -> list[Tensor]:
+    """What ``holder`` sends."""
+    sizes = [region.elements for region in regions]
+    if not sizes:
+        return []
+    message = torch.empty(sum(sizes), dtype=dtype, device=device())
+    dist.recv(message, src=holder)
+    return [part.view(region.region_shape) for part, region in zip(message.split(sizes), regions, strict=True)]
+
+
+def _assemble(pieces: Sequence[tuple[Region, Tensor]]) -> Tensor:
+    """The tensor that the pieces make up; no copy where there is one."""
+    region, piece = pieces[0]
+    if region.whole:
+        return piece
+    full = piece.new_empty(region.shape)
+    for region, piece in pieces:
+        full[region.index] = piece
+    return full

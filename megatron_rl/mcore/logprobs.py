@@ -14,6 +14,9 @@ CHUNK_BYTES = 256 * 2**20
 """Bound on a chunk's float32 logits. Every chunk reads and writes the whole gradient of the weight once more, so that
 small chunks cost time (the products want a thousand tokens or so); a few buffers of this size are all that is held."""
 
+NEVER = -1e30
+"""The logit of padding: so small that its probability is zero, and finite, so that zero times it is zero."""
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -24,6 +27,7 @@ def linear_logprobs(
     group: dist.ProcessGroup,
     with_entropy: bool,
     chunk_tokens: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target, and the entropy, of ``softmax(hidden @ weight.T / temperature)``.
 
@@ -44,12 +48,16 @@ def linear_logprobs(
         with_entropy: else the entropy is not computed. Its gradient is computed only where it is not zero, so an
             entropy that is reported and not optimized costs no more in the backward.
         chunk_tokens: tokens at a time; None: as many as :data:`CHUNK_BYTES` allows.
+        vocabulary: rows of the weights of all ranks together that stand for tokens; those behind them are padding,
+            which has no probability and gets no gradient. None: there is no padding.
 
     Returns:
         log-probs [N] f32 and entropy [N] f32 or None, both in nats.
     """
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, group, with_entropy, chunk)  # type: ignore[no-untyped-call]
+    width = weight.shape[0]
+    real = width if vocabulary is None else min(width, max(0, vocabulary - group.rank() * width))
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, group, with_entropy, chunk, real)  # type: ignore[no-untyped-call]
     return logprobs, entropy if with_entropy else None
 
 
@@ -57,10 +65,14 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[tokens, V / ranks] f32, to be overwritten."""
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, real: int) -> Tensor:
+    """[tokens, V / ranks] f32, to be overwritten; :data:`NEVER` where row ``real`` or a later one stands."""
     logits = (hidden @ weight.T).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    if real < len(weight):
+        logits[:, real:] = NEVER
+    return logits
 
 
 def _gather(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -91,6 +103,7 @@ class _LinearLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         with_entropy: bool,
         chunk: int,
+        real: int,
     ) -> tuple[Tensor, Tensor]:
         tokens, width = len(hidden), len(weight)
         local = targets - group.rank() * width
@@ -98,7 +111,7 @@ class _LinearLogprobs(torch.autograd.Function):
         local = local.clamp(0, width - 1).unsqueeze(-1)
         stats = torch.empty(4 if with_entropy else 3, tokens, dtype=torch.float32, device=hidden.device)
         for part in _chunks(tokens, chunk):
-            logits = _scaled_logits(hidden[part], weight, temperature)
+            logits = _scaled_logits(hidden[part], weight, temperature, real)
             picked = logits.gather(-1, local[part]).squeeze(-1) * mine[part]
             largest = logits.amax(-1)
             below = logits.sub_(largest.unsqueeze(-1))
@@ -116,7 +129,7 @@ class _LinearLogprobs(torch.autograd.Function):
             inner = (share * (depth[0] + (peak - largest) * total)).sum(0)
             entropy = log_total + inner * (-log_total).exp()
         ctx.save_for_backward(hidden, weight, local, mine, lse, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.real = temperature, chunk, real
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -124,17 +137,17 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
         hidden, weight, local, mine, lse, entropy = ctx.saved_tensors
         if grad_entropy is not None and not grad_entropy.any():
             grad_entropy = None  # a loss whose entropy has the weight 0 sends zeros
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         down = (torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs / ctx.temperature).unsqueeze(-1)
         for part in _chunks(len(hidden), ctx.chunk):
-            log_p = _scaled_logits(hidden[part], weight, ctx.temperature).sub_(lse[part].unsqueeze(-1))
+            log_p = _scaled_logits(hidden[part], weight, ctx.temperature, ctx.real).sub_(lse[part].unsqueeze(-1))
             if grad_entropy is None:
                 grad = log_p.exp_().mul_(-down[part])
             else:
@@ -148,4 +161,4 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden[part])
             else:
                 grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
 from megatron_rl.config.schema import TrainerConfig
+from megatron_rl.layout import padded_vocabulary
 from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
 from megatron_rl.mcore.logprobs import linear_logprobs
-from megatron_rl.mcore.output_layer import TokenHead, output_weight
+from megatron_rl.mcore.output_layer import TokenHead, output_weight, real_vocabulary
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
@@ -58,6 +59,8 @@ def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dty
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -152,7 +155,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
     model = GPTModel(
         config,
         layer_spec(config, piece),
-        vocab_size=dims.vocabulary,
+        vocab_size=padded_vocabulary(dims.vocabulary, config.tensor_model_parallel_size),
         max_sequence_length=dims.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**virtual),
         post_process=parallel_state.is_pipeline_last_stage(**virtual),
@@ -169,7 +172,9 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
             attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
     if model.post_process:
         model.output_layer = (
-            ValueHead(dims.hidden, config.sequence_parallel) if head is Head.VALUE else TokenHead(model.output_layer)
+            ValueHead(dims.hidden, config.sequence_parallel)
+            if head is Head.VALUE
+            else TokenHead(model.output_layer, dims.vocabulary)
         )
     return model
 
@@ -253,6 +258,7 @@ def _read(
         temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
         with_entropy=with_entropy,
+        vocabulary=real_vocabulary(model),
     )
 
 

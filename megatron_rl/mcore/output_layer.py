@@ -23,7 +23,13 @@ class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
     (all-reduce, or reduce-scatter under sequence parallelism), which the whole layer would have done.
     """
 
-    def __init__(self, projection: Any) -> None:
+    def __init__(self, projection: Any, vocabulary: int) -> None:
+        """Take the place of a layer.
+
+        Args:
+            projection: the layer.
+            vocabulary: tokens; rows of the weight beyond them are padding.
+        """
         super().__init__(
             projection.input_size,
             projection.output_size,
@@ -34,6 +40,7 @@ class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
             tp_group=projection.tp_group,
         )
         self.weight = projection.weight
+        self.vocabulary = vocabulary
 
     def forward(self, hidden: Tensor, **ignored: Any) -> tuple[Tensor, None]:
         """Hidden states and no bias, as an output layer answers."""
@@ -42,8 +49,20 @@ class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def output_weight(model: Any) -> Tensor:
-    """[V / tensor, h], what the hidden states of ``model`` (a policy's last stage, wrapped or not) are projected by."""
-    stage = get_attr_wrapped_model(model, "output_layer", return_model_obj=True)
+    """[V with padding / tensor, h], which hidden states of ``model`` (a policy's last stage, wrapped or not) are
+    projected by.
+    """
+    stage = _last_stage(model)
     own = stage.output_layer.weight
     weight: Tensor = stage.shared_embedding_or_output_weight() if own is None else own
     return weight
+
+
+def real_vocabulary(model: Any) -> int:
+    """Tokens that the same ``model`` knows; what :func:`output_weight` has beyond them is padding."""
+    tokens: int = _last_stage(model).output_layer.vocabulary
+    return tokens
+
+
+def _last_stage(model: Any) -> Any:
+    return get_attr_wrapped_model(model, "output_layer", return_model_obj=True)

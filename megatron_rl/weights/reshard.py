@@ -1,23 +1,77 @@
-"""Cut a full Megatron tensor into the shards of tensor-parallel ranks, and put them together again."""
+"""Where the parts of a whole Megatron tensor lie: the shards of tensor-parallel ranks, and Hugging Face tensors.
+
+A tensor is cut along one dim. A part is a list of pieces, each a run of indices that the part and the whole tensor have
+in common. Queries, keys and values interleaved by query group, or a gate above an up projection, are nothing but
+several pieces; rows of a shard that no piece covers are padding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from megatron_rl.layout import padded_vocabulary
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.rules import Op, Split
+from megatron_rl.weights.shapes import full_shape, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry
 
 
-def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> Tensor:
-    """The shard of one tensor-parallel (or expert-tensor-parallel) rank; a view of ``full`` where one is enough.
+@dataclass(frozen=True)
+class Piece:
+    """Indices that a part and the whole tensor have in common, along the dim that is cut.
+
+    Attributes:
+        part: where it starts in the part.
+        whole: where it starts in the whole tensor.
+        length: how many.
+    """
+
+    part: int
+    whole: int
+    length: int
+
+
+def cut_dim(entry: WeightEntry) -> int:
+    """The dim along which the tensor is cut, for ranks and for Hugging Face."""
+    return 1 if entry.split is Split.COLUMNS else 0
+
+
+def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    """``shape`` with another size of ``dim``."""
+    return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+def shard_shape(entry: WeightEntry, dims: ModelDims, size: int) -> tuple[int, ...]:
+    """The shape of one rank's shard, padding included; the same on each of ``size`` ranks.
+
+    Raises:
+        ValueError: the tensor cannot be cut into ``size`` equal parts.
+    """
+    shape, dim = full_shape(entry, dims), cut_dim(entry)
+    if entry.split is Split.NONE:
+        return shape
+    if entry.op is Op.QKV and dims.kv_heads % size and size % dims.kv_heads:
+        raise ValueError(
+            f"{entry.megatron}: the number of tensor ranks must divide its {dims.kv_heads} key/value heads or be a "
+            f"multiple of them, got {size}"
+        )
+    if is_vocabulary(entry):
+        return resized(shape, dim, padded_vocabulary(shape[dim], size) // size)
+    halves = 2 if entry.split is Split.GATE_UP else 1
+    if shape[dim] % (halves * size):
+        what = ("rows", "columns")[dim] + (" of each half" if halves == 2 else "")
+        raise ValueError(f"{entry.megatron}: {size} tensor ranks must divide its {shape[dim] // halves} {what}")
+    return resized(shape, dim, shape[dim] // size)
+
+
+def shard_pieces(entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> tuple[Piece, ...]:
+    """What one tensor-parallel (or expert-tensor-parallel) rank holds; nothing where it holds padding alone.
 
     Args:
-        full: the whole tensor in Megatron's form.
-        entry: which one it is.
+        entry: which tensor it is.
         dims: sizes of the model.
         size: number of tensor-parallel ranks.
         rank: 0-based.
@@ -27,21 +81,60 @@ def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: in
     """
     if not 0 <= rank < size:
         raise ValueError(f"{entry.megatron}: the tensor rank must be in [0, {size}), got {rank}")
-    if entry.split is Split.NONE:
-        return full
-    if entry.op is Op.QKV:
-        _check_divides(entry, size, dims.kv_heads, "key/value heads")  # a query group stays whole
+    dim = cut_dim(entry)
+    whole, here = full_shape(entry, dims)[dim], shard_shape(entry, dims, size)[dim]
+    if entry.split is Split.NONE or size == 1:
+        return (Piece(0, 0, whole),)
     if entry.split is Split.GATE_UP:
-        gate, up = full.chunk(2)
-        _check_divides(entry, size, gate.shape[0], "rows of each half")
-        return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
-    dim = 1 if entry.split is Split.COLUMNS else 0
-    _check_divides(entry, size, full.shape[dim], "columns" if dim else "rows")
-    return full.chunk(size, dim=dim)[rank]
+        half = here // 2
+        return Piece(0, rank * half, half), Piece(half, whole // 2 + rank * half, half)
+    start = rank * here
+    return (Piece(0, start, min(here, whole - start)),) if start < whole else ()
+
+
+def hf_pieces(entry: WeightEntry, dims: ModelDims) -> tuple[tuple[Piece, ...], ...]:
+    """What each of the tensors ``entry.hf`` holds."""
+    whole = full_shape(entry, dims)[cut_dim(entry)]
+    if entry.op is Op.COPY:
+        return ((Piece(0, 0, whole),),)
+    if entry.op is Op.GATE_UP:
+        half = whole // 2
+        return (Piece(0, 0, half),), (Piece(0, half, half),)
+    queries = dims.heads // dims.kv_heads * dims.head_dim
+    group = queries + 2 * dims.head_dim
+    rows = ((0, queries), (queries, dims.head_dim), (queries + dims.head_dim, dims.head_dim))
+    return tuple(
+        tuple(Piece(index * length, index * group + start, length) for index in range(dims.kv_heads))
+        for start, length in rows
+    )
+
+
+def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> Tensor:
+    """The shard of one rank; a view of ``full`` where one is enough.
+
+    Args:
+        full: the whole tensor in Megatron's form, without padding.
+        entry: which one it is.
+        dims: sizes of the model.
+        size: number of tensor-parallel ranks.
+        rank: 0-based.
+
+    Raises:
+        ValueError: as :func:`shard_pieces`, or the tensor's shape is not the model's.
+    """
+    _check_shape(entry, full, full_shape(entry, dims))
+    dim, shape = cut_dim(entry), shard_shape(entry, dims, size)
+    pieces = shard_pieces(entry, dims, size, rank)
+    if len(pieces) == 1 and pieces[0].length == shape[dim]:
+        return full.narrow(dim, pieces[0].whole, pieces[0].length)
+    shard = full.new_zeros(shape)
+    for piece in pieces:
+        shard.narrow(dim, piece.part, piece.length).copy_(full.narrow(dim, piece.whole, piece.length))
+    return shard
 
 
 def merge(shards: Sequence[Tensor], entry: WeightEntry, dims: ModelDims) -> Tensor:
-    """The whole tensor: ``merge([split(x, ..., rank) for rank in range(size)]) == x``.
+    """The whole tensor without padding: ``merge([split(x, ..., rank) for rank in range(size)]) == x``.
 
     Args:
         shards: in the order of their ranks; one for a tensor that is not cut.
@@ -49,22 +142,23 @@ def merge(shards: Sequence[Tensor], entry: WeightEntry, dims: ModelDims) -> Tens
         dims: sizes of the model.
 
     Raises:
-        ValueError: there are none, several of a tensor that is not cut, or shards of different shapes.
+        ValueError: there are none, several of a tensor that is not cut, or their shapes are not the model's.
     """
-    shapes = {tuple(shard.shape) for shard in shards}
-    if len(shapes) != 1 or (entry.split is Split.NONE and len(shards) != 1):
-        wanted = "one tensor" if entry.split is Split.NONE else "shards of one shape"
-        raise ValueError(
-            f"{entry.megatron} of {dims.architecture} must come as {wanted}, got {len(shards)} of {sorted(shapes)}"
-        )
-    if len(shards) == 1:
+    size = len(shards)
+    if size == 0 or (entry.split is Split.NONE and size > 1):
+        wanted = "one tensor" if entry.split is Split.NONE else "at least one shard"
+        raise ValueError(f"{entry.megatron} of {dims.architecture} must come as {wanted}, got {size}")
+    for shard in shards:
+        _check_shape(entry, shard, shard_shape(entry, dims, size))
+    if size == 1:
         return shards[0]
-    if entry.split is Split.GATE_UP:
-        halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat(tuple(shards), dim=1 if entry.split is Split.COLUMNS else 0)
+    full, dim = shards[0].new_empty(full_shape(entry, dims)), cut_dim(entry)
+    for rank, shard in enumerate(shards):
+        for piece in shard_pieces(entry, dims, size, rank):
+            full.narrow(dim, piece.whole, piece.length).copy_(shard.narrow(dim, piece.part, piece.length))
+    return full
 
 
-def _check_divides(entry: WeightEntry, size: int, whole: int, what: str) -> None:
-    if whole % size:
-        raise ValueError(f"{entry.megatron}: {size} tensor ranks must divide its {whole} {what}")
+def _check_shape(entry: WeightEntry, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{entry.megatron} must have shape {shape} here, got {tuple(tensor.shape)}")

@@ -75,6 +75,33 @@ class HfFolder:
             raise ValueError(f"{self._path / self._file_of[name]} must hold {name}: {error}") from error
         return tensor
 
+    def slice(self, name: str, index: tuple[slice, ...], *, shape: tuple[int, ...]) -> Tensor:
+        """Read a part of one tensor, onto the CPU; the rest of it is not read.
+
+        Args:
+            name: of the tensor.
+            index: which part.
+            shape: what the whole tensor must have.
+
+        Raises:
+            KeyError: the folder has no such tensor.
+            ValueError: the tensor has another shape, or its file is damaged.
+        """
+        if name not in self._file_of:
+            raise KeyError(f"{self._path} has no tensor {name}; it has {len(self._file_of)} others")
+        try:
+            stored = self._reader(self._file_of[name]).get_slice(name)
+            found = tuple(stored.get_shape())
+            if found != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape}, {self._path} gives {found}; check that config.json belongs to "
+                    "its weights"
+                )
+            part: Tensor = stored[index]
+        except SafetensorError as error:
+            raise ValueError(f"{self._path / self._file_of[name]} must hold {name}: {error}") from error
+        return part
+
     def _reader(self, file: str) -> Any:
         if file not in self._open:
             try:

@@ -20,6 +20,7 @@ SIZES = {
     "pad_token_id": 0,
     "rms_norm_eps": 1e-6,
 }
+ODD = SIZES | {"vocab_size": 97}
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         DeepseekV3ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen2MoeConfig,
@@ -57,6 +60,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2-tied": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **SIZES)),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=16, rope_parameters=rope, **SIZES)),
         "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SIZES)),
+        "mistral": MistralForCausalLM(MistralConfig(tie_word_embeddings=False, sliding_window=None, **SIZES)),
+        # tokens are drawn from the other models' vocabulary, which this one has, and one more that ranks cannot share
+        "qwen2-odd": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **ODD)),
+        "llama-odd": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **ODD)),
         "qwen2-moe": Qwen2MoeForCausalLM(
             Qwen2MoeConfig(
                 num_experts=4,

@@ -127,7 +127,7 @@ def chunked(rank: int, port: int, head: Head) -> Numbers:
             sequence_parallel=head.sequence_parallel,
         )
         projection = ColumnParallelLinear(HIDDEN, VOCABULARY, config=config, init_method=lambda w: w, bias=False)
-        layer = TokenHead(projection)
+        layer = TokenHead(projection, VOCABULARY)
         given = inputs(head)
         with torch.no_grad():
             layer.weight.copy_(given.weight.chunk(head.tensor)[rank])
@@ -189,17 +189,29 @@ def shapes(rank: int, port: int, head: Head, chunk_bytes: int) -> tuple[list[tup
     return forward.seen, backward.seen
 
 
-def of_these_logits(rank: int, port: int, world: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of target 0 and entropies of ``logits`` [tokens, V], handed over without any rounding."""
+def of_these_logits(
+    rank: int, port: int, world: int, logits: Tensor, vocabulary: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of target 0 and entropies of ``logits`` [tokens, V], handed over without any rounding, and the gradient
+    of the sum of all of them [V / ranks, tokens].
+    """
     import torch.distributed as dist
 
     from megatron_rl.mcore.logprobs import linear_logprobs
 
     with _groups(rank, port, ParallelLayout(tensor=world)):
-        hidden, weight = torch.eye(len(logits)), logits.T.contiguous().chunk(world)[rank]
+        hidden, weight = torch.eye(len(logits)), logits.T.chunk(world)[rank].clone().requires_grad_()
         targets = torch.zeros(len(logits), dtype=torch.int64)
         logprobs, entropy = linear_logprobs(
-            hidden, weight, targets, temperature=1.0, group=dist.group.WORLD, with_entropy=True
+            hidden,
+            weight,
+            targets,
+            temperature=1.0,
+            group=dist.group.WORLD,
+            with_entropy=True,
+            vocabulary=vocabulary,
         )
         assert entropy is not None
-        return logprobs, entropy
+        (logprobs.sum() + entropy.sum()).backward()
+        assert weight.grad is not None
+        return logprobs.detach(), entropy.detach(), weight.grad

@@ -32,6 +32,10 @@ PP2 = ParallelLayout(pipeline=2)
             ParallelLayout(data=2, expert=2),
             ParallelLayout(tensor=2, expert=2, sequence_parallel=True),
         ),
+        (POLICY, "qwen2-odd", False, TP2, PP2),  # the vocabulary has padding at the one and not at the other
+        (POLICY, "llama-odd", False, PP2, TP2),
+        (POLICY, "qwen2-odd", True, ParallelLayout(tensor=2, data=2), PP2),
+        (POLICY, "llama-odd", True, PP2, ParallelLayout(tensor=2, data=2)),
         (POLICY, "deepseek", True, ParallelLayout(tensor=2, expert_tensor=2, sequence_parallel=True), PP2),
     ],
     ids=str,

@@ -52,6 +52,9 @@ REST = [
     setup(tensor=2, pipeline=2, sequence_parallel=True, micro=4096),
     setup(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True, micro=60),
     setup(pipeline=4),
+    setup(pipeline=3, first_stage_layers=1, last_stage_layers=1),
+    setup(tensor=4),
+    setup(tensor=4, sequence_parallel=True),
     setup(context=4),
     setup(tensor=2, context=2, sequence_parallel=True),
     setup(pipeline=2, context=2),
@@ -80,8 +83,15 @@ CASES = [
     ],
     *[
         pytest.param(name, POLICY, case, marks=pytest.mark.slow)
-        for case in (*CORE[1:6], *REST[1:9])
+        for case in (*CORE[1:6], *REST[1:12])
         for name in ("qwen2-tied", "qwen3", "llama")
+    ],
+    # of a vocabulary that is padded where tensor > 1
+    ("qwen2-odd", POLICY, setup(tensor=2)),
+    *[
+        pytest.param(name, POLICY, case, marks=pytest.mark.slow)
+        for case in (CORE[2], *REST[1:3])
+        for name in ("qwen2-odd", "llama-odd")
     ],
 ]
 EXPERTS_CORE = [

@@ -86,9 +86,26 @@ def test_large_logits_cost_no_digits(ranks: Ranks, tensor: int) -> None:
     pair[[0, -1]] = 2e4
     sure = torch.zeros(VOCABULARY)
     sure[0] = 1e4
-    for logprobs, entropy in ranks.run(tensor, of_these_logits, tensor, torch.stack([even, pair, sure])):
+    for logprobs, entropy, _ in ranks.run(tensor, of_these_logits, tensor, torch.stack([even, pair, sure])):
         assert entropy.tolist() == pytest.approx([math.log(VOCABULARY), math.log(2), 0], abs=1e-6)
         assert logprobs.tolist() == pytest.approx([-math.log(VOCABULARY), -math.log(2), 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_padding_has_no_probability_whatever_its_logits(ranks: Ranks, tensor: int) -> None:
+    real = torch.tensor([[1.0, 0, -2, 3, 0.5], [-4, -5, -6, -4.1, -4.2], [7, 7, 7, 7, 7]], requires_grad=True)
+    log = real.log_softmax(-1)
+    wanted, depth = log[:, 0], -(log.exp() * log).sum(-1)
+    (wanted.sum() + depth.sum()).backward()
+    assert real.grad is not None
+    padded = torch.cat([real.detach(), torch.full((3, 3), 50.0)], dim=1)  # of 4 ranks the last one has padding alone
+    answers = ranks.run(tensor, of_these_logits, tensor, padded, 5)
+    for logprobs, entropy, _ in answers:
+        torch.testing.assert_close(logprobs, wanted, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(entropy, depth, atol=1e-6, rtol=1e-6)
+    gradient = torch.cat([grad for _, _, grad in answers]).T
+    torch.testing.assert_close(gradient[:, :5], real.grad, atol=1e-6, rtol=1e-6)
+    assert gradient[:, 5:].abs().max() == 0
 
 
 def test_no_tensor_is_as_large_as_the_logits(ranks: Ranks) -> None:

@@ -61,6 +61,21 @@ def test_logprobs_and_entropies_are_those_of_hugging_face(
     torch.testing.assert_close(gather([answer[1] for answer in answers]), entropies, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["qwen2-odd", "llama-odd"])
+@pytest.mark.parametrize(
+    "layout",
+    [ParallelLayout(tensor=2), ParallelLayout(tensor=4, sequence_parallel=True), ParallelLayout(tensor=2, pipeline=2)],
+    ids=str,
+)
+def test_padding_of_the_vocabulary_has_no_probability(
+    ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
+) -> None:
+    answers = ranks.run(layout.world_size, scores, models[name], Setup(layout=layout, budget=100))
+    logprobs, entropies = _hugging_face(models[name])
+    torch.testing.assert_close(gather([answer[0] for answer in answers]), logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), entropies, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("lengths", "groups"),
     [([7, 7, 7], 1), ([9, 8, 7, 1], 1), ([40, 6, 5, 5], 2), ([5], 1), ([3, 0, 3], 1), ([1, 30, 1, 30], 4)],

@@ -116,7 +116,8 @@ def test_the_resolved_configuration_is_json_and_loads_again(folder):
     written = json.loads(dump(config))
     assert written["ppo"]["lam"] == 0.95
     axes = ("pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
-    assert written["policy"]["layout"] == {"tensor": 2, **dict.fromkeys(axes, 1), "sequence_parallel": False}
+    ends = dict.fromkeys(("first_stage_layers", "last_stage_layers"))
+    assert written["policy"]["layout"] == {"tensor": 2, **dict.fromkeys(axes, 1), "sequence_parallel": False, **ends}
 
 
 def test_a_misspelt_key_names_the_nearest(folder):
@@ -266,7 +267,6 @@ def test_all_problems_come_together(folder):
         "data",
         "ppo.minibatch_samples",
         "policy.layout",
-        "policy.layout",
         "rollout.max_response_tokens",
     ]
 
@@ -293,8 +293,11 @@ def test_prompt_and_response_must_fit_the_model(folder):
 
 def test_a_layout_that_does_not_divide_is_refused(folder):
     assert problems("critic.layout.pipeline=4") == [
-        "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6]"
+        "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6] "
+        "(or set first_stage_layers, last_stage_layers)"
     ]
+    uneven = ["critic.layout.pipeline=2", "critic.layout.last_stage_layers=2"]
+    assert load(RunConfig, [Path("ppo.toml")], uneven).critic.layout.last_stage_layers == 2
     assert problems("critic.layout.sequence_parallel=true") == [
         "critic.layout: sequence_parallel needs tensor > 1, got tensor=1"
     ]

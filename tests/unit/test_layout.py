@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.layout import Coordinates, ParallelLayout
+from megatron_rl.layout import Coordinates, ParallelLayout, padded_vocabulary
 
 sizes = st.integers(1, 4)
 layouts = st.builds(ParallelLayout, tensor=sizes, pipeline=sizes, context=sizes, data=sizes)
@@ -57,6 +57,37 @@ def test_problems_name_the_axis_and_the_size():
     ]
 
 
+def test_stages_of_their_own_size_share_the_layers_with_the_others():
+    layout = ParallelLayout(pipeline=4, first_stage_layers=1, last_stage_layers=2)
+    assert [layout.stage_of_layer(layer, 9) for layer in range(9)] == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert layout.layer_problems(9) == []
+    assert layout.layer_problems(8) == [
+        "first_stage_layers=1 and last_stage_layers=2 leave 5 of the model's 8 layers to the other 2 stages; must be a "
+        "multiple of 2, at least 2"
+    ]
+    assert ParallelLayout(pipeline=2, last_stage_layers=3).layer_problems(3) == [
+        "last_stage_layers=3 leave 0 of the model's 3 layers to the other 1 stages; must be a multiple of 1, at least 1"
+    ]
+    assert ParallelLayout(pipeline=2, first_stage_layers=1, last_stage_layers=2).layer_problems(4) == [
+        "first_stage_layers=1 and last_stage_layers=2 leave 1 of the model's 4 layers to the other 0 stages; must be 0"
+    ]
+    assert ParallelLayout(pipeline=2, virtual_pipeline=2, first_stage_layers=2).layer_problems(5) == [
+        "virtual_pipeline=2 does not divide the 3 layers of a stage; possible: [1, 3]"
+    ]
+    assert ParallelLayout(first_stage_layers=2, last_stage_layers=1).problems() == [
+        "first_stage_layers=2 needs pipeline > 1, got pipeline=1",
+        "last_stage_layers=1 needs pipeline > 1, got pipeline=1",
+    ]
+    assert ParallelLayout(pipeline=2, first_stage_layers=0).problems() == [
+        "first_stage_layers must be at least 1, got 0"
+    ]
+
+
+def test_a_vocabulary_is_padded_only_where_tensor_ranks_do_not_divide_it():
+    assert [padded_vocabulary(96, tensor) for tensor in (1, 2, 5)] == [96, 96, 640]
+    assert [padded_vocabulary(129, tensor) for tensor in (1, 2, 3)] == [129, 256, 129]
+
+
 def test_rows_are_padded_for_context_ranks_and_batches_for_sequence_parallelism_too():
     assert (ParallelLayout().row_multiple, ParallelLayout().batch_multiple) == (1, 1)
     shared = ParallelLayout(tensor=2, context=3, sequence_parallel=True)
@@ -67,3 +98,5 @@ def test_the_short_form_names_every_axis():
     assert str(ParallelLayout(tensor=2, sequence_parallel=True, data=3)) == "TP2+SP PP1 DP3"
     whole = ParallelLayout(pipeline=2, virtual_pipeline=3, context=4, data=5, expert=2, expert_tensor=5)
     assert str(whole) == "TP1 PP2xVPP3 DP5 CP4 EP2 ETP5"
+    assert str(ParallelLayout(pipeline=3, first_stage_layers=1)) == "TP1 PP3(1..) DP1"
+    assert str(ParallelLayout(pipeline=3, first_stage_layers=1, last_stage_layers=2)) == "TP1 PP3(1..2) DP1"

@@ -94,18 +94,25 @@ def test_a_layout_that_fits_has_no_problems():
 
 
 def test_a_layout_that_does_not_divide_names_the_possible_sizes():
-    assert dims().layout_problems(ParallelLayout(tensor=8, pipeline=4)) == [
-        "tensor=8 does not divide the model's 4 key/value heads; possible: [1, 2, 4]",
-        "pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6]",
+    assert dims().layout_problems(ParallelLayout(tensor=16, pipeline=4)) == [
+        "tensor=16 does not divide the model's 8 attention heads and 4 key/value heads; possible: [1, 2, 4, 8]",
+        "pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6] (or set first_stage_layers, "
+        "last_stage_layers)",
     ]
-    assert dims().layout_problems(ParallelLayout(tensor=3)) == [
-        "tensor=3 does not divide the model's 8 attention heads; possible: [1, 2, 4]",
-        "tensor=3 does not divide the model's 4 key/value heads; possible: [1, 2, 4]",
+    assert dims(num_key_value_heads=3, num_attention_heads=6).layout_problems(ParallelLayout(tensor=2)) == [
+        "tensor=2 does not divide the model's 6 attention heads and 3 key/value heads; possible: [1, 3, 6]",
     ]
-    assert dims(vocab_size=385, intermediate_size=190).layout_problems(ParallelLayout(tensor=4)) == [
+    assert dims(intermediate_size=190).layout_problems(ParallelLayout(tensor=4)) == [
         "tensor=4 does not divide the model's ffn width of 190",
-        "tensor=4 does not divide the model's vocabulary of 385",
     ]
+
+
+def test_a_vocabulary_is_padded_and_key_value_heads_are_shared_where_there_are_more_tensor_ranks():
+    assert dims(vocab_size=385).layout_problems(ParallelLayout(tensor=8)) == []
+
+
+def test_a_size_that_is_none_is_all_that_is_said():
+    assert dims().layout_problems(ParallelLayout(tensor=0)) == ["tensor must be at least 1, got 0"]
 
 
 def test_virtual_stages_and_experts_that_do_not_fit_are_named():

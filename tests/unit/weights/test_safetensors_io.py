@@ -115,3 +115,15 @@ def test_a_truncated_file_is_refused(tmp_path: Path, like: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         HfFolder(tmp_path / "out")
+
+
+def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path: Path, like: Path) -> None:
+    tensor = torch.arange(12.0).view(3, 4)
+    save_hf_folder(tmp_path / "out", [("t", tensor)], like=like)
+    folder = HfFolder(tmp_path / "out")
+    assert folder.slice("t", (slice(1, 3),), shape=(3, 4)).tolist() == tensor[1:].tolist()
+    assert folder.slice("t", (slice(None), slice(1, 2)), shape=(3, 4)).tolist() == [[1.0], [5.0], [9.0]]
+    with pytest.raises(ValueError, match=r"t must have shape \(3, 5\), .*out gives \(3, 4\); check that config\.json"):
+        folder.slice("t", (slice(1, 3),), shape=(3, 5))
+    with pytest.raises(KeyError, match="has no tensor u; it has 1 others"):
+        folder.slice("u", (slice(1, 3),), shape=(3, 4))

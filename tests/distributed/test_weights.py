@@ -1,0 +1,123 @@
+"""Weights: Hugging Face folder to Megatron's ranks and back, bit for bit, and no more on the way than the plan says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.weights.plan import HfFiles, transfer_plan
+from megatron_rl.weights.weight_map import Head, weight_map
+from tests.distributed.cases import Setup
+from tests.distributed.ranks import Ranks
+from tests.distributed.weight_cases import Traffic, Trip, load_another, round_trips, vocabularies_after_update
+
+DENSE = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral")
+ODD = ("qwen2-odd", "llama-odd")
+"""Of a vocabulary that only one tensor rank divides; tied and untied."""
+SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek")
+TP2, TP2_PP2 = ParallelLayout(tensor=2), ParallelLayout(tensor=2, pipeline=2)
+TP4 = ParallelLayout(tensor=4)
+"""Two ranks to a key/value head."""
+UNEVEN = ParallelLayout(pipeline=3, first_stage_layers=1, last_stage_layers=1)
+LAYOUTS = [TP2, ParallelLayout(pipeline=2), TP2_PP2, ParallelLayout(pipeline=2, virtual_pipeline=2)]
+COPIES = [ParallelLayout(), ParallelLayout(tensor=2, data=2), ParallelLayout(context=2, data=2)]
+EXPERTS = [ParallelLayout(data=2, expert=2), ParallelLayout(tensor=2, sequence_parallel=True, expert=2)]
+MORE_EXPERTS = [
+    ParallelLayout(),
+    ParallelLayout(tensor=2, sequence_parallel=True, data=2, expert=2, expert_tensor=2),
+    ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
+    ParallelLayout(data=4, expert=2),
+]
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def prepared(folder: Path, like: Path, head: Head, dtype: torch.dtype) -> None:
+    """A folder of ``like``'s weights in ``dtype``; a critic's has a random score in place of the language head."""
+    folder.mkdir()
+    tensors = {name: t if name.endswith("correction_bias") else t.to(dtype) for name, t in stored(like).items()}
+    config = json.loads((like / "config.json").read_text())
+    if head is Head.VALUE:
+        tensors.pop("lm_head.weight", None)
+        tensors |= {"score.weight": torch.randn(1, config["hidden_size"]), "score.bias": torch.randn(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def check(ranks: Ranks, layout: ParallelLayout, models: Iterable[Path], folder: Path) -> list[list[Traffic]]:
+    """As policies and as critics, in both types; what each rank did on each trip."""
+    trips = []
+    for number, (model, head, dtype) in enumerate(itertools.product(models, Head, (torch.float32, torch.bfloat16))):
+        prepared(folder / f"{number}", model, head, dtype)
+        trips.append(Trip(folder=folder / f"{number}", back=folder / f"{number} back", head=head, dtype=dtype))
+    traffic = ranks.run(layout.world_size, round_trips, layout, trips)
+    for number, trip in enumerate(trips):
+        before, after = stored(trip.folder), stored(trip.back)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype, name
+            assert torch.equal(after[name], tensor), name
+        planned = transfer_plan(
+            weight_map(read_model_dims(trip.folder), trip.head), layout, HfFiles(), element_bytes=trip.dtype.itemsize
+        ).summary()
+        for rank in range(1, layout.world_size):
+            assert traffic[rank][number].sent == planned.pairs.get((rank, None), 0)
+        assert traffic[0][number].sent == 0
+    return traffic
+
+
+def slow(layouts: Iterable[ParallelLayout]) -> Iterable[Any]:
+    return [pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, UNEVEN, TP4, *slow(COPIES)], ids=str)
+def test_weights_of_dense_models_and_critics_come_back_from_any_layout(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
+) -> None:
+    traffic = check(ranks, layout, [models[name] for name in DENSE], tmp_path)
+    assert all(done.read == done.held for here in traffic for done in here)  # not an element more than a rank holds
+
+
+@pytest.mark.parametrize("layout", [TP2, *slow([TP2_PP2, TP4])], ids=str)
+def test_weights_of_a_padded_vocabulary_come_back_without_the_padding(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
+) -> None:
+    check(ranks, layout, [models[name] for name in ODD], tmp_path)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERTS, *slow([UNEVEN, *MORE_EXPERTS])], ids=str)
+def test_weights_of_models_with_experts_come_back_from_any_layout(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
+) -> None:
+    if layout.tensor > 1 and layout.expert == 1:
+        layout = replace(layout, sequence_parallel=True, expert_tensor=layout.tensor)
+    traffic = check(ranks, layout, [models[name] for name in SPARSE], tmp_path)
+    assert all(done.read == done.held for here in traffic for done in here)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_padding_of_a_trained_vocabulary_stays_zero(ranks: Ranks, models: dict[str, Path], name: str) -> None:
+    first, second = ranks.run(2, vocabularies_after_update, models[name], Setup(layout=TP2))
+    for full, padding in zip(first, second, strict=True):  # 97 tokens on two ranks of 128 rows each
+        assert (len(full), len(padding)) == (128, 128)
+        assert full[:97].abs().sum(1).min() > 0
+        assert full[97:].abs().max() == padding.abs().max() == 0
+
+
+def test_weights_of_another_size_are_refused_by_name(ranks: Ranks, models: dict[str, Path]) -> None:
+    [said] = ranks.run(1, load_another, models["llama"], models["llama-odd"])
+    assert said.startswith("model.embed_tokens.weight must have shape (97, 32), ")
+    assert said.endswith("gives (96, 32); check that config.json belongs to its weights")
