@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
 from megatron_rl.config.schema import TrainerConfig
-from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
+from megatron_rl.device import device
+from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
 from megatron_rl.mcore.logprobs import linear_logprobs
 from megatron_rl.mcore.output_layer import TokenHead, output_weight
+from megatron_rl.mcore.rotary import inverse_frequencies
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.rope_scaling import YarnScaling
 from megatron_rl.weights.weight_map import Head
 
 
@@ -50,6 +54,7 @@ def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dty
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=dims.qkv_bias,
+        softmax_scale=_softmax_scale(dims),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -110,7 +115,7 @@ def _experts(dims: ModelDims) -> dict[str, Any]:
 
 
 def _latent(dims: ModelDims) -> dict[str, Any]:
-    latent = dims.latent
+    latent, scaling = dims.latent, _yarn(dims)
     if latent is None:
         return {}
     return {
@@ -120,9 +125,23 @@ def _latent(dims: ModelDims) -> dict[str, Any]:
         "qk_head_dim": latent.plain_head_dim,
         "qk_pos_emb_head_dim": latent.rotary_head_dim,
         "v_head_dim": latent.value_head_dim,
-        "rope_type": "rope",
-        "rotary_base": dims.rope_theta,
+        # the scores' scale; angles and their factor come from LatentRotary, which answers as megatron-core's yarn does
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor if scaling else 1.0,
+        "mscale_all_dim": scaling.mscale_all_dim if scaling else 0.0,
     }
+
+
+def _yarn(dims: ModelDims) -> YarnScaling | None:
+    return dims.rope_scaling if isinstance(dims.rope_scaling, YarnScaling) else None
+
+
+def _softmax_scale(dims: ModelDims) -> float | None:
+    """A factor on cosine and sine of queries and keys is its square on their products; latent attention has its own."""
+    scaling = _yarn(dims)
+    if scaling is None or dims.latent is not None:
+        return None
+    return scaling.magnitude**2 / math.sqrt(dims.head_dim)
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -161,12 +180,15 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
         share_embeddings_and_output_weights=dims.tied_embeddings and head is Head.TOKEN,
         vp_stage=piece,
     )
+    width = dims.head_dim if dims.latent is None else dims.latent.rotary_head_dim
+    frequencies = inverse_frequencies(dims.rope_theta, width, dims.rope_scaling).to(device())
     if dims.latent is None:
-        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
+        model.rotary_pos_emb = PackedRotary(frequencies)
     else:
+        scaling = _yarn(dims)
+        rotary = LatentRotary(frequencies, scaling.magnitude if scaling else 1.0)
         for layer in model.decoder.layers:
-            attention = layer.self_attention
-            attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
+            layer.self_attention.rotary_pos_emb = rotary
     if model.post_process:
         model.output_layer = (
             ValueHead(dims.hidden, config.sequence_parallel) if head is Head.VALUE else TokenHead(model.output_layer)
