@@ -71,7 +71,7 @@ class ModelDims:
     head_dim: int
     vocabulary: int
     max_positions: int
-    """The longest row of which the model's numbers hold: a sliding window ends it, since attention here sees all of it."""
+    """The longest row: a sliding window ends it, since attention here sees all of a row."""
     tied_embeddings: bool
     qkv_bias: bool
     projection_bias: bool
@@ -243,8 +243,9 @@ def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:
 def _longest_row(family: _Family, config: Mapping[str, Any]) -> int:
     """A row no longer than the window of attention is seen whole by its last token, as without a window."""
     positions, window = int(config["max_position_embeddings"]), config.get("sliding_window")
-    slides = config.get("use_sliding_window", family.slides) and window is not None
-    return min(positions, int(window)) if slides else positions
+    if window is None or not config.get("use_sliding_window", family.slides):
+        return positions
+    return min(positions, int(window))
 
 
 def _qwen2_experts(config: Mapping[str, Any]) -> ExpertDims:
@@ -332,7 +333,7 @@ def _latent(config: Mapping[str, Any], scaling: RopeScaling | None) -> LatentDim
     if not config.get("rope_interleave", True):
         raise ValueError("rope_interleave=false is not supported: megatron-core's latent attention interleaves")
     if config["rms_norm_eps"] != 1e-6:
-        raise ValueError(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: transformers norms latents with that")
+        raise ValueError(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms")
     if scaling is not None and not isinstance(scaling, YarnScaling):
         raise ValueError(f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn")
     rank = config.get("q_lora_rank")

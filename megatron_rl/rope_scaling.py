@@ -19,8 +19,8 @@ class LinearScaling:
 class Llama3Scaling:
     """Slow rotations are slowed down by ``factor``, fast ones are left, those between are mixed (Llama 3.1).
 
-    A rotation is slow when it turns less than ``low_freq_factor`` times in the first window, fast when it turns more than
-    ``high_freq_factor`` times.
+    A rotation is slow when it turns less than ``low_freq_factor`` times in the first window, fast when it turns more
+    than ``high_freq_factor`` times.
     """
 
     factor: float

@@ -13,8 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -170,7 +173,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
     virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
-        layer_spec(config, piece),
+        layer_spec(config, dims, piece),
         vocab_size=dims.vocabulary,
         max_sequence_length=dims.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**virtual),
@@ -196,13 +199,34 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
     return model
 
 
-def layer_spec(config: TransformerConfig, piece: int | None = None) -> Any:
-    """The modules that a piece's layers are made of: megatron-core's local ones, with three exchanges."""
-    return _exchange(
-        get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
-        )
+def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = None) -> Any:
+    """The modules that a piece's layers are made of: megatron-core's local ones, with a few exchanges."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
     )
+    # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in the
+    # gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
+    exchange: _Fields = {MLASelfAttentionSubmodules: {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}}
+    multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
+    if dims.projection_bias:
+        exchange[SelfAttentionSubmodules] = {"linear_proj": _BiasedRows}
+    if dims.mlp_bias:
+        exchange[MLPSubmodules] = {"linear_fc1": _BiasedColumns, "linear_fc2": _BiasedRows}
+    return _exchange(spec, exchange)
+
+
+class _BiasedColumns(ColumnParallelLinear):  # type: ignore[misc]
+    """With a bias whatever ``add_bias_linear`` says, which switches those of attention and MLP together."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class _BiasedRows(RowParallelLinear):  # type: ignore[misc]
+    """The same for a layer whose input is split."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
 
 
 class _Norm:
@@ -219,24 +243,27 @@ class _Norm:
 _EXCHANGE: dict[Any, Any] = {WrappedTorchNorm: _Norm, DotProductAttention: PackedAttention}
 
 
-def _exchange(spec: Any) -> Any:
-    """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on)."""
+_Fields = dict[type, dict[str, Any]]
+
+
+def _exchange(spec: Any, by_field: _Fields) -> Any:
+    """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on).
+
+    Args:
+        spec: of a layer, or a part of it.
+        by_field: classes that depend on their place, by the dataclass and field that hold them.
+    """
     if isinstance(spec, type) or spec is None:
         return _EXCHANGE.get(spec, spec)
     if isinstance(spec, functools.partial):
-        return functools.partial(
-            _exchange(spec.func), *spec.args, **{key: _exchange(value) for key, value in spec.keywords.items()}
-        )
+        keywords = {key: _exchange(value, by_field) for key, value in spec.keywords.items()}
+        return functools.partial(_exchange(spec.func, by_field), *spec.args, **keywords)
     if isinstance(spec, list):
-        return [_exchange(item) for item in spec]
-    if isinstance(spec, MLASelfAttentionSubmodules):
-        # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in
-        # the gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
-        multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
-        spec = dataclasses.replace(spec, linear_q_down_proj=Linear, linear_kv_down_proj=Linear)
+        return [_exchange(item, by_field) for item in spec]
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         fields = [f.name for f in dataclasses.fields(spec) if f.init]
-        return dataclasses.replace(spec, **{name: _exchange(getattr(spec, name)) for name in fields})
+        found = {name: _exchange(getattr(spec, name), by_field) for name in fields}
+        return dataclasses.replace(spec, **found | by_field.get(type(spec), {}))
     return spec
 
 

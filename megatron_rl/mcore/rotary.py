@@ -14,7 +14,7 @@ def inverse_frequencies(theta: float, width: int, scaling: RopeScaling | None) -
     """Angle by which each pair of dims turns from one position to the next.
 
     Args:
-        theta: base; pair ``i`` turns once in ``2 pi theta^(2i / width)`` positions (Su et al. 2021, "RoFormer", eq. 15).
+        theta: base; pair ``i`` turns by ``theta^(-2i / width)`` a position (Su et al. 2021, "RoFormer", eq. 15).
         width: of the part of a head that rotates.
         scaling: how positions beyond the first window are reached, where they are.
 
