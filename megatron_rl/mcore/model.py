@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -208,6 +209,8 @@ def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = N
     # gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
     exchange: _Fields = {MLASelfAttentionSubmodules: {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}}
     multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
+    if dims.latent is not None and dims.latent.query_rank is None:
+        exchange[MLASelfAttentionSubmodules]["q_layernorm"] = IdentityOp  # newer releases refuse a norm of no latent
     if dims.projection_bias:
         exchange[SelfAttentionSubmodules] = {"linear_proj": _BiasedRows}
     if dims.mlp_bias:
