@@ -17,9 +17,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
@@ -209,8 +208,6 @@ def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = N
     # gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
     exchange: _Fields = {MLASelfAttentionSubmodules: {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}}
     multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
-    if dims.latent is not None and dims.latent.query_rank is None:
-        exchange[MLASelfAttentionSubmodules]["q_layernorm"] = IdentityOp  # newer releases refuse a norm of no latent
     if dims.projection_bias:
         exchange[SelfAttentionSubmodules] = {"linear_proj": _BiasedRows}
     if dims.mlp_bias:
@@ -243,7 +240,20 @@ class _Norm:
         return norm
 
 
-_EXCHANGE: dict[Any, Any] = {WrappedTorchNorm: _Norm, DotProductAttention: PackedAttention}
+class _LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Made of the modules that its spec names."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Newer releases ask here, and want Transformer Engine's fused norm where queries have no latent to norm."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+_EXCHANGE: dict[Any, Any] = {
+    WrappedTorchNorm: _Norm,
+    DotProductAttention: PackedAttention,
+    MLASelfAttention: _LatentAttention,
+}
 
 
 _Fields = dict[type, dict[str, Any]]
