@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.rope_scaling import RopeScaling, YarnScaling, read_rope
 
 
 class UnknownArchitecture(ValueError):
@@ -70,13 +71,18 @@ class ModelDims:
     head_dim: int
     vocabulary: int
     max_positions: int
+    """The longest row: a sliding window ends it, since attention here sees all of a row."""
     tied_embeddings: bool
     qkv_bias: bool
+    projection_bias: bool
+    """Of attention's output."""
+    mlp_bias: bool
     qk_norm: bool
     norm_eps: float
     rope_theta: float
     eos_ids: tuple[int, ...]
     pad_id: int
+    rope_scaling: RopeScaling | None = None
     experts: ExpertDims | None = None
     latent: LatentDims | None = None
 
@@ -161,7 +167,7 @@ def read_model_dims(model: Path) -> ModelDims:
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
         UnknownArchitecture: the architecture is not one this project has a weight map for.
-        ValueError: a setting that would change the numbers is not supported (rope scaling, sliding window).
+        ValueError: a setting that would change the numbers is not supported (a kind of rope scaling, a bias).
     """
     file = model / "config.json"
     if not file.is_file():
@@ -169,15 +175,17 @@ def read_model_dims(model: Path) -> ModelDims:
     return dims_from_config(json.loads(file.read_text()))
 
 
-_FAMILIES = {  # architecture -> (bias of q, k, v; norm of q and k)
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen2MoeForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-    "Qwen3MoeForCausalLM": (False, True),
-    "DeepseekV3ForCausalLM": (False, False),
-}
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What an architecture has whatever its configuration says, or the key of the configuration that says it."""
+
+    qkv_bias: bool | str = False
+    projection_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    slides: bool = False
+    """Whether ``sliding_window`` counts where there is no ``use_sliding_window``."""
+    experts: Callable[[Mapping[str, Any]], ExpertDims] | None = None
 
 
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
@@ -186,22 +194,21 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     architecture = architecture.replace("ForTokenClassification", "ForCausalLM")  # a critic of the same family
     if architecture not in _FAMILIES:
         raise UnknownArchitecture(f"unknown architecture {architecture}; known: {', '.join(sorted(_FAMILIES))}")
-    qkv_bias, qk_norm = _FAMILIES[architecture]
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{architecture}: rope scaling is not supported, got {dict(rope)}")
-    if config.get("use_sliding_window"):
-        raise ValueError(f"{architecture}: sliding-window attention is not supported, set use_sliding_window to false")
+    try:
+        return _dims(architecture, _FAMILIES[architecture], config)
+    except ValueError as error:
+        raise ValueError(f"{architecture}: {error}") from error
+
+
+def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> ModelDims:
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{architecture}: hidden_act must be silu, got {config['hidden_act']}")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):  # on the output projection or the MLP, where no family here has one
-            raise ValueError(f"{architecture}: {key}=true puts biases where the weight map has none; not supported")
+        raise ValueError(f"hidden_act must be silu, got {config['hidden_act']}")
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     if not eos_ids:
         raise ValueError("config.json must name eos_token_id, found none")
     heads = int(config["num_attention_heads"])
+    theta, scaling = read_rope(config)
     return ModelDims(
         architecture=architecture,
         layers=int(config["num_hidden_layers"]),
@@ -211,49 +218,45 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocabulary=int(config["vocab_size"]),
-        max_positions=int(config["max_position_embeddings"]),
+        max_positions=_longest_row(family, config),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
+        **_biases(family, config),
+        qk_norm=family.qk_norm,
         norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_theta=theta,
+        rope_scaling=scaling,
         eos_ids=eos_ids,
         pad_id=eos_ids[0] if config.get("pad_token_id") is None else int(config["pad_token_id"]),
-        experts=_experts(architecture, config),
-        latent=_latent(config),
+        experts=None if family.experts is None else family.experts(config),
+        latent=_latent(config, scaling),
     )
 
 
-def _experts(architecture: str, config: Mapping[str, Any]) -> ExpertDims | None:
+def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:
+    switches = {"qkv_bias": family.qkv_bias, "projection_bias": family.projection_bias, "mlp_bias": family.mlp_bias}
+    for key in ("attention_bias", "attention_out_bias", "mlp_bias"):
+        if config.get(key) and key not in switches.values():
+            raise ValueError(f"{key}=true puts biases where the weight map has none; not supported")
+    if config.get("qkv_bias") is False and family.qkv_bias is True:
+        raise ValueError("qkv_bias=false leaves out biases that the weight map has; not supported")
+    return {name: bool(config.get(says)) if isinstance(says, str) else says for name, says in switches.items()}
+
+
+def _longest_row(family: _Family, config: Mapping[str, Any]) -> int:
+    """A row no longer than the window of attention is seen whole by its last token, as without a window."""
+    positions, window = int(config["max_position_embeddings"]), config.get("sliding_window")
+    if window is None or not config.get("use_sliding_window", family.slides):
+        return positions
+    return min(positions, int(window))
+
+
+def _qwen2_experts(config: Mapping[str, Any]) -> ExpertDims:
+    return _qwen_experts(config, shared=int(config.get("shared_expert_intermediate_size") or 0))
+
+
+def _qwen_experts(config: Mapping[str, Any], shared: int = 0) -> ExpertDims:
     layers = range(int(config["num_hidden_layers"]))
-    if architecture == "DeepseekV3ForCausalLM":
-        width, groups = int(config["moe_intermediate_size"]), int(config.get("n_group") or 1)
-        chosen, best = int(config["num_experts_per_tok"]), int(config.get("topk_group") or 1)
-        if groups > 1 and chosen != 2 * best:
-            raise ValueError(
-                f"num_experts_per_tok must be 2 x topk_group, got {chosen} and {best}: megatron-core ranks a group by "
-                "as many of its experts as are chosen from it, this model by two"
-            )
-        if not config.get("norm_topk_prob", True):
-            raise ValueError("norm_topk_prob=false is not supported with sigmoid scores: megatron-core normalises them")
-        return ExpertDims(
-            count=int(config.get("n_routed_experts") or config["num_local_experts"]),
-            per_token=chosen,
-            ffn_hidden=width,
-            shared_ffn_hidden=width * int(config.get("n_shared_experts") or 0),
-            shared_gate=False,
-            normalise=True,
-            sigmoid=True,
-            bias=True,
-            scale=float(config.get("routed_scaling_factor", 1.0)),
-            groups=groups,
-            groups_per_token=best,
-            layers=tuple(layers[int(config.get("first_k_dense_replace") or 0) :]),
-        )
-    if architecture not in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
-        return None
     every, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or ())
-    shared = int(config.get("shared_expert_intermediate_size") or 0) if architecture.startswith("Qwen2") else 0
     return ExpertDims(
         count=int(config.get("num_experts") or config["num_local_experts"]),  # transformers 5 renamed it in some
         per_token=int(config["num_experts_per_tok"]),
@@ -270,11 +273,71 @@ def _experts(architecture: str, config: Mapping[str, Any]) -> ExpertDims | None:
     )
 
 
-def _latent(config: Mapping[str, Any]) -> LatentDims | None:
+def _deepseek_v2_experts(config: Mapping[str, Any]) -> ExpertDims:
+    method = config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method must be greedy or group_limited_greedy, got {method}")
+    if config.get("norm_topk_prob"):
+        raise ValueError(
+            "norm_topk_prob=true is not supported with softmax scores: transformers leaves it out and vLLM does not"
+        )
+    groups, best = _expert_groups(config) if method == "group_limited_greedy" else (1, 1)
+    if groups > 1 and int(config["num_experts_per_tok"]) // best != 1:
+        raise ValueError(
+            f"num_experts_per_tok must be less than 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
+            "megatron-core ranks a group by as many of its experts as are chosen from it, this model by its best"
+        )
+    return _deepseek_experts(config, sigmoid=False, groups=groups, groups_per_token=best)
+
+
+def _deepseek_v3_experts(config: Mapping[str, Any]) -> ExpertDims:
+    groups, best = _expert_groups(config)
+    if groups > 1 and int(config["num_experts_per_tok"]) != 2 * best:
+        raise ValueError(
+            f"num_experts_per_tok must be 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
+            "megatron-core ranks a group by as many of its experts as are chosen from it, this model by two"
+        )
+    if not config.get("norm_topk_prob", True):
+        raise ValueError("norm_topk_prob=false is not supported with sigmoid scores: megatron-core normalises them")
+    return _deepseek_experts(config, sigmoid=True, groups=groups, groups_per_token=best)
+
+
+def _expert_groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    return int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
+
+
+def _deepseek_experts(config: Mapping[str, Any], *, sigmoid: bool, groups: int, groups_per_token: int) -> ExpertDims:
+    scoring = "sigmoid" if sigmoid else "softmax"
+    if config.get("scoring_func", scoring) != scoring:
+        raise ValueError(f"scoring_func must be {scoring}, got {config['scoring_func']}")
+    if config.get("moe_layer_freq", 1) != 1:
+        raise ValueError(f"moe_layer_freq must be 1, got {config['moe_layer_freq']}: transformers leaves it out")
+    layers, width = range(int(config["num_hidden_layers"])), int(config["moe_intermediate_size"])
+    return ExpertDims(
+        count=int(config.get("n_routed_experts") or config["num_local_experts"]),
+        per_token=int(config["num_experts_per_tok"]),
+        ffn_hidden=width,
+        shared_ffn_hidden=width * int(config.get("n_shared_experts") or 0),
+        shared_gate=False,
+        normalise=sigmoid,
+        sigmoid=sigmoid,
+        bias=sigmoid,
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        groups=groups,
+        groups_per_token=groups_per_token,
+        layers=tuple(layers[int(config.get("first_k_dense_replace") or 0) :]),
+    )
+
+
+def _latent(config: Mapping[str, Any], scaling: RopeScaling | None) -> LatentDims | None:
     if config.get("kv_lora_rank") is None:
         return None
     if not config.get("rope_interleave", True):
         raise ValueError("rope_interleave=false is not supported: megatron-core's latent attention interleaves")
+    if config["rms_norm_eps"] != 1e-6:
+        raise ValueError(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms")
+    if scaling is not None and not isinstance(scaling, YarnScaling):
+        raise ValueError(f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn")
     rank = config.get("q_lora_rank")
     return LatentDims(
         query_rank=None if rank is None else int(rank),
@@ -283,3 +346,16 @@ def _latent(config: Mapping[str, Any]) -> LatentDims | None:
         rotary_head_dim=int(config["qk_rope_head_dim"]),
         value_head_dim=int(config["v_head_dim"]),
     )
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "LlamaForCausalLM": _Family(qkv_bias="attention_bias", projection_bias="attention_bias", mlp_bias="mlp_bias"),
+    "MistralForCausalLM": _Family(slides=True),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True),
+    "Qwen2MoeForCausalLM": _Family(qkv_bias=True, experts=_qwen2_experts),
+    "Qwen3ForCausalLM": _Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts),
+    "DeepseekV2ForCausalLM": _Family(experts=_deepseek_v2_experts),
+    "DeepseekV3ForCausalLM": _Family(experts=_deepseek_v3_experts),
+}
+"""By architecture: the sizes' part of a family, whose tensors :mod:`megatron_rl.weights.families` has."""

@@ -228,9 +228,7 @@ class PackedAttention(torch.nn.Module):
 
 
 class PackedRotary(torch.nn.Module):
-    """Rotary angles of packed rows; stands in for ``rotary_pos_emb`` of GPTModel or of latent attention and answers
-    their two calls.
-    """
+    """Rotary angles of packed rows; stands in for GPTModel's ``rotary_pos_emb`` and answers its two calls."""
 
     def __init__(self, inverse_frequencies: Tensor, shape: tuple[int, ...] = (1, 1)) -> None:
         """Keep the frequencies.
@@ -253,3 +251,16 @@ class PackedRotary(torch.nn.Module):
         """Angles [N, *shape, head width] of ``positions`` [N]."""
         angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
         return torch.cat([angles, angles], dim=-1).view(len(positions), *self.shape, -1)
+
+
+class LatentRotary(PackedRotary):
+    """The same for latent attention, which asks for a factor on cosine and sine besides."""
+
+    def __init__(self, inverse_frequencies: Tensor, magnitude: float) -> None:
+        """Keep frequencies [rotary head width / 2] and the factor."""
+        super().__init__(inverse_frequencies, shape=(1,))
+        self.magnitude = magnitude
+
+    def forward(self, positions: Tensor, **ignored: Any) -> tuple[Tensor, float]:  # type: ignore[override]
+        """Angles [N, 1, rotary head width] of ``positions`` [N], and the factor."""
+        return super().forward(positions), self.magnitude

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -12,21 +13,27 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
 from megatron_rl.config.schema import TrainerConfig
+from megatron_rl.device import device
 from megatron_rl.layout import padded_vocabulary
-from megatron_rl.mcore.attention import PackedAttention, PackedRotary, PackedRows
+from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
 from megatron_rl.mcore.logprobs import linear_logprobs
 from megatron_rl.mcore.output_layer import TokenHead, output_weight, real_vocabulary
+from megatron_rl.mcore.rotary import inverse_frequencies
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.rope_scaling import YarnScaling
 from megatron_rl.weights.weight_map import Head
 
 
@@ -51,6 +58,7 @@ def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dty
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=dims.qkv_bias,
+        softmax_scale=_softmax_scale(dims),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -113,7 +121,7 @@ def _experts(dims: ModelDims) -> dict[str, Any]:
 
 
 def _latent(dims: ModelDims) -> dict[str, Any]:
-    latent = dims.latent
+    latent, scaling = dims.latent, _yarn(dims)
     if latent is None:
         return {}
     return {
@@ -123,9 +131,23 @@ def _latent(dims: ModelDims) -> dict[str, Any]:
         "qk_head_dim": latent.plain_head_dim,
         "qk_pos_emb_head_dim": latent.rotary_head_dim,
         "v_head_dim": latent.value_head_dim,
-        "rope_type": "rope",
-        "rotary_base": dims.rope_theta,
+        # the scores' scale; angles and their factor come from LatentRotary, which answers as megatron-core's yarn does
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor if scaling else 1.0,
+        "mscale_all_dim": scaling.mscale_all_dim if scaling else 0.0,
     }
+
+
+def _yarn(dims: ModelDims) -> YarnScaling | None:
+    return dims.rope_scaling if isinstance(dims.rope_scaling, YarnScaling) else None
+
+
+def _softmax_scale(dims: ModelDims) -> float | None:
+    """A factor on cosine and sine of queries and keys is its square on their products; latent attention has its own."""
+    scaling = _yarn(dims)
+    if scaling is None or dims.latent is not None:
+        return None
+    return scaling.magnitude**2 / math.sqrt(dims.head_dim)
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -154,7 +176,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
     virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
-        layer_spec(config, piece),
+        layer_spec(config, dims, piece),
         vocab_size=padded_vocabulary(dims.vocabulary, config.tensor_model_parallel_size),
         max_sequence_length=dims.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**virtual),
@@ -164,12 +186,15 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
         share_embeddings_and_output_weights=dims.tied_embeddings and head is Head.TOKEN,
         vp_stage=piece,
     )
+    width = dims.head_dim if dims.latent is None else dims.latent.rotary_head_dim
+    frequencies = inverse_frequencies(dims.rope_theta, width, dims.rope_scaling).to(device())
     if dims.latent is None:
-        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb.inv_freq)
+        model.rotary_pos_emb = PackedRotary(frequencies)
     else:
+        scaling = _yarn(dims)
+        rotary = LatentRotary(frequencies, scaling.magnitude if scaling else 1.0)
         for layer in model.decoder.layers:
-            attention = layer.self_attention
-            attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
+            layer.self_attention.rotary_pos_emb = rotary
     if model.post_process:
         model.output_layer = (
             ValueHead(dims.hidden, config.sequence_parallel)
@@ -179,13 +204,34 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
     return model
 
 
-def layer_spec(config: TransformerConfig, piece: int | None = None) -> Any:
-    """The modules that a piece's layers are made of: megatron-core's local ones, with three exchanges."""
-    return _exchange(
-        get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
-        )
+def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = None) -> Any:
+    """The modules that a piece's layers are made of: megatron-core's local ones, with a few exchanges."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
     )
+    # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in the
+    # gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
+    exchange: _Fields = {MLASelfAttentionSubmodules: {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}}
+    multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
+    if dims.projection_bias:
+        exchange[SelfAttentionSubmodules] = {"linear_proj": _BiasedRows}
+    if dims.mlp_bias:
+        exchange[MLPSubmodules] = {"linear_fc1": _BiasedColumns, "linear_fc2": _BiasedRows}
+    return _exchange(spec, exchange)
+
+
+class _BiasedColumns(ColumnParallelLinear):  # type: ignore[misc]
+    """With a bias whatever ``add_bias_linear`` says, which switches those of attention and MLP together."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class _BiasedRows(RowParallelLinear):  # type: ignore[misc]
+    """The same for a layer whose input is split."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
 
 
 class _Norm:
@@ -199,27 +245,43 @@ class _Norm:
         return norm
 
 
-_EXCHANGE: dict[Any, Any] = {WrappedTorchNorm: _Norm, DotProductAttention: PackedAttention}
+class _LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Made of the modules that its spec names."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Newer releases ask here, and want Transformer Engine's fused norm where queries have no latent to norm."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
 
 
-def _exchange(spec: Any) -> Any:
-    """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on)."""
+_EXCHANGE: dict[Any, Any] = {
+    WrappedTorchNorm: _Norm,
+    DotProductAttention: PackedAttention,
+    MLASelfAttention: _LatentAttention,
+}
+
+
+_Fields = dict[type, dict[str, Any]]
+
+
+def _exchange(spec: Any, by_field: _Fields) -> Any:
+    """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on).
+
+    Args:
+        spec: of a layer, or a part of it.
+        by_field: classes that depend on their place, by the dataclass and field that hold them.
+    """
     if isinstance(spec, type) or spec is None:
         return _EXCHANGE.get(spec, spec)
     if isinstance(spec, functools.partial):
-        return functools.partial(
-            _exchange(spec.func), *spec.args, **{key: _exchange(value) for key, value in spec.keywords.items()}
-        )
+        keywords = {key: _exchange(value, by_field) for key, value in spec.keywords.items()}
+        return functools.partial(_exchange(spec.func, by_field), *spec.args, **keywords)
     if isinstance(spec, list):
-        return [_exchange(item) for item in spec]
-    if isinstance(spec, MLASelfAttentionSubmodules):
-        # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in
-        # the gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
-        multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
-        spec = dataclasses.replace(spec, linear_q_down_proj=Linear, linear_kv_down_proj=Linear)
+        return [_exchange(item, by_field) for item in spec]
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         fields = [f.name for f in dataclasses.fields(spec) if f.init]
-        return dataclasses.replace(spec, **{name: _exchange(getattr(spec, name)) for name in fields})
+        found = {name: _exchange(getattr(spec, name), by_field) for name in fields}
+        return dataclasses.replace(spec, **found | by_field.get(type(spec), {}))
     return spec
 
 

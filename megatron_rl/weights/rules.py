@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+
+from megatron_rl.model_dims import ModelDims
 
 
 class Head(Enum):
@@ -57,6 +60,11 @@ class Ffn(Enum):
     SHARED = "shared"
 
 
+def always(dims: ModelDims) -> bool:
+    """Every model of a family."""
+    return True
+
+
 @dataclass(frozen=True)
 class WeightRule:
     """One tensor, one per layer, or one per expert of each layer.
@@ -68,6 +76,7 @@ class WeightRule:
         split: how it is cut.
         layers: which layers have it.
         ffn: whose width its gate and up projections have.
+        when: which models of the family have it.
     """
 
     megatron: str
@@ -76,3 +85,4 @@ class WeightRule:
     split: Split = Split.NONE
     layers: Layers = Layers.ALL
     ffn: Ffn = Ffn.DENSE
+    when: Callable[[ModelDims], bool] = always

@@ -134,7 +134,7 @@ def weight_map(dims: ModelDims, head: Head) -> WeightMap:
     """
     if dims.architecture not in FAMILIES:
         raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
-    rules = [rule for rule in FAMILIES[dims.architecture] if _has(dims, rule)]
+    rules = [rule for rule in FAMILIES[dims.architecture] if rule.when(dims)]
     if head is Head.VALUE or not dims.tied_embeddings:
         rules += HEADS[head]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]
@@ -154,18 +154,6 @@ def weight_map(dims: ModelDims, head: Head) -> WeightMap:
             *(_entry(rule, Stage.LAST) for rule in single),
         ),
     )
-
-
-def _has(dims: ModelDims, rule: WeightRule) -> bool:
-    """Whether this model of the family has the tensor at all."""
-    if rule.ffn is Ffn.SHARED or "shared_expert" in rule.megatron:
-        return dims.experts is not None and dims.experts.shared_ffn_hidden > 0
-    low_rank = dims.latent is not None and dims.latent.query_rank is not None
-    if "linear_q_proj" in rule.megatron:
-        return not low_rank
-    if dims.latent is not None and ("linear_q_" in rule.megatron or "q_layernorm" in rule.megatron):
-        return low_rank
-    return True
 
 
 def _experts(dims: ModelDims, rule: WeightRule) -> Iterable[int | None]:

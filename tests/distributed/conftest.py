@@ -21,6 +21,31 @@ SIZES = {
     "rms_norm_eps": 1e-6,
 }
 ODD = SIZES | {"vocab_size": 97}
+DEEPSEEK_V2 = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "routed_scaling_factor": 1.5,
+}
+DEEPSEEK_V3 = {**DEEPSEEK_V2, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e2,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+}
+"""Rows of the tests go beyond the first window, and the ramp has dims on both sides and between."""
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +62,8 @@ def ranks() -> Iterator[Ranks]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models, by name."""
     from transformers import (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
         DeepseekV3Config,
         DeepseekV3ForCausalLM,
         LlamaConfig,
@@ -60,7 +87,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2-tied": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **SIZES)),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=16, rope_parameters=rope, **SIZES)),
         "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SIZES)),
-        "mistral": MistralForCausalLM(MistralConfig(tie_word_embeddings=False, sliding_window=None, **SIZES)),
         # tokens are drawn from the other models' vocabulary, which this one has, and one more that ranks cannot share
         "qwen2-odd": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, rope_parameters=rope, **ODD)),
         "llama-odd": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **ODD)),
@@ -86,25 +112,40 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 **SIZES,
             )
         ),
-        "deepseek": DeepseekV3ForCausalLM(
-            DeepseekV3Config(
-                n_routed_experts=8,
-                n_shared_experts=2,
-                num_experts_per_tok=4,
-                moe_intermediate_size=16,
-                n_group=4,
-                topk_group=2,
-                first_k_dense_replace=1,
-                q_lora_rank=20,
-                kv_lora_rank=16,
-                qk_nope_head_dim=8,
-                qk_rope_head_dim=8,
-                v_head_dim=12,
-                routed_scaling_factor=1.5,
-                num_mtp_layers=0,
+        "deepseek": DeepseekV3ForCausalLM(DeepseekV3Config(rope_parameters=rope, **DEEPSEEK_V3)),
+        "mistral": MistralForCausalLM(MistralConfig(sliding_window=64, rope_parameters=rope, **SIZES)),
+        "deepseek-v2": DeepseekV2ForCausalLM(DeepseekV2Config(rope_parameters=rope, **DEEPSEEK_V2)),
+        "deepseek-v2-grouped": DeepseekV2ForCausalLM(
+            DeepseekV2Config(
+                topk_method="group_limited_greedy",
                 rope_parameters=rope,
-                **SIZES | {"num_key_value_heads": 4},
+                **DEEPSEEK_V2 | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "q_lora_rank": None},
             )
+        ),
+        "llama-biases": LlamaForCausalLM(LlamaConfig(attention_bias=True, mlp_bias=True, **SIZES)),
+        "llama-attention-bias": LlamaForCausalLM(LlamaConfig(attention_bias=True, **SIZES)),
+        "llama-linear": LlamaForCausalLM(
+            LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, **SIZES)
+        ),
+        "llama-llama3": LlamaForCausalLM(
+            LlamaConfig(
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 1e2,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+                **SIZES,
+            )
+        ),
+        "qwen2-yarn": Qwen2ForCausalLM(Qwen2Config(rope_parameters=YARN, **SIZES)),
+        "deepseek-yarn": DeepseekV3ForCausalLM(
+            DeepseekV3Config(rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, **DEEPSEEK_V3)
+        ),
+        "deepseek-v2-yarn": DeepseekV2ForCausalLM(
+            DeepseekV2Config(rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.5}, **DEEPSEEK_V2)
         ),
     }
     folders = {}

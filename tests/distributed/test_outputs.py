@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,7 @@ LAYOUTS = [
     ParallelLayout(tensor=2, context=2, sequence_parallel=True),
     ParallelLayout(pipeline=2, context=2),
 ]
-SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek")
+SCALED = ("llama-linear", "llama-llama3", "qwen2-yarn", "deepseek-yarn", "deepseek-v2-yarn")
 
 
 @cache
@@ -46,19 +48,43 @@ def _hugging_face(folder: Path) -> tuple[Tensor, Tensor]:
     return logprobs * rows.response_mask, entropies * rows.response_mask
 
 
+def _check(ranks: Ranks, folder: Path, name: str, layout: ParallelLayout, tolerance: float) -> None:
+    if ("moe" in name or "deepseek" in name) and layout.tensor > 1:
+        layout = replace(layout, sequence_parallel=True, expert_tensor=layout.tensor)
+    answers = ranks.run(layout.world_size, scores, folder, Setup(layout=layout, budget=100))
+    reporting = set(layout.reporting_ranks())
+    assert {rank for rank, (logprobs, _) in enumerate(answers) if logprobs is not None} == reporting
+    logprobs, entropies = _hugging_face(folder)
+    torch.testing.assert_close(gather([answer[0] for answer in answers]), logprobs, atol=tolerance, rtol=0)
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), entropies, atol=tolerance, rtol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "llama", "qwen2-moe", "qwen3-moe", "deepseek"])
 def test_logprobs_and_entropies_are_those_of_hugging_face(
     ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
 ) -> None:
-    if name in SPARSE and layout.tensor > 1:
-        layout = replace(layout, sequence_parallel=True, expert_tensor=layout.tensor)
-    answers = ranks.run(layout.world_size, scores, models[name], Setup(layout=layout, budget=100))
-    reporting = set(layout.reporting_ranks())
-    assert {rank for rank, (logprobs, _) in enumerate(answers) if logprobs is not None} == reporting
-    logprobs, entropies = _hugging_face(models[name])
-    torch.testing.assert_close(gather([answer[0] for answer in answers]), logprobs, atol=1e-4, rtol=0)
-    torch.testing.assert_close(gather([answer[1] for answer in answers]), entropies, atol=1e-4, rtol=0)
+    _check(ranks, models[name], name, layout, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["mistral", "llama-biases", "llama-attention-bias", "deepseek-v2", "deepseek-v2-grouped", *SCALED]
+)
+def test_variants_of_a_family_are_those_of_hugging_face(
+    ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
+) -> None:
+    _check(ranks, models[name], name, layout, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_positions_are_told_from_plain_ones(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    shutil.copytree(models[name], tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    scaled, plain = _hugging_face(models[name])[0], _hugging_face(tmp_path / "plain")[0]
+    assert float((scaled - plain).abs().max()) > 1e-3, "the models of these tests would not notice plain positions"
 
 
 @pytest.mark.parametrize("name", ["qwen2-odd", "llama-odd"])

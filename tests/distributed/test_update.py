@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,9 @@ def _reference(ranks: Ranks, models: dict[str, Path], name: str, role: str, fold
 
 
 @pytest.mark.parametrize("setup", SPLITS, ids=str)
-@pytest.mark.parametrize(("name", "role"), [("qwen2", POLICY), ("qwen3", POLICY), ("qwen2-tied", CRITIC)])
+@pytest.mark.parametrize(
+    ("name", "role"), [("qwen2", POLICY), ("qwen3", POLICY), ("llama-biases", POLICY), ("qwen2-tied", CRITIC)]
+)
 def test_an_update_is_the_same_for_any_split(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path, name: str, role: str, setup: Setup
 ) -> None:
@@ -99,6 +102,34 @@ def test_a_fresh_critic_predicts_zero_and_learns(ranks: Ranks, models: dict[str,
     assert values[token_rows().response_mask].all()
     [(_, loaded, _)] = ranks.run(1, trained, tmp_path / "learned", Setup(lr=0.0), CRITIC, tmp_path / "loaded")
     torch.testing.assert_close(gather([loaded]), values)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3"])
+def test_a_critic_is_a_token_classifier_of_transformers_with_the_same_values(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    setup, folder = Setup(layout=ParallelLayout(tensor=2, pipeline=2)), tmp_path / "critic"
+    answers = ranks.run(4, trained, models[name], setup, CRITIC, folder)
+    model, loading = AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
+    assert {kind: set(found) for kind, found in loading.items() if found} == {}
+    config = json.loads((folder / "config.json").read_text())
+    family = model.config.model_type.capitalize()
+    assert config["architectures"] == [f"{family}ForTokenClassification"] == [type(model).__name__]
+    assert (config["num_labels"], config["id2label"], config["label2id"]) == (1, {"0": "value"}, {"value": 0})
+
+    rows, expected = token_rows(), gather([answer[1] for answer in answers])
+    assert float(expected[rows.response_mask].std()) > 1e-3
+    for row, length in enumerate(rows.lengths.tolist()):
+        with torch.no_grad():
+            found = model.eval()(rows.tokens[row, None, :length]).logits[0, :-1, 0]
+        mask = rows.response_mask[row, 1:length]
+        torch.testing.assert_close(found[mask], expected[row, 1:length][mask], atol=1e-4, rtol=0)
+
+    again = Setup(layout=ParallelLayout(pipeline=2), lr=0.0)
+    answers = ranks.run(2, trained, folder, again, CRITIC, tmp_path / "again")
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("setup", [Setup(), Setup(layout=ParallelLayout(pipeline=2), budget=60)], ids=str)

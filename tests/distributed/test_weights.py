@@ -22,10 +22,10 @@ from tests.distributed.cases import Setup
 from tests.distributed.ranks import Ranks
 from tests.distributed.weight_cases import Traffic, Trip, load_another, round_trips, vocabularies_after_update
 
-DENSE = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral")
+DENSE = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral", "llama-biases")
 ODD = ("qwen2-odd", "llama-odd")
 """Of a vocabulary that only one tensor rank divides; tied and untied."""
-SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek")
+SPARSE = ("qwen2-moe", "qwen3-moe", "deepseek", "deepseek-v2")
 TP2, TP2_PP2 = ParallelLayout(tensor=2), ParallelLayout(tensor=2, pipeline=2)
 TP4 = ParallelLayout(tensor=4)
 """Two ranks to a key/value head."""

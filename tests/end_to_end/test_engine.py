@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -247,6 +248,21 @@ def test_scores_are_those_of_hugging_face_at_temperature_1(engine: RemoteEngine,
     for row, score in zip(rows, scores, strict=True):
         expected = hf_logprobs(loaded(folders["B-untied"]), row)[range(len(row) - 1), list(row[1:])].tolist()
         assert score == pytest.approx([0.0, *expected], abs=1e-4)
+
+
+def test_the_engine_scales_positions_as_the_configuration_says(tmp_path: Path) -> None:
+    folder, row = build_model(tmp_path / "yarn", 0, tied=False), tuple(range(5, 60))
+    config = json.loads((folder / "config.json").read_text())
+    plain = hf_logprobs(hf_model(folder), row)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e2, "factor": 4.0, "original_max_position_embeddings": 16}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn}))
+    model = hf_model(folder)
+    expected, at = hf_logprobs(model, row), (range(len(row) - 1), list(row[1:]))
+    assert float((expected[at] - plain[at]).abs().max()) > 1
+    with running(folder) as engine:
+        engine.push(1, iter(named_weights(model)))
+        (score,) = engine.call("score", [row])
+    assert score[1:] == pytest.approx(expected[at].tolist(), abs=1e-4)
 
 
 def test_sampled_log_probs_are_those_of_the_distribution_drawn_from(

@@ -291,6 +291,31 @@ def test_prompt_and_response_must_fit_the_model(folder):
     ]
 
 
+def test_prompt_and_response_must_fit_the_window_of_attention(folder):
+    Path("model/config.json").write_text(
+        json.dumps(MODEL | {"architectures": ["MistralForCausalLM"], "sliding_window": 112})
+    )
+    load(RunConfig, [Path("ppo.toml")])
+    assert problems("rollout.max_response_tokens=49") == [
+        "rollout.max_response_tokens: prompt (64) plus response (49) must fit the model's 112 positions, got 113; "
+        "largest: 48"
+    ]
+
+
+@pytest.mark.parametrize(("root", "file"), [(RunConfig, "ppo.toml"), (SFTConfig, "sft.toml")])
+def test_a_model_that_is_not_known_is_refused_by_name(folder, root, file):
+    Path("model/config.json").write_text(json.dumps(MODEL | {"architectures": ["GPT2LMHeadModel"]}))
+    assert problems(root=root, files=(file,)) == [
+        "model.path: unknown architecture GPT2LMHeadModel; known: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, "
+        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, "
+        "Qwen3MoeForCausalLM"
+    ]
+    Path("model/config.json").write_text(json.dumps(MODEL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))
+    assert problems(root=root, files=(file,)) == [
+        "model.path: Qwen2ForCausalLM: rope scaling 'dynamic' is not supported; known: default, linear, llama3, yarn"
+    ]
+
+
 def test_a_layout_that_does_not_divide_is_refused(folder):
     assert problems("critic.layout.pipeline=4") == [
         "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6] "

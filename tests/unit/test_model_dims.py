@@ -70,7 +70,7 @@ def test_what_a_config_states_wins():
 
 def test_an_unknown_architecture_names_the_known_ones():
     with pytest.raises(
-        UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: DeepseekV3ForCausalLM, "
+        UnknownArchitecture, match="unknown architecture GPT2LMHeadModel; known: DeepseekV2ForCausalLM, DeepseekV3"
     ):
         dims(architectures=["GPT2LMHeadModel"])
 
@@ -78,8 +78,13 @@ def test_an_unknown_architecture_names_the_known_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling is not supported"),
-        ({"use_sliding_window": True}, "set use_sliding_window to false"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "^Qwen2ForCausalLM: rope scaling 'dynamic' is not"),
+        (
+            {"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]},
+            "^Qwen3ForCausalLM: attention_bias=true puts",
+        ),
+        ({"mlp_bias": True}, "mlp_bias=true puts biases where the weight map has none"),
+        ({"qkv_bias": False}, "qkv_bias=false leaves out biases that the weight map has"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
         ({"eos_token_id": None}, "must name eos_token_id"),
     ],
@@ -87,6 +92,77 @@ def test_an_unknown_architecture_names_the_known_ones():
 def test_settings_that_would_change_the_numbers_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dims(**change)
+
+
+def test_biases_of_a_llama_are_those_of_its_configuration():
+    llama = {"architectures": ["LlamaForCausalLM"]}
+    for attention in (False, True):
+        for mlp in (False, True):
+            found = dims(**llama, attention_bias=attention, mlp_bias=mlp)
+            assert (found.qkv_bias, found.projection_bias, found.mlp_bias) == (attention, attention, mlp)
+
+
+@pytest.mark.parametrize(
+    ("change", "longest"),
+    [
+        ({"sliding_window": 64}, 512),  # Qwen2 has the number without using it
+        ({"sliding_window": 64, "use_sliding_window": True}, 64),
+        ({"sliding_window": 1024, "use_sliding_window": True}, 512),
+        ({"sliding_window": 64, "architectures": ["MistralForCausalLM"]}, 64),
+        ({"sliding_window": None, "architectures": ["MistralForCausalLM"]}, 512),
+        ({"sliding_window": 64, "architectures": ["LlamaForCausalLM"]}, 512),
+    ],
+)
+def test_rows_may_not_be_longer_than_a_window_of_attention(change, longest):
+    assert dims(**change).max_positions == longest
+
+
+DEEPSEEK = {
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
+
+def deepseek(version, **changes):
+    return dims(architectures=[f"Deepseek{version}ForCausalLM"], **DEEPSEEK | changes)
+
+
+def test_deepseek_chooses_experts_by_its_version():
+    v2, v3 = deepseek("V2", routed_scaling_factor=1.5).experts, deepseek("V3", n_group=4, topk_group=2).experts
+    assert (v2.sigmoid, v2.bias, v2.normalise, v2.groups, v2.scale) == (False, False, False, 1, 1.5)
+    assert (v3.sigmoid, v3.bias, v3.normalise, v3.groups, v3.groups_per_token) == (True, True, True, 4, 2)
+    grouped = deepseek("V2", topk_method="group_limited_greedy", n_group=4, topk_group=3).experts
+    assert (grouped.groups, grouped.groups_per_token) == (4, 3)
+    assert v2.layers == (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("version", "change", "message"),
+    [
+        ("V2", {"topk_method": "noaux_tc"}, "topk_method must be greedy or group_limited_greedy, got noaux_tc"),
+        ("V2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "less than 2 x topk_group"),
+        ("V2", {"norm_topk_prob": True}, "norm_topk_prob=true is not supported with softmax"),
+        ("V2", {"scoring_func": "sigmoid"}, "scoring_func must be softmax, got sigmoid"),
+        ("V2", {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
+        ("V2", {"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-6, got 1e-05"),
+        ("V2", {"attention_bias": True}, "attention_bias=true puts biases"),
+        ("V3", {"n_group": 4, "topk_group": 3}, "must be 2 x topk_group, got 4 and 3"),
+        ("V3", {"norm_topk_prob": False}, "norm_topk_prob=false is not supported with sigmoid"),
+        ("V3", {"rope_interleave": False}, "rope_interleave=false is not supported"),
+        ("V3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "latent attention is scaled by yarn alone"),
+    ],
+)
+def test_variants_of_deepseek_that_would_change_the_numbers_are_refused(version, change, message):
+    with pytest.raises(ValueError, match=f"^Deepseek{version}ForCausalLM: .*{message}"):
+        deepseek(version, **change)
 
 
 def test_a_layout_that_fits_has_no_problems():

@@ -102,6 +102,8 @@ def models(draw: st.DrawFn) -> WeightMap:
             shared_expert_intermediate_size=4 * number(0, 1),
             n_shared_experts=2 * number(0, 1),
             first_k_dense_replace=number(0, layers),
+            attention_bias=architecture.startswith("Llama") and draw(st.booleans()),
+            mlp_bias=architecture.startswith("Llama") and draw(st.booleans()),
             mlp_only_layers=sorted(draw(st.sets(st.integers(0, layers - 1)))),
             **({"kv_lora_rank": number(1, 3), "q_lora_rank": draw(st.sampled_from((None, 1, 3)))} if latent else {}),
             qk_nope_head_dim=number(1, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,19 @@ EXTRA: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "Qwen3Moe": {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
+    "DeepseekV2": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 4,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+    },
     "DeepseekV3": {
         "num_key_value_heads": 4,
         "n_routed_experts": 4,
@@ -64,14 +78,20 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 @cache
 def hf_tensors(family: str, kind: str, tied: bool) -> dict[str, Tensor]:
-    """What transformers saves of a model; every tensor random, so that no two are equal."""
+    """What transformers saves of a model of :data:`CONFIG`'s sizes; every tensor random, so that no two are equal."""
+    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"} | EXTRA.get(family, {})
+    return saved_model(family, kind, sizes | {"tie_word_embeddings": tied})[1]
+
+
+def saved_model(family: str, kind: str, sizes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors that transformers saves of a model; the tensors are replaced by random ones."""
     import transformers
 
-    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"} | EXTRA.get(family, {})
-    config = getattr(transformers, f"{family}Config")(**sizes | {"tie_word_embeddings": tied, "num_labels": 1})
+    config = getattr(transformers, f"{family}Config")(**sizes | {"num_labels": 1})
     model = getattr(transformers, f"{family}For{kind}")(config)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         saved = load_file(Path(folder) / "model.safetensors")
+        written = json.loads((Path(folder) / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(t.shape, generator=generator) for name, t in saved.items()}
+    return written, {name: torch.randn(t.shape, generator=generator) for name, t in saved.items()}

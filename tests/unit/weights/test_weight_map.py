@@ -2,37 +2,106 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_rl.model_dims import UnknownArchitecture
+from megatron_rl.model_dims import UnknownArchitecture, dims_from_config
+from megatron_rl.weights.families import FAMILIES
 from megatron_rl.weights.weight_map import Head, Op, Split, Stage, weight_map
-from tests.unit.weights.models import EXTRA, dims, hf_tensors
+from tests.unit.weights.models import EXTRA, dims, saved_model
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@st.composite
+def model_sizes(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """Settings of a tiny model of the family."""
+
+    def number(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    groups, layers, experts = number(1, 3), number(1, 3), number(2, 4)
+    expert_width = number(2, 5)  # transformers drops a dim of experts of width 1
+    latent = family.startswith("Deepseek")
+    heads = groups if latent else groups * number(1, 3)
+    sizes: dict[str, Any] = {
+        **EXTRA.get(family, {}),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "hidden_size": heads * 2 * number(1, 3),
+        "intermediate_size": number(1, 9),
+        "vocab_size": number(4, 20),
+        "max_position_embeddings": 16,
+        "tie_word_embeddings": draw(st.booleans()),
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    if not latent:
+        sizes["head_dim"] = 2 * number(1, 4)
+    if family == "Llama":
+        sizes |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    if family.endswith("Moe"):
+        sizes |= {
+            "num_experts": experts,
+            "moe_intermediate_size": expert_width,
+            "decoder_sparse_step": number(1, 2),
+            "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1), max_size=1)),
+        }
+    if family == "Qwen2Moe":
+        sizes["shared_expert_intermediate_size"] = number(1, 7)
+    if latent:
+        sizes |= {
+            "n_routed_experts": experts,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": number(1, 2),
+            "moe_intermediate_size": expert_width,
+            "first_k_dense_replace": number(0, layers),
+            "q_lora_rank": draw(st.none() | st.integers(2, 6)),
+            "kv_lora_rank": number(2, 6),
+            "qk_nope_head_dim": number(1, 4),
+            "qk_rope_head_dim": 2 * number(1, 2),
+            "v_head_dim": number(1, 5),
+        }
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("head", "kind"), [(Head.TOKEN, "CausalLM"), (Head.VALUE, "TokenClassification")], ids=["token", "value"]
 )
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3"])
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
 def test_a_transformers_model_goes_to_megatron_and_back_unchanged(
-    family: str, head: Head, kind: str, tied: bool
+    architecture: str, head: Head, kind: str, data: st.DataObject
 ) -> None:
+    family = architecture.removesuffix("ForCausalLM")
     if not hasattr(transformers, f"{family}For{kind}"):
         pytest.skip(f"transformers has no {family}For{kind}")
-    source = hf_tensors(family, kind, tied)
-    weights = weight_map(dims(f"{family}ForCausalLM", tie_word_embeddings=tied, **EXTRA.get(family, {})), head)
+    config, tensors = saved_model(family, kind, data.draw(model_sizes(family)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    source = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    weights = weight_map(dims_from_config(config), head)
 
-    written = Counter()
+    written: Counter[str] = Counter()
     for entry in weights.entries:
         full = weights.to_megatron(entry, [source[name] for name in entry.hf])
+        assert full.dtype is dtype
         for name, tensor in weights.to_hf(entry, full):
             written[name] += 1
             assert torch.equal(tensor, source[name]), name
 
     assert written == Counter(list(source))
+
+
+def test_every_family_has_sizes_and_tensors() -> None:
+    with pytest.raises(UnknownArchitecture) as refused:
+        dims("GPT2LMHeadModel")
+    assert str(refused.value) == f"unknown architecture GPT2LMHeadModel; known: {', '.join(sorted(FAMILIES))}"
 
 
 def test_names_are_those_of_megatron_core_ordered_from_the_embedding_up() -> None:
@@ -41,11 +110,11 @@ def test_names_are_those_of_megatron_core_ordered_from_the_embedding_up() -> Non
         "embedding.word_embeddings.weight",
         "decoder.layers.0.input_layernorm.weight",
         "decoder.layers.0.self_attention.linear_qkv.weight",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
         "decoder.layers.0.self_attention.linear_proj.weight",
         "decoder.layers.0.pre_mlp_layernorm.weight",
         "decoder.layers.0.mlp.linear_fc1.weight",
         "decoder.layers.0.mlp.linear_fc2.weight",
-        "decoder.layers.0.self_attention.linear_qkv.bias",
         "decoder.final_layernorm.weight",
         "output_layer.weight",
     ]
@@ -106,8 +175,8 @@ def test_a_tensor_of_another_model_is_refused() -> None:
 
 def test_unknown_families_and_unmapped_biases_are_refused() -> None:
     with pytest.raises(
-        UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: DeepseekV3ForCausalLM, Llama"
+        UnknownArchitecture, match="no weight map for GPT2LMHeadModel; known: DeepseekV2ForCausalLM, DeepseekV3"
     ):
         weight_map(dataclasses.replace(dims(), architecture="GPT2LMHeadModel"), Head.TOKEN)
-    with pytest.raises(ValueError, match="LlamaForCausalLM: attention_bias=true"):
-        weight_map(dims("LlamaForCausalLM", attention_bias=True), Head.TOKEN)
+    with pytest.raises(ValueError, match="MistralForCausalLM: attention_bias=true"):
+        weight_map(dims("MistralForCausalLM", attention_bias=True), Head.TOKEN)
