@@ -79,7 +79,8 @@ def vote(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> int
     member it equals. The largest group wins, of groups of one size the one that came first. A sample without an answer
     (None) does not vote.
 
-    Source: Wang et al., "Self-Consistency Improves Chain of Thought Reasoning" (2022), section 2, with unweighted votes.
+    Source: Wang et al., "Self-Consistency Improves Chain of Thought Reasoning" (2022), section 2, votes
+    unweighted.
 
     Returns:
         the index of the winning group's first sample, or None where nobody votes.

@@ -57,8 +57,8 @@ def task_results(samples: Sequence[GradedSample], same: Same, *, seed: int) -> R
     results: Results = {}
     for name, of_problems in values.items():
         results |= _entries(name, estimate(of_problems, seed=seed))
-    tokens = [sample.tokens for sample in samples]
-    shares = {
+    tokens: list[float] = [sample.tokens for sample in samples]
+    shares: dict[str, list[float]] = {
         "boxed": [sample.boxed for sample in samples],
         "truncated": [sample.finish is Finish.LENGTH for sample in samples],
         "stopped": [sample.finish is Finish.STOP for sample in samples],
@@ -97,21 +97,26 @@ def averages(results: Mapping[str, Results]) -> dict[str, Results]:
 
 
 def table(rows: Mapping[str, Mapping[str, Results]]) -> str:
-    """Markdown: pass@1 in percent, the seed's columns and their average first, other tasks after it.
+    """Markdown: pass@1 in percent, the seed's columns and average first (where any of them is there), others after.
 
     Args:
         rows: results by task, by the name of the model.
     """
-    others = list(dict.fromkeys(task for results in rows.values() for task in results if task not in SEED_TABLE))
-    titles = [TASKS[task].title for task in SEED_TABLE] + ["Avg."]
-    titles += [TASKS[task].title if task in TASKS else task for task in others]
-    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    tasks = list(dict.fromkeys(task for results in rows.values() for task in results))
+    columns: list[str | None] = [] if set(tasks).isdisjoint(SEED_TABLE) else [*SEED_TABLE, None]  # None: the average
+    columns += [task for task in tasks if task not in SEED_TABLE]
+    lines = ["| | " + " | ".join(map(_title, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, results in rows.items():
         average = averages(results).get("seed_average")
-        cells = [_percent(results.get(task)) for task in SEED_TABLE] + [_percent(average)]
-        cells += [_percent(results.get(task)) for task in others]
+        cells = [_percent(average if task is None else results.get(task)) for task in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _title(task: str | None) -> str:
+    if task is None:
+        return "Avg."
+    return TASKS[task].title if task in TASKS else task
 
 
 def _percent(results: Results | None) -> str:

@@ -138,7 +138,7 @@ def parse_problems(text: str, file: Path, gold: Callable[[Row], str]) -> tuple[P
     Raises:
         BadInput: a line is not a problem; names the file and the line.
     """
-    found = []
+    found: list[Problem] = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028 as it is
         if not line.strip():
             continue
@@ -246,7 +246,7 @@ TEMPLATES: dict[str, str] = {
         "User: {question}. Assistant:"
     ),
 }
-"""Prompts of the seed's evaluation, by the names it gives them. ``deepseek-r1`` is that of DeepSeek-R1-Zero (DeepSeek-AI
+"""Prompts of the seed's evaluation, by its names. ``deepseek-r1`` is that of DeepSeek-R1-Zero (DeepSeek-AI
 2025, table 1); it asks for no box."""
 CHAT = "chat"
 """Stands for the chat template of the model's tokenizer, with the instruction of the others in the user's turn."""
