@@ -149,7 +149,7 @@ def test_a_template_may_be_a_file_and_is_taken_as_it_stands(tmp_path):
     file.write_text("Q: {question}\n\n")
     assert load_template(str(file), tmp_path) == "Q: {question}\n\n"
     file.write_text("no place")
-    with pytest.raises(BadInput, match="must contain {question}"):
+    with pytest.raises(BadInput, match=r"must contain \{question\}"):
         load_template(str(file), tmp_path)
     with pytest.raises(BadInput, match="unknown template 'qwen_boxed'; did you mean qwen-boxed"):
         load_template("qwen_boxed", tmp_path)
@@ -163,7 +163,8 @@ def test_chat_stands_for_the_tokenizers_template(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(BadInput, match="no chat template"):
         load_template("chat", tmp_path)
-    chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    turn = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    chat = turn + "{% if add_generation_prompt %}<bot>{% endif %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": chat}))
     assert load_template("chat", tmp_path) == (
         "<user>{question}\nPlease reason step by step, and put your final answer within \\boxed{}.</s><bot>"
