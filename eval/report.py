@@ -53,7 +53,8 @@ def load_evaluations(folder: Path) -> dict[int, dict[str, list[GradedSample]]]:
     Raises:
         BadInput: there are none, or a line is not a sample.
     """
-    places = {int(found[1]): path for path in folder.glob("step_*") if (found := _STEP.fullmatch(path.name))}
+    named = [(_STEP.fullmatch(path.name), path) for path in folder.glob("step_*")]
+    places = {int(step[1]): path for step, path in named if step is not None}
     found = {step: _samples(path) for step, path in sorted((places or {0: folder}).items())}
     found = {step: tasks for step, tasks in found.items() if tasks}
     if not found:

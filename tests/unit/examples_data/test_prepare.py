@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.tasks import load_task
+from eval.tasks import TASKS, load_task
 from examples.data import overlap, prepare_eval, prepare_math
 from examples.data.prepare_math import Problem, Selection, explain, parse, select
 from examples.data.sources import Row, SourceError
@@ -182,8 +182,6 @@ def test_an_unusable_set_is_refused_and_nothing_is_written(source, message, tmp_
 
 
 def test_every_set_states_its_origin():
-    from eval.tasks import TASKS
-
     assert prepare_eval.ORIGINS.keys() == TASKS.keys()
 
 

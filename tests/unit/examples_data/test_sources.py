@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,8 +66,6 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 def test_the_hub_and_parquet_give_rows_with_numbers(tmp_path, monkeypatch):
     """With stand-ins for the two packages, which are no dependencies."""
-    from types import SimpleNamespace
-
     asked = []
 
     def load_dataset(name, config, split):
