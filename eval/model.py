@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.tasks import BadInput
 
+CONVERTER = Path(__file__).resolve().parents[1] / "tools" / "convert_hf" / "megatron_to_hf.py"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -46,14 +49,9 @@ def find_model(path: Path, dtype: str | None = None) -> Model:
         raise BadInput(f"--model {path}: no such folder")
     folder = path / "hf" if (path / "hf").is_dir() else path
     if not (folder / "config.json").is_file():
-        megatron = any(folder.rglob("*.distcp"))
         raise BadInput(
-            f"--model {path}: no config.json in {folder}; "
-            + (
-                "it is a Megatron checkpoint without its hf/ folder: make one with tools/convert_hf first"
-                if megatron
-                else "a Hugging Face folder or a checkpoint of a run (checkpoints/step_N) is needed"
-            )
+            f"--model {path}: no config.json in {folder}; a Hugging Face folder, a Megatron checkpoint or a checkpoint "
+            "of a run (checkpoints/step_N) is needed"
         )
     if not (folder / "tokenizer.json").is_file():
         raise BadInput(
@@ -75,6 +73,28 @@ def find_model(path: Path, dtype: str | None = None) -> Model:
             f"--model {path}: config.json names the type {found!r}; give --dtype, one of {', '.join(_DTYPES)}"
         )
     return Model(folder=folder.resolve(), dtype=str(found), max_positions=positions)
+
+
+def as_hf(path: Path, target: Path) -> Path:
+    """``path`` itself, or what a Megatron checkpoint without a Hugging Face folder becomes in ``target``.
+
+    Args:
+        path: of the model; a Megatron checkpoint holds ``*.distcp``, itself or in ``policy/``.
+        target: made by ``tools/convert_hf``, complete or not at all; what is there is used again.
+
+    Raises:
+        BadInput: the checkpoint cannot be converted; the message is the converter's.
+    """
+    source = next((folder for folder in (path, path / "policy") if any(folder.glob("*.distcp"))), None)
+    if source is None or (path / "hf").is_dir():
+        return path
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(CONVERTER), str(source), str(target)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise BadInput(f"--model {path}: {CONVERTER.name} could not convert it:\n{done.stderr.strip()}")
+    return target
 
 
 def find_checkpoints(run: Path) -> dict[str, Path]:

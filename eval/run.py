@@ -22,7 +22,7 @@ from rich.console import Console
 
 from eval.evaluation import Evaluation
 from eval.grading import SAME_ANSWER, check_rule, grade, same_answers, ungradable_golds
-from eval.model import find_checkpoints, find_model
+from eval.model import as_hf, find_checkpoints, find_model
 from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
 from eval.settings import Settings, parse
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(settings: Settings) -> None:
     """Every model that is asked for, on every task."""
     problems = _limited(load_tasks(settings.tasks, settings.data), settings.limit)
+    rule = _rule(settings)
     if settings.run is not None:
         folder = settings.output or settings.run / "eval"
         jobs = {
@@ -65,10 +66,9 @@ def _evaluate(settings: Settings) -> None:
         }
     else:
         assert settings.model is not None
-        model = find_model(settings.model, settings.dtype)
         name = _model_name(settings.model)
-        jobs = {name: (model, settings.output or Path("runs/eval") / name)}
-    rule = _rule(settings)
+        output = settings.output or Path("runs/eval") / name
+        jobs = {name: (find_model(as_hf(settings.model, output / "hf"), settings.dtype), output)}
     template = load_template(settings.template, next(iter(jobs.values()))[0].folder)
     evaluations = {
         name: Evaluation(settings=settings, model=model, template=template, rule=rule, problems=problems, output=output)

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="eval/run.py", description="Evaluate a model on problem sets.", allow_abbrev=False
     )
     what = parser.add_argument_group("what is evaluated (one of)")
-    what.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint of a run (checkpoints/step_N)")
+    what.add_argument(
+        "--model", type=Path, help="Hugging Face folder, Megatron checkpoint, or a run's checkpoints/step_N"
+    )
     what.add_argument("--run", type=Path, help="run_dir of a training run: every checkpoint, those done are skipped")
     what.add_argument("--rescore", type=Path, metavar="SAMPLES.jsonl", help="grade these responses again, no engine")
     what.add_argument("--gold-oracle", action="store_true", help="grade each reference answer against itself")

@@ -275,11 +275,32 @@ def test_a_model_that_is_not_whole_says_what_is_missing(tmp_path, model, task, c
         (model / name).unlink()
         assert main(command(tmp_path, model, task)) == 2
         assert message in capsys.readouterr().err
-    (model / "weights.distcp").write_text("")
-    assert main(command(tmp_path, model, task)) == 2
-    assert "Megatron checkpoint without its hf/ folder" in capsys.readouterr().err
     assert main(command(tmp_path, tmp_path / "nowhere", task)) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["weights", "checkpoint/policy"])
+def test_a_megatron_checkpoint_is_converted_once(place, tmp_path, model, task, engine, monkeypatch, capsys):
+    """By a stand-in for the converter, which copies a folder and leaves a mark of each call."""
+    source = tmp_path / place
+    source.mkdir(parents=True)
+    (source / "__0_0.distcp").write_text("weights")
+    converter = tmp_path / "convert.py"
+    converter.write_text(
+        "import pathlib, shutil, sys\n"
+        f"assert sys.argv[1].endswith({place!r})\n"
+        f"shutil.copytree({str(model)!r}, sys.argv[2])\n"
+        "pathlib.Path(__file__).with_name('calls').open('a').write('x')\n"
+    )
+    monkeypatch.setattr("eval.model.CONVERTER", converter)
+    asked = command(tmp_path, tmp_path / place.split("/")[0], task)
+    assert main(asked) == 0
+    assert [spec.model for spec, _ in engine.opened] == [tmp_path / "out" / "hf"]
+    assert main(asked) == 0
+    assert (tmp_path / "calls").read_text() == "x"
+    converter.write_text("raise SystemExit('a shard is missing')")
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 2
+    assert "convert.py could not convert it:\na shard is missing" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_refused_in_seconds(tmp_path, model, task):
