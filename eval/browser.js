@@ -71,6 +71,7 @@ function render() {
 function readAddress() {
   for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
     if (form.elements[name]) form.elements[name].value = value;
+  for (const choice of form.querySelectorAll("select")) choice.value ||= "all"; // an address may name what is not there
 }
 
 options("checkpoint", ["all", ...new Set(samples.map((s) => s.checkpoint))]);

@@ -131,6 +131,7 @@ def browse(page: Path, view: str, profile: Path) -> str:
         ("verdict=right&checkpoint=step+12", ["right", "right"]),
         ("task=zeta", ["wrong", "right"]),
         ("text=onerror", ["truncated"]),
+        ("task=nonsense&nothing=1", ["right", "no box", "wrong", "right", "truncated", "right"]),
     ],
 )
 def test_samples_are_filtered_in_a_browser(run, tmp_path, view, listed):
