@@ -14,7 +14,7 @@ from megatron_rl import device
 from megatron_rl.batches import TokenRows
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
-from megatron_rl.config.schema import RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
@@ -179,6 +179,19 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
         group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
         group.build(start_engine, [(_engine_spec(config, model, version=0),)]).result()
         yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
+
+
+@contextmanager
+def open_engines(spec: EngineSpec, count: int, cluster: ClusterConfig, run_dir: Path) -> Iterator[list[RemoteEngine]]:
+    """``count`` engines alike, each in a process of its own; no trainer and no data. Errors as :func:`open_run`."""
+    gpus = device.gpu_count()
+    check_machine(count, gpus, cluster)
+    with Cluster(cluster, gpus=gpus, run_dir=run_dir) as started:
+        groups = started.start(
+            [Role(name=f"engine-{number}", workers=1) for number in range(count)], device.worker_environment()
+        )
+        results({name: group.build(start_engine, [(spec,)]) for name, group in groups.items()})
+        yield [RemoteEngine(group) for group in groups.values()]
 
 
 @contextmanager

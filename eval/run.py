@@ -1,0 +1,180 @@
+"""Evaluate a model on problem sets: ``python eval/run.py --model FOLDER --data DIR [--tasks a,b] [--samples K]``.
+
+eval/README.md has every option, the protocol and what is written. Verdicts come from the reward rules of training;
+nothing executes code that a model wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+if not __package__:  # run as a program: Python then looks beside this file, not in the checkout that it belongs to
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+
+from eval.evaluation import Evaluation
+from eval.grading import SAME_ANSWER, check_rule, grade, same_answers, ungradable_golds
+from eval.model import as_hf, find_checkpoints, find_model
+from eval.results import Results, table, task_results
+from eval.samples import GradedSample, SampleLog, read_samples
+from eval.settings import Settings, parse
+from eval.tasks import BadInput, ProblemSet, load_tasks, load_template
+from megatron_rl.durable import replace_text
+from megatron_rl.rewards.rules import RewardRule, load_rule
+from megatron_rl.rewards.service import RewardService
+
+_USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit status is 0 (done), 1 (failed, or a gold answer is not its own equal), 2 (wrong input) or 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        settings = parse(sys.argv[1:] if arguments is None else arguments)
+        if settings.gold_oracle:
+            return _gold_oracle(settings)
+        if settings.rescore is not None:
+            _rescore(settings, settings.rescore)
+        else:
+            _evaluate(settings)
+    except BadInput as error:
+        return _fail(str(error), _USAGE_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the samples that are there", _INTERRUPTED)
+    except (RuntimeError, ValueError, OSError) as error:
+        return _fail(f"{type(error).__name__}: {error}", _FAILURE)
+    return 0
+
+
+def _evaluate(settings: Settings) -> None:
+    """Every model that is asked for, on every task."""
+    problems = _limited(load_tasks(settings.tasks, settings.data), settings.limit)
+    rule = _rule(settings)
+    if settings.run is not None:
+        folder = settings.output or settings.run / "eval"
+        jobs = {
+            name: (find_model(path, settings.dtype), folder / name)
+            for name, path in find_checkpoints(settings.run).items()
+        }
+    else:
+        assert settings.model is not None
+        name = _model_name(settings.model)
+        output = settings.output or Path("runs/eval") / name
+        jobs = {name: (find_model(as_hf(settings.model, output / "hf"), settings.dtype), output)}
+    template = load_template(settings.template, next(iter(jobs.values()))[0].folder)
+    evaluations = {
+        name: Evaluation(settings=settings, model=model, template=template, rule=rule, problems=problems, output=output)
+        for name, (model, output) in jobs.items()
+    }
+    for evaluation in evaluations.values():
+        evaluation.check()
+    console = Console(stderr=True)
+    for note in (item.note for item in problems if item.note):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    found: dict[str, dict[str, Results]] = {}
+    with ExitStack() as stack:
+        scorer = stack.enter_context(_service(settings, rule))
+        comparer = stack.enter_context(_service(settings, SAME_ANSWER))
+        check_rule(settings.rule, scorer)
+        for name, evaluation in evaluations.items():
+            found[name] = evaluation.run(scorer, comparer, console, name)
+    text = table(found)
+    if settings.run is not None:
+        replace_text((settings.output or settings.run / "eval") / "table.md", text)
+    _print(text)
+
+
+def _model_name(path: Path) -> str:
+    """A name that tells checkpoints of different runs apart: the last parts of the path that say something."""
+    parts = [part for part in path.resolve().parts if part not in {"hf", "checkpoints"}]
+    return "-".join(parts[-2:]) if path.resolve().parts[-1] == "hf" or parts[-1].startswith("step_") else parts[-1]
+
+
+def _limited(problems: Sequence[ProblemSet], limit: int | None) -> tuple[ProblemSet, ...]:
+    return tuple(replace(item, problems=item.problems[:limit]) for item in problems)
+
+
+def _rule(settings: Settings) -> RewardRule:
+    try:
+        return load_rule(settings.rule)
+    except ValueError as error:
+        raise BadInput(f"--rule: {error}") from error
+
+
+def _service(settings: Settings, rule: RewardRule | str) -> RewardService:
+    return RewardService(rule, workers=settings.reward_workers, timeout_s=settings.timeout_s)
+
+
+def _rescore(settings: Settings, file: Path) -> None:
+    """Grade the responses of a samples file again and write samples and results to another folder."""
+    if not file.is_file():
+        raise BadInput(f"--rescore {file}: no such file")
+    before = read_samples(file)
+    output = settings.output or file.parent / "rescored"
+    target = output / file.name
+    if target.exists():
+        raise BadInput(f"--output {output}: {target} is there already; remove it or name another folder")
+    rule = _rule(settings)
+    with _service(settings, rule) as scorer, _service(settings, SAME_ANSWER) as comparer:
+        check_rule(settings.rule, scorer)
+        after = grade(before, rule, scorer)
+        same = same_answers(after, comparer)
+    by_task: dict[str, list[GradedSample]] = {}
+    for sample in after:
+        by_task.setdefault(sample.task, []).append(sample)
+    results = {task: task_results(samples, same, seed=settings.seed) for task, samples in by_task.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    SampleLog(target).append(after)
+    replace_text(output / "results.json", json.dumps({"results": results, "rule": settings.rule}, indent=2) + "\n")
+    for old, new in zip(before, after, strict=True):
+        if old.correct != new.correct:
+            verdict = "right" if new.correct else "wrong"
+            _print(f"{new.task} {new.id} sample {new.sample}: now {verdict}: {new.extracted!r}, gold {new.gold!r}")
+    changed = sum(old.correct != new.correct for old, new in zip(before, after, strict=True))
+    _print(
+        f"{len(after)} samples graded again with rule {settings.rule}, {changed} verdicts changed\n"
+        + table({file.stem: results})
+    )
+
+
+def _gold_oracle(settings: Settings) -> int:
+    """Grade each reference answer against itself; 1 where one is not its own equal."""
+    problems = _limited(load_tasks(settings.tasks, settings.data), settings.limit)
+    status = 0
+    with _service(settings, _rule(settings)) as scorer:
+        check_rule(settings.rule, scorer)
+        for item in problems:
+            bad = ungradable_golds(item, scorer)
+            _print(
+                f"{item.name}: {len(item.problems) - len(bad)} of {len(item.problems)} gold answers equal themselves"
+            )
+            for identity, gold, outcome in bad:
+                _print(f"  {identity}: {gold!r} ({outcome.value})")
+                status = _FAILURE
+    return status
+
+
+def _interrupt(_signal: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(text: str, status: int) -> int:
+    sys.stderr.write(f"eval: {text}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

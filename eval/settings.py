@@ -1,0 +1,159 @@
+"""The options of an evaluation: where their defaults come from, and what they may be."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.tasks import TASKS, BadInput
+from megatron_rl.config.schema import EngineConfig, RewardConfig
+from megatron_rl.dataflow import Sampling
+
+_PROTOCOL_NAMES = ("tasks", "template", "samples", "temperature", "top_p", "max_tokens", "stop", "seed", "rule")
+PROTOCOL = Path(__file__).with_name("seed_protocol.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked for; the options of the command line."""
+
+    model: Path | None
+    run: Path | None
+    rescore: Path | None
+    gold_oracle: bool
+    tasks: tuple[str, ...]
+    data: Path | None
+    template: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    limit: int | None
+    rule: str
+    output: Path | None
+    dtype: str | None
+    engines: int
+    kv_cache_mib: int
+    max_concurrent: int
+    reward_workers: int
+    timeout_s: float
+
+    def sampling(self) -> Sampling:
+        """How the engine draws."""
+        return Sampling(temperature=self.temperature, max_tokens=self.max_tokens, top_p=self.top_p, stop=self.stop)
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """The settings that a command line asks for, over those of the protocol.
+
+    Raises:
+        BadInput: the protocol is unreadable or has an unknown key, or the options contradict each other.
+        SystemExit: as argparse, for an option that it refuses.
+    """
+    parser = _parser()
+    protocol = parser.parse_known_args(arguments)[0].protocol
+    given = vars(parser.parse_args([*_protocol_arguments(protocol, parser), *arguments]))
+    del given["protocol"]
+    if missing := [name for name in _PROTOCOL_NAMES if given[name] is None]:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise BadInput(
+            f"every option of the protocol needs a value, {protocol} and the command line give none for {options}"
+        )
+    settings = Settings(**given)
+    sources = [settings.model, settings.run, settings.rescore, settings.gold_oracle or None]
+    if sum(source is not None for source in sources) != 1:
+        raise BadInput("exactly one of --model, --run, --rescore and --gold-oracle must say what is evaluated")
+    if settings.samples > 1 and settings.temperature == 0:
+        raise BadInput(
+            f"--samples {settings.samples} at --temperature 0 would draw the same response {settings.samples} times; "
+            "raise the temperature or take one sample"
+        )
+    return settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eval/run.py", description="Evaluate a model on problem sets.", allow_abbrev=False
+    )
+    what = parser.add_argument_group("what is evaluated (one of)")
+    what.add_argument(
+        "--model", type=Path, help="Hugging Face folder, Megatron checkpoint, or a run's checkpoints/step_N"
+    )
+    what.add_argument("--run", type=Path, help="run_dir of a training run: every checkpoint, those done are skipped")
+    what.add_argument("--rescore", type=Path, metavar="SAMPLES.jsonl", help="grade these responses again, no engine")
+    what.add_argument("--gold-oracle", action="store_true", help="grade each reference answer against itself")
+    asked = parser.add_argument_group("protocol (defaults: --protocol)")
+    asked.add_argument("--protocol", type=Path, default=PROTOCOL, metavar="FILE.toml", help="defaults of this group")
+    asked.add_argument("--tasks", type=_words, help=f"of {', '.join(TASKS)}, or .jsonl files; separated by commas")
+    asked.add_argument("--template", help="a name, 'chat', or a file with {question}")
+    asked.add_argument("--samples", type=_positive, help="per problem")
+    asked.add_argument("--temperature", type=_not_negative, help="0 is greedy")
+    asked.add_argument("--top-p", type=_probability)
+    asked.add_argument("--max-tokens", type=_positive, help="of a response")
+    asked.add_argument("--stop", type=_words, help="strings that end a response, separated by commas")
+    asked.add_argument("--seed", type=int, help="of sampling and bootstrap")
+    asked.add_argument("--rule", help="reward rule that decides what is right")
+    machine = parser.add_argument_group("where and how")
+    machine.add_argument("--data", type=Path, help="folder of the named problem sets, NAME/test.jsonl")
+    machine.add_argument("--limit", type=_positive, help="first problems of each task only")
+    machine.add_argument("--output", type=Path, help="folder (default: runs/eval/MODEL, RUN/eval, or beside SAMPLES)")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: the model's)")
+    machine.add_argument("--engines", type=_positive, default=1, help="how many run side by side")
+    engine, reward = EngineConfig(), RewardConfig()
+    machine.add_argument("--kv-cache-mib", type=_positive, default=engine.kv_cache_mib, help="of each engine")
+    machine.add_argument("--max-concurrent", type=_positive, default=engine.max_concurrent, help="of each engine")
+    machine.add_argument("--reward-workers", type=_positive, default=reward.workers, help="processes that grade")
+    machine.add_argument("--timeout-s", type=_positive_float, default=reward.timeout_s, help="to grade a response")
+    return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _bounded(kind: type[int] | type[float], text: str, low: float, high: float, *, open_low: bool) -> Any:
+    value = kind(text)
+    if not (low < value <= high if open_low else low <= value <= high):
+        raise argparse.ArgumentTypeError(f"must be {'above' if open_low else 'at least'} {low:g}, at most {high:g}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_bounded(int, text, 0, 1 << 31, open_low=True))
+
+
+def _positive_float(text: str) -> float:
+    return float(_bounded(float, text, 0, 1e9, open_low=True))
+
+
+def _not_negative(text: str) -> float:
+    return float(_bounded(float, text, 0, 100, open_low=False))
+
+
+def _probability(text: str) -> float:
+    return float(_bounded(float, text, 0, 1, open_low=True))
+
+
+def _protocol_arguments(file: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """A protocol as the words of a command line."""
+    try:
+        keys = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise BadInput(f"--protocol {file}: cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"--protocol {file}: not valid TOML: {error}") from error
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            raise BadInput(
+                f"--protocol {file}: unknown key {key!r}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
+    return [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in keys.items()]

@@ -1,0 +1,351 @@
+"""The program, with an engine that is no model where one is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from eval.run import main
+from eval.samples import read_samples
+from eval.settings import parse
+from eval.tasks import BadInput
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+
+ROOT = Path(__file__).parents[3]
+PYTHON_BLOCK = """```python
+open({path!r}, "w").write("ran")
+print(4)
+```
+```output
+4
+```
+So the answer is \\boxed{{5}}."""
+
+
+class ScriptedEngine:
+    """Says what a function of question number and seed says."""
+
+    def __init__(self, say):
+        self.say = say
+        self.calls = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        self.calls += 1
+        return [
+            Rollout(prompt=prompt, samples=tuple(self._sample(prompt, seed) for seed in of), policy_version=0)
+            for prompt, of in zip(prompts, seeds, strict=True)
+        ]
+
+    def _sample(self, prompt, seed):
+        return Sample(token_ids=(1, 2, 3), logprobs=(0.0,) * 3, text=self.say(prompt, seed), finish=Finish.STOP)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Put a scripted engine in the place of the real ones; says the right answer unless told otherwise."""
+    import megatron_rl.assemble
+
+    scripted = ScriptedEngine(lambda prompt, seed: f"\\boxed{{{prompt.answer}}}")
+    scripted.opened = []
+
+    @contextmanager
+    def opened(spec, count, cluster, run_dir) -> Iterator[list[ScriptedEngine]]:
+        scripted.opened.append((spec, count))
+        yield [scripted] * count
+
+    monkeypatch.setattr(megatron_rl.assemble, "open_engines", opened)
+    return scripted
+
+
+def make_model(folder: Path, **config) -> Path:
+    folder.mkdir(parents=True)
+    Tokenizer(models.WordLevel({"x": 0, "<unk>": 1}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    settings = {"max_position_embeddings": 64, "dtype": "float32", "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def task(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{n}+0?", "answer": str(n)}) + "\n" for n in range(5)))
+    return file
+
+
+def command(tmp_path, model, task, *more):
+    return [
+        *("--model", str(model), "--tasks", str(task), "--template", "abel", "--output", str(tmp_path / "out")),
+        *("--max-tokens", "8", *more),
+    ]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_model_is_evaluated_and_everything_is_written(tmp_path, model, task, engine, capsys):
+    engine.say = lambda prompt, seed: f"\\boxed{{{prompt.answer}}}" if prompt.id != "3" else "I do not know"
+    assert main(command(tmp_path, model, task)) == 0
+    found = results(tmp_path / "out")
+    assert found["results"]["sums"]["pass@1,none"] == 0.8
+    assert found["results"]["sums"]["boxed,none"] == 0.8
+    assert found["n-samples"]["sums"] == {"original": 5, "effective": 5, "samples": 1}
+    assert found["configs"]["sums"]["doc_to_text"].startswith("Question:\n{question}")
+    assert found["configs"]["sums"]["generation_kwargs"]["max_gen_toks"] == 8
+    assert len(found["configs"]["sums"]["data_sha256"]) == 64
+    assert {"versions", "n-shot", "higher_is_better", "config", "date", "git_hash"} <= found.keys()
+    samples = read_samples(tmp_path / "out" / "samples_sums.jsonl")
+    assert [(sample.id, sample.correct, sample.extracted) for sample in samples] == [
+        *[(str(n), True, str(n)) for n in range(3)],
+        ("3", False, None),
+        ("4", True, "4"),
+    ]
+    assert samples[1].prompt == "Question:\n1+0?\nAnswer:\nLet's think step by step.\n"
+    assert (tmp_path / "out" / "table.md").read_text() == "| | sums |\n|---|---|\n| model | 80.0 |\n"
+    assert "| model | 80.0 |" in capsys.readouterr().out
+
+
+def test_a_response_with_a_python_block_is_graded_as_text(tmp_path, model, task, engine):
+    proof = tmp_path / "proof"
+    engine.say = lambda prompt, seed: PYTHON_BLOCK.format(path=str(proof))
+    assert main(command(tmp_path, model, task, "--limit", "5")) == 0
+    assert not proof.exists()
+    assert engine.calls == 1  # one turn: nothing was fed back
+    samples = read_samples(tmp_path / "out" / "samples_sums.jsonl")
+    assert {sample.extracted for sample in samples} == {"5"}
+    assert all("```output" in sample.response for sample in samples)
+    assert results(tmp_path / "out")["results"]["sums"]["pass@1,none"] == 0.0
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, model, task, engine):
+    say, counted = (lambda prompt, seed: f"{seed} \\boxed{{{prompt.answer}}}"), []
+    engine.say = say
+    more = ("--samples", "2", "--temperature", "1")
+    assert main(command(tmp_path, model, task, *more)) == 0
+    file = tmp_path / "out" / "samples_sums.jsonl"
+    whole = read_samples(file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:3]) + lines[3][:50])  # killed while it wrote the fourth
+    (tmp_path / "out" / "results.json").unlink()
+
+    def counting(prompt, seed):
+        counted.append(prompt.id)
+        return say(prompt, seed)
+
+    engine.say = counting
+    assert main(command(tmp_path, model, task, *more)) == 0
+    assert counted == ["1", "2", "2", "3", "3", "4", "4"]
+    assert sorted(read_samples(file), key=lambda s: s.key) == whole
+    assert results(tmp_path / "out")["n-samples"]["sums"]["samples"] == 2
+
+
+def test_more_samples_and_problems_are_added_to_those_that_are_there(tmp_path, model, task, engine):
+    assert main(command(tmp_path, model, task, "--limit", "2", "--temperature", "1")) == 0
+    assert main(command(tmp_path, model, task, "--samples", "2", "--temperature", "1")) == 0
+    assert len(read_samples(tmp_path / "out" / "samples_sums.jsonl")) == 10
+    assert main(command(tmp_path, model, task, "--limit", "2", "--temperature", "1")) == 0
+    assert results(tmp_path / "out")["n-samples"]["sums"]["original"] == 2
+    assert len(engine.opened) == 2  # nothing was missing the third time
+
+
+def test_samples_of_other_settings_are_not_mixed(tmp_path, model, task, engine, capsys):
+    assert main(command(tmp_path, model, task)) == 0
+    assert main(command(tmp_path, model, task, "--max-tokens", "9")) == 2
+    assert "holds samples drawn otherwise (other max_tokens); name another" in capsys.readouterr().err
+    task.write_text(task.read_text().replace('"0"', '"00"'))
+    assert main(command(tmp_path, model, task)) == 2
+    assert "(other data of sums)" in capsys.readouterr().err
+    (model / "model.safetensors").write_text("other weights")
+    assert main(command(tmp_path, model, task)) == 2
+    assert "(other model, data of sums)" in capsys.readouterr().err
+
+
+def test_samples_vote_by_equality_of_their_answers(tmp_path, model, engine):
+    task = tmp_path / "half.jsonl"
+    task.write_text('{"question": "half?", "answer": "1/2"}\n')
+    said = iter(["\\boxed{7}", "\\boxed{\\frac{1}{2}}", "\\boxed{0.5}", "none"])
+    engine.say = lambda prompt, seed: next(said)
+    assert main(command(tmp_path, model, task, "--samples", "4", "--temperature", "1")) == 0
+    found = results(tmp_path / "out")["results"]["half"]
+    assert (found["pass@1,none"], found["pass@2,none"], found["maj@4,none"]) == (0.5, pytest.approx(5 / 6), 1.0)
+    assert found["pass@1_stderr,none"] == "N/A"
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_once(tmp_path, task, engine, capsys):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        make_model(run / "checkpoints" / f"step_{step:06}" / "hf")
+    arguments = ["--run", str(run), "--tasks", str(task), "--template", "abel", "--max-tokens", "8"]
+    assert main(arguments) == 0
+    assert [spec.model.parent.name for spec, _ in engine.opened] == ["step_000001", "step_000002"]
+    make_model(run / "checkpoints" / "step_000003" / "hf")
+    assert main(arguments) == 0
+    assert [spec.model.parent.name for spec, _ in engine.opened[2:]] == ["step_000003"]
+    assert (run / "eval" / "table.md").read_text().count("| 100.0 |") == 3
+    assert "step_000001: complete, no engine started" in capsys.readouterr().err
+    assert main(["--run", str(tmp_path / "model")]) == 2
+
+
+def test_engines_are_given_what_the_model_says(tmp_path, task, engine):
+    model = make_model(tmp_path / "half" / "hf", dtype="bfloat16")
+    assert main(command(tmp_path, model.parent, task, "--engines", "2", "--kv-cache-mib", "64")) == 0
+    ((spec, count),) = engine.opened
+    assert (spec.model, spec.dtype, spec.kv_cache_mib, spec.version) == (model, "bfloat16", 64, 0)
+    assert count == 1  # one part, so a second engine would have nothing to do
+    assert spec.max_model_len <= 64
+
+
+def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, engine, capsys):
+    engine.say = lambda prompt, seed: f"the boxed {prompt.answer}"
+    assert main(command(tmp_path, model, task)) == 0
+    samples = tmp_path / "out" / "samples_sums.jsonl"
+    assert results(tmp_path / "out")["results"]["sums"]["pass@1,none"] == 0.0
+    assert main(["--rescore", str(samples), "--rule", "seed"]) == 0
+    out = capsys.readouterr().out
+    assert "sums 4 sample 0: now right: ' 4'" in out or "sums 4 sample 0: now right: '4'" in out
+    assert "5 samples graded again with rule seed, 5 verdicts changed" in out
+    assert results(tmp_path / "out" / "rescored")["results"]["sums"]["pass@1,none"] == 1.0
+    assert len(engine.opened) == 1
+    assert main(["--rescore", str(samples), "--rule", "seed"]) == 2
+    assert main(["--rescore", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_the_gold_oracle_names_what_cannot_be_earned(tmp_path, capsys):
+    file = tmp_path / "g.jsonl"
+    file.write_text('{"question": "Q", "answer": "\\\\frac{1}{2}"}\n{"id": "odd", "question": "Q", "answer": "}"}\n')
+    assert main(["--gold-oracle", "--tasks", str(file)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "g: 1 of 2 gold answers equal themselves",
+        "  odd: '}' (scored)",
+    ]
+    file.write_text('{"question": "Q", "answer": "[1,2)"}\n')
+    assert main(["--gold-oracle", "--tasks", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "math50", "--data", "."], "unknown task 'math50'; did you mean math500?"),
+        (["--tasks", "{folder}/bad.jsonl"], "bad.jsonl:2: every line must be a JSON object"),
+        (["--tasks", "{folder}/nogold.jsonl"], "nogold.jsonl:1: needs 'answer'"),
+        (["--tasks", "math500"], "--data must say where the problem sets lie"),
+        (["--template", "abelian"], "unknown template 'abelian'; did you mean abel?"),
+        (["--rule", "sead"], "unknown reward rule 'sead'"),
+        (["--samples", "4"], "would draw the same response 4 times"),
+        (["--rule", "{folder}/rule.py:half"], "must return a Score with a part 'correct'"),
+    ],
+)
+def test_wrong_input_is_one_clear_error_before_anything_starts(
+    arguments, message, tmp_path, model, task, engine, capsys
+):
+    (tmp_path / "bad.jsonl").write_text('{"question": "Q", "answer": "1"}\n{"question": "Q", "ans\n')
+    (tmp_path / "nogold.jsonl").write_text('{"question": "Q"}\n')
+    (tmp_path / "rule.py").write_text("def half(text, answer, finish):\n    return 0.5\n")
+    asked = [word.format(folder=tmp_path) for word in arguments]
+    assert main(command(tmp_path, model, task, *asked)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert engine.opened == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_whole_says_what_is_missing(tmp_path, model, task, capsys):
+    for name, message in (
+        ("model.safetensors", "no *.safetensors"),
+        ("tokenizer.json", "no tokenizer.json"),
+        ("config.json", "no config.json"),
+    ):
+        (model / name).unlink()
+        assert main(command(tmp_path, model, task)) == 2
+        assert message in capsys.readouterr().err
+    assert main(command(tmp_path, tmp_path / "nowhere", task)) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["weights", "checkpoint/policy"])
+def test_a_megatron_checkpoint_is_converted_once(place, tmp_path, model, task, engine, monkeypatch, capsys):
+    """By a stand-in for the converter, which copies a folder and leaves a mark of each call."""
+    source = tmp_path / place
+    source.mkdir(parents=True)
+    (source / "__0_0.distcp").write_text("weights")
+    converter = tmp_path / "convert.py"
+    converter.write_text(
+        "import pathlib, shutil, sys\n"
+        f"assert sys.argv[1].endswith({place!r})\n"
+        f"shutil.copytree({str(model)!r}, sys.argv[2])\n"
+        "pathlib.Path(__file__).with_name('calls').open('a').write('x')\n"
+    )
+    monkeypatch.setattr("eval.model.CONVERTER", converter)
+    asked = command(tmp_path, tmp_path / place.split("/")[0], task)
+    assert main(asked) == 0
+    assert [spec.model for spec, _ in engine.opened] == [tmp_path / "out" / "hf"]
+    assert main(asked) == 0
+    assert (tmp_path / "calls").read_text() == "x"
+    converter.write_text("raise SystemExit('a shard is missing')")
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 2
+    assert "convert.py could not convert it:\na shard is missing" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_seconds(tmp_path, model, task):
+    (model / "tokenizer.json").unlink()
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval" / "run.py"), *command(tmp_path, model, task)],
+        cwd=tmp_path,  # the program finds its checkout from anywhere
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"eval: --model {model}: no tokenizer.json in {model}; copy the tokenizer's files")
+    assert done.stdout == ""
+    assert time.monotonic() - started < 30
+
+
+def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
+    found = parse(["--model", "m"])
+    assert (found.temperature, found.max_tokens, found.samples, found.seed, found.top_p) == (0.0, 3000, 1, 0, 1.0)
+    assert found.template == "qwen25-math-cot"
+    assert len(found.tasks) == 8
+    assert found.stop == ("</s>", "<|im_end|>", "<|endoftext|>")
+    assert parse(["--model", "m", "--max-tokens", "5", "--tasks", "a,b"]).tasks == ("a", "b")
+    other = tmp_path / "p.toml"
+    other.write_text("temperature = 0.6\nmax_tokens = 5\n")
+    with pytest.raises(BadInput, match="unknown key 'max_tokens'; did you mean max-tokens"):
+        parse(["--model", "m", "--protocol", str(other)])
+    other.write_text("temperature = 0.6\n")
+    with pytest.raises(BadInput, match="give none for --tasks, --template"):
+        parse(["--model", "m", "--protocol", str(other)])
+    with pytest.raises(BadInput, match="exactly one of"):
+        parse([])
+    with pytest.raises(BadInput, match="exactly one of"):
+        parse(["--model", "m", "--gold-oracle"])
+    with pytest.raises(BadInput, match="cannot be read"):
+        parse(["--model", "m", "--protocol", str(tmp_path / "none.toml")])
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--top-p", "1.5"])
+
+
+def test_the_quick_starts_template_is_that_of_its_configuration():
+    folder = ROOT / "examples" / "arithmetic_cpu"
+    template = tomllib.loads((folder / "ppo.toml").read_text())["data"]["template"]
+    assert (folder / "template.txt").read_text() == template
