@@ -18,6 +18,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -27,7 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
-from megatron_rl.mcore.optimizer import Training
+from megatron_rl.mcore.optimizer import Training, optimizer_parts
+
+_OPTIMIZER = "optimizer_tensors"
+"""Moments and main weights. Settings are those of the run that loads; of Adam's step the schedule keeps count."""
 
 
 class _HostMemory(FileSystemBase):
@@ -137,7 +142,10 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
             raise FileExistsError(f"a checkpoint needs an empty folder, found files in {folder}")
     dist.barrier()
     strategy = SaveToMemory()
-    dist_checkpointing.save(_state(training, loading=False), str(folder), sharded_strategy=strategy)
+    state = _state(training, loading=False)
+    # megatron-core nests settings beside tensors, by how many optimizers there are, and keeps classes among them
+    state[_OPTIMIZER], _ = extract_matching_values(state[_OPTIMIZER], _is_saved)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     files = {path.name: buffer.getbuffer() for path, buffer in strategy.memory.files.items()}
     return StagedCheckpoint(folder=folder, files=files, leads=dist.get_rank() == 0)
 
@@ -150,11 +158,26 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     """
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"a checkpoint folder needs a metadata.json, found none in {folder}")
-    state = dist_checkpointing.load(_state(training, loading=True), str(folder))
+    wanted = _state(training, loading=True)
+    _, settings = extract_matching_values(wanted[_OPTIMIZER], _is_loaded)
+    state = dist_checkpointing.load(wanted, str(folder))
     for name, chunk in _named_chunks(training):
         chunk.module.load_state_dict(state[name])
-    training.optimizer.load_state_dict(state["optimizer"])
+    optimizer = merge(state[_OPTIMIZER], settings)
+    parts = [optimizer] if len(optimizer_parts(training.optimizer)) == 1 else optimizer.values()
+    for group in (group for part in parts for group in part.get("optimizer", part)["param_groups"]):
+        group["step"] = state["scheduler"]["num_steps"]  # both count updates
+    training.optimizer.load_state_dict(optimizer)
     training.scheduler.load_state_dict(state["scheduler"])
+
+
+def _is_saved(value: Any) -> bool:
+    return isinstance(value, ShardedBase)
+
+
+def _is_loaded(value: Any) -> bool:
+    """Whether loading puts a value in its place: from the checkpoint, or as this process has it."""
+    return isinstance(value, ShardedBase | LocalNonpersistentObject)
 
 
 def _state(training: Training, *, loading: bool) -> dict[str, Any]:
@@ -169,7 +192,7 @@ def _state(training: Training, *, loading: bool) -> dict[str, Any]:
     models = {name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(training)}
     return {
         **models,
-        "optimizer": training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
+        _OPTIMIZER: training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
         "scheduler": training.scheduler.state_dict(),
     }
 

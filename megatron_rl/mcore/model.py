@@ -169,7 +169,9 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
             attention.rotary_pos_emb = PackedRotary(attention.rotary_pos_emb.inv_freq, shape=(1,))
     if model.post_process:
         model.output_layer = (
-            ValueHead(dims.hidden, config.sequence_parallel) if head is Head.VALUE else TokenHead(model.output_layer)
+            ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype)
+            if head is Head.VALUE
+            else TokenHead(model.output_layer)
         )
     return model
 

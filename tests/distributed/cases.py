@@ -120,6 +120,7 @@ class Setup:
     layout: ParallelLayout = ParallelLayout()  # noqa: RUF009 - frozen
     distributed_optimizer: bool = False
     overlap_communication: bool = False
+    on_host: bool = False
     recompute: Any = "none"
     padded: bool = False
     clip_grad: float = 1.0
@@ -131,6 +132,7 @@ class Setup:
     def __str__(self) -> str:
         """For the names of tests."""
         switches = " dist-opt" * self.distributed_optimizer + " overlap" * self.overlap_communication
+        switches += " host" * self.on_host
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
         return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
@@ -161,6 +163,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
             tokens_per_microbatch=setup.budget,
             distributed_optimizer=setup.distributed_optimizer,
             overlap_communication=setup.overlap_communication,
+            optimizer_on_host=setup.on_host,
             recompute=setup.recompute,
         ),
         temperature=TEMPERATURE,
