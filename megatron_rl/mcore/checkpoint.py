@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -32,7 +33,6 @@ from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
 
 _OPTIMIZER = "optimizer_tensors"
-"""Moments and main weights. Settings are those of the run that loads; of Adam's step the schedule keeps count."""
 
 
 class _HostMemory(FileSystemBase):
@@ -142,9 +142,11 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
             raise FileExistsError(f"a checkpoint needs an empty folder, found files in {folder}")
     dist.barrier()
     strategy = SaveToMemory()
-    state = _state(training, loading=False)
-    # megatron-core nests settings beside tensors, by how many optimizers there are, and keeps classes among them
-    state[_OPTIMIZER], _ = extract_matching_values(state[_OPTIMIZER], _is_saved)
+    models = _models(training)
+    # tensors alone, under global names: the settings beside them are nested by how many optimizers there are, and name
+    # the optimizer's class; those of the run that loads take their place
+    tensors, _ = extract_matching_values(_optimizer(training, models, loading=False), _is_saved)
+    state = {**models, _OPTIMIZER: tensors, "scheduler": training.scheduler.state_dict()}
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     files = {path.name: buffer.getbuffer() for path, buffer in strategy.memory.files.items()}
     return StagedCheckpoint(folder=folder, files=files, leads=dist.get_rank() == 0)
@@ -158,12 +160,14 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     """
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"a checkpoint folder needs a metadata.json, found none in {folder}")
-    wanted = _state(training, loading=True)
-    _, settings = extract_matching_values(wanted[_OPTIMIZER], _is_loaded)
-    state = dist_checkpointing.load(wanted, str(folder))
+    models = _models(training)
+    wanted = _optimizer(training, models, loading=True)
+    _, settings = extract_matching_values(wanted, _is_loaded)
+    state = dist_checkpointing.load(models, str(folder))
     for name, chunk in _named_chunks(training):
         chunk.module.load_state_dict(state[name])
-    optimizer = merge(state[_OPTIMIZER], settings)
+    # by itself: the main weights of a float32 model are its weights, which nobody may ask for twice
+    optimizer = merge(dist_checkpointing.load({_OPTIMIZER: wanted}, str(folder))[_OPTIMIZER], settings)
     parts = [optimizer] if len(optimizer_parts(training.optimizer)) == 1 else optimizer.values()
     for group in (group for part in parts for group in part.get("optimizer", part)["param_groups"]):
         group["step"] = state["scheduler"]["num_steps"]  # both count updates
@@ -172,7 +176,7 @@ def load_checkpoint(folder: Path, training: Training) -> None:
 
 
 def _is_saved(value: Any) -> bool:
-    return isinstance(value, ShardedBase)
+    return isinstance(value, ShardedBase) and value.key.startswith("optimizer.")
 
 
 def _is_loaded(value: Any) -> bool:
@@ -180,20 +184,28 @@ def _is_loaded(value: Any) -> bool:
     return isinstance(value, ShardedBase | LocalNonpersistentObject)
 
 
-def _state(training: Training, *, loading: bool) -> dict[str, Any]:
-    metadata = {
+def _models(training: Training) -> dict[str, Any]:
+    return {name: chunk.module.sharded_state_dict(metadata=_metadata()) for name, chunk in _named_chunks(training)}
+
+
+def _optimizer(training: Training, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """megatron-core's description of moments and main weights, the latter by one name whatever the optimizer."""
+    found: dict[str, Any] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
+    main = "" if training.chunks[0].module.config.params_dtype == torch.float32 else "optimizer.state.fp32_param."
+    for value in nested_values(found):
+        if isinstance(value, ShardedBase) and value.key.startswith("optimizer.state.param."):
+            value.key = main + value.key.removeprefix("optimizer.state.param.")
+    return found
+
+
+def _metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # experts have an optimizer of their own where expert > 1: its name must not get into those of the moments
         "chained_optim_avoid_prefix": True,
         # moments are gathered over the collective backend itself; there is no second set of gloo groups
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    models = {name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(training)}
-    return {
-        **models,
-        _OPTIMIZER: training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
-        "scheduler": training.scheduler.state_dict(),
     }
 
 

@@ -91,7 +91,8 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
 
 def optimizer_parts(optimizer: Any) -> Sequence[Any]:
     """The optimizers that megatron-core chained: one, and where experts are shared out another one for those."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    chained: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return chained
 
 
 def gather_parameters(training: Training) -> None:

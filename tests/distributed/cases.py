@@ -287,8 +287,10 @@ def without_loss_tokens(rank: int, port: int, model: Path) -> str:
     return "it went through"
 
 
-def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path) -> list[Any]:
-    """Update, save without starting a process, update twice more, export."""
+def saved(
+    rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path, before: int = 1
+) -> list[Any]:
+    """Update ``before`` times, save without starting a process, update twice more, export."""
     from multiprocessing.process import BaseProcess
 
     def refuse(process: BaseProcess) -> None:
@@ -296,7 +298,8 @@ def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Pa
 
     worker = start(rank, port, model, setup, role)
     loss = Reinforce() if role == POLICY else SquaredError()
-    worker.update(minibatch(), loss)
+    for _ in range(before):
+        worker.update(minibatch(), loss)
     begin = BaseProcess.start
     BaseProcess.start = refuse  # type: ignore[method-assign]
     try:

@@ -30,7 +30,7 @@ NO_CLIP = 1e9  # clipping scales gradients in place where the optimizer is not d
 def setup(*, micro: int = 100, **axes: Any) -> Setup:
     switches = {
         name: axes.pop(name)
-        for name in ("distributed_optimizer", "overlap_communication", "recompute", "padded")
+        for name in ("distributed_optimizer", "overlap_communication", "on_host", "recompute", "padded")
         if name in axes
     }
     return Setup(layout=ParallelLayout(**axes), budget=micro, clip_grad=NO_CLIP, **switches)
@@ -45,6 +45,7 @@ CORE = [
     setup(context=2),
     setup(data=2),
     setup(data=2, distributed_optimizer=True, overlap_communication=True),
+    setup(data=2, distributed_optimizer=True, on_host=True),
 ]
 REST = [
     setup(micro=1),
@@ -62,6 +63,9 @@ REST = [
     setup(data=2, tensor=2, sequence_parallel=True, distributed_optimizer=True, overlap_communication=True),
     setup(data=2, pipeline=2, virtual_pipeline=2, distributed_optimizer=True, overlap_communication=True, micro=40),
     setup(data=2, context=2, distributed_optimizer=True),
+    setup(distributed_optimizer=True, on_host=True),
+    setup(tensor=2, distributed_optimizer=True, on_host=True),
+    setup(pipeline=2, data=2, distributed_optimizer=True, overlap_communication=True, on_host=True),
     setup(padded=True),
     setup(padded=True, tensor=2, sequence_parallel=True, micro=1),
     setup(recompute="selective"),
@@ -100,6 +104,7 @@ EXPERTS_REST = [
     setup(pipeline=2, virtual_pipeline=2, data=2, expert=2, micro=40),
     setup(data=2, expert=2, distributed_optimizer=True, overlap_communication=True),
     setup(data=4, expert=2, distributed_optimizer=True),
+    setup(data=2, expert=2, distributed_optimizer=True, on_host=True),
     setup(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
     setup(data=2, expert=2, recompute="full"),
     setup(padded=True),
@@ -132,7 +137,7 @@ def compare(ranks: Ranks, model: Path, role: str, case: Setup) -> dict[str, floa
     """Relative differences from one rank: of the loss, the gradient norm, the worst gradient, the worst parameter."""
     if (model, role) not in _references:
         alone = replace(case, layout=ParallelLayout(), budget=4096, recompute="none")
-        alone = replace(alone, distributed_optimizer=False, overlap_communication=False, padded=False)
+        alone = replace(alone, distributed_optimizer=False, overlap_communication=False, on_host=False, padded=False)
         [_references[model, role]] = ranks.run(1, one_step, model, alone, role)
     result, gradients, after = _references[model, role]
     answers = ranks.run(case.layout.world_size, one_step, model, case, role)
