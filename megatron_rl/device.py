@@ -71,8 +71,8 @@ def limit_threads() -> None:
 
 @functools.cache
 def prepare_megatron() -> None:
-    """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, all that it does is to
-    give megatron-core an Adam whose states load again, if neither Transformer Engine nor Apex brings one.
+    """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, it only gives
+    megatron-core an Adam whose states load again, if neither Transformer Engine nor Apex brings one.
 
     No tensor operation is intercepted and no file of megatron-core is touched: calls that ask torch for CUDA itself
     (placement, streams, random state, type names) get the CPU's answer, and the optimizer gets an Adam with the

@@ -269,8 +269,8 @@ class TrainerConfig:
     overlap_communication: bool = False
     """Reduce gradients (and gather parameters, with the distributed optimizer) while other layers compute."""
     optimizer_on_host: bool = False
-    """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, at 12
-    bytes less of GPU memory per parameter and replica. Needs ``distributed_optimizer``."""
+    """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, for
+    12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
 
@@ -278,8 +278,8 @@ class TrainerConfig:
         """What contradicts itself."""
         if self.optimizer_on_host and not self.distributed_optimizer:
             yield (
-                "optimizer_on_host needs distributed_optimizer=true (also with one replica), which is how megatron-core "
-                "takes optimizer states to the host, got distributed_optimizer=false"
+                "optimizer_on_host needs distributed_optimizer=true (also with one replica): megatron-core takes no "
+                "other optimizer's states to the host; got distributed_optimizer=false"
             )
 
 

@@ -43,17 +43,16 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
         main = torch.empty(param.shape, dtype=torch.float32, device="cpu", pin_memory=self.pin_cpu_params)
         return main.copy_(param.detach())
 
-    def start_moments(self) -> None:
-        """Moments of zero, as before the first step."""
-        for host in self.cpu_optimizers:
-            start_moments(host)
-        self._sync_sub_optimizers_state_to_hdo()
-
 
 def start_moments(adam: torch.optim.Optimizer) -> None:
-    """Give every parameter moments of zero; and its count of steps where the optimizer is torch's, which keeps it there
-    rather than with the group.
+    """Give every parameter moments of zero, as before the first step (and its count of steps where the optimizer is
+    torch's, which has one for each parameter).
     """
+    if isinstance(adam, HostOptimizer):
+        for host in adam.cpu_optimizers:
+            start_moments(host)
+        adam._sync_sub_optimizers_state_to_hdo()
+        return
     for param in (param for group in adam.param_groups for param in group["params"]):
         counted = {"step": torch.zeros(())} if isinstance(adam, torch.optim.AdamW) else {}
         adam.state[param] = {**counted, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}

@@ -84,7 +84,8 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
     )
     # so that a model is saved and loaded alike before its first update: the policy, while the critic warms up
     for part in optimizer_parts(optimizer):
-        part.optimizer.start_moments() if trainer.optimizer_on_host else start_moments(part.optimizer)
+        if not part.is_stub_optimizer:
+            start_moments(part.optimizer)
     config.grad_scale_func = optimizer.scale_loss
     return Training(chunks=chunks, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))
 
