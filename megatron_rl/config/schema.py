@@ -439,13 +439,6 @@ class RunConfig:
                 f"nearest: {nearest}"
             )
         yield from self._algorithm_problems()
-        if self.policy.layout.context > 1:
-            for key, value in (("loss", "gspo"), ("engine_ratio_level", "sequence")):
-                if getattr(self.ppo, key) == value:
-                    yield (
-                        f"ppo.{key}: {value!r} needs each response whole on one rank, and "
-                        f"policy.layout.context={self.policy.layout.context} cuts responses: set one or the other"
-                    )
         for role, trainer in self.trainers.items():
             yield from (f"{role}: {problem}" for problem in trainer.problems())
             data = trainer.layout.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_rl.batches import (
     ValueOutputs,
 )
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, TrainerConfig
-from megatron_rl.interfaces import UpdateResult
+from megatron_rl.interfaces import TokenLoss, UpdateResult
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 
@@ -71,6 +72,15 @@ def minibatch() -> Minibatch[ExperienceBatch]:
     )
     weight = 0.5 + torch.rand(10, rows.tokens.shape[1], generator=generator)
     return Minibatch(source=experience, rows=torch.tensor([11, 0, 3, 7, 1, 9, 4, 6, 2, 10]), loss_weight=weight)
+
+
+def near_policy() -> Minibatch[ExperienceBatch]:
+    """The same rows and weights, with log-probs such that ratios per response lie within and without their bounds."""
+    batch = minibatch()
+    source, mask = batch.source, batch.source.rollouts.response_mask
+    old = (0.2 * source.old_logprobs - math.log(VOCABULARY)) * mask
+    rollouts = replace(source.rollouts, rollout_logprobs=(old + 0.2 * source.rollouts.rollout_logprobs) * mask)
+    return replace(batch, source=replace(source, old_logprobs=old, rollouts=rollouts))
 
 
 def padded(batch: Minibatch[ExperienceBatch]) -> Minibatch[ExperienceBatch]:
@@ -205,12 +215,15 @@ def trained(
 
 
 def one_step(
-    rank: int, port: int, model: Path, setup: Setup, role: str
+    rank: int, port: int, model: Path, setup: Setup, role: str, loss: TokenLoss | None = None
 ) -> tuple[UpdateResult | None, dict[str, Tensor], dict[str, Tensor]]:
-    """One update: its result, and on rank 0 all gradients and all parameters after it, by Hugging Face name."""
+    """One update (by ``loss`` on :func:`near_policy` where one is given): its result, and on rank 0 all gradients and
+    all parameters after it, by Hugging Face name.
+    """
     worker = start(rank, port, model, setup, role)
-    batch = padded(minibatch()) if setup.padded else minibatch()
-    result = worker.update(batch, Reinforce() if role == POLICY else SquaredError())
+    batch = minibatch() if loss is None else near_policy()
+    batch = padded(batch) if setup.padded else batch
+    result = worker.update(batch, loss or (Reinforce() if role == POLICY else SquaredError()))
     gradients = named(gradient_tensors(worker))
     after = named(worker._full_tensors())
     worker.close()
