@@ -105,7 +105,7 @@ class StagedCheckpoint:
     Attributes:
         folder: of the model in the checkpoint; it exists.
         files: content by name.
-        leads: this rank answers for what megatron-core wrote there by itself (optimizer settings, format version).
+        leads: this rank answers for what megatron-core wrote there by itself (the schedule, the format's version).
     """
 
     folder: Path
@@ -120,7 +120,8 @@ class StagedCheckpoint:
         """
         written = {name: write_file(self.folder / name, content) for name, content in self.files.items()}
         if self.leads:
-            for path in (self.folder / "common.pt", self.folder / "metadata.json"):
+            # newer releases keep what is not a tensor among the tensors, and write no common.pt
+            for path in filter(Path.is_file, (self.folder / "common.pt", self.folder / "metadata.json")):
                 flush(path)
                 written[path.name] = read_record(path)
         flush(self.folder)
