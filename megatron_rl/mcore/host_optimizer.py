@@ -43,6 +43,17 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
         main = torch.empty(param.shape, dtype=torch.float32, device="cpu", pin_memory=self.pin_cpu_params)
         return main.copy_(param.detach())
 
+    def _sync_hdo_state_to_sub_optimizers(self) -> None:
+        """Take up a state that was loaded: this replica's share of it, of which megatron-core makes views into whole
+        tensors, and would so keep those of all replicas.
+        """
+        super()._sync_hdo_state_to_sub_optimizers()
+        for param, state in self.state.items():
+            state["master_param"] = self.param_to_inner_param[param]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].untyped_storage().nbytes() > state[name].nbytes:
+                    state[name] = state[name].clone()
+
 
 def start_moments(adam: torch.optim.Optimizer) -> None:
     """Give every parameter moments of zero, as before the first step (and its count of steps where the optimizer is

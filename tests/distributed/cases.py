@@ -337,6 +337,17 @@ def resumed(rank: int, port: int, model: Path, setup: Setup, role: str, folder: 
     return results
 
 
+def kept_on_host(rank: int, port: int, model: Path, setup: Setup, folder: Path) -> tuple[int, int]:
+    """After loading: bytes of memory that the optimizer's states keep, and bytes that their numbers need."""
+    worker = start(rank, port, model, setup)
+    worker.load(folder)
+    states = [value for state in worker._training.optimizer.state.items() for value in state[1].values()]
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in states}
+    needed = sum(value.nbytes for value in states)
+    worker.close()
+    return sum(storages.values()), needed
+
+
 def resaved(rank: int, port: int, model: Path, setup: Setup, folder: Path, again: Path) -> bool:
     """Load, save again; whether updates draw no random numbers, since none are saved."""
     worker = start(rank, port, model, setup)

@@ -11,7 +11,17 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
 from megatron_rl.layout import ParallelLayout
-from tests.distributed.cases import CRITIC, POLICY, Setup, loss_metrics, resaved, resumed, saved, unwritable
+from tests.distributed.cases import (
+    CRITIC,
+    POLICY,
+    Setup,
+    kept_on_host,
+    loss_metrics,
+    resaved,
+    resumed,
+    saved,
+    unwritable,
+)
 from tests.distributed.ranks import RankFailed, Ranks
 from tests.distributed.test_update import tensors
 
@@ -103,6 +113,17 @@ def test_a_model_that_was_never_updated_is_saved_and_goes_on_as_a_new_one(
     (unbroken,) = ranks.run(1, saved, models["qwen2"], case, POLICY, tmp_path / "state", tmp_path / "unbroken", 0)
     (broken,) = ranks.run(1, resumed, models["qwen2"], case, POLICY, tmp_path / "state", tmp_path / "resumed")
     assert broken == unbroken
+
+
+def test_a_replica_keeps_its_share_of_states_on_the_host_and_no_more_after_loading(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    alone, two = setup(sharded=True, on_host=True), setup(data=2, sharded=True, on_host=True)
+    ranks.run(1, saved, models["qwen2"], alone, POLICY, tmp_path / "state", tmp_path / "export")
+    [(_, whole)] = ranks.run(1, kept_on_host, models["qwen2"], alone, tmp_path / "state")
+    shares = ranks.run(2, kept_on_host, models["qwen2"], two, tmp_path / "state")
+    assert [kept for kept, _ in shares] == [needed for _, needed in shares]
+    assert sum(kept for kept, _ in shares) == pytest.approx(whole, rel=0.01)
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
