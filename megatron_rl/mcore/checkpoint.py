@@ -177,6 +177,7 @@ def load_checkpoint(folder: Path, training: Training) -> None:
 
 
 def _is_saved(value: Any) -> bool:
+    """Whether a value belongs to the optimizer's tensors; a float32 model's main weights go as its weights."""
     return isinstance(value, ShardedBase) and value.key.startswith("optimizer.")
 
 

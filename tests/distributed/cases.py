@@ -337,6 +337,18 @@ def resumed(rank: int, port: int, model: Path, setup: Setup, role: str, folder: 
     return results
 
 
+def three_updates(rank: int, port: int, model: Path, setup: Setup, begin: Path | None, end: Path) -> None:
+    """From a checkpoint, or from the start, to another checkpoint."""
+    worker = start(rank, port, model, setup)
+    if begin is not None:
+        worker.load(begin)
+    for _ in range(3):
+        worker.update(minibatch(), Reinforce())
+    worker.save(end)
+    worker.written()
+    worker.close()
+
+
 def kept_on_host(rank: int, port: int, model: Path, setup: Setup, folder: Path) -> tuple[int, int]:
     """After loading: bytes of memory that the optimizer's states keep, and bytes that their numbers need."""
     worker = start(rank, port, model, setup)
