@@ -7,7 +7,7 @@ of a packed micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -151,6 +151,10 @@ def rows_of(source: ExperienceBatch | TokenRows) -> TokenRows:
     return source.rollouts if isinstance(source, ExperienceBatch) else source
 
 
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedTokens:
     """Rows laid end to end without padding between them, and shifted once: position ``i`` reads ``inputs[i]`` and
@@ -162,6 +166,9 @@ class PackedTokens:
         max_length: positions of the longest row.
         loss_mask: [N] bool, the target is a response token.
         loss_weight: [N] f32, 0 outside ``loss_mask``.
+        parts: ranks that share the rows; each holds as many positions of a row as the others, N / ``parts`` of all, and
+            ``cu_seqlens`` bounds whole rows still.
+        over_parts: adds up over those ranks, without a gradient, what each has computed of its part.
     """
 
     inputs: Tensor
@@ -171,6 +178,8 @@ class PackedTokens:
     max_length: int
     loss_mask: Tensor
     loss_weight: Tensor
+    parts: int = 1
+    over_parts: Callable[[Tensor], Tensor] = _as_it_is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,10 @@ _FIXED = {
     "critic.optimizer": "the optimizer's state holds them",
 }
 """Settings that a resumed run may not change, and why."""
-_LAYING_OUT = ("layout", "tokens_per_microbatch", "distributed_optimizer", "overlap_communication", "recompute")
+_LAYING_OUT = (
+    *("layout", "tokens_per_microbatch", "recompute"),
+    *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
+)
 _MACHINE = (
     *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "reward.workers"),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
@@ -113,10 +116,6 @@ class RunIdentity:
                     yield f"{name}: was {old!r}, is {new!r}; {why}"
         for name, (old, new) in _differences(saved.model, self.model):
             yield f"model.path: another model, {name} was {old!r}, is {new!r}"
-        for name in ("policy.layout.expert", "critic.layout.expert"):
-            old, new = saved.settings.get(name, 1), self.settings.get(name, 1)
-            if (old > 1) != (new > 1):
-                yield f"{name}: was {old}, is {new}; experts that are shared out have an optimizer of their own"
         if self.prompts != saved.prompts:
             yield "data.train: other prompts (or another template or limit); the position in the data is lost"
 

@@ -71,13 +71,15 @@ def limit_threads() -> None:
 
 @functools.cache
 def prepare_megatron() -> None:
-    """Make ``import megatron.core`` work here; call it before the first one. Does nothing where there is CUDA.
+    """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, it only gives
+    megatron-core an Adam whose states load again, if neither Transformer Engine nor Apex brings one.
 
     No tensor operation is intercepted and no file of megatron-core is touched: calls that ask torch for CUDA itself
     (placement, streams, random state, type names) get the CPU's answer, and the optimizer gets an Adam with the
     interface it knows from GPUs. The cost at run time is a dictionary look-up per tensor created by a factory.
     """
     if has_cuda():
+        _use_fused_adam()
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("prepare_megatron() must run before megatron.core is imported, it is loaded already")
@@ -220,6 +222,8 @@ def _use_fused_adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
     _set(optimizer, ["Adam"], FusedAdam)
     _set(optimizer, ["USING_PYTORCH_OPTIMIZER"], False)
     _set(distributed, ["Adam"], FusedAdam)
@@ -275,7 +279,7 @@ def _exchange_unequal_pieces() -> None:
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam or AdamW with the interface of ``apex.optimizers.FusedAdam`` (``step`` lives in the parameter group) on
-    torch's fused CPU kernel.
+    torch's fused kernel.
     """
 
     def __init__(
@@ -311,7 +315,7 @@ class FusedAdam(torch.optim.Optimizer):
                     [self.state[p]["exp_avg"] for p in params],
                     [self.state[p]["exp_avg_sq"] for p in params],
                     [],
-                    [torch.tensor(float(group["step"]))] * len(params),
+                    [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
                     lr=group["lr"],
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],

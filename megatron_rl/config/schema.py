@@ -268,8 +268,19 @@ class TrainerConfig:
     """Shard optimizer states over data-parallel ranks."""
     overlap_communication: bool = False
     """Reduce gradients (and gather parameters, with the distributed optimizer) while other layers compute."""
+    optimizer_on_host: bool = False
+    """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, for
+    12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.optimizer_on_host and not self.distributed_optimizer:
+            yield (
+                "optimizer_on_host needs distributed_optimizer=true (also with one replica): megatron-core takes no "
+                "other optimizer's states to the host; got distributed_optimizer=false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,14 +439,8 @@ class RunConfig:
                 f"nearest: {nearest}"
             )
         yield from self._algorithm_problems()
-        if self.policy.layout.context > 1:
-            for key, value in (("loss", "gspo"), ("engine_ratio_level", "sequence")):
-                if getattr(self.ppo, key) == value:
-                    yield (
-                        f"ppo.{key}: {value!r} needs each response whole on one rank, and "
-                        f"policy.layout.context={self.policy.layout.context} cuts responses: set one or the other"
-                    )
         for role, trainer in self.trainers.items():
+            yield from (f"{role}: {problem}" for problem in trainer.problems())
             data = trainer.layout.data
             if minibatch < data:
                 yield (
@@ -475,6 +480,7 @@ class SFTConfig:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         if not self.data.is_file():
             yield f"data: no such file: {self.data}"
+        yield from (f"trainer: {problem}" for problem in self.trainer.problems())
         if self.samples_per_step < self.trainer.layout.data:
             yield f"trainer.layout.data: {self.trainer.layout.data} replicas need as many samples a step"
         yield from model_problems(self.model.path, {"trainer": self.trainer.layout})[1]

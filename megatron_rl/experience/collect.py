@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -182,7 +183,10 @@ def _shares(scores: Sequence[Score], **parts: str) -> dict[str, float]:
 
 
 def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, object]]:
-    """The first sample of the first few prompts, to read."""
+    """The first sample of the first few prompts, to read; each with a digest of all samples' tokens, by which two runs
+    tell whether they drew the same.
+    """
+    digest = token_digest(scored)
     return [
         {
             "step": step,
@@ -192,6 +196,13 @@ def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, ob
             "token_ids": list(item.rollout.samples[0].token_ids),
             "score": item.scores[0].value,
             "outcome": item.scores[0].outcome.value,
+            "step_digest": digest,
         }
         for item in scored[:_SAMPLES_SHOWN]
     ]
+
+
+def token_digest(scored: Sequence[ScoredRollout]) -> str:
+    """blake2b-128 over the prompt id and the token ids of every sample, in order."""
+    drawn = [(item.rollout.prompt.id, [sample.token_ids for sample in item.rollout.samples]) for item in scored]
+    return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=16).hexdigest()

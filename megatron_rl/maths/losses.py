@@ -91,6 +91,11 @@ class PolicyGradientLoss(ABC):
         return _summed(term, batch, **metrics)
 
 
+def _response_sums(x: Tensor, mask: Tensor, batch: PackedTokens) -> Tensor:
+    """The sum of ``x`` [N] over each row's part of ``mask``, at every position of the row; without a gradient."""
+    return row_sums(x.detach(), mask, batch.cu_seqlens // batch.parts, batch.over_parts)
+
+
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
@@ -135,15 +140,15 @@ class SequencePolicyLoss(PolicyLoss):
     ``stop_gradient(s) * prob / stop_gradient(prob)``: its value is s, its gradient ``s * grad logprob``. With the
     sequence mean, equal advantages of a response's tokens give equation 5 and its gradient.
 
-    A response lies whole in one micro-batch, so that the ratio does not depend on how a step was cut.
+    A response lies whole in one micro-batch, so that the ratio does not depend on how a step was cut; ranks that share
+    its positions add up what each has.
     """
 
     def objective(self, logprobs: Tensor, old: Tensor, advantages: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The surrogate of each token."""
-        mask, starts = batch.loss_mask, batch.cu_seqlens
         now = logprobs.detach()
-        tokens = row_sums(torch.ones_like(now), mask, starts).clamp(min=1)
-        mean = row_sums(now - old, mask, starts) / tokens
+        tokens = _response_sums(torch.ones_like(now), batch.loss_mask, batch).clamp(min=1)
+        mean = _response_sums(now - old, batch.loss_mask, batch) / tokens
         return self._clipped(_bounded_exp(mean + (logprobs - now)), advantages)
 
 
@@ -194,7 +199,7 @@ class EngineCorrection:
         drawn = batch.sampled_mask & batch.loss_mask
         gap = keep(batch.old_logprobs - batch.rollout_logprobs, drawn).detach()
         if self.level == "sequence":
-            gap = keep(row_sums(gap, drawn, batch.cu_seqlens), drawn)
+            gap = keep(_response_sums(gap, drawn, batch), drawn)
         ratio = _bounded_exp(gap)
         cut = drawn & ((ratio > self.high) | ((ratio < self.low) & (self.outside == "mask")))
         at_bound = torch.zeros_like(ratio) if self.outside == "mask" else ratio.clamp(max=self.high)

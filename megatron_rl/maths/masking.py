@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,19 +35,23 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((keep(x, mask) - masked_mean(x, mask)) ** 2, mask)
 
 
-def row_sums(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+def row_sums(
+    x: Tensor, mask: Tensor, cu_seqlens: Tensor, over_parts: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Sum of ``x`` over the part of ``mask`` in each packed row, at every position of that row.
 
     Args:
         x: [N], rows laid end to end.
         mask: [N] bool.
         cu_seqlens: [S + 1], where each row starts; the last entry is N.
+        over_parts: where others hold parts of the same rows, adds up their sums [S]; None: these are whole rows.
 
     Returns:
         [N].
     """
     rows = torch.arange(len(cu_seqlens) - 1, device=x.device).repeat_interleave(cu_seqlens.diff())
-    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, keep(x, mask))[rows]
+    sums = x.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, keep(x, mask))
+    return (sums if over_parts is None else over_parts(sums))[rows]
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -8,6 +8,7 @@ padded batch, and the rotary angles are looked up by position, as for any unpack
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,6 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens
-from megatron_rl.experience.packing import context_positions
 
 MAX_PADDING = 1.5
 """A group may hold up to this many times its tokens, padding counted."""
@@ -78,23 +78,23 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
     context: ContextPlan | None = None
 
 
-def packed_rows(batch: PackedTokens, context_size: int = 1) -> PackedRows:
+def packed_rows(batch: PackedTokens, shares: Sequence[Tensor] = ()) -> PackedRows:
     """Plan the attention of a micro-batch.
 
     Args:
         batch: what this rank holds of it; ``cu_seqlens`` bounds whole rows.
-        context_size: ranks that share each row.
+        shares: where several context ranks share each row, which positions each of them holds.
     """
+    context_size = max(1, len(shares))
     bounds, device = batch.cu_seqlens.tolist(), batch.inputs.device
     starts = [start for start, stop in pairwise(bounds) if stop > start] + [bounds[-1]]
     cuts = _group_bounds(starts)
     groups = [_group([start // context_size for start in starts[a : b + 1]], device) for a, b in cuts]
     context = None
-    if context_size > 1:
-        places = [context_positions(batch.cu_seqlens, context_size, rank) for rank in range(context_size)]
+    if shares:
         whole = [_group(starts[a : b + 1], device) for a, b in cuts]
         context = ContextPlan(
-            order=torch.cat(places).argsort(),
+            order=torch.cat([*shares]).argsort().to(device),
             groups=whole,
             mask=[_visible(batch.positions, mine, full) for mine, full in zip(groups, whole, strict=True)],
         )

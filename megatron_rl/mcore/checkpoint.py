@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -27,7 +30,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
-from megatron_rl.mcore.optimizer import Training
+from megatron_rl.mcore.optimizer import Training, optimizer_parts
+
+_OPTIMIZER = "optimizer_tensors"
 
 
 class _HostMemory(FileSystemBase):
@@ -100,7 +105,7 @@ class StagedCheckpoint:
     Attributes:
         folder: of the model in the checkpoint; it exists.
         files: content by name.
-        leads: this rank answers for what megatron-core wrote there by itself (optimizer settings, format version).
+        leads: this rank answers for what megatron-core wrote there by itself (the schedule, the format's version).
     """
 
     folder: Path
@@ -115,7 +120,8 @@ class StagedCheckpoint:
         """
         written = {name: write_file(self.folder / name, content) for name, content in self.files.items()}
         if self.leads:
-            for path in (self.folder / "common.pt", self.folder / "metadata.json"):
+            # newer releases keep what is not a tensor among the tensors, and write no common.pt
+            for path in filter(Path.is_file, (self.folder / "common.pt", self.folder / "metadata.json")):
                 flush(path)
                 written[path.name] = read_record(path)
         flush(self.folder)
@@ -137,7 +143,12 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
             raise FileExistsError(f"a checkpoint needs an empty folder, found files in {folder}")
     dist.barrier()
     strategy = SaveToMemory()
-    dist_checkpointing.save(_state(training, loading=False), str(folder), sharded_strategy=strategy)
+    models = _models(training)
+    # tensors alone, under global names: the settings beside them are nested by how many optimizers there are, and name
+    # the optimizer's class; those of the run that loads take their place
+    tensors, _ = extract_matching_values(_optimizer(training, models, loading=False), _is_saved)
+    state = {**models, _OPTIMIZER: tensors, "scheduler": training.scheduler.state_dict()}
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     files = {path.name: buffer.getbuffer() for path, buffer in strategy.memory.files.items()}
     return StagedCheckpoint(folder=folder, files=files, leads=dist.get_rank() == 0)
 
@@ -150,27 +161,53 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     """
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"a checkpoint folder needs a metadata.json, found none in {folder}")
-    state = dist_checkpointing.load(_state(training, loading=True), str(folder))
+    models = _models(training)
+    wanted = _optimizer(training, models, loading=True)
+    _, settings = extract_matching_values(wanted, _is_loaded)
+    state = dist_checkpointing.load(models, str(folder))
     for name, chunk in _named_chunks(training):
         chunk.module.load_state_dict(state[name])
-    training.optimizer.load_state_dict(state["optimizer"])
+    # by itself: the main weights of a float32 model are its weights, which nobody may ask for twice
+    optimizer = merge(dist_checkpointing.load({_OPTIMIZER: wanted}, str(folder))[_OPTIMIZER], settings)
+    parts = [optimizer] if len(optimizer_parts(training.optimizer)) == 1 else optimizer.values()
+    for group in (group for part in parts for group in part.get("optimizer", part)["param_groups"]):
+        group["step"] = state["scheduler"]["num_steps"]  # both count updates
+    training.optimizer.load_state_dict(optimizer)
     training.scheduler.load_state_dict(state["scheduler"])
 
 
-def _state(training: Training, *, loading: bool) -> dict[str, Any]:
-    metadata = {
+def _is_saved(value: Any) -> bool:
+    """Whether a value belongs to the optimizer's tensors; a float32 model's main weights go as its weights."""
+    return isinstance(value, ShardedBase) and value.key.startswith("optimizer.")
+
+
+def _is_loaded(value: Any) -> bool:
+    """Whether loading puts a value in its place: from the checkpoint, or as this process has it."""
+    return isinstance(value, ShardedBase | LocalNonpersistentObject)
+
+
+def _models(training: Training) -> dict[str, Any]:
+    return {name: chunk.module.sharded_state_dict(metadata=_metadata()) for name, chunk in _named_chunks(training)}
+
+
+def _optimizer(training: Training, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """megatron-core's description of moments and main weights, the latter by one name whatever the optimizer."""
+    found: dict[str, Any] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
+    main = "" if training.chunks[0].module.config.params_dtype == torch.float32 else "optimizer.state.fp32_param."
+    for value in nested_values(found):
+        if isinstance(value, ShardedBase) and value.key.startswith("optimizer.state.param."):
+            value.key = main + value.key.removeprefix("optimizer.state.param.")
+    return found
+
+
+def _metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # experts have an optimizer of their own where expert > 1: its name must not get into those of the moments
         "chained_optim_avoid_prefix": True,
         # moments are gathered over the collective backend itself; there is no second set of gloo groups
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    models = {name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(training)}
-    return {
-        **models,
-        "optimizer": training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
-        "scheduler": training.scheduler.state_dict(),
     }
 
 

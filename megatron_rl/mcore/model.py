@@ -197,7 +197,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
             layer.self_attention.rotary_pos_emb = rotary
     if model.post_process:
         model.output_layer = (
-            ValueHead(dims.hidden, config.sequence_parallel)
+            ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype)
             if head is Head.VALUE
             else TokenHead(model.output_layer, dims.vocabulary)
         )

@@ -15,6 +15,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
+from megatron_rl.mcore.host_optimizer import start_moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,26 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
             params_dtype=dtype,
             use_distributed_optimizer=trainer.distributed_optimizer,
             overlap_param_gather=ddp.overlap_param_gather,
+            optimizer_cpu_offload=trainer.optimizer_on_host,
+            optimizer_offload_fraction=float(trainer.optimizer_on_host),
+            # main weights belong to the inner optimizer, which then reads gradients where they are
+            use_precision_aware_optimizer=trainer.optimizer_on_host,
         ),
         chunks,
         use_gloo_process_groups=False,
     )
+    # so that a model is saved and loaded alike before its first update: the policy, while the critic warms up
+    for part in optimizer_parts(optimizer):
+        if not part.is_stub_optimizer:
+            start_moments(part.optimizer)
     config.grad_scale_func = optimizer.scale_loss
     return Training(chunks=chunks, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))
+
+
+def optimizer_parts(optimizer: Any) -> Sequence[Any]:
+    """The optimizers that megatron-core chained: one, and where experts are shared out another one for those."""
+    chained: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return chained
 
 
 def gather_parameters(training: Training) -> None:

@@ -68,10 +68,10 @@ def train_step(
     if len(lengths) < layout.data:
         raise ValueError(f"{layout} needs at least {layout.data} rows in a minibatch, got {len(lengths)}")
     plan = plan_rows(lengths, [cost(length) for length in lengths], layout, budget)
-    batches = [
-        _placed(pack(minibatch, rows, layout.batch_multiple, row_multiple=layout.row_multiple), layout, at)
-        for rows in plan.parts[at.data]
+    packed = [
+        pack(minibatch, rows, layout.batch_multiple, row_multiple=layout.row_multiple) for rows in plan.parts[at.data]
     ]
+    batches = [_placed(batch, _shares(batch, layout), at) for batch in packed]
 
     def loss_sums(stage: Any, output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms = loss(stage, output, batch)
@@ -130,11 +130,12 @@ def forward_rows(
     width = source.tokens.shape[1]
     parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget).parts[at.data]
     packed = [pack_rows(source, rows, layout.batch_multiple, row_multiple=layout.row_multiple) for rows in parts]
-    batches = [_placed(batch, layout, at) for batch in packed]
+    shares = [_shares(batch, layout) for batch in packed]
+    batches = [_placed(batch, share, at) for batch, share in zip(packed, shares, strict=True)]
     outputs = _run_schedule(chunks, batches, read, forward_only=True) if batches else []
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    whole = [_whole(output, batch, layout, at) for output, batch in zip(outputs, packed, strict=True)]
+    whole = [_whole(output, share, at) for output, share in zip(outputs, shares, strict=True)]
     if at.tensor or at.context:
         return None
     values = [
@@ -147,23 +148,35 @@ def forward_rows(
     return rows, found * source.response_mask[rows]
 
 
-def _whole(output: Tensor, batch: PackedTokens, layout: ParallelLayout, at: Coordinates) -> Tensor:
+def _shares(batch: PackedTokens, layout: ParallelLayout) -> list[Tensor]:
+    """Which positions of a micro-batch each context rank holds; none where there is only one."""
+    ranks = range(layout.context) if layout.context > 1 else ()
+    return [context_positions(batch.cu_seqlens, layout.context, rank) for rank in ranks]
+
+
+def _whole(output: Tensor, shares: Sequence[Tensor], at: Coordinates) -> Tensor:
     """What all context ranks computed of a micro-batch, [N] on the CPU, in the order that it was packed in."""
-    if layout.context == 1:
+    if not shares:
         return output.cpu()
-    values = output.new_zeros(len(batch.inputs))
-    values[context_positions(batch.cu_seqlens, layout.context, at.context).to(values.device)] = output
+    values = output.new_zeros(sum(len(share) for share in shares))
+    values[shares[at.context].to(values.device)] = output
+    return _over_context(values).cpu()
+
+
+def _over_context(values: Tensor) -> Tensor:
+    """Their sum over context ranks, in place and without a gradient."""
     dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
-    return values.cpu()
+    return values
 
 
-def _placed(batch: Packed, layout: ParallelLayout, at: Coordinates) -> tuple[Packed, PackedRows]:
+def _placed(batch: Packed, shares: Sequence[Tensor], at: Coordinates) -> tuple[Packed, PackedRows]:
     """What this rank holds of a micro-batch, on its device."""
-    if layout.context > 1:
-        batch = take_positions(batch, context_positions(batch.cu_seqlens, layout.context, at.context))
+    if shares:
+        batch = take_positions(batch, shares[at.context])
+        batch = dataclasses.replace(batch, parts=len(shares), over_parts=_over_context)
     fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, Tensor)}
     placed = dataclasses.replace(batch, **fields)  # type: ignore[arg-type]
-    return placed, packed_rows(placed, layout.context)
+    return placed, packed_rows(placed, shares)
 
 
 def _run_schedule(

@@ -17,13 +17,14 @@ class ValueHead(torch.nn.Module):
     """Hidden states [s, b, h] -> values [s, b, 1]; stands where ``GPTModel.output_layer`` stood.
 
     It computes in float32 whatever the type of the model, is the same on every tensor rank, and starts at zero: an
-    untrained critic predicts 0 instead of noise.
+    untrained critic predicts 0 instead of noise. Its parameters are of the model's type (the optimizer's main weights
+    of float32), since megatron-core cannot save an optimizer of parameters of two types.
     """
 
-    def __init__(self, hidden: int, sequence_parallel: bool) -> None:
+    def __init__(self, hidden: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, hidden, dtype=torch.float32, device=device()))
-        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device()))
+        self.weight = torch.nn.Parameter(torch.zeros(1, hidden, dtype=dtype, device=device()))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device()))
         self.sequence_parallel = sequence_parallel
         for parameter in self.parameters():
             # finalize_model_grads sums over tensor ranks what each computed from its part of the sequence
@@ -31,7 +32,7 @@ class ValueHead(torch.nn.Module):
 
     def forward(self, hidden: Tensor, **ignored: Any) -> tuple[Tensor, None]:
         """Values and no bias, as an output layer answers."""
-        values = F.linear(hidden.float(), self.weight, self.bias)
+        values = F.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.sequence_parallel:
             # each tensor rank computes the same loss from the whole sequence, so the backward must not add them up
             values = gather_from_sequence_parallel_region(

@@ -23,8 +23,8 @@ def full_shape(entry: WeightEntry, dims: ModelDims) -> tuple[int, ...]:
 
 
 def is_float32(entry: WeightEntry) -> bool:
-    """Whether the tensor stays in float32 whatever the type of the model: a critic's head, the bias of a router."""
-    return entry.megatron.endswith("router.expert_bias") or any(name.startswith("score.") for name in entry.hf)
+    """Whether the tensor stays in float32 whatever the type of the model: the bias of a router."""
+    return entry.megatron.endswith("router.expert_bias")
 
 
 def is_vocabulary(entry: WeightEntry) -> bool:

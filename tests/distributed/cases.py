@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_rl.batches import (
     ValueOutputs,
 )
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, TrainerConfig
-from megatron_rl.interfaces import UpdateResult
+from megatron_rl.interfaces import TokenLoss, UpdateResult
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 
@@ -73,6 +74,15 @@ def minibatch() -> Minibatch[ExperienceBatch]:
     return Minibatch(source=experience, rows=torch.tensor([11, 0, 3, 7, 1, 9, 4, 6, 2, 10]), loss_weight=weight)
 
 
+def near_policy() -> Minibatch[ExperienceBatch]:
+    """The same rows and weights, with log-probs such that ratios per response lie within and without their bounds."""
+    batch = minibatch()
+    source, mask = batch.source, batch.source.rollouts.response_mask
+    old = (0.2 * source.old_logprobs - math.log(VOCABULARY)) * mask
+    rollouts = replace(source.rollouts, rollout_logprobs=(old + 0.2 * source.rollouts.rollout_logprobs) * mask)
+    return replace(batch, source=replace(source, old_logprobs=old, rollouts=rollouts))
+
+
 def padded(batch: Minibatch[ExperienceBatch]) -> Minibatch[ExperienceBatch]:
     """The same rows, each as long as the longest: what comes after a row's end is read, and counts for nothing."""
     rollouts = batch.source.rollouts
@@ -120,6 +130,7 @@ class Setup:
     layout: ParallelLayout = ParallelLayout()  # noqa: RUF009 - frozen
     distributed_optimizer: bool = False
     overlap_communication: bool = False
+    on_host: bool = False
     recompute: Any = "none"
     padded: bool = False
     clip_grad: float = 1.0
@@ -131,6 +142,7 @@ class Setup:
     def __str__(self) -> str:
         """For the names of tests."""
         switches = " dist-opt" * self.distributed_optimizer + " overlap" * self.overlap_communication
+        switches += " host" * self.on_host
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
         return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
@@ -161,6 +173,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
             tokens_per_microbatch=setup.budget,
             distributed_optimizer=setup.distributed_optimizer,
             overlap_communication=setup.overlap_communication,
+            optimizer_on_host=setup.on_host,
             recompute=setup.recompute,
         ),
         temperature=TEMPERATURE,
@@ -202,12 +215,15 @@ def trained(
 
 
 def one_step(
-    rank: int, port: int, model: Path, setup: Setup, role: str
+    rank: int, port: int, model: Path, setup: Setup, role: str, loss: TokenLoss | None = None
 ) -> tuple[UpdateResult | None, dict[str, Tensor], dict[str, Tensor]]:
-    """One update: its result, and on rank 0 all gradients and all parameters after it, by Hugging Face name."""
+    """One update (by ``loss`` on :func:`near_policy` where one is given): its result, and on rank 0 all gradients and
+    all parameters after it, by Hugging Face name.
+    """
     worker = start(rank, port, model, setup, role)
-    batch = padded(minibatch()) if setup.padded else minibatch()
-    result = worker.update(batch, Reinforce() if role == POLICY else SquaredError())
+    batch = minibatch() if loss is None else near_policy()
+    batch = padded(batch) if setup.padded else batch
+    result = worker.update(batch, loss or (Reinforce() if role == POLICY else SquaredError()))
     gradients = named(gradient_tensors(worker))
     after = named(worker._full_tensors())
     worker.close()
@@ -284,8 +300,10 @@ def without_loss_tokens(rank: int, port: int, model: Path) -> str:
     return "it went through"
 
 
-def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path) -> list[Any]:
-    """Update, save without starting a process, update twice more, export."""
+def saved(
+    rank: int, port: int, model: Path, setup: Setup, role: str, folder: Path, export: Path, before: int = 1
+) -> list[Any]:
+    """Update ``before`` times, save without starting a process, update twice more, export."""
     from multiprocessing.process import BaseProcess
 
     def refuse(process: BaseProcess) -> None:
@@ -293,7 +311,8 @@ def saved(rank: int, port: int, model: Path, setup: Setup, role: str, folder: Pa
 
     worker = start(rank, port, model, setup, role)
     loss = Reinforce() if role == POLICY else SquaredError()
-    worker.update(minibatch(), loss)
+    for _ in range(before):
+        worker.update(minibatch(), loss)
     begin = BaseProcess.start
     BaseProcess.start = refuse  # type: ignore[method-assign]
     try:
@@ -316,6 +335,29 @@ def resumed(rank: int, port: int, model: Path, setup: Setup, role: str, folder: 
     worker.export_hf(export, model)
     worker.close()
     return results
+
+
+def three_updates(rank: int, port: int, model: Path, setup: Setup, begin: Path | None, end: Path) -> None:
+    """From a checkpoint, or from the start, to another checkpoint."""
+    worker = start(rank, port, model, setup)
+    if begin is not None:
+        worker.load(begin)
+    for _ in range(3):
+        worker.update(minibatch(), Reinforce())
+    worker.save(end)
+    worker.written()
+    worker.close()
+
+
+def kept_on_host(rank: int, port: int, model: Path, setup: Setup, folder: Path) -> tuple[int, int]:
+    """After loading: bytes of memory that the optimizer's states keep, and bytes that their numbers need."""
+    worker = start(rank, port, model, setup)
+    worker.load(folder)
+    states = [value for state in worker._training.optimizer.state.items() for value in state[1].values()]
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in states}
+    needed = sum(value.nbytes for value in states)
+    worker.close()
+    return sum(storages.values()), needed
 
 
 def resaved(rank: int, port: int, model: Path, setup: Setup, folder: Path, again: Path) -> bool:

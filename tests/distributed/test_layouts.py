@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from megatron_rl.interfaces import TokenLoss
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.maths.losses import CorrectedLoss, EngineCorrection, SequencePolicyLoss
 from tests.distributed.cases import CRITIC, POLICY, Setup, one_step
 from tests.distributed.ranks import Ranks
 
@@ -30,7 +32,7 @@ NO_CLIP = 1e9  # clipping scales gradients in place where the optimizer is not d
 def setup(*, micro: int = 100, **axes: Any) -> Setup:
     switches = {
         name: axes.pop(name)
-        for name in ("distributed_optimizer", "overlap_communication", "recompute", "padded")
+        for name in ("distributed_optimizer", "overlap_communication", "on_host", "recompute", "padded")
         if name in axes
     }
     return Setup(layout=ParallelLayout(**axes), budget=micro, clip_grad=NO_CLIP, **switches)
@@ -45,6 +47,7 @@ CORE = [
     setup(context=2),
     setup(data=2),
     setup(data=2, distributed_optimizer=True, overlap_communication=True),
+    setup(data=2, distributed_optimizer=True, on_host=True),
 ]
 REST = [
     setup(micro=1),
@@ -65,6 +68,16 @@ REST = [
     setup(data=2, tensor=2, sequence_parallel=True, distributed_optimizer=True, overlap_communication=True),
     setup(data=2, pipeline=2, virtual_pipeline=2, distributed_optimizer=True, overlap_communication=True, micro=40),
     setup(data=2, context=2, distributed_optimizer=True),
+    setup(distributed_optimizer=True, on_host=True),
+    setup(tensor=2, distributed_optimizer=True, on_host=True),
+    setup(
+        pipeline=2,
+        virtual_pipeline=2,
+        data=2,
+        distributed_optimizer=True,
+        overlap_communication=True,
+        on_host=True,
+    ),
     setup(padded=True),
     setup(padded=True, tensor=2, sequence_parallel=True, micro=1),
     setup(recompute="selective"),
@@ -110,6 +123,7 @@ EXPERTS_REST = [
     setup(pipeline=2, virtual_pipeline=2, data=2, expert=2, micro=40),
     setup(data=2, expert=2, distributed_optimizer=True, overlap_communication=True),
     setup(data=4, expert=2, distributed_optimizer=True),
+    setup(data=2, expert=2, distributed_optimizer=True, on_host=True),
     setup(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
     setup(data=2, expert=2, recompute="full"),
     setup(padded=True),
@@ -128,7 +142,30 @@ CASES += [
         )
     ],
 ]
-_references: dict[tuple[Path, str], Any] = {}
+PER_RESPONSE = CorrectedLoss(
+    loss=SequencePolicyLoss(clip_low=0.05, clip_high=0.05, entropy_coef=0.1),
+    correction=EngineCorrection(outside="truncate", level="sequence", high=1.5),
+)
+"""GSPO with truncated importance sampling: a ratio of a response is told from all of its tokens, in both."""
+PER_RESPONSE_CASES = [
+    setup(micro=60),
+    setup(context=2),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            setup(micro=1),
+            setup(data=2, micro=40),
+            setup(data=4, distributed_optimizer=True),
+            setup(tensor=2, pipeline=2),
+            setup(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True, micro=60),
+            setup(context=4, micro=60),
+            setup(context=2, data=2),
+            setup(tensor=2, context=2, sequence_parallel=True),
+            setup(pipeline=2, context=2, micro=60),
+        )
+    ),
+]
+_references: dict[tuple[Path, str, TokenLoss | None], Any] = {}
 
 
 def distance(mine: Tensor, reference: Tensor) -> float:
@@ -138,19 +175,22 @@ def distance(mine: Tensor, reference: Tensor) -> float:
     return difference / size if size else difference
 
 
-def compare(ranks: Ranks, model: Path, role: str, case: Setup) -> dict[str, float]:
+def compare(ranks: Ranks, model: Path, role: str, case: Setup, loss: TokenLoss | None = None) -> dict[str, float]:
     """Relative differences from one rank: of the loss, the gradient norm, the worst gradient, the worst parameter."""
-    if (model, role) not in _references:
+    if (model, role, loss) not in _references:
         alone = replace(case, layout=ParallelLayout(), budget=4096, recompute="none")
-        alone = replace(alone, distributed_optimizer=False, overlap_communication=False, padded=False)
-        [_references[model, role]] = ranks.run(1, one_step, model, alone, role)
-    result, gradients, after = _references[model, role]
-    answers = ranks.run(case.layout.world_size, one_step, model, case, role)
+        alone = replace(alone, distributed_optimizer=False, overlap_communication=False, on_host=False, padded=False)
+        [_references[model, role, loss]] = ranks.run(1, one_step, model, alone, role, loss)
+    result, gradients, after = _references[model, role, loss]
+    answers = ranks.run(case.layout.world_size, one_step, model, case, role, loss)
     mine = answers[case.layout.rank_of(pipeline=case.layout.pipeline - 1)][0]
     _, my_gradients, my_parameters = answers[0]
     assert my_gradients.keys() == gradients.keys()
     assert my_parameters.keys() == after.keys()
     assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 0
+    for share in ("clip_fraction", "engine_cut"):
+        assert loss is None or 0.1 < result.metrics[share] < 0.9
+        assert loss is None or mine.metrics[share] == pytest.approx(result.metrics[share], rel=1e-6)
     return {
         "loss": abs(mine.metrics["loss"] / result.metrics["loss"] - 1),
         "gradient norm": abs(mine.grad_norm / result.grad_norm - 1),
@@ -184,7 +224,18 @@ def test_a_step_is_the_same_in_all_layouts(
     ranks: Ranks, models: dict[str, Path], measured: dict[str, Any], name: str, role: str, case: Setup
 ) -> None:
     found = compare(ranks, models[name], role, case)
-    model = name if role == POLICY else f"{name} critic"
+    record(measured, case, name if role == POLICY else f"{name} critic", found)
+
+
+@pytest.mark.parametrize("case", PER_RESPONSE_CASES, ids=str)
+def test_a_step_with_a_ratio_per_response_is_the_same_in_all_layouts(
+    ranks: Ranks, models: dict[str, Path], measured: dict[str, Any], case: Setup
+) -> None:
+    record(measured, case, "qwen2 GSPO", compare(ranks, models["qwen2"], POLICY, case, PER_RESPONSE))
+
+
+def record(measured: dict[str, Any], case: Setup, model: str, found: dict[str, float]) -> None:
+    """Keep what was found for the table, and hold it to the bounds."""
     measured.setdefault(str(case).removesuffix(" float32"), []).append((model, found))
     assert found["loss"] < GRADIENTS
     assert found["gradient norm"] < GRADIENTS

@@ -52,7 +52,8 @@ def prepared(folder: Path, like: Path, head: Head, dtype: torch.dtype) -> None:
     config = json.loads((like / "config.json").read_text())
     if head is Head.VALUE:
         tensors.pop("lm_head.weight", None)
-        tensors |= {"score.weight": torch.randn(1, config["hidden_size"]), "score.bias": torch.randn(1)}
+        score = {"score.weight": torch.randn(1, config["hidden_size"]), "score.bias": torch.randn(1)}
+        tensors |= {name: t.to(dtype) for name, t in score.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -88,7 +88,9 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_last_bit(train_comman
     assert [row["step"] for row in computed(broken)] == list(range(6))
     assert [row["time"] for row in lines(broken / "metrics.jsonl")][: len(kept)] == kept
     assert computed(broken) == computed(unbroken)
-    assert lines(broken / "samples.jsonl") == lines(unbroken / "samples.jsonl")
+    sampled = lines(unbroken / "samples.jsonl")
+    assert len({row["step_digest"] for row in sampled}) == 6
+    assert lines(broken / "samples.jsonl") == sampled  # digests of all tokens sampled in a step included
     manifests = [json.loads((run / "checkpoints/step_000006/manifest.json").read_text()) for run in (unbroken, broken)]
     for model in ("policy", "critic"):
         name = f"{model}/__0_0.distcp"  # weights, main weights, both moments

@@ -198,11 +198,6 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             "ppo: loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, got 'token'",
         ),
         (
-            ("ppo.loss=gspo", "ppo.loss_mean=sequence", "policy.layout.context=2"),
-            "ppo.loss: 'gspo' needs each response whole on one rank, and policy.layout.context=2 cuts responses: set "
-            "one or the other",
-        ),
-        (
             ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
             "ppo: dual_clip bounds loss='ppo' alone: remove it with loss='cispo'",
         ),
@@ -314,6 +309,15 @@ def test_a_model_that_is_not_known_is_refused_by_name(folder, root, file):
     assert problems(root=root, files=(file,)) == [
         "model.path: Qwen2ForCausalLM: rope scaling 'dynamic' is not supported; known: default, linear, llama3, yarn"
     ]
+
+
+def test_optimizer_states_go_to_the_host_only_where_they_are_sharded(folder):
+    assert problems("critic.optimizer_on_host=true") == [
+        "critic: optimizer_on_host needs distributed_optimizer=true (also with one replica): megatron-core takes no "
+        "other optimizer's states to the host; got distributed_optimizer=false"
+    ]
+    assert load(RunConfig, [Path("ppo.toml")], ["critic.optimizer_on_host=true", "critic.distributed_optimizer=true"])
+    assert problems("trainer.optimizer_on_host=true", root=SFTConfig, files=["sft.toml"])[0].startswith("trainer: ")
 
 
 def test_a_layout_that_does_not_divide_is_refused(folder):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.dataflow import Finish, Outcome, Prompt, Rollout, Sample, Sampling, Score, ScoredRollout
-from megatron_rl.experience.collect import DynamicSampling, FreshRollouts, SamplingExhausted, rollout_metrics
+from megatron_rl.experience.collect import (
+    DynamicSampling,
+    FreshRollouts,
+    SamplingExhausted,
+    rollout_metrics,
+    sample_rows,
+)
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.rewards.overlong import OverlongPenalty
 
@@ -175,3 +182,15 @@ def test_what_a_rule_does_not_tell_is_left_out() -> None:
     metrics = rollout_metrics(with_scores([Score(value=0.7), Score(value=0.1)]))
     assert metrics["score"] == pytest.approx(0.4)
     assert not {"accuracy", "format_rate"} & metrics.keys()
+
+
+def test_rows_to_read_show_few_samples_and_tell_of_a_change_in_any() -> None:
+    scored = with_scores([Score(value=0.0)] * 3) * 6
+    first, *others = sample_rows(scored, step=7)
+    assert [row["token_ids"] for row in (first, *others)] == [[2]] * 4
+    assert {row["step_digest"] for row in others} == {first["step_digest"]}
+    assert sample_rows(scored, step=8)[0]["step_digest"] == first["step_digest"]
+    last = scored[-1].rollout
+    changed = replace(last.samples[2], token_ids=(2, 2, 3))
+    other = replace(scored[-1], rollout=replace(last, samples=(*last.samples[:2], changed)))
+    assert sample_rows([*scored[:-1], other], step=7)[0]["step_digest"] != first["step_digest"]

@@ -57,3 +57,9 @@ def test_row_sums_stand_at_every_position_of_their_row():
     x = torch.tensor([1.0, 2.0, math.nan, 4.0, 5.0])
     mask = torch.tensor([True, True, False, True, False])
     assert row_sums(x, mask, torch.tensor([0, 3, 3, 5], dtype=torch.int32)).tolist() == [3, 3, 3, 4, 4]
+
+
+def test_row_sums_add_up_what_others_hold_of_the_rows():
+    x, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([True, False, True])
+    sums = row_sums(x, mask, torch.tensor([0, 2, 3]), lambda mine: mine + torch.tensor([10.0, 20.0]))
+    assert sums.tolist() == [11, 11, 24]
