@@ -41,7 +41,7 @@ _FIXED = {
 """Settings that a resumed run may not change, and why."""
 _LAYING_OUT = ("layout", "tokens_per_microbatch", "distributed_optimizer", "overlap_communication", "recompute")
 _MACHINE = (
-    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "reward.workers"),
+    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "parity", "reward.workers"),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
 )
 """Settings that do not change what is computed, beyond rounding."""

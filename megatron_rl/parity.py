@@ -22,7 +22,9 @@ from megatron_rl.maths.diagnostics import LogprobGap, logprob_gap
 
 OUTPUT = "output"
 """The place behind the final norm: the head's log-probs or values."""
-_ULPS = 4
+_ULPS, _STANDS_OUT = 4, 4
+_ROUNDING = 1e-6
+"""What float32 sums of a layer come to, relative."""
 _LAYER = re.compile(r"model\.layers\.(\d+)(\.self_attn)?$")
 
 
@@ -125,7 +127,12 @@ def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], eps: floa
             return f"where is not known: {name} runs compiled, so that its layers cannot be watched"
     distances = place_distances(seen[pair.tested.name], seen[pair.against.name])
     distances[OUTPUT] = distance(scored[0][rows.response_mask], scored[1][rows.response_mask])
-    place = first_divergence(distances, _ULPS * eps)
+    place = first_divergence(distances, max(eps, _ROUNDING))
+    if place is None:
+        return (
+            f"no place stands out, distances grow to {max(distances.values()):.2g} of the norm as rounding lets them; "
+            "if that is what the type and the depth of this model cost, raise parity.mean_tolerance and max_tolerance"
+        )
     before = max((found for name, found in distances.items() if _depth(name) < _depth(place)), default=0.0)
     text = f"the first place that differs is {place}, by {distances[place]:.2g} of its norm (before it: {before:.2g}); "
     weights = results({name: side.tensors(_prefixes(place)) for name, side in both.items()})
@@ -168,8 +175,8 @@ def _depth(place: str) -> tuple[int, int, int]:
     return {"model.embed_tokens": 0, "model.norm": 2, OUTPUT: 3}[place], 0, 0
 
 
-def first_divergence(distances: Mapping[str, float], noise: float) -> str:
-    """The place whose distance stands out most from the largest before it.
+def first_divergence(distances: Mapping[str, float], noise: float) -> str | None:
+    """The place whose distance stands out most from the largest before it; None: none is four times as large.
 
     Rounding makes distances grow slowly, and behind a fault they do not fall back, so the growth tells the fault from
     both without a bound that would depend on the model's depth.
@@ -182,7 +189,8 @@ def first_divergence(distances: Mapping[str, float], noise: float) -> str:
     for place, found in distances.items():
         growth[place] = found / before if before < math.inf else 0.0
         before = max(before, found)
-    return max(growth, key=growth.__getitem__)
+    place = max(growth, key=growth.__getitem__)
+    return place if growth[place] > _STANDS_OUT else None
 
 
 def tensor_difference(tested: Tensor, against: Tensor) -> str | None:
