@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,14 +17,24 @@ from megatron_rl import device
 from megatron_rl.batches import TokenRows
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
-from megatron_rl.config.schema import ClusterConfig, ParityConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import (
+    ClusterConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParityConfig,
+    RunConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts
 from megatron_rl.experience.supervised import supervised_batches
 from megatron_rl.hf_reference.process import HfProcess, HfScorer, tensor_shapes
-from megatron_rl.interfaces import Gate, Pending, StopRequest, results
+from megatron_rl.interfaces import Gate, Pending, ScoresTokens, StopRequest, results
+from megatron_rl.layout import ParallelLayout
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
@@ -41,6 +52,7 @@ from megatron_rl.ray_runtime.roles import (
     RemoteEngine,
     RemotePolicy,
     RemoteReference,
+    RemoteTrainer,
     connect,
 )
 from megatron_rl.ray_runtime.workers import WorkerGroup
@@ -286,12 +298,10 @@ def _gate(
     tell: Callable[[str], None],
 ) -> Gate:
     """The gate of a run: from the reference outwards to the engine."""
-    policy, engine = PolicyScorer(policy=roles.policy, packed=True), EngineScorer(roles.engine)
-    pairs = [Pair(PolicyScorer(policy=roles.policy, packed=False), policy), Pair(engine, policy)]
+    policy, engine = _scorer(roles.policy, packed=True), EngineScorer(roles.engine)
+    pairs = [Pair(_scorer(roles.policy, packed=False), policy), Pair(engine, policy)]
     if roles.critic is not None:
-        critic, alone = (
-            CriticScorer(critic=roles.critic, packed=packed, through=references.through) for packed in (True, False)
-        )
+        critic, alone = (_scorer(roles.critic, packed, references.through) for packed in (True, False))
         pairs.insert(1, Pair(alone, critic))
         if references.critic is not None:
             pairs.insert(1, Pair(critic, references.critic))
@@ -315,6 +325,98 @@ def _gate(
         return found
 
     return check
+
+
+def verify_folder(
+    model: ModelConfig,
+    *,
+    head: Head,
+    layout: ParallelLayout,
+    engine: EngineConfig | None,
+    parity: ParityConfig,
+    cluster: ClusterConfig,
+    run_dir: Path,
+    tell: Callable[[str], None],
+    prepare: Callable[[RemoteTrainer], Pending[None]] | None = None,
+) -> dict[str, float]:
+    """Hold a model folder as Hugging Face runs it against Megatron ranks at ``layout``, packed and unpacked, and
+    against an engine that loads the folder as well.
+
+    The model's size is not bounded here, whatever ``parity`` says: who asks for this wants the reference.
+
+    Args:
+        model: the folder, and the type of the weights in Megatron and in the engine.
+        head: TOKEN for a language model, VALUE for a critic.
+        layout: of the Megatron ranks.
+        engine: None: without one.
+        parity: rows and tolerances.
+        cluster: where the ranks and the engine run.
+        run_dir: gets logs and what libraries cache.
+        tell: gets the table of differences.
+        prepare: what the ranks do once they have loaded the folder, such as loading a checkpoint over it:
+            ``lambda ranks: ranks.load(checkpoint)``.
+
+    Returns:
+        the differences, see :func:`~megatron_rl.parity.check_parity`.
+
+    Raises:
+        ParityFailed: they differ; the message names the first tensor.
+        ReferenceFailed: transformers cannot load the folder.
+        ValueError: an engine is asked for with a critic, or the model cannot be laid out so.
+    """
+    if engine is not None and head is Head.VALUE:
+        raise ValueError("an engine scores tokens, which a critic does not: leave the engine out")
+    gpus, dims = device.gpu_count(), read_model_dims(model.path)
+    check_machine(layout.world_size + (engine is not None), gpus, cluster)
+    longest = min(parity.row_tokens, dims.max_positions - 1)
+    rows = parity_rows([], vocabulary=dims.vocabulary, rows=parity.rows, longest=longest, pad_id=dims.pad_id)
+    role = "policy" if head is Head.TOKEN else "critic"
+    spec = WorkerSpec(
+        role=role,
+        head=head,
+        model=dataclasses.replace(model, path=model.path.resolve()),
+        dims=dims,
+        trainer=TrainerConfig(layout=layout, optimizer=OptimizerConfig(lr=0.0)),
+        temperature=1.0,
+        total_updates=1,
+        seed=0,
+        keep_reference=False,
+    )
+    asked = [Role(name=role, workers=layout.world_size, held_types=HELD_TYPES)]
+    asked += [] if engine is None else [Role(name="engine", workers=1)]
+    with (
+        _reference(cluster, model.path, head, run_dir, "hugging_face") as process,
+        Cluster(cluster, gpus=gpus, run_dir=run_dir) as running,
+    ):
+        groups = running.start(asked, device.worker_environment())
+        starting = {role: _start_ranks(groups[role], spec, cluster)}
+        if engine is not None:
+            engine_spec = EngineSpec(
+                model=model.path.resolve(),
+                dtype=model.dtype,
+                max_model_len=longest + 1,
+                kv_cache_mib=engine.kv_cache_mib,
+                max_concurrent=engine.max_concurrent,
+                on_cpu=not device.has_cuda(),
+                version=0,
+            )
+            starting["engine"] = groups["engine"].build(start_engine, [(engine_spec,)])
+        results(starting)
+        ranks = RemotePolicy(groups[role]) if head is Head.TOKEN else RemoteCritic(groups[role])
+        if prepare is not None:
+            prepare(ranks).result()
+        packed, alone = (_scorer(ranks, packed) for packed in (True, False))
+        reference = HfScorer(process=process, head=head)
+        pairs = [Pair(packed, reference), Pair(alone, packed)]
+        if engine is not None:
+            pairs.append(Pair(EngineScorer(RemoteEngine(groups["engine"])), reference))
+        return check_parity(pairs, rows, _tolerance(parity, model.dtype), tell)
+
+
+def _scorer(ranks: RemotePolicy | RemoteCritic, packed: bool, through: Tensor | None = None) -> ScoresTokens:
+    if isinstance(ranks, RemotePolicy):
+        return PolicyScorer(policy=ranks, packed=packed)
+    return CriticScorer(critic=ranks, packed=packed, through=through)
 
 
 def _tolerance(parity: ParityConfig, dtype: str) -> Tolerance:
@@ -467,7 +569,12 @@ def _start_trainer(
         seed=config.seed,
         keep_reference=keep_reference,
     )
-    host = group.births(config.cluster.start_deadline_s)[0].address
-    port = group.free_port(config.cluster.start_deadline_s)
-    deadline = config.cluster.call_deadline_s
-    return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in range(trainer.layout.world_size)])
+    return _start_ranks(group, spec, config.cluster)
+
+
+def _start_ranks(group: WorkerGroup, spec: WorkerSpec, cluster: ClusterConfig) -> Pending[None]:
+    host = group.births(cluster.start_deadline_s)[0].address
+    port = group.free_port(cluster.start_deadline_s)
+    deadline = cluster.call_deadline_s
+    ranks = range(spec.trainer.layout.world_size)
+    return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in ranks])

@@ -59,6 +59,7 @@ class HfProcess:
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(scratch),
             "TRANSFORMERS_VERBOSITY": "error",
+            "TQDM_DISABLE": "1",
         }
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:

@@ -38,6 +38,7 @@ def train_command(task: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "prompts_per_step=16",
             "ppo.minibatch_samples=32",
             "evaluation.prompts=16",
+            "parity.enabled=false",
             *settings,
         ]
 
