@@ -233,8 +233,8 @@ class _References:
 
     Attributes:
         policy: the language model; None where it is too large, or there is no gate.
-        critic: likewise; None also where no folder holds a critic's reference.
-        through: [h] what the critics' values are read through in place of a value head that the folder has not.
+        critic: the same model read as a critic; None also where none is trained, or a trained one is resumed.
+        through: [h] what the critics' values are read through in place of their heads.
         skipped: what is not compared, and why.
     """
 
@@ -247,44 +247,34 @@ class _References:
 def _start_references(stack: ExitStack, config: RunConfig, run_dir: Path, resumed: Path | None = None) -> _References:
     """Start what the gate compares with; it loads from now on.
 
-    A critic that starts from a language model's folder has a head of zeros, under which any trunk gives the same
-    values: it is read through a fixed vector then, as is the language model that it was made from. A checkpoint that is
+    A critic starts from the policy's folder with a value head of zeros, under which any trunk gives the same values: it
+    is read through a fixed vector then, as is the language model that it was made from. A checkpoint that is
     ``resumed`` holds the policy as a Hugging Face folder, and no critic.
     """
     folder = resumed or config.model.path
-    shapes = tensor_shapes(folder)
-    headed = "score.weight" in shapes
     through = None
-    if config.critic is not None and resumed is None and not headed:
+    if config.critic is not None and resumed is None:
         hidden = read_model_dims(folder).hidden
         through = torch.nn.functional.normalize(torch.arange(1.0, hidden + 1).cos(), dim=0)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
     if parameters > config.parity.reference_max_parameters:
         skipped = (
             f"parity: not compared with Hugging Face: the model has {parameters:.3g} parameters, more than "
             f"parity.reference_max_parameters={config.parity.reference_max_parameters:.3g}"
         )
         return _References(through=through, skipped=skipped)
-
-    def scorer(head: Head, name: str) -> HfScorer:
-        return HfScorer(process=stack.enter_context(_reference(config.cluster, folder, head, run_dir, name)), head=head)
-
-    policy = scorer(Head.TOKEN, "hugging_face")
-    critic = None
-    if through is not None:
-        critic = HfScorer(process=policy.process, head=Head.VALUE, through=through)
-    elif config.critic is not None and headed:
-        critic = scorer(Head.VALUE, "hugging_face_critic")
-    return _References(policy=policy, critic=critic, through=through)
+    process = stack.enter_context(_reference(config.cluster, folder, Head.TOKEN, run_dir))
+    critic = None if through is None else HfScorer(process=process, head=Head.VALUE, through=through)
+    return _References(policy=HfScorer(process=process, head=Head.TOKEN), critic=critic, through=through)
 
 
-def _reference(cluster: ClusterConfig, folder: Path, head: Head, run_dir: Path, name: str) -> HfProcess:
+def _reference(cluster: ClusterConfig, folder: Path, head: Head, run_dir: Path) -> HfProcess:
     return HfProcess(
         folder.resolve(),
         head,
         environment=device.worker_environment(),
         scratch=run_dir.resolve() / "scratch",
-        log=run_dir.resolve() / "logs" / f"{name}.log",
+        log=run_dir.resolve() / "logs" / "hugging_face.log",
         deadline_s=cluster.call_deadline_s,
     )
 
@@ -319,9 +309,8 @@ def _gate(
         if references.skipped is not None:
             tell(references.skipped)
         found = check_parity(pairs, rows, _tolerance(config.parity, config.model.dtype), tell)
-        for scorer in (references.policy, references.critic):
-            if scorer is not None:
-                scorer.process.close()
+        if references.policy is not None:
+            references.policy.process.close()
         return found
 
     return check
@@ -385,7 +374,7 @@ def verify_folder(
     asked = [Role(name=role, workers=layout.world_size, held_types=HELD_TYPES)]
     asked += [] if engine is None else [Role(name="engine", workers=1)]
     with (
-        _reference(cluster, model.path, head, run_dir, "hugging_face") as process,
+        _reference(cluster, model.path, head, run_dir) as process,
         Cluster(cluster, gpus=gpus, run_dir=run_dir) as running,
     ):
         groups = running.start(asked, device.worker_environment())
