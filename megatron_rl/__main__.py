@@ -1,4 +1,4 @@
-"""``megatron-rl train|sft|show-config FILE.toml... key=value...``."""
+"""``megatron-rl train|sft|check-parity|show-config FILE.toml... key=value...``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (
         ("train", "PPO from a base model"),
         ("sft", "supervised stage"),
+        ("check-parity", "hold Hugging Face, the trainer and the engine side by side on the same tokens; no training"),
         ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
     ):
         command = commands.add_parser(name, help=text)
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(load(RunConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "sft":
             _sft(load(SFTConfig, files, overrides))
+        elif asked.command == "check-parity":
+            _check_parity(load(RunConfig, files, overrides))
         else:
             _print(dump(load(RunConfig, files, overrides)))
     except ConfigError as error:
@@ -80,6 +83,13 @@ def _sft(config: SFTConfig) -> None:
 
     with open_supervised(config) as run:
         supervise(run)
+
+
+def _check_parity(config: RunConfig) -> None:
+    from megatron_rl.assemble import open_parity
+
+    with open_parity(config, _print) as gate:
+        gate()
 
 
 class _Termination:

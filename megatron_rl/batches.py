@@ -247,3 +247,36 @@ def merge_rows(parts: Iterable[tuple[Tensor, Tensor]], like: TokenRows) -> Tenso
     if bool((seen != 1).any()):
         raise ValueError(f"every row must be computed once, got counts {seen.unique().tolist()} for {like.rows} rows")
     return merged
+
+
+def merge_activations(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]], like: TokenRows) -> dict[str, Tensor]:
+    """Put the hidden states that several workers hold of some rows together.
+
+    Args:
+        parts: of each worker, by place: which tokens it read [m] int64, as row * T + column, and the hidden states
+            after them [m, h].
+        like: the rows.
+
+    Returns:
+        by place: [n, h], for all tokens but the last of each row, row after row.
+
+    Raises:
+        ValueError: at some place a token is missing or was computed twice.
+    """
+    by_place: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for part in parts:
+        for place, found in part.items():
+            by_place.setdefault(place, []).append(found)
+    read = torch.arange(like.tokens.shape[1]) < like.lengths[:, None] - 1
+    wanted = read.flatten().nonzero()[:, 0]
+    merged = {}
+    for place, pieces in by_place.items():
+        tokens, states = (torch.cat(column) for column in zip(*pieces, strict=True))
+        order = tokens.argsort()
+        if not torch.equal(tokens[order], wanted):
+            raise ValueError(
+                f"{place}: every token must be computed once, got {len(tokens)} ({len(tokens.unique())} different) for "
+                f"{len(wanted)}"
+            )
+        merged[place] = states[order]
+    return merged

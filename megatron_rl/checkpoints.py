@@ -44,7 +44,7 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "reward.workers"),
+    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "parity", "reward.workers"),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
 )
 """Settings that do not change what is computed, beyond rounding."""

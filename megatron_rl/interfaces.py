@@ -169,6 +169,45 @@ class ValueModel(Protocol):
         """One optimizer step."""
 
 
+class ScoresTokens(Protocol):
+    """One implementation of a model, as the parity gate sees it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def score(self, rows: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32, 0 outside the response: log-probs at temperature 1, or values of the state before each token."""
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """What leaves the embedding, each attention, each layer and the final norm.
+
+        Returns:
+            by the module's Hugging Face name (``model.embed_tokens``, ``model.layers.0.self_attn``, ``model.layers.0``,
+            ``model.norm``): [n, h] f32, for all tokens but the last of each row, row after row. Empty where the layers
+            cannot be watched.
+        """
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """Whole weights whose Hugging Face name starts with one of ``prefixes``, on the CPU; the rotary frequencies
+        count as ``model.rotary_emb.inv_freq``.
+        """
+
+
+class Gate(Protocol):
+    """What must hold before the first step of a run."""
+
+    def __call__(self) -> Mapping[str, float]:
+        """Check it.
+
+        Returns:
+            metrics of the check.
+
+        Raises:
+            ParityFailed: trainer, engine and reference do not compute the same.
+        """
+
+
 class RewardScorer(Protocol):
     """Scores samples; a :class:`~megatron_rl.rewards.service.RewardService` is one."""
 

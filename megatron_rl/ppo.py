@@ -18,6 +18,7 @@ from megatron_rl.interfaces import (
     AdvantageEstimator,
     Checkpoints,
     Collect,
+    Gate,
     LossMean,
     Pending,
     PolicyModel,
@@ -54,6 +55,7 @@ class Run:
     loss_mean: LossMean
     kl_control: KlControl
     weights: WeightSync
+    gate: Gate | None
     checkpoints: Checkpoints
     stop: StopRequest
     heldout: tuple[Prompt, ...]
@@ -66,6 +68,9 @@ def train(run: Run) -> None:
     cfg = run.config
     run.weights.push(version=run.start_step)
     with run.metrics.evaluation(run.start_step) as log:
+        if run.gate is not None:
+            with log.phase("parity"):
+                log.update("parity", run.gate())
         log.update("heldout", evaluate(run))
     for step in range(run.start_step, cfg.steps):
         with run.metrics.step(step) as log:

@@ -302,6 +302,7 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         loss_mean=loss_mean(config),
         kl_control=KlControl(config.ppo.kl_coef),
         weights=CopyingSync(policy, engine),
+        gate=None,
         checkpoints=RecordingCheckpoints(),
         stop=StopAfter(config.steps),
         heldout=prompts[:4],

@@ -308,6 +308,35 @@ class SyncConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Hugging Face, the trainer and the engine score the same tokens, and must agree (docs/parity.md)."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    enabled: bool = True
+    """Check before the first step of ``train``; a failure ends the run. ``check-parity`` checks in any case."""
+    on_resume: bool = False
+    """Check also where a run goes on from a checkpoint, whose ``hf/`` is then the reference."""
+    reference_max_parameters: Count = 2_000_000_000
+    """Larger models are not compared with Hugging Face, which is told: its float32 copy on the CPU of the driver's
+    machine takes 4 bytes for each."""
+    rows: Positive = 8
+    """Rows that are scored: pieces of the held-out prompts, and one over the whole vocabulary."""
+    row_tokens: Annotated[int, Ge(2)] = 64
+    """Tokens of the longest row; the others are shorter."""
+    mean_tolerance: PositiveFloat | None = None
+    """Largest mean absolute difference per token that is allowed, in nats (of values: in their unit). Unset: 1e-4 with
+    ``model.dtype="float32"``, 0.05 with ``"bfloat16"``."""
+    max_tolerance: PositiveFloat | None = None
+    """The same at the worst token. Unset: 2e-3 and 1.5."""
+
+    def tolerance(self, dtype: str) -> tuple[float, float]:
+        """The mean and the largest difference allowed with weights of this type."""
+        mean, largest = {"float32": (1e-4, 2e-3), "bfloat16": (0.05, 1.5)}[dtype]
+        return self.mean_tolerance or mean, self.max_tolerance or largest
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Greedy accuracy on held-out prompts, before the first and after the last step and in between."""
 
@@ -381,6 +410,7 @@ class RunConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,3 +41,20 @@ class ValueHead(torch.nn.Module):
                 values, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
             )
         return values, None
+
+
+@contextmanager
+@torch.no_grad()
+def read_through(chunks: Sequence[Any], vector: Tensor) -> Iterator[None]:
+    """Let the critic's value head, where this rank has it, be ``vector`` [h] without a bias for a while."""
+    heads = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ValueHead)]
+    own = [(head.weight.clone(), head.bias.clone()) for head in heads]
+    for head in heads:
+        head.weight.copy_(vector)
+        head.bias.zero_()
+    try:
+        yield
+    finally:
+        for head, (weight, bias) in zip(heads, own, strict=True):
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTok
 from megatron_rl.device import collective_backend, dtype, limit_threads
 from megatron_rl.durable import FileRecord
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
+from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
 from megatron_rl.mcore.checkpoint import load_checkpoint, stage_checkpoint
 from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.groups import start_groups, stop_groups
@@ -25,9 +28,10 @@ from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, re
 from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
 from megatron_rl.mcore.spec import WorkerSpec
 from megatron_rl.mcore.step import forward_rows, train_step
+from megatron_rl.mcore.value_head import read_through
 from megatron_rl.weights.safetensors_io import save_hf_folder
 from megatron_rl.weights.transfer import Channel, Listener, listen
-from megatron_rl.weights.weight_map import Head, weight_map
+from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
 
 
 class Worker:
@@ -67,7 +71,7 @@ class Worker:
         return chunks
 
     def logprobs(
-        self, batch: TokenRows, temperature: float | None = None, reference: bool = False
+        self, batch: TokenRows, temperature: float | None = None, reference: bool = False, packed: bool = True
     ) -> tuple[Tensor, Tensor] | None:
         """Score response tokens.
 
@@ -75,6 +79,7 @@ class Worker:
             batch: the same on all ranks; each data replica does its share.
             temperature: None: that of sampling.
             reference: by the frozen copy instead of the model.
+            packed: else each row makes a micro-batch of its own.
 
         Returns:
             on one rank per data replica: the rows it did [b] and their log-probs [b, T] f32, 0 outside the response.
@@ -86,22 +91,52 @@ class Worker:
         if chunks is None:
             raise ValueError(f"{self._spec.role}: no reference is kept; set keep_reference")
         read = partial(read_logprobs, temperature=self._spec.temperature if temperature is None else temperature)
-        return self._forward(chunks, batch, read)
+        return self._forward(chunks, batch, read, packed)
 
-    def values(self, batch: TokenRows) -> tuple[Tensor, Tensor] | None:
-        """The value of the state before each response token; answers as :meth:`logprobs`."""
-        return self._forward(self._training.chunks, batch, lambda _, *output: read_values(*output).values)
+    def values(
+        self, batch: TokenRows, packed: bool = True, through: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The value of the state before each response token; answers as :meth:`logprobs`.
 
-    def _forward(self, chunks: Sequence[Any], batch: TokenRows, read: Any) -> tuple[Tensor, Tensor] | None:
-        return forward_rows(chunks, batch, read, **self._placement())
+        Args:
+            batch: the same on all ranks.
+            packed: see :meth:`logprobs`.
+            through: [h] read the final hidden states through this instead of the value head.
+        """
+        chunks = self._training.chunks
+        with nullcontext() if through is None else read_through(chunks, through):
+            return self._forward(chunks, batch, lambda _, *output: read_values(*output).values, packed)
 
-    def _placement(self) -> dict[str, Any]:
+    def _forward(
+        self, chunks: Sequence[Any], batch: TokenRows, read: Any, packed: bool = True
+    ) -> tuple[Tensor, Tensor] | None:
+        return forward_rows(chunks, batch, read, **self._placement(packed))
+
+    def _placement(self, packed: bool = True) -> dict[str, Any]:
         return {
             "layout": self._layout,
             "at": self._at,
-            "budget": self._spec.trainer.tokens_per_microbatch,
+            "budget": self._spec.trainer.tokens_per_microbatch if packed else 1,
             "cost": self._spec.dims.row_flops,
         }
+
+    def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
+        return layer_outputs(self._training.chunks, batch, **self._placement(packed))
+
+    def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
+        """Whole weights whose Hugging Face name starts with one of ``prefixes``, in the map's order; rank 0 answers."""
+        asked = tuple(prefixes)
+        entries = tuple(e for e in self._weights.entries if any(name.startswith(asked) for name in e.hf))
+        found = {
+            name: tensor.to("cpu", copy=True)
+            for name, tensor in self._full_tensors(replace(self._weights, entries=entries))
+            if name.startswith(asked)
+        }
+        if self._rank != 0:
+            return None
+        name = "model.rotary_emb.inv_freq"
+        return ({name: rotary_frequencies(self._training.chunks)} if name.startswith(asked) else {}) | found
 
     def update(
         self,
@@ -202,10 +237,10 @@ class Worker:
         finally:
             _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken
 
-    def _full_tensors(self) -> Any:
+    def _full_tensors(self, weights: WeightMap | None = None) -> Any:
         gather_parameters(self._training)
         mine = local_parameters([chunk.module for chunk in self._training.chunks])
-        return full_tensors(mine, self._weights, self._spec.dims, self._layout, self._rank)
+        return full_tensors(mine, weights or self._weights, self._spec.dims, self._layout, self._rank)
 
     def close(self) -> None:
         """Leave the groups and free the model."""

@@ -5,12 +5,15 @@ The verbs are those of ``mcore.worker.Worker`` and ``vllm_engine.engine.Engine``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_rows
+import torch
+from torch import Tensor
+
+from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_activations, merge_rows
 from megatron_rl.checkpoints import Writing
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.interfaces import (
@@ -23,9 +26,6 @@ from megatron_rl.interfaces import (
 )
 from megatron_rl.ray_runtime.workers import WorkerGroup
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 HELD_TYPES = (TokenRows, ExperienceBatch)
 """What model workers keep once they have got it."""
 
@@ -36,6 +36,10 @@ def _only(answers: list[Any]) -> Any:
     if len(given) != 1:
         raise ValueError(f"exactly one rank must report, got {len(given)} of {len(answers)}")
     return given[0]
+
+
+def _given(answers: list[Any]) -> list[Any]:
+    return [answer for answer in answers if answer is not None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class RemoteTrainer:
 
     def _updated(self, minibatch: Minibatch[Any], loss: object) -> Pending[UpdateResult]:
         return self.group.call("update", minibatch, loss, finish=_only)
+
+    def activations(self, rows: TokenRows, packed: bool) -> Pending[Mapping[str, Tensor]]:
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.activations`; each rank gives what it holds."""
+        return self.group.call("activations", rows, packed, finish=lambda parts: merge_activations(_given(parts), rows))
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`."""
+        return self.group.call("tensors", tuple(prefixes), finish=_only)
 
     def save(self, folder: Path) -> Pending[None]:
         """Copy model, optimizer and schedule, and start to write the copy to ``folder``."""
@@ -73,9 +85,9 @@ class RemoteTrainer:
 class RemotePolicy(RemoteTrainer):
     """The policy: scores tokens, learns, and sends its weights."""
 
-    def logprobs(self, batch: TokenRows, temperature: float | None = None) -> Pending[Tensor]:
+    def logprobs(self, batch: TokenRows, temperature: float | None = None, packed: bool = True) -> Pending[Tensor]:
         """[B, T] f32; at the sampling temperature unless another is given."""
-        return self._scored("logprobs", batch, temperature, False)
+        return self._scored("logprobs", batch, temperature, False, packed)
 
     def update(self, minibatch: Minibatch[Any], loss: TokenLoss | SupervisedTokenLoss) -> Pending[UpdateResult]:
         """One optimizer step."""
@@ -97,9 +109,9 @@ class RemoteReference(RemoteTrainer):
 class RemoteCritic(RemoteTrainer):
     """The critic."""
 
-    def values(self, batch: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32."""
-        return self._scored("values", batch)
+    def values(self, batch: TokenRows, packed: bool = True, through: Tensor | None = None) -> Pending[Tensor]:
+        """[B, T] f32; through [h] instead of the value head where it is given."""
+        return self._scored("values", batch, packed, through)
 
     def update(self, minibatch: Minibatch[ExperienceBatch], loss: ValueLoss) -> Pending[UpdateResult]:
         """One optimizer step."""
@@ -124,6 +136,100 @@ class RemoteEngine:
     def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[float]]]:
         """Log-prob of each token given those before it, at temperature 1."""
         return self.group.call("score", rows, finish=_only)
+
+    def logprobs(self, rows: TokenRows) -> Pending[Tensor]:
+        """[B, T] f32 log-probs of the response tokens at temperature 1, 0 elsewhere."""
+
+        def finish(answers: list[Any]) -> Tensor:
+            found = torch.zeros(rows.tokens.shape)
+            for row, scores in enumerate(_only(answers)):
+                found[row, : len(scores)] = torch.tensor(scores)
+            return found * rows.response_mask
+
+        return self.group.call("score", _token_lists(rows), finish=finish)
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.activations`."""
+        return self.group.call("activations", _token_lists(rows), finish=_only)
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`."""
+        return self.group.call("tensors", tuple(prefixes), finish=_only)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyScorer:
+    """The policy as the parity gate sees it; unpacked, each row is computed by itself."""
+
+    policy: RemotePolicy
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "policy" if self.packed else "policy unpacked"
+
+    def score(self, rows: TokenRows) -> Pending[Tensor]:
+        """Log-probs at temperature 1."""
+        return self.policy.logprobs(rows, 1.0, self.packed)
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """By place."""
+        return self.policy.activations(rows, self.packed)
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """By name."""
+        return self.policy.tensors(prefixes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticScorer:
+    """The critic as the parity gate sees it, its values read ``through`` [h] where that is given."""
+
+    critic: RemoteCritic
+    packed: bool
+    through: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "critic" if self.packed else "critic unpacked"
+
+    def score(self, rows: TokenRows) -> Pending[Tensor]:
+        """Values."""
+        return self.critic.values(rows, self.packed, self.through)
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """By place."""
+        return self.critic.activations(rows, self.packed)
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """By name."""
+        return self.critic.tensors(prefixes)
+
+
+@dataclass(frozen=True)
+class EngineScorer:
+    """The engine as the parity gate sees it."""
+
+    engine: RemoteEngine
+    name: str = "engine"
+
+    def score(self, rows: TokenRows) -> Pending[Tensor]:
+        """Log-probs at temperature 1."""
+        return self.engine.logprobs(rows)
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """By place."""
+        return self.engine.activations(rows)
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """By name."""
+        return self.engine.tensors(prefixes)
+
+
+def _token_lists(rows: TokenRows) -> list[list[int]]:
+    return [tokens[:length] for tokens, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
 
 
 def connect(policy: RemotePolicy, engine: RemoteEngine, timeout_s: float) -> None:

@@ -10,16 +10,19 @@ import gc
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.device import limit_threads
 from megatron_rl.interfaces import PushReceipt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -160,6 +163,31 @@ class Engine:
             for row, output in zip(rows, self._run(requests), strict=True)
         ]
 
+    def activations(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What leaves the model's layers, see :meth:`megatron_rl.interfaces.ScoresTokens.activations`; errors as
+        :meth:`score`.
+        """
+        import torch
+
+        from megatron_rl.vllm_engine import inside
+
+        found: list[dict[str, Tensor]] = []
+        self._on_workers(inside.watch)
+        try:
+            for row in rows:
+                self.score([row])
+                found.append(self._on_workers(inside.take)[0])
+        finally:
+            self._on_workers(inside.unwatch)
+        return {place: torch.cat([row[place][:-1] for row in found]) for place in found[0]}
+
+    def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """The weights that the model computes with, see :func:`megatron_rl.vllm_engine.inside.tensors`."""
+        from megatron_rl.vllm_engine import inside
+
+        found: dict[str, Tensor] = self._on_workers(inside.tensors, tuple(prefixes))[0]
+        return found
+
     def join(self, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         """Join the channel that weights will be pushed through.
 
@@ -204,7 +232,7 @@ class Engine:
         self._on_workers("leave_channel")
         self._engine.engine_core.shutdown()
 
-    def _on_workers(self, method: str, *args: Any) -> list[Any]:
+    def _on_workers(self, method: str | Callable[..., Any], *args: Any) -> list[Any]:
         answers: list[Any] = self._engine.collective_rpc(method, args=args)
         return answers
 

@@ -104,7 +104,7 @@ def test_commands_in_documents_exist(document, monkeypatch):
 
 def check_run(arguments, words):
     command, *settings = arguments
-    assert command in {"train", "sft", "show-config"}, words
+    assert command in {"train", "sft", "check-parity", "show-config"}, words
     files = [Path(word) for word in settings if "=" not in word]
     if Path("FILE.toml") not in files:  # which stands for a file of the reader's
         overrides = [word for word in settings if "=" in word]
@@ -152,9 +152,9 @@ def imported(file):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("name", ["ppo.py", "sft.py"])
+@pytest.mark.parametrize("name", ["ppo.py", "sft.py", "parity.py"])
 def test_the_loops_import_no_machinery(name):
-    walls = re.compile(r"(megatron|vllm|ray|torch\.distributed|torch\.cuda)(\.|$)")
+    walls = re.compile(r"(megatron|vllm|ray|transformers|torch\.distributed|torch\.cuda)(\.|$)")
     assert [module for module in imported(ROOT / "megatron_rl" / name) if walls.match(module)] == []
 
 
@@ -171,8 +171,11 @@ def test_the_package_starts_without_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
-def test_the_driver_loads_neither_megatron_nor_vllm():
-    program = "import sys, megatron_rl.assemble; sys.exit(any(name in sys.modules for name in ('megatron', 'vllm')))"
+def test_the_driver_loads_neither_megatron_nor_vllm_nor_transformers():
+    program = (
+        "import sys, megatron_rl.assemble;"
+        "sys.exit(any(name in sys.modules for name in ('megatron', 'vllm', 'transformers')))"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 

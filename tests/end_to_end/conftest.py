@@ -38,6 +38,7 @@ def train_command(task: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "prompts_per_step=16",
             "ppo.minibatch_samples=32",
             "evaluation.prompts=16",
+            "parity.enabled=false",
             *settings,
         ]
 
@@ -46,7 +47,7 @@ def train_command(task: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 def ours() -> set[int]:
     """Processes of a run: Ray's, the supervisors' and the workers'."""
-    marks = ("raylet", "gcs_server", "ray_runtime.child", "ray::", "rewards.worker")
+    marks = ("raylet", "gcs_server", "ray_runtime.child", "ray::", "rewards.worker", "hf_reference")
     found = set()
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])

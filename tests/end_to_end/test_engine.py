@@ -16,8 +16,11 @@ from torch import Tensor
 
 from megatron_rl.dataflow import Finish, Prompt, Sampling
 from megatron_rl.interfaces import PushReceipt
+from megatron_rl.parity import Pair, ParityFailed, Tolerance, check_parity, parity_rows, place_distances
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.rules import Head
 from megatron_rl.weights.transfer import Channel, TransferError, listen
+from tests.distributed.parity_cases import Recorded, hugging_face
 
 TIMEOUT_S = 60.0
 EOS = 3
@@ -382,7 +385,50 @@ def test_a_sender_that_leaves_in_the_middle_is_reported_and_can_be_followed(
     assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
 
 
+PARITY_ROWS = parity_rows([], vocabulary=VOCABULARY, rows=4, longest=24, pad_id=0)
+PARITY = Tolerance(mean=1e-4, largest=2e-3, eps=torch.finfo(torch.float32).eps)
+
+
+def inside(engine: RemoteEngine) -> Recorded:
+    """What the engine says of the rows, and shows of itself."""
+    lists = [row[:length] for row, length in zip(PARITY_ROWS.tokens.tolist(), PARITY_ROWS.lengths, strict=True)]
+    scores = torch.zeros(PARITY_ROWS.tokens.shape)
+    for row, score in enumerate(engine.call("score", lists)):
+        scores[row, : len(score)] = torch.tensor(score)
+    return Recorded(
+        name="engine",
+        scores=scores,
+        places=engine.call("activations", lists),
+        weights=engine.call("tensors", ("model.", "lm_head.")),
+    )
+
+
+def test_every_place_and_tensor_of_the_engine_is_that_of_hugging_face(
+    engine: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    found, wanted = inside(engine), hugging_face(folders["B-untied"], Head.TOKEN, PARITY_ROWS)
+    distances = place_distances(found.places, wanted.places)
+    assert len(distances) == 1 + 2 * 2 + 1
+    assert max(distances.values()) < 1e-5, distances
+    assert found.weights.keys() == wanted.weights.keys()
+    for name, tensor in found.weights.items():  # packed for the CPU's kernels, and yet to the last bit
+        torch.testing.assert_close(tensor, wanted.weights[name], atol=0, rtol=0, msg=name)
+    assert check_parity([Pair(found, wanted)], PARITY_ROWS, PARITY, print)["engine_against_Hugging_Face/max"] < 1e-4
+
+
+def test_a_layer_that_a_push_left_stale_is_caught_and_named(fresh: RemoteEngine, folders: dict[str, Path]) -> None:
+    old = dict(named_weights(loaded(folders["A-untied"])))
+    pushed = [(n, old[n] if "layers.1." in n else t) for n, t in named_weights(loaded(folders["B-untied"]))]
+    fresh.push(7, iter(pushed))
+    wanted = hugging_face(folders["B-untied"], Head.TOKEN, PARITY_ROWS)
+    with pytest.raises(ParityFailed) as caught:
+        check_parity([Pair(inside(fresh), wanted)], PARITY_ROWS, PARITY, print)
+    assert "the first place that differs is model.layers.1.self_attn, by" in str(caught.value)
+    assert "the first tensor that differs there is model.layers.1.self_attn.q_proj.weight: 4096 of" in str(caught.value)
+
+
 def test_weights_that_are_no_numbers_are_refused(engine: RemoteEngine, folders: dict[str, Path]) -> None:
+    """The last test: what it leaves in the cache of keys and values spoils later rows, whatever is pushed then."""
     broken = ((name, tensor * torch.nan) for name, tensor in named_weights(loaded(folders["B-untied"])))
     engine.push(8, broken)
     with pytest.raises(EngineError, match="every log-prob must be finite"):

@@ -41,10 +41,20 @@ def process_of(run_dir: Path, worker: str) -> int:
 
 def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
     done = subprocess.run(
-        train_command("steps=2", "ppo.critic_warmup_steps=0"), capture_output=True, text=True, timeout=280, check=False
+        train_command("steps=2", "ppo.critic_warmup_steps=0", "parity.enabled=true"),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
+    before = records(run)[0]
+    gaps = {key: value for key, value in before.items() if key.startswith("parity/")}
+    assert len(gaps) == 2 * 6
+    assert max(gaps.values()) < 1e-3
+    assert gaps["parity/critic_against_Hugging_Face_critic/max"] > 0, "the zero value head is not what was compared"
+    assert "  engine against Hugging Face         mean" in done.stdout
     steps = [record for record in records(run) if "rollout/score" in record]
     assert [step["step"] for step in steps] == [0, 1]
     for step in steps:
@@ -67,10 +77,18 @@ def test_a_run_without_a_critic_starts_none_and_resumes(train_command: Command, 
     for steps in (1, 2):
         command = [
             str(GRPO) if word == str(PPO) else word
-            for word in train_command(f"steps={steps}", "policy.layout.tensor=1", "ppo.engine_correction=tis")
+            for word in train_command(
+                f"steps={steps}",
+                "policy.layout.tensor=1",
+                "ppo.engine_correction=tis",
+                "parity.enabled=true",
+                "parity.on_resume=true",
+            )
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        # resumed, the policy is no longer the model that the run began with, but what its checkpoint holds
+        assert "policy against Hugging Face" in done.stdout
     processes = json.loads((run / "logs" / "processes.json").read_text())
     assert sorted(entry["worker"] for entry in processes) == ["engine", "policy"]
     assert sorted(path.name for path in (run / "checkpoints" / "step_000002").iterdir()) == [

@@ -12,6 +12,7 @@ import pytest
 from megatron_rl.batches import RolloutBatch
 from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig
 from megatron_rl.experience.batching import StaleRollout
+from megatron_rl.parity import ParityFailed
 from megatron_rl.ppo import due, train
 from tests.fakes import CopyingSync, Ready, StopAfter, fake_config, fake_run
 
@@ -75,6 +76,31 @@ def test_a_push_that_does_not_arrive_stops_the_run_and_names_both_versions(tmp_p
     with pytest.raises(StaleRollout, match=r"version 1 .* used version 0"):
         train(dataclasses.replace(run, weights=stuck))
     assert run.policy.updates == 4
+
+
+def test_the_gate_is_passed_after_the_first_push_and_before_the_first_step(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=2))
+    passed = []
+
+    def gate() -> dict[str, float]:
+        passed.append((list(run.weights.versions), run.policy.updates))
+        return {"policy_against_other/mean": 0.125}
+
+    train(dataclasses.replace(run, gate=gate))
+    assert passed == [([0], 0)]
+    assert records(tmp_path)[0]["parity/policy_against_other/mean"] == 0.125
+
+
+def test_a_gate_that_is_not_passed_ends_the_run_before_anything_is_learned(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path))
+
+    def gate() -> dict[str, float]:
+        raise ParityFailed("they differ")
+
+    with pytest.raises(ParityFailed, match="they differ") as caught:
+        train(dataclasses.replace(run, gate=gate))
+    assert caught.value.__notes__ == ["at step 0, last phase parity"]
+    assert run.policy.updates == run.critic.updates == 0
 
 
 def test_staleness_within_the_setting_is_allowed(tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""The process of the reference, and what stands for it in the driver, which never loads transformers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from megatron_rl.batches import TokenRows
+from megatron_rl.interfaces import Pending
+from megatron_rl.weights.rules import Head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PROGRAM = "from megatron_rl.hf_reference.process import serve; serve()"
+
+
+class ReferenceFailed(RuntimeError):
+    """The reference could not be computed; the message says why."""
+
+
+class HfProcess:
+    """A Hugging Face model in a process of its own, which starts to load at once; calls are answered in their order."""
+
+    def __init__(
+        self, folder: Path, head: Head, *, environment: Mapping[str, str], scratch: Path, log: Path, deadline_s: float
+    ) -> None:
+        """Start it and return at once.
+
+        Args:
+            folder: of the model.
+            head: see :class:`~megatron_rl.hf_reference.model.HfReference`.
+            environment: of the process, besides this one's.
+            scratch: folder for what libraries cache.
+            log: file for what the process prints.
+            deadline_s: bound on loading and every call together.
+        """
+        self._deadline_s = deadline_s
+        self._answers: list[Any] = []
+        self._asked = itertools.count()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        settings = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(scratch),
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TQDM_DISABLE": "1",
+        }
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | dict(environment) | settings,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
+            )
+        self._pipe: Connection[Any, Any] = Connection(ours.detach())
+        self._pipe.send_bytes(pickle.dumps((folder, head)))
+
+    def call(self, verb: str, *args: Any) -> Pending[Any]:
+        """Ask for a method of :class:`~megatron_rl.hf_reference.model.HfReference`."""
+        try:
+            self._pipe.send_bytes(pickle.dumps((verb, args)))
+        except OSError:
+            raise ReferenceFailed(self._end()) from None
+        return _Answer(self, next(self._asked), verb, time.monotonic() + self._deadline_s)
+
+    def answer(self, number: int, verb: str, deadline: float) -> Any:
+        """Wait for the answer to call ``number``.
+
+        Raises:
+            ReferenceFailed: the process raised, ended, or did not answer in time.
+        """
+        while len(self._answers) <= number:
+            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise ReferenceFailed(f"the Hugging Face reference did not answer {verb} within {self._deadline_s:g} s")
+            try:
+                self._answers.append(pickle.loads(self._pipe.recv_bytes()))
+            except (EOFError, OSError):
+                raise ReferenceFailed(self._end()) from None
+        good, found = self._answers[number]
+        if not good:
+            raise ReferenceFailed(f"the Hugging Face reference failed in {verb}:\n{found}")
+        return found
+
+    def _end(self) -> str:
+        status = self._process.wait()
+        how = (
+            f"was killed by signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"ended with {status}"
+        )
+        return (
+            f"the Hugging Face reference {how}; {self._log} may say why. It holds the model in float32: parity."
+            "reference_max_parameters bounds it"
+        )
+
+    def close(self) -> None:
+        """End the process; a second call does nothing."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        """The process itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it."""
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Answer:
+    process: HfProcess
+    number: int
+    verb: str
+    deadline: float
+
+    def result(self) -> Any:
+        return self.process.answer(self.number, self.verb, self.deadline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfScorer:
+    """The reference as the gate sees it.
+
+    Attributes:
+        process: where it runs.
+        head: whether it gives log-probs or values.
+        through: [h] read values through this instead of the model's own head; None: the model's own.
+    """
+
+    process: HfProcess
+    head: Head
+    through: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "Hugging Face" if self.head is Head.TOKEN else "Hugging Face critic"
+
+    def score(self, rows: TokenRows) -> Pending[Tensor]:
+        """Log-probs or values, [B, T]."""
+        if self.head is Head.TOKEN:
+            return self.process.call("logprobs", rows)
+        return self.process.call("values", rows, self.through)
+
+    def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
+        """By place."""
+        return self.process.call("activations", rows)
+
+    def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
+        """Of the folder."""
+        return self.process.call("tensors", prefixes)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """By name, of all tensors in a folder's safetensors files; reads their headers alone.
+
+    Raises:
+        ValueError: a file has no readable header.
+    """
+    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _header(file)}
+
+
+def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    with file.open("rb") as opened:
+        try:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    return [(name, tuple(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__"]
+
+
+def serve() -> None:
+    """Load the model that the driver names, then answer its calls until it closes its end."""
+    pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    failure, model = "", None
+    try:
+        folder, head = pickle.loads(pipe.recv_bytes())
+        from megatron_rl.hf_reference.model import HfReference
+
+        model = HfReference(folder, head)
+    except Exception:
+        failure = traceback.format_exc()
+    while True:
+        try:
+            verb, args = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            answer = (False, failure) if failure else (True, getattr(model, verb)(*args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
