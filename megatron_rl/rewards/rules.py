@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rl.dataflow import Finish, Score
-from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, last_boxed
-
-STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
-"""What ends a response for every built-in rule, as in the reward of SimpleRL-reason v0."""
+from megatron_rl.rewards.answers import STOPS, after_last_word_boxed, cut_at_stop, equal, extract
 
 
 class RewardRule(Protocol):
@@ -82,9 +79,9 @@ class BoxedRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
-        prediction = last_boxed(cut_at_stop(text, self.stops), closed=True)
-        boxed = bool(prediction)
-        correct = bool(prediction) and equal(prediction or "", answer)
+        prediction = extract(text, self.stops)
+        boxed = prediction is not None
+        correct = prediction is not None and equal(prediction, answer)
         return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
 
 
@@ -103,9 +100,9 @@ class CorrectnessRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
-        prediction = last_boxed(cut_at_stop(text, self.stops), closed=True)
+        prediction = extract(text, self.stops)
         correct = prediction is not None and equal(prediction, answer)
-        return _score(self.right if correct else self.wrong, correct=correct, boxed=bool(prediction))
+        return _score(self.right if correct else self.wrong, correct=correct, boxed=prediction is not None)
 
 
 def _score(value: float, *, correct: bool, boxed: bool) -> Score:

@@ -1,0 +1,555 @@
+"""Whether two typed answers are the same, type by type.
+
+Two answers of one type are compared part by part. Between types only the conversions of docs/rewards.md are made; all
+other pairs of types are different.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_rl.rewards.expressions import (
+    CONSTANTS,
+    Apply,
+    Based,
+    Bracketed,
+    Collection,
+    Combination,
+    Matrix,
+    Node,
+    Number,
+    Quantity,
+    Ratio,
+    Relation,
+    Scalar,
+    Symbol,
+    Text,
+    Undecided,
+    close,
+    compare,
+    exact,
+    mentions,
+    proportional,
+    same_value,
+    variables,
+)
+from megatron_rl.rewards.notation import known_unit
+
+_MAX_ITEMS = 60
+_EQUALITIES = frozenset({"=", "approx", "equiv"})
+_FLIPPED = {"<": ">", ">": "<", "leq": "geq", "geq": "leq", "=": "=", "neq": "neq"}
+_NOTHING = frozenset(
+    {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "the empty set"}
+)
+_INFINITY = Symbol("infty")
+_MINUS_INFINITY = Apply("neg", (_INFINITY,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leniency:
+    """What a data set forgives in numbers; nothing by default.
+
+    Attributes:
+        relative: the largest ``|prediction - gold| / |gold|`` of a number that still counts as right.
+        factor_100: also accept 100 times the gold and a hundredth of it.
+    """
+
+    relative: float = 0.0
+    factor_100: bool = False
+
+
+EXACT = Leniency()
+
+
+def same(pred: Node, gold: Node, leniency: Leniency = EXACT) -> bool:
+    """Whether two answers are the same.
+
+    Raises:
+        Undecided: values are beyond the budget of an evaluation.
+    """
+    return _Comparison(leniency).same(pred, gold)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    leniency: Leniency
+
+    def same(self, a: Node, b: Node) -> bool:
+        if a == b:
+            return True
+        if isinstance(a, Relation) and isinstance(b, Relation):
+            return self.same_relations(a, b)
+        for kind, rule in (
+            (Relation, self.relation_says),
+            (Text, self.same_text),
+            (Quantity, self.same_quantity),
+            (Based, self.same_based),
+            (Ratio, self.same_ratio),
+            (Matrix, self.same_matrix),
+            (Combination, self.same_sets),
+            (Collection, self.same_collection),
+            (Bracketed, self.same_bracketed),
+        ):
+            if isinstance(a, kind):
+                return rule(a, b)  # type: ignore[operator]
+            if isinstance(b, kind):
+                return rule(b, a)  # type: ignore[operator]
+        return self.same_scalars(a, b)
+
+    def all_same(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
+        return len(left) == len(right) and all(self.same(a, b) for a, b in zip(left, right, strict=True))
+
+    def match(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
+        """Pair the items one to one in any order. Greedy is enough because equality is transitive."""
+        if len(left) != len(right) or len(left) > _MAX_ITEMS:
+            return False
+        remaining = list(right)
+        for item in left:
+            undecided: Undecided | None = None
+            for at, other in enumerate(remaining):
+                try:
+                    if self.same(item, other):
+                        del remaining[at]
+                        break
+                except Undecided as error:
+                    undecided = error
+            else:
+                if undecided is not None:
+                    raise undecided
+                return False
+        return True
+
+    # -------------------------------------------------------------------------------------------------- scalars
+
+    def same_scalars(self, a: Node, b: Node) -> bool:
+        if Symbol("reals") in (a, b):
+            return False
+        if same_value(a, b):
+            return True
+        factors = (Fraction(1), Fraction(100), Fraction(1, 100)) if self.leniency.factor_100 else (Fraction(1),)
+        if self.leniency == EXACT:
+            return False
+        return any(
+            close(a, Apply("*", (Number(factor), b)), self.leniency.relative) for factor in factors
+        )
+
+    def same_text(self, a: Text, b: Node) -> bool:
+        if isinstance(b, Text):
+            if a.words == b.words:
+                return True
+            return a.product is not None and b.product is not None and self.same(a.product, b.product)
+        if isinstance(b, Collection) and not b.items:
+            return a.words in _NOTHING
+        return a.product is not None and isinstance(b, Scalar) and self.same(a.product, b)
+
+    def same_quantity(self, a: Quantity, b: Node) -> bool:
+        if isinstance(b, Quantity):
+            if a.unit == b.unit:
+                return self.same(a.value, b.value)
+            first, second = known_unit(a.unit), known_unit(b.unit)
+            if first is None or second is None or not first.kind or first.kind != second.kind:
+                return False
+            sizes = (Number(Fraction(first.size)), Number(Fraction(second.size)))
+            return self.same(Apply("*", (a.value, sizes[0])), Apply("*", (b.value, sizes[1])))
+        if not isinstance(b, Scalar):
+            return False
+        if self.same(a.value, b):
+            return True
+        if a.unit == "%":
+            return self.same(Apply("percent", (a.value,)), b)
+        return a.unit == "degree" and mentions(b, "pi") and self.same(Apply("degree", (a.value,)), b)
+
+    def same_based(self, a: Based, b: Node) -> bool:
+        if isinstance(b, Based):
+            return a.base == b.base and a.digits.lstrip("0") == b.digits.lstrip("0")
+        value = exact(b) if isinstance(b, Scalar) else None
+        if value is None:
+            return False
+        try:
+            number = int(a.digits, a.base)
+        except ValueError:  # a digit that the base does not have
+            return False
+        return value == number or (a.digits.isdigit() and value == int(a.digits))
+
+    def same_ratio(self, a: Ratio, b: Node) -> bool:
+        if isinstance(b, Ratio):
+            first, other = a.parts[0], b.parts[0]
+            return len(a.parts) == len(b.parts) and all(
+                self.same(Apply("*", (p, other)), Apply("*", (q, first)))
+                for p, q in zip(a.parts[1:], b.parts[1:], strict=True)
+            )
+        return len(a.parts) == 2 and isinstance(b, Scalar) and self.same(Apply("/", a.parts), b)
+
+    # ------------------------------------------------------------------------------- tuples, matrices, collections
+
+    def same_bracketed(self, a: Bracketed, b: Node) -> bool:
+        if isinstance(b, Bracketed):
+            return (a.opening, a.closing) == (b.opening, b.closing) and self.all_same(a.items, b.items)
+        return b == Symbol("reals") and _same_intervals(a, b)
+
+    def same_matrix(self, a: Matrix, b: Node) -> bool:
+        if isinstance(b, Matrix):
+            return len(a.rows) == len(b.rows) and all(map(self.all_same, a.rows, b.rows))
+        column = [row[0] for row in a.rows]
+        is_column = len(a.rows) > 1 and len(a.rows[0]) == 1
+        return is_column and isinstance(b, Bracketed) and b.opening == "(" and self.all_same(column, b.items)
+
+    def same_collection(self, a: Collection, b: Node) -> bool:
+        if isinstance(b, Collection):
+            left, right = a.items, b.items
+            if a.braces and b.braces:
+                left, right = self.distinct(left), self.distinct(right)
+            if self.match(left, right):
+                return True
+            left, right = _values(left) or left, _values(right) or right
+            return (left, right) != (a.items, b.items) and self.match(left, right)
+        if isinstance(b, Bracketed):
+            if a.braces or (b.opening, b.closing) != ("(", ")"):
+                return False
+            return self.all_same(a.items, b.items) or self.all_same(_values_in_order(a.items), b.items)
+        if a.braces:
+            return len(a.items) == 1 and self.same(a.items[0], b)
+        return False
+
+    def distinct(self, items: Sequence[Node]) -> tuple[Node, ...]:
+        kept: list[Node] = []
+        for item in items[:_MAX_ITEMS]:
+            if not any(self.same(item, other) for other in kept):
+                kept.append(item)
+        return tuple(kept)
+
+    def same_sets(self, a: Combination, b: Node) -> bool:
+        if isinstance(b, Combination) and a.op == b.op:
+            ordered = a.op == "setminus"
+            if self.all_same(a.parts, b.parts) if ordered else self.match(a.parts, b.parts):
+                return True
+        return _same_intervals(a, b)
+
+    # ------------------------------------------------------------------------------------------------- relations
+
+    def relation_says(self, relation: Relation, other: Node) -> bool:
+        """Whether a relation names the other answer: ``x=5`` says 5, ``x>3`` says (3,oo)."""
+        if relation.ops == ("in",) and _is_label(relation.terms[0]):
+            return self.same(relation.terms[1], other)
+        if _EQUALITIES.issuperset(relation.ops):
+            return self.chain_says(relation, other)
+        if isinstance(other, (Bracketed, Combination, Collection, Symbol)):
+            return _same_intervals(relation, other)
+        return False
+
+    def chain_says(self, chain: Relation, other: Node) -> bool:
+        """``x = a = b`` says a where all of its exact members are equal; ``a \\approx b`` says a, or b rounded."""
+        terms, ops = _without_label(chain, other)
+        rounded = ops.index("approx") + 1 if "approx" in ops else len(terms)
+        members, approximate = terms[:rounded], terms[rounded:]
+        if not members:
+            members, approximate = approximate, ()
+        if not all(self.same(members[0], member) for member in members[1:]):
+            return False
+        if not all(_rounds_to(members[0], number) for number in approximate):
+            return False
+        return self.same(members[0], other) or any(self.same(number, other) for number in approximate)
+
+    def same_relations(self, a: Relation, b: Relation) -> bool:
+        if _EQUALITIES.issuperset(a.ops) and _EQUALITIES.issuperset(b.ops):
+            return self.same_equations(a, b)
+        if a.ops == b.ops == ("in",):
+            return self.all_same(a.terms, b.terms)
+        a, b = _ascending(a), _ascending(b)
+        if len(a.ops) == len(b.ops):
+            if a.ops == b.ops and self.all_same_scalars(a.terms, b.terms):
+                return True
+            if len(a.ops) == 1 and _same_inequality(a, b):
+                return True
+        return (a.ops != ("neq",)) == (b.ops != ("neq",)) and _same_intervals(a, b)
+
+    def all_same_scalars(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
+        scalars = all(isinstance(term, Scalar) for term in (*left, *right))
+        return scalars and self.all_same(left, right)
+
+    def same_equations(self, a: Relation, b: Relation) -> bool:
+        left, right = _as_two(a, self), _as_two(b, self)
+        if left is None or right is None:
+            return False
+        (label, value), (other_label, other) = left, right
+        if self.same_labels(label, other_label) and self.same(value, other):
+            return True
+        if all(isinstance(term, Scalar) for term in (*left, *right)):
+            return proportional(_difference(*left), _difference(*right)) != 0
+        return False
+
+    def same_labels(self, a: Node, b: Node) -> bool:
+        """The same name, or ``f(x)`` beside ``y``: then only the value matters."""
+        if a == b:
+            return True
+        functions = [isinstance(label, Symbol) and "(" in label.name for label in (a, b)]
+        return _is_label(a) and _is_label(b) and functions[0] != functions[1]
+
+
+# ----------------------------------------------------------------------------------------------- labels and chains
+
+
+def _is_label(node: Node) -> bool:
+    """A name for the answer: ``x``, ``f(x)``, ``AB``, ``S_1:S_2``, ``(x,y)``, ``Area``."""
+    if isinstance(node, Symbol):
+        return node.name not in CONSTANTS and node.name not in ("infty", "reals")
+    if isinstance(node, Text):
+        return True
+    if isinstance(node, Quantity):  # |AB| and the like never have units
+        return False
+    if isinstance(node, Apply) and node.op == "*":
+        return all(isinstance(arg, Symbol) and arg.name[0].isupper() for arg in node.args)
+    if isinstance(node, Apply) and node.op == "abs":
+        return _is_label(node.args[0])
+    if isinstance(node, Ratio):
+        return all(map(_is_label, node.parts))
+    return isinstance(node, Bracketed) and all(map(_is_label, node.items))
+
+
+def _without_label(chain: Relation, other: Node) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """The members of a chain of equations without the name before or behind it."""
+    known = variables(other)
+
+    def names(node: Node) -> bool:
+        return _is_label(node) and not (isinstance(node, Symbol) and node.name in known)
+
+    if names(chain.terms[0]):
+        return chain.terms[1:], chain.ops[1:]
+    if names(chain.terms[-1]):
+        return chain.terms[:-1], chain.ops[:-1]
+    return chain.terms, chain.ops
+
+
+def _rounds_to(value: Node, number: Node) -> bool:
+    """Whether a decimal is the value rounded (or cut) to the digits that it shows."""
+    decimal = exact(number)
+    if decimal is None or not isinstance(value, Scalar):
+        return False
+    digits = next((digits for digits in range(20) if (decimal * 10**digits).denominator == 1), None)
+    if digits is None:
+        return False
+    error = Apply("abs", (Apply("+", (value, Apply("neg", (number,)))),))
+    return compare(error, Number(Fraction(1, 10**digits))) < 0
+
+
+def _as_two(chain: Relation, comparison: _Comparison) -> tuple[Node, Node] | None:
+    """A chain as one equation: its label and the value, where all members behind the label agree."""
+    first, second, *rest = chain.terms
+    if len(chain.terms) == 2:
+        return (second, first) if _is_label(second) and not _is_label(first) else (first, second)
+    return (first, second) if all(comparison.same(second, member) for member in rest) else None
+
+
+def _values(items: Sequence[Node]) -> tuple[Node, ...] | None:
+    """The values of ``x=1, x=2`` or ``x=1, 2``; None where the labels differ or the first item has none."""
+    values: list[Node] = []
+    label: Node | None = None
+    for item in items:
+        if isinstance(item, Relation) and item.ops == ("=",) and _is_label(item.terms[0]):
+            if label is not None and item.terms[0] != label:
+                return None
+            label = item.terms[0]
+            values.append(item.terms[1])
+        elif label is None or isinstance(item, Relation):
+            return None
+        else:
+            values.append(item)
+    return tuple(values)
+
+
+def _values_in_order(items: Sequence[Node]) -> tuple[Node, ...]:
+    """The values of ``a=1, b=2``, whose labels are different symbols in alphabetical order; else nothing."""
+    labels: list[str] = []
+    values: list[Node] = []
+    for item in items:
+        if not (isinstance(item, Relation) and item.ops == ("=",) and isinstance(item.terms[0], Symbol)):
+            return ()
+        labels.append(item.terms[0].name)
+        values.append(item.terms[1])
+    return tuple(values) if sorted(set(labels)) == labels else ()
+
+
+def _difference(left: Node, right: Node) -> Node:
+    return Apply("+", (left, Apply("neg", (right,))))
+
+
+def _ascending(relation: Relation) -> Relation:
+    """The same chain read from the other side where it uses > and not <."""
+    if relation.ops and all(op in (">", "geq") for op in relation.ops):
+        return Relation(relation.terms[::-1], tuple(_FLIPPED[op] for op in relation.ops[::-1]))
+    return relation
+
+
+def _same_inequality(a: Relation, b: Relation) -> bool:
+    """``left < right`` says the same as ``c left < c right`` for c > 0, and turned round for c < 0."""
+    if not all(isinstance(term, Scalar) for term in (*a.terms, *b.terms)) or _FLIPPED.keys().isdisjoint(a.ops):
+        return False
+    sign = proportional(_difference(*a.terms), _difference(*b.terms))
+    return (sign > 0 and a.ops == b.ops) or (sign < 0 and b.ops == (_FLIPPED[a.ops[0]],))
+
+
+# ------------------------------------------------------------------------------------------------- sets of reals
+
+
+@dataclass(frozen=True)
+class _Interval:
+    low: Node
+    low_closed: bool
+    high: Node
+    high_closed: bool
+
+
+def _same_intervals(a: Node, b: Node) -> bool:
+    """Whether two answers are the same set of real numbers."""
+    names = _unknowns(a) | _unknowns(b)
+    if len(names) > 1:
+        return False
+    left, right = _intervals(a), _intervals(b)
+    if left is None or right is None:
+        return False
+    left, right = _merged(left), _merged(right)
+    return len(left) == len(right) and all(
+        (p.low_closed, p.high_closed) == (q.low_closed, q.high_closed)
+        and compare(p.low, q.low) == 0
+        and compare(p.high, q.high) == 0
+        for p, q in zip(left, right, strict=True)
+    )
+
+
+def _unknowns(node: Node) -> frozenset[str]:
+    if isinstance(node, Relation):
+        return frozenset[str]().union(*map(variables, node.terms)) - {"infty", "reals"}
+    if isinstance(node, Collection):
+        return frozenset[str]().union(*map(_unknowns, node.items))
+    return frozenset[str]().union(*map(_unknowns, node.parts)) if isinstance(node, Combination) else frozenset()
+
+
+def _intervals(node: Node) -> list[_Interval] | None:
+    if node == Symbol("reals"):
+        return [_Interval(_MINUS_INFINITY, False, _INFINITY, False)]
+    if isinstance(node, Bracketed):
+        if len(node.items) != 2 or compare(*node.items) >= 0:
+            return None
+        low, high = node.items
+        return [_Interval(low, node.opening == "[", high, node.closing == "]")]
+    if isinstance(node, Collection):
+        found: list[_Interval] = []
+        for item in node.items:
+            part = [_Interval(item, True, item, True)] if isinstance(item, Scalar) else _intervals(item)
+            if part is None or (node.braces and not isinstance(item, Scalar)):
+                return None
+            found += part
+        return found
+    if isinstance(node, Combination):
+        return _combined(node)
+    return _solution(node) if isinstance(node, Relation) else None
+
+
+def _combined(node: Combination) -> list[_Interval] | None:
+    parts = [_intervals(part) for part in node.parts]
+    if any(part is None for part in parts):
+        return None
+    if node.op == "cup":
+        return [interval for part in parts if part is not None for interval in part]
+    if node.op == "setminus" and len(parts) == 2 and parts[0] is not None and parts[1] is not None:
+        kept = parts[0]
+        for point in parts[1]:
+            if point.low != point.high:
+                return None
+            kept = [piece for interval in kept for piece in _without_point(interval, point.low)]
+        return kept
+    return None
+
+
+def _without_point(interval: _Interval, point: Node) -> list[_Interval]:
+    if compare(point, interval.low) < 0 or compare(point, interval.high) > 0:
+        return [interval]
+    pieces = []
+    if compare(point, interval.low) > 0:
+        pieces.append(_Interval(interval.low, interval.low_closed, point, False))
+    if compare(point, interval.high) < 0:
+        pieces.append(_Interval(point, False, interval.high, interval.high_closed))
+    return pieces
+
+
+def _solution(relation: Relation) -> list[_Interval] | None:
+    """The solution of ``x > a``, ``a < x <= b``, ``x != a``, ``x in S`` for one unknown that stands alone or linearly."""
+    relation = _ascending(relation)
+    if relation.ops == ("in",):
+        return _intervals(relation.terms[1])
+    unknown = next((term for term in relation.terms if variables(term) - {"infty"}), None)
+    if unknown is None:
+        return None
+    at = relation.terms.index(unknown)
+    if any(variables(term) - {"infty"} for term in relation.terms if term is not unknown):
+        return None
+    solved = _linear(unknown)
+    if solved is None:
+        return None
+    slope, offset = solved
+
+    def bound(term: Node) -> Node:
+        if slope == Number(Fraction(1)) and offset == Number(Fraction(0)):
+            return term
+        if mentions(term, "infty"):
+            raise Undecided("an infinite bound of an expression")
+        return Apply("/", (_difference(term, offset), slope))
+
+    if relation.ops == ("=",):
+        point = bound(relation.terms[1 - at])
+        return [_Interval(point, True, point, True)]
+    if relation.ops == ("neq",):
+        return _without_point(_Interval(_MINUS_INFINITY, False, _INFINITY, False), bound(relation.terms[1 - at]))
+    if not {"<", "leq"}.issuperset(relation.ops) or len(relation.ops) > 2 or (len(relation.ops) == 2 and at != 1):
+        return None
+    below = (bound(relation.terms[at - 1]), relation.ops[at - 1] == "leq") if at > 0 else None
+    above = (bound(relation.terms[at + 1]), relation.ops[at] == "leq") if at < len(relation.ops) else None
+    if compare(slope, Number(Fraction(0))) < 0:
+        below, above = above, below
+    low, low_closed = below or (_MINUS_INFINITY, False)
+    high, high_closed = above or (_INFINITY, False)
+    return [_Interval(low, low_closed, high, high_closed)]
+
+
+def _linear(node: Node) -> tuple[Node, Node] | None:
+    """Slope and offset of an expression that is linear in its only variable; None for others."""
+    names = variables(node)
+    if len(names) != 1:
+        return None
+    one, zero = Number(Fraction(1)), Number(Fraction(0))
+    if isinstance(node, Symbol):
+        return one, zero
+    (name,) = names
+    offset = _at(node, name, zero)
+    slope = _difference(_at(node, name, one), offset)
+    line = Apply("+", (Apply("*", (slope, Symbol(name))), offset))
+    return (slope, offset) if same_value(node, line) else None
+
+
+def _at(node: Node, name: str, value: Node) -> Node:
+    if node == Symbol(name):
+        return value
+    return Apply(node.op, tuple(_at(arg, name, value) for arg in node.args)) if isinstance(node, Apply) else node
+
+
+def _merged(intervals: list[_Interval]) -> list[_Interval]:
+    """The same set as disjoint intervals in order."""
+
+    def by_low(a: _Interval, b: _Interval) -> int:
+        return compare(a.low, b.low) or b.low_closed - a.low_closed
+
+    merged: list[_Interval] = []
+    for interval in sorted(intervals[:_MAX_ITEMS], key=functools.cmp_to_key(by_low)):
+        last = merged[-1] if merged else None
+        gap = compare(interval.low, last.high) if last else 1
+        if last is None or gap > 0 or (gap == 0 and not (interval.low_closed or last.high_closed)):
+            merged.append(interval)
+            continue
+        order = compare(interval.high, last.high)
+        high = interval.high if order > 0 else last.high
+        closed = {1: interval.high_closed, -1: last.high_closed, 0: interval.high_closed or last.high_closed}[order]
+        merged[-1] = _Interval(last.low, last.low_closed, high, closed)
+    return merged
