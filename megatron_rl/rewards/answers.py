@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from megatron_rl.rewards.expressions import Node, Undecided
+from megatron_rl.rewards.expressions import Node, Undecided, exact
 from megatron_rl.rewards.notation import has_thousands, plain
 from megatron_rl.rewards.parsing import parse
 from megatron_rl.rewards.second_opinion import second_opinion
@@ -31,6 +31,7 @@ STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
 def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return the answer of a response: what its last closed, non-empty box holds; None without one.
 
+    Boxes that only ``and``, ``or`` or a comma joins are one list: ``\boxed{1} and \boxed{2}``.
     Only the text before the first stop string counts, and of a response that thinks in ``<think>...</think>`` only what
     follows the last closing tag.
     """
@@ -38,7 +39,17 @@ def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     opening, _, answer = text.rpartition("</think>")
     if not opening and "<think>" in text:
         return None
-    return last_boxed(answer, closed=True)
+    boxes = _boxes(answer)
+    if not boxes:
+        return None
+    start, _, content = boxes[-1]
+    contents = [content]
+    for before, end, other in reversed(boxes[:-1]):
+        if not _JOINT.fullmatch(answer, end, start):
+            break
+        contents.insert(0, other)
+        start = before
+    return ", ".join(contents) if len(set(contents)) > 1 else content
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -67,6 +78,22 @@ def last_boxed(text: str, *, closed: bool = False) -> str | None:
         if not closed or (content and end is not None):
             return content
     return None
+
+
+_JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and content of every box that is closed and not empty; of nested ones the inner one."""
+    closing = _closing_braces(text)
+    found: list[tuple[int, int, str]] = []
+    for box in _BOX.finditer(text):
+        end = closing.get(box.end() - 1)
+        if end is not None and (content := text[box.end() : end].strip()):
+            while found and found[-1][1] > end:  # the box around this one
+                found.pop()
+            found.append((box.start(), end + 1, content))
+    return found
 
 
 def after_last_word_boxed(text: str) -> str:
@@ -115,9 +142,12 @@ def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     pred, gold = plain(pred), plain(gold)
     if pred == gold:
         return bool(pred)
-    if (letter := _choice(gold)) is not None and (chosen := _choice_with_content(pred)) is not None:
+    letter, chosen = _choice(gold), _choice(pred) or _choice_with_content(pred)
+    if letter is not None and chosen is not None:
         return chosen == letter
     left, right = _readings(pred), _readings(gold)
+    if _DECIMAL_COMMA.fullmatch(pred) and any(_is_decimal(reading) for reading in right):
+        left.extend(_readings(pred.replace(",", ".")))
     decided = bool(left) and bool(right)
     for reading in left:
         for other in right:
@@ -128,7 +158,20 @@ def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
                 decided = False
     if decided:
         return False
-    return "".join(pred.split()) == "".join(gold.split()) or second_opinion(pred, gold)
+    return _SPACE.sub("", pred) == _SPACE.sub("", gold) or second_opinion(pred, gold)
+
+
+_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
+"""Spaces other than between digits."""
+
+
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+
+
+def _is_decimal(node: Node) -> bool:
+    """Whether the answer is one rational number and no integer: then ``0,5`` is no list."""
+    value = exact(node)
+    return value is not None and value.denominator != 1
 
 
 def _readings(text: str) -> list[Node]:
@@ -142,14 +185,13 @@ def _readings(text: str) -> list[Node]:
     return found
 
 
-_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|textrm|mathbf)\s*\{)?\s*\(?\s*([A-Z])\s*\)?[.:]?\s*\}?")
-_CHOICE_WITH_CONTENT = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|textrm|mathbf)\s*\{)?\s*(?:\(([A-Z])\)|([A-Z])[).:])(?![^()]*\([A-Z]\))\s*\S.*", re.DOTALL
-)
+_FONT = r"(?:\\(?:text|textbf|mathrm|textrm|mathbf)\s*\{)?\s*"
+_CHOICE = re.compile(rf"(?:(?i:option|choice|answer)\s*:?\s*)?{_FONT}\(?\s*([A-Z])\s*\)?[.:]?\s*\}}?")
+_CHOICE_WITH_CONTENT = re.compile(rf"{_FONT}(?:\(([A-Z])\)|([A-Z])[).:])(?![^()]*\([A-Z]\))\s*\S.*", re.DOTALL)
 
 
 def _choice(text: str) -> str | None:
-    """The letter of a reference answer to a multiple-choice question."""
+    """The letter of an answer to a multiple-choice question that is nothing but a letter."""
     found = _CHOICE.fullmatch(text)
     return found[1] if found else None
 

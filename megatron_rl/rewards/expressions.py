@@ -124,18 +124,7 @@ class Text:
 
 
 Node = (
-    Number
-    | Symbol
-    | Apply
-    | Bracketed
-    | Collection
-    | Combination
-    | Matrix
-    | Relation
-    | Ratio
-    | Quantity
-    | Based
-    | Text
+    Number | Symbol | Apply | Bracketed | Collection | Combination | Matrix | Relation | Ratio | Quantity | Based | Text
 )
 Scalar = (Number, Symbol, Apply)
 CONSTANTS = frozenset({"pi", "e", "i"})
@@ -268,9 +257,7 @@ class _Evaluation:
         if node.op in BINDERS:
             return self._series(node)
         args = [self.of(arg) for arg in node.args]
-        if node.op == "+":
-            self.scale = max(self.scale, *map(abs, args))
-        elif node.op in _CANCELLING:  # sin(pi) is zero only up to the rounding of pi
+        if node.op == "+" or node.op in _CANCELLING:
             self.scale = max(self.scale, *map(abs, args))
         if node.op == "^":
             _check_power(*args)
@@ -476,9 +463,9 @@ def proportional(left: Node, right: Node) -> int:
 
 def compare(left: Node, right: Node) -> int:
     """-1, 0 or 1 as the first number lies below, at or above the second one; infinities are numbers here."""
-    ends = {Symbol("infty"): 1, Apply("neg", (Symbol("infty"),)): -1}
+    ends: dict[Node, int] = {Symbol("infty"): 1, Apply("neg", (Symbol("infty"),)): -1}
     if left in ends or right in ends:
-        a, b = ends.get(left, 0), ends.get(right, 0)  # type: ignore[call-overload]
+        a, b = ends.get(left, 0), ends.get(right, 0)
         return (a > b) - (a < b)
     if variables(left) or variables(right):
         raise Undecided("only numbers have an order")

@@ -1,7 +1,7 @@
 r"""From the text of an answer to tokens: LaTeX, plain text and Unicode come out alike.
 
-Nothing is evaluated here. Both sides of a comparison go through the same functions, so every rule is narrow: one that is
-too eager would make two different answers look alike.
+Nothing is evaluated here. Both sides of a comparison go through the same functions, so every rule is narrow: one that
+is too eager would make two different answers look alike.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ _UNICODE = {
     "、": ",",
     "。": ".",
 }
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla"
-).split()
+_GREEK = frozenset(
+    (
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
+        "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla"
+    ).split()
+)
 _GREEK_LETTERS = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
     "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
@@ -72,14 +74,21 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)\{,\}(?=\d)", "."),  # nor can this one: the decimal comma
         (r"\{,\}", ","),
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
-        (r"\\\$|\$|\\\((?![a-zA-Z])|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
+        (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
         (r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|strut)(?![a-zA-Z])", " "),
         (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", " "),
-        (r"\\(?:h|v)?phantom\s*\{[^{}]*\}|\\(?:h|v)space\*?\s*\{[^{}]*\}", " "),
-        (r"\^\s*\{?\s*\\(?:circ|degree|text\s*\{\s*o\s*\})(?![a-zA-Z])\s*\}?", r" \\degree "),
-        (r"\^\s*\{?\s*(?:\\prime\s*)(?:\\prime\s*)\}?", "''"),
-        (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])|\\(?:h|v)space\*?\s*\{[^{}]*\}", " "),
+        (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))", r" \\degree "),
+        (r"\^\s*(?:\{\s*\\prime\s*\\prime\s*\}|\\prime\s*\\prime(?![a-zA-Z]))", "''"),
+        (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))", "'"),
         (r"\*\*", "^"),
+        (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
+        (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s[xX]\s(?=\d)", r" \\times "),
+        (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<=\.)(\d*)\\dot\s*\{?(\d)\}?", r"\1\\overline{\2}"),
+        (r"(?<=\d)\s*m/s(?![a-zA-Z])", r"\\text{m/s}"),
         (r"<=|=<", r"\\leq "),
         (r">=|=>", r"\\geq "),
         (r"!=|/=", r"\\neq "),
@@ -87,6 +96,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\\\[[^\[\]]*\]", r"\\\\"),  # the row spacing of a matrix
         (r"\\[hc]line(?![a-zA-Z])", " "),
         (r"\\!", ""),
+        (r"(?<![a-zA-Z])([apAP])\.\s?[mM]\.?(?![a-zA-Z])", r"\1m"),
     )
 )
 
@@ -97,40 +107,63 @@ def plain(text: str) -> str:
         text = _ascii(text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip()
-    while text and text[-1] in ".;:," and not text.endswith("\\"):
-        text = text[:-1].rstrip()
-    return text
+    text += "}" * _open_braces(text)  # of a truncated response
+    while True:
+        text = text.strip()
+        if text and text[-1] in ".;:,":
+            text = text[:-1]
+        elif text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
+            text = text[1:-1]
+        else:
+            return text
+
+
+def _open_braces(text: str) -> int:
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth = max(0, depth + (token[0] == "{") - (token[0] == "}"))
+    return depth
 
 
 def _ascii(text: str) -> str:
     """Replace non-ASCII characters by LaTeX or by their plain form; what has neither stays."""
     out: list[str] = []
+    raised = ""  # what opens the group that the last character is in
     for character in text:
-        if character.isascii():
-            out.append(character)
-        elif character in _UNICODE:
-            out.append(_UNICODE[character])
-        elif character in _GREEK_LETTERS:
-            out.append(rf"\{_GREEK_LETTERS[character]} ")
-        elif unicodedata.category(character) != "Cf":  # zero-width marks go
-            out.append(_decomposed(character))
-    # Two raised characters in a row are one exponent.
-    return re.sub(r"(?<=[\d-])\}[\^_]\{(?=[\d-])", "", "".join(out))
+        kind, plain_form = _decomposed(character)
+        if kind in _RAISED:
+            opening = _RAISED[kind]
+            if raised == opening:  # two raised characters in a row are one exponent
+                out[-1] = f"{out[-1][:-1]}{plain_form}}}"
+            else:
+                out.append(f"{opening}{plain_form}}}")
+            raised = opening
+            continue
+        raised = ""
+        out.append(plain_form)
+    return "".join(out)
 
 
-def _decomposed(character: str) -> str:
+_RAISED = {"<super>": "^{", "<sub>": "_{"}
+
+
+def _decomposed(character: str) -> tuple[str, str]:
+    """The kind of a character in Unicode's tables and what stands for it in ASCII."""
+    if character.isascii():
+        return "", character
+    if character in _UNICODE:
+        return "", _UNICODE[character]
+    if character in _GREEK_LETTERS:
+        return "", rf"\{_GREEK_LETTERS[character]} "
+    if unicodedata.category(character) == "Cf":  # zero-width marks go
+        return "", ""
     kind, _, codes = unicodedata.decomposition(character).partition(" ")
     parts = "".join(chr(int(code, 16)) for code in codes.split()) if kind.startswith("<") else ""
     parts = parts.replace("−", "-")
-    if kind == "<super>":
-        return f"^{{{parts}}}"
-    if kind == "<sub>":
-        return f"_{{{parts}}}"
     if kind == "<fraction>":
         top, _, bottom = parts.partition("⁄")
-        return rf"\frac{{{top}}}{{{bottom}}}"
-    return unicodedata.normalize("NFKC", character)
+        return kind, rf"\frac{{{top}}}{{{bottom}}}"
+    return kind, parts if kind in _RAISED else unicodedata.normalize("NFKC", character)
 
 
 # ------------------------------------------------------------------------------------------------------- tokens
@@ -174,12 +207,21 @@ _ALIASES = {
     **dict.fromkeys(("rbrack",), "]"),
     **{"ne": "neq", "lt": "<", "gt": ">", "colon": ":", "lbrace": "{", "rbrace": "}", "lor": ",", "vee": ","},
     **{"land": ",", "wedge": ",", "lg": "log", "bar": "overline", "thickapprox": "approx", "simeq": "approx"},
-    **{"newline": "\\", "arctg": "arctan", "tg": "tan", "ctg": "cot", "infin": "infty", "rightarrow": "to"},
+    **{
+        "varphi": "phi",
+        "varepsilon": "epsilon",
+        "vartheta": "theta",
+        "arctg": "arctan",
+        "tg": "tan",
+        "ctg": "cot",
+        "infin": "infty",
+        "rightarrow": "to",
+    },
 }
 _AS_MARKS = frozenset("< > : | , [ ]".split())
 _WRAPPERS = frozenset(
     "text textrm textbf textit textsf texttt textnormal textup mathrm mathbf mathit mathsf mathtt mathnormal mbox hbox "
-    "operatorname boldsymbol bm rm bf".split()
+    "operatorname boldsymbol bm boxed fbox underline".split()
 )
 _ACCENTS = frozenset("vec hat tilde dot ddot widehat widetilde overrightarrow".split())
 _FIELDS = {"R": "reals", "Z": "integers", "Q": "rationals", "N": "naturals", "C": "complexes"}
@@ -195,12 +237,15 @@ _LEXEME = re.compile(
     r")"
 )
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?")
-_GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?:\.\d+)?")
+_GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?!\s*/)(?:\.\d+)?")
+_ONES_BEHIND = re.compile(r"[- ](?:one|two|three|four|five|six|seven|eight|nine)(?![a-z])", re.IGNORECASE)
 _GROUP = re.compile(r"\s*\{")
 _LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
 _MAX_TOKENS = 1500
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
 _NUMBER_WORDS = {word: number for number, word in enumerate(f"{_ONES} eighteen nineteen".split())}
 _TENS = {word: 10 * (at + 2) for at, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
 
@@ -280,6 +325,8 @@ class _Lexer:
         return None
 
     def _word(self, word: str) -> Iterator[Token]:
+        if word.casefold() in _TENS and (rest := _ONES_BEHIND.match(self.text, self.at)):
+            word, self.at = word + rest[0], rest.end()
         number = number_word(word)
         if word.casefold() in ("and", "or"):
             yield Token("mark", ",")
@@ -287,9 +334,7 @@ class _Lexer:
             yield Token("number", str(number))
         elif word in _PLAIN_FUNCTIONS and not (word in _UNITS and self._behind_value() and not self._opens()):
             yield Token("command", f"\\{_PLAIN_FUNCTIONS[word]}")
-        elif word in _GREEK:
-            yield Token("name", word)
-        elif len(word) == 1:
+        elif word in _GREEK or len(word) == 1:
             yield Token("name", word)
         else:
             yield Token("word", word)
@@ -310,11 +355,13 @@ class _Lexer:
             field = _FIELDS.get(content) if name == "mathbb" else None
             yield Token("name", field or rf"\{name} {content}")
         elif name in _ACCENTS:
-            yield Token("name", rf"\{name} {(self._argument() or '').strip()}" if name != "vec" else self._argument() or "")
+            yield Token(
+                "name", rf"\{name} {(self._argument() or '').strip()}" if name != "vec" else self._argument() or ""
+            )
         elif name in ("R", "Z", "Q", "N", "C"):
             yield Token("name", _FIELDS[name])
         elif name in _GREEK:
-            yield Token("name", name)
+            yield Token("name", _ALIASES.get(name, name))
         elif name not in _SKIPPED:
             name = _ALIASES.get(name, name)
             kind: Kind = "mark" if name in _AS_MARKS or name in ("{", "}", "\\") else "command"
@@ -343,14 +390,21 @@ class _Lexer:
             yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
         elif not words:
             return
+        elif "," in words:
+            for at, part in enumerate(words.split(",")):
+                yield from (Token("mark", ","),) if at else ()
+                yield from self._wrapped(part)
         elif len(words) == 1 and words.isalpha():
             unit = words in _SINGLE_LETTER_UNITS and self._behind_value()
             yield Token("text" if unit else "name", words)
-        elif words in FUNCTIONS:
+        elif words in FUNCTIONS and not (words in _UNITS and self._behind_value()):
             yield Token("command", f"\\{words}")
         elif (number := number_word(words)) is not None:
             yield Token("number", str(number))
-        elif re.fullmatch(r"[a-zA-Z][a-zA-Z .,'/-]*", words) is None:
+        elif " " in words and (number := number_word(words.split()[0])) is not None:
+            yield Token("number", str(number))
+            yield from self._wrapped(words.partition(" ")[2])
+        elif re.fullmatch(r"[a-zA-Z][a-zA-Z .,'/-]*|[a-zA-Z]{3}[a-zA-Z0-9 .,:'/-]*", words) is None:
             # Mathematics in a text font.
             yield from _Lexer(words, self.thousands).run()
         else:
@@ -398,6 +452,8 @@ pound | lb lbs pound pounds | | 1
 liter | L l liter liters litre litres | volume | 1000
 ml | mL ml milliliter milliliters | volume | 1
 unit | unit units | | 1
+am | am AM | | 1
+pm | pm PM | | 1
 """
 
 

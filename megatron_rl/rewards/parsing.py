@@ -11,7 +11,7 @@ r"""From tokens to the typed tree of an answer, by recursive descent.
     product  = power (("*" | "/")? power)*
     power    = primary ("^" exponent | "!" | "%" | degree)*
 
-A number directly before a proper fraction is a mixed number. An exponent and a subscript take a number whole (``10^12``),
+A number directly before a proper fraction is a mixed number. An exponent takes a number whole (``10^12``),
 ``\frac`` and ``\sqrt`` take a digit (``\frac12``), as LaTeX does. Functions without brackets take the product that
 follows, up to the next explicit operator or function.
 """
@@ -36,6 +36,7 @@ from megatron_rl.rewards.expressions import (
     Symbol,
     Text,
     Undecided,
+    exact,
 )
 from megatron_rl.rewards.notation import END, FUNCTIONS, Token, known_unit, scale_of, tokens, unit_name
 
@@ -209,20 +210,22 @@ class _Parser:
         parts = [self.sum()]
         while self.ratios and self.take(":"):
             parts.append(self.sum())
-        return Ratio(tuple(parts)) if len(parts) > 1 else parts[0]
+        last = parts[-1]
+        if len(parts) > 1 and isinstance(last, Quantity):  # 4:30 p.m.
+            return Quantity(Ratio((*parts[:-1], last.value)), last.unit)
+        return Ratio(tuple(parts)) if len(parts) > 1 else last
 
     # ---------------------------------------------------------------------------------------------- expressions
 
     def sum(self) -> Node:
+        sign = self.take("-", "+", "\\pm", "\\mp")
         based = self.based()
         if based is not None:
-            return based
-        sign = self.take("-", "+", "\\pm", "\\mp")
+            return based if sign is None else Based(f"{sign}{based.digits}", based.base)
         node = self.product()
         if sign in ("-", "\\pm", "\\mp"):
-            op = {"-": "neg", "\\pm": "pm", "\\mp": "mp"}[sign]
-            node = Apply(op, (_scalar(node),))
-        while op := self.take("+", "-", "\\pm", "\\mp"):
+            node = Apply({"-": "neg", "\\pm": "pm", "\\mp": "mp"}[sign], (_scalar(node),))
+        while (op := self.take("+", "-", "\\pm", "\\mp")) is not None:
             right = _scalar(self.product())
             if op in ("\\pm", "\\mp"):
                 node = Apply(op[1:], (_scalar(node), right))
@@ -234,23 +237,23 @@ class _Parser:
         return self.with_unit(node)
 
     def based(self) -> Based | None:
-        """Digits with the base as a subscript; a subscript to a number means nothing else."""
-        if self.peek().kind != "number":
-            return None
+        """Digits with their base as a subscript: ``3A_{16}``."""
         ahead = 0
         while self.peek(ahead).kind in ("number", "name", "word", "text"):
             ahead += 1
-        if self.peek(ahead) != Token("mark", "_"):
-            return None
         digits = "".join(token.value for token in self.stream[self.at : self.at + ahead])
-        self.at += ahead + 1
-        braces = self.take("{")
-        base = self.next().value
-        if braces:
+        if self.peek(ahead) != Token("mark", "_") or not any(map(str.isdigit, digits)):
+            return None
+        braced = self.peek(ahead + 1) == Token("mark", "{")
+        base = self.peek(ahead + 1 + braced).value
+        if not (base.isdecimal() and 2 <= int(base[:3]) <= 36) or any(
+            _digit(digit) >= int(base) for digit in digits.replace(".", "", 1)
+        ):
+            return None
+        self.at += ahead + 2 + braced
+        if braced:
             self.expect("}")
-        if not base.isdigit() or not 2 <= int(base) <= 36:
-            raise Undecided("a base must be from 2 to 36")
-        return Based(digits.upper(), int(base))
+        return Based(digits, int(base))
 
     def product(self) -> Node:
         node = self.power()
@@ -264,6 +267,8 @@ class _Parser:
             elif isinstance(node, Scalar) and self.starts_factor():
                 right = self.power()
                 mixed = _is_whole(node) and _is_proper(right)
+                if not mixed and isinstance(node, Number) and _is_quotient(right):
+                    raise Undecided("a number before an improper fraction")
                 node = Apply("+", (node, right)) if mixed else _times(node, right)
             elif sign := self.take("%", "\\degree"):
                 node = Apply("percent" if sign == "%" else "degree", (_scalar(node),))
@@ -291,9 +296,13 @@ class _Parser:
         if token.kind == "name":
             return True
         if token.kind == "word":
-            return known_unit(token.value) is None and _letters(token.value) is not None and scale_of(token.value) is None
+            return (
+                known_unit(token.value) is None and _letters(token.value) is not None and scale_of(token.value) is None
+            )
         if token.kind == "mark":
             return token.value in ("(", "{", "[") or (token.value == "|" and self.bars == 0)
+        if token.kind == "number":  # (n-2) 2^n
+            return self.at > 0 and self.stream[self.at - 1] == Token("mark", ")")
         return token.kind == "command" and (
             token.value in _FUNCTION_COMMANDS
             or token.value in _FLOORS
@@ -387,9 +396,15 @@ class _Parser:
                 return product
             self.at -= 1
         found: list[str] = []
-        while self.peek().kind in ("word", "text", "name") or (found and self.at_value("'")):
+        while self.peek().kind in ("word", "text", "name") or (found and (self.at_value("'") or self.at_date())):
             found.append(self.next().value)
+        if found[-1].split()[-1] in ("is", "are", "equals") and self.peek() is not END:  # the answer is 5
+            return self.power()
         return Text(" ".join(" ".join(found).replace(" ' ", "'").casefold().strip(" .").split()))
+
+    def at_date(self) -> bool:
+        """``October 30``."""
+        return self.peek().kind == "number" and self.peek(1) is END
 
     def bracket(self, opening: str) -> Node:
         self.at += 1
@@ -406,8 +421,8 @@ class _Parser:
         if opening in ("(", "["):
             return self.round_or_square(opening, _CLOSING[opening])
         if opening == "]":  # ]1,5], as intervals are written in French
-            node = self.round_or_square("(", ("]", "["))
-            return node if isinstance(node, Bracketed) else _reject("a bracket that closes nothing")
+            interval = self.round_or_square("(", ("]", "["))
+            return interval if isinstance(interval, Bracketed) else _reject("a bracket that closes nothing")
         raise Undecided(f"unexpected {opening!r}")
 
     def round_or_square(self, opening: str, closings: tuple[str, ...]) -> Node:
@@ -513,14 +528,14 @@ class _Parser:
             if f"\\arc{name}" not in _FUNCTION_COMMANDS:
                 raise Undecided("an inverse function without a name")
             name, exponent = f"arc{name}", None
-        node = Apply(name, (self.operand(),) if base is None else (self.operand(), base))
+        node: Node = Apply(name, (self.operand(),) if base is None else (self.operand(), base))
         return node if exponent is None else Apply("^", (node, exponent))
 
     def operand(self) -> Node:
         """What a function takes: brackets alone, or the product that follows."""
         if self.at_value("(", "{", "["):
-            node = _scalar(self.primary())
-            return Apply("degree", (node,)) if self.take("\\degree") else node
+            inside = _scalar(self.primary())
+            return Apply("degree", (inside,)) if self.take("\\degree") else inside
         negative = self.take("-")
         node = _scalar(self.power())
         while self.starts_factor() and self.peek().value not in _FUNCTION_COMMANDS:
@@ -632,6 +647,8 @@ def _number(written: str) -> Number:
 def _scalar(node: Node) -> Node:
     if isinstance(node, Text) and node.product is not None:
         return node.product
+    if isinstance(node, Quantity) and node.unit in ("%", "degree"):
+        return Apply("percent" if node.unit == "%" else "degree", (node.value,))
     if not isinstance(node, Scalar):
         raise Undecided("a number must stand here")
     return node
@@ -647,21 +664,24 @@ def _times_all(factors: list[Symbol]) -> Node:
     return Apply("*", tuple(factors)) if len(factors) > 1 else factors[0]
 
 
+def _digit(character: str) -> int:
+    """The value of a digit or an upper-case letter as a digit; 36 for what is none."""
+    return int(character, 36) if character.isascii() and (character.isdigit() or character.isupper()) else 36
+
+
 def _is_whole(node: Node) -> bool:
     return isinstance(node, Number) and node.value.denominator == 1
 
 
+def _is_quotient(node: Node) -> bool:
+    return isinstance(node, Apply) and node.op == "/" and all(map(_is_whole, node.args))
+
+
 def _is_proper(node: Node) -> bool:
-    if not (isinstance(node, Apply) and node.op == "/"):
+    if not (isinstance(node, Apply) and _is_quotient(node)):
         return False
-    top, bottom = node.args
-    return (
-        isinstance(top, Number)
-        and isinstance(bottom, Number)
-        and _is_whole(top)
-        and _is_whole(bottom)
-        and 0 < top.value < bottom.value
-    )
+    top, bottom = map(exact, node.args)
+    return top is not None and bottom is not None and 0 < top < bottom
 
 
 def _letters(word: str) -> list[str] | None:

@@ -22,6 +22,8 @@ _COMMAND_NAMES = """
     begin end lfloor rfloor lceil rceil overline
 """
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
+_SUBSCRIPT = re.compile(r"[\d_}]\s*_")
+"""Below a number it is a base, which ``math_verify`` overlooks."""
 _SYMBOL = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[pbv]?matrix\}")
 # What grows without bound when evaluated: towers, powers of powers, large factorials and binomials.
@@ -46,7 +48,7 @@ def second_opinion(pred: str, gold: str) -> bool:
 
 
 def _is_safe_formula(text: str) -> bool:
-    if len(text) > _MAX_FORMULA or not _CHARACTERS.fullmatch(text) or "__" in text or _explodes(text):
+    if len(text) > _MAX_FORMULA or not _CHARACTERS.fullmatch(text) or _SUBSCRIPT.search(text) or _explodes(text):
         return False
     rest = _ENVIRONMENT.sub(" ", text)
     return _depth(rest) <= _MAX_DEPTH and all(name in _COMMANDS for name in re.findall(r"\\([a-zA-Z]+)", rest))

@@ -6,7 +6,6 @@ other pairs of types are different.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,16 +35,14 @@ from megatron_rl.rewards.expressions import (
     same_value,
     variables,
 )
+from megatron_rl.rewards.intervals import FLIPPED, ascending, difference, same_reals, unknowns
 from megatron_rl.rewards.notation import known_unit
 
 _MAX_ITEMS = 60
 _EQUALITIES = frozenset({"=", "approx", "equiv"})
-_FLIPPED = {"<": ">", ">": "<", "leq": "geq", "geq": "leq", "=": "=", "neq": "neq"}
 _NOTHING = frozenset(
     {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "the empty set"}
 )
-_INFINITY = Symbol("infty")
-_MINUS_INFINITY = Apply("neg", (_INFINITY,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,9 @@ class Leniency:
 
 
 EXACT = Leniency()
+_ORDER: tuple[type[Node], ...] = (
+    *(Relation, Text, Quantity, Based, Ratio, Matrix, Combination, Collection, Bracketed, Apply, Symbol, Number),
+)
 
 
 def same(pred: Node, gold: Node, leniency: Leniency = EXACT) -> bool:
@@ -82,22 +82,25 @@ class _Comparison:
             return True
         if isinstance(a, Relation) and isinstance(b, Relation):
             return self.same_relations(a, b)
-        for kind, rule in (
-            (Relation, self.relation_says),
-            (Text, self.same_text),
-            (Quantity, self.same_quantity),
-            (Based, self.same_based),
-            (Ratio, self.same_ratio),
-            (Matrix, self.same_matrix),
-            (Combination, self.same_sets),
-            (Collection, self.same_collection),
-            (Bracketed, self.same_bracketed),
-        ):
-            if isinstance(a, kind):
-                return rule(a, b)  # type: ignore[operator]
-            if isinstance(b, kind):
-                return rule(b, a)  # type: ignore[operator]
-        return self.same_scalars(a, b)
+        # A type that converts to many others goes first.
+        a, b = sorted((a, b), key=lambda node: _ORDER.index(type(node)))
+        if isinstance(a, Relation):
+            return self.relation_says(a, b)
+        if isinstance(a, Text):
+            return self.same_text(a, b)
+        if isinstance(a, Quantity):
+            return self.same_quantity(a, b)
+        if isinstance(a, Based):
+            return self.same_based(a, b)
+        if isinstance(a, Ratio):
+            return self.same_ratio(a, b)
+        if isinstance(a, Matrix):
+            return self.same_matrix(a, b)
+        if isinstance(a, Combination):
+            return self.same_sets(a, b)
+        if isinstance(a, Collection):
+            return self.same_collection(a, b)
+        return self.same_bracketed(a, b) if isinstance(a, Bracketed) else self.same_scalars(a, b)
 
     def all_same(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
         return len(left) == len(right) and all(self.same(a, b) for a, b in zip(left, right, strict=True))
@@ -125,16 +128,14 @@ class _Comparison:
     # -------------------------------------------------------------------------------------------------- scalars
 
     def same_scalars(self, a: Node, b: Node) -> bool:
-        if Symbol("reals") in (a, b):
+        if any(mentions(node, name) for node in (a, b) for name in ("reals", "infty")):
             return False
         if same_value(a, b):
             return True
         factors = (Fraction(1), Fraction(100), Fraction(1, 100)) if self.leniency.factor_100 else (Fraction(1),)
         if self.leniency == EXACT:
             return False
-        return any(
-            close(a, Apply("*", (Number(factor), b)), self.leniency.relative) for factor in factors
-        )
+        return any(close(a, Apply("*", (Number(factor), b)), self.leniency.relative) for factor in factors)
 
     def same_text(self, a: Text, b: Node) -> bool:
         if isinstance(b, Text):
@@ -149,15 +150,19 @@ class _Comparison:
         if isinstance(b, Quantity):
             if a.unit == b.unit:
                 return self.same(a.value, b.value)
+            if not (isinstance(a.value, Scalar) and isinstance(b.value, Scalar)):
+                return False
             first, second = known_unit(a.unit), known_unit(b.unit)
             if first is None or second is None or not first.kind or first.kind != second.kind:
                 return False
             sizes = (Number(Fraction(first.size)), Number(Fraction(second.size)))
             return self.same(Apply("*", (a.value, sizes[0])), Apply("*", (b.value, sizes[1])))
-        if not isinstance(b, Scalar):
+        if not isinstance(b, (*Scalar, Ratio)):
             return False
         if self.same(a.value, b):
             return True
+        if not isinstance(a.value, Scalar):
+            return False
         if a.unit == "%":
             return self.same(Apply("percent", (a.value,)), b)
         return a.unit == "degree" and mentions(b, "pi") and self.same(Apply("degree", (a.value,)), b)
@@ -176,6 +181,9 @@ class _Comparison:
 
     def same_ratio(self, a: Ratio, b: Node) -> bool:
         if isinstance(b, Ratio):
+            zero = Number(Fraction(0))
+            if zero in a.parts or zero in b.parts:  # 5:00 is a time of the day
+                return self.all_same(a.parts, b.parts)
             first, other = a.parts[0], b.parts[0]
             return len(a.parts) == len(b.parts) and all(
                 self.same(Apply("*", (p, other)), Apply("*", (q, first)))
@@ -188,7 +196,7 @@ class _Comparison:
     def same_bracketed(self, a: Bracketed, b: Node) -> bool:
         if isinstance(b, Bracketed):
             return (a.opening, a.closing) == (b.opening, b.closing) and self.all_same(a.items, b.items)
-        return b == Symbol("reals") and _same_intervals(a, b)
+        return b == Symbol("reals") and same_reals(a, b)
 
     def same_matrix(self, a: Matrix, b: Node) -> bool:
         if isinstance(b, Matrix):
@@ -226,7 +234,7 @@ class _Comparison:
             ordered = a.op == "setminus"
             if self.all_same(a.parts, b.parts) if ordered else self.match(a.parts, b.parts):
                 return True
-        return _same_intervals(a, b)
+        return same_reals(a, b)
 
     # ------------------------------------------------------------------------------------------------- relations
 
@@ -237,11 +245,11 @@ class _Comparison:
         if _EQUALITIES.issuperset(relation.ops):
             return self.chain_says(relation, other)
         if isinstance(other, (Bracketed, Combination, Collection, Symbol)):
-            return _same_intervals(relation, other)
+            return same_reals(relation, other)
         return False
 
     def chain_says(self, chain: Relation, other: Node) -> bool:
-        """``x = a = b`` says a where all of its exact members are equal; ``a \\approx b`` says a, or b rounded."""
+        r"""``x = a = b`` says a where all of its exact members are equal; ``a \approx b`` says a, or b rounded."""
         terms, ops = _without_label(chain, other)
         rounded = ops.index("approx") + 1 if "approx" in ops else len(terms)
         members, approximate = terms[:rounded], terms[rounded:]
@@ -258,13 +266,13 @@ class _Comparison:
             return self.same_equations(a, b)
         if a.ops == b.ops == ("in",):
             return self.all_same(a.terms, b.terms)
-        a, b = _ascending(a), _ascending(b)
+        a, b = ascending(a), ascending(b)
         if len(a.ops) == len(b.ops):
             if a.ops == b.ops and self.all_same_scalars(a.terms, b.terms):
                 return True
             if len(a.ops) == 1 and _same_inequality(a, b):
                 return True
-        return (a.ops != ("neq",)) == (b.ops != ("neq",)) and _same_intervals(a, b)
+        return (a.ops != ("neq",)) == (b.ops != ("neq",)) and same_reals(a, b)
 
     def all_same_scalars(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
         scalars = all(isinstance(term, Scalar) for term in (*left, *right))
@@ -278,7 +286,9 @@ class _Comparison:
         if self.same_labels(label, other_label) and self.same(value, other):
             return True
         if all(isinstance(term, Scalar) for term in (*left, *right)):
-            return proportional(_difference(*left), _difference(*right)) != 0
+            if not (unknowns(a) and unknowns(b)):  # 2/3 = 0.67 has nothing to solve for
+                return self.all_same(a.terms, b.terms)
+            return proportional(difference(*left), difference(*right)) != 0
         return False
 
     def same_labels(self, a: Node, b: Node) -> bool:
@@ -372,184 +382,9 @@ def _values_in_order(items: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(values) if sorted(set(labels)) == labels else ()
 
 
-def _difference(left: Node, right: Node) -> Node:
-    return Apply("+", (left, Apply("neg", (right,))))
-
-
-def _ascending(relation: Relation) -> Relation:
-    """The same chain read from the other side where it uses > and not <."""
-    if relation.ops and all(op in (">", "geq") for op in relation.ops):
-        return Relation(relation.terms[::-1], tuple(_FLIPPED[op] for op in relation.ops[::-1]))
-    return relation
-
-
 def _same_inequality(a: Relation, b: Relation) -> bool:
     """``left < right`` says the same as ``c left < c right`` for c > 0, and turned round for c < 0."""
-    if not all(isinstance(term, Scalar) for term in (*a.terms, *b.terms)) or _FLIPPED.keys().isdisjoint(a.ops):
+    if not all(isinstance(term, Scalar) for term in (*a.terms, *b.terms)) or FLIPPED.keys().isdisjoint(a.ops):
         return False
-    sign = proportional(_difference(*a.terms), _difference(*b.terms))
-    return (sign > 0 and a.ops == b.ops) or (sign < 0 and b.ops == (_FLIPPED[a.ops[0]],))
-
-
-# ------------------------------------------------------------------------------------------------- sets of reals
-
-
-@dataclass(frozen=True)
-class _Interval:
-    low: Node
-    low_closed: bool
-    high: Node
-    high_closed: bool
-
-
-def _same_intervals(a: Node, b: Node) -> bool:
-    """Whether two answers are the same set of real numbers."""
-    names = _unknowns(a) | _unknowns(b)
-    if len(names) > 1:
-        return False
-    left, right = _intervals(a), _intervals(b)
-    if left is None or right is None:
-        return False
-    left, right = _merged(left), _merged(right)
-    return len(left) == len(right) and all(
-        (p.low_closed, p.high_closed) == (q.low_closed, q.high_closed)
-        and compare(p.low, q.low) == 0
-        and compare(p.high, q.high) == 0
-        for p, q in zip(left, right, strict=True)
-    )
-
-
-def _unknowns(node: Node) -> frozenset[str]:
-    if isinstance(node, Relation):
-        return frozenset[str]().union(*map(variables, node.terms)) - {"infty", "reals"}
-    if isinstance(node, Collection):
-        return frozenset[str]().union(*map(_unknowns, node.items))
-    return frozenset[str]().union(*map(_unknowns, node.parts)) if isinstance(node, Combination) else frozenset()
-
-
-def _intervals(node: Node) -> list[_Interval] | None:
-    if node == Symbol("reals"):
-        return [_Interval(_MINUS_INFINITY, False, _INFINITY, False)]
-    if isinstance(node, Bracketed):
-        if len(node.items) != 2 or compare(*node.items) >= 0:
-            return None
-        low, high = node.items
-        return [_Interval(low, node.opening == "[", high, node.closing == "]")]
-    if isinstance(node, Collection):
-        found: list[_Interval] = []
-        for item in node.items:
-            part = [_Interval(item, True, item, True)] if isinstance(item, Scalar) else _intervals(item)
-            if part is None or (node.braces and not isinstance(item, Scalar)):
-                return None
-            found += part
-        return found
-    if isinstance(node, Combination):
-        return _combined(node)
-    return _solution(node) if isinstance(node, Relation) else None
-
-
-def _combined(node: Combination) -> list[_Interval] | None:
-    parts = [_intervals(part) for part in node.parts]
-    if any(part is None for part in parts):
-        return None
-    if node.op == "cup":
-        return [interval for part in parts if part is not None for interval in part]
-    if node.op == "setminus" and len(parts) == 2 and parts[0] is not None and parts[1] is not None:
-        kept = parts[0]
-        for point in parts[1]:
-            if point.low != point.high:
-                return None
-            kept = [piece for interval in kept for piece in _without_point(interval, point.low)]
-        return kept
-    return None
-
-
-def _without_point(interval: _Interval, point: Node) -> list[_Interval]:
-    if compare(point, interval.low) < 0 or compare(point, interval.high) > 0:
-        return [interval]
-    pieces = []
-    if compare(point, interval.low) > 0:
-        pieces.append(_Interval(interval.low, interval.low_closed, point, False))
-    if compare(point, interval.high) < 0:
-        pieces.append(_Interval(point, False, interval.high, interval.high_closed))
-    return pieces
-
-
-def _solution(relation: Relation) -> list[_Interval] | None:
-    """The solution of ``x > a``, ``a < x <= b``, ``x != a``, ``x in S`` for one unknown that stands alone or linearly."""
-    relation = _ascending(relation)
-    if relation.ops == ("in",):
-        return _intervals(relation.terms[1])
-    unknown = next((term for term in relation.terms if variables(term) - {"infty"}), None)
-    if unknown is None:
-        return None
-    at = relation.terms.index(unknown)
-    if any(variables(term) - {"infty"} for term in relation.terms if term is not unknown):
-        return None
-    solved = _linear(unknown)
-    if solved is None:
-        return None
-    slope, offset = solved
-
-    def bound(term: Node) -> Node:
-        if slope == Number(Fraction(1)) and offset == Number(Fraction(0)):
-            return term
-        if mentions(term, "infty"):
-            raise Undecided("an infinite bound of an expression")
-        return Apply("/", (_difference(term, offset), slope))
-
-    if relation.ops == ("=",):
-        point = bound(relation.terms[1 - at])
-        return [_Interval(point, True, point, True)]
-    if relation.ops == ("neq",):
-        return _without_point(_Interval(_MINUS_INFINITY, False, _INFINITY, False), bound(relation.terms[1 - at]))
-    if not {"<", "leq"}.issuperset(relation.ops) or len(relation.ops) > 2 or (len(relation.ops) == 2 and at != 1):
-        return None
-    below = (bound(relation.terms[at - 1]), relation.ops[at - 1] == "leq") if at > 0 else None
-    above = (bound(relation.terms[at + 1]), relation.ops[at] == "leq") if at < len(relation.ops) else None
-    if compare(slope, Number(Fraction(0))) < 0:
-        below, above = above, below
-    low, low_closed = below or (_MINUS_INFINITY, False)
-    high, high_closed = above or (_INFINITY, False)
-    return [_Interval(low, low_closed, high, high_closed)]
-
-
-def _linear(node: Node) -> tuple[Node, Node] | None:
-    """Slope and offset of an expression that is linear in its only variable; None for others."""
-    names = variables(node)
-    if len(names) != 1:
-        return None
-    one, zero = Number(Fraction(1)), Number(Fraction(0))
-    if isinstance(node, Symbol):
-        return one, zero
-    (name,) = names
-    offset = _at(node, name, zero)
-    slope = _difference(_at(node, name, one), offset)
-    line = Apply("+", (Apply("*", (slope, Symbol(name))), offset))
-    return (slope, offset) if same_value(node, line) else None
-
-
-def _at(node: Node, name: str, value: Node) -> Node:
-    if node == Symbol(name):
-        return value
-    return Apply(node.op, tuple(_at(arg, name, value) for arg in node.args)) if isinstance(node, Apply) else node
-
-
-def _merged(intervals: list[_Interval]) -> list[_Interval]:
-    """The same set as disjoint intervals in order."""
-
-    def by_low(a: _Interval, b: _Interval) -> int:
-        return compare(a.low, b.low) or b.low_closed - a.low_closed
-
-    merged: list[_Interval] = []
-    for interval in sorted(intervals[:_MAX_ITEMS], key=functools.cmp_to_key(by_low)):
-        last = merged[-1] if merged else None
-        gap = compare(interval.low, last.high) if last else 1
-        if last is None or gap > 0 or (gap == 0 and not (interval.low_closed or last.high_closed)):
-            merged.append(interval)
-            continue
-        order = compare(interval.high, last.high)
-        high = interval.high if order > 0 else last.high
-        closed = {1: interval.high_closed, -1: last.high_closed, 0: interval.high_closed or last.high_closed}[order]
-        merged[-1] = _Interval(last.low, last.low_closed, high, closed)
-    return merged
+    sign = proportional(difference(*a.terms), difference(*b.terms))
+    return (sign > 0 and a.ops == b.ops) or (sign < 0 and b.ops == (FLIPPED[a.ops[0]],))
