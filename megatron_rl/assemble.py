@@ -14,7 +14,7 @@ from megatron_rl import device
 from megatron_rl.batches import TokenRows
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
-from megatron_rl.config.schema import RunConfig, SFTConfig
+from megatron_rl.config.schema import RewardConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
@@ -72,9 +72,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         check_whole(saved)
     prepare_folder(config)
     with ExitStack() as stack:
-        rewards = stack.enter_context(
-            RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
-        )
+        rewards = stack.enter_context(_reward_service(config.reward))
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         groups = cluster.start(
             [
@@ -173,7 +171,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
-        RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as rewards,
+        _reward_service(config.reward) as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
         group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
@@ -256,6 +254,16 @@ class _MachineMetrics:
             if seconds > 0 and tokens > 0:
                 found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
         return found
+
+
+def _reward_service(reward: RewardConfig) -> RewardService:
+    return RewardService(
+        reward.rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        wall_timeout_s=reward.wall_timeout_s,
+        max_error_rate=reward.max_error_rate,
+    )
 
 
 def _overlong(config: RunConfig) -> OverlongPenalty | None:

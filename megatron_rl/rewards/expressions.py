@@ -369,15 +369,22 @@ _REALS = ("0.7316", "-1.3789", "2.4173", "-0.5471", "1.8837", "3.1127", "-2.2391
 _POSITIVE = ("0.7316", "1.3789", "2.4173", "0.5471", "1.8837", "3.1127", "2.2391", "0.2903", "1.1719", "4.0517")
 _INTEGERS = tuple(map(str, (7, 5, 12, 9, 4, 11, 8, 6, 13, 10)))
 _POINTS_NEEDED = 3
+_STEPS = frozenset({"floor", "ceil"})
+_STRETCH = 41
+"""Functions with steps are compared at points that are so much further apart, and at all of them."""
 
 
-def _points(names: list[str]) -> Iterator[dict[str, mpmath.mpc]]:
+def _applies(node: Node, ops: frozenset[str]) -> bool:
+    return isinstance(node, Apply) and (node.op in ops or any(_applies(arg, ops) for arg in node.args))
+
+
+def _points(names: list[str], stretch: int) -> Iterator[dict[str, mpmath.mpc]]:
     if not names:
         yield {}
         return
     for values in (_REALS, _POSITIVE, _INTEGERS):
         for turn in range(len(values)):
-            yield {name: mpmath.mpf(values[(at * 3 + turn) % len(values)]) for at, name in enumerate(names)}
+            yield {name: stretch * mpmath.mpf(values[(at * 3 + turn) % len(values)]) for at, name in enumerate(names)}
 
 
 def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
@@ -390,9 +397,10 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
     if len(names) > len(_REALS) or not NOT_VALUES.isdisjoint(names):
         raise Undecided("too many variables, or one without a value")
     complex_values = any(mentions(node, "i") for node in nodes)
+    steps = any(_applies(node, _STEPS) for node in nodes)
     digits = _DIGITS
     found = 0
-    for point in _points(names):
+    for point in _points(names, _STRETCH if steps else 1):
         while True:
             with mpmath.workdps(digits):
                 try:
@@ -413,7 +421,7 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
                 found += 1
                 yield values, error
                 break
-        if found >= _POINTS_NEEDED:
+        if found >= _POINTS_NEEDED and not steps:
             return
     if found == 0 or (names and found < _POINTS_NEEDED):
         raise Undecided("defined at too few points")

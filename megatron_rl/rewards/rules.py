@@ -17,6 +17,7 @@ from typing import Protocol
 
 from megatron_rl.dataflow import Finish, Score
 from megatron_rl.rewards.answers import STOPS, after_last_word_boxed, cut_at_stop, equal, extract
+from megatron_rl.rewards.seed_grader import extract_answer, seed_equal
 
 
 class RewardRule(Protocol):
@@ -43,12 +44,16 @@ class SeedRule:
     The missing word overrides a right answer; ``I should have boxed 118`` needs no ``\boxed{}``. Source: the
     repository's ``preprocess_box_response_for_qwen_prompt``. It differs there in one thing: equality is ours, exact
     and alike for both sides, where the original accepts a factor of 100, a relative error of 1e-4 and any brackets.
+
+    Attributes:
+        seed_exact: compare as the original does (:mod:`megatron_rl.rewards.seed_grader`), for comparison with it.
     """
 
     right: float = 1.0
     wrong: float = -0.5
     no_box: float = -1.0
     stops: tuple[str, ...] = STOPS
+    seed_exact: bool = False
 
     @property
     def failure_value(self) -> float:
@@ -59,8 +64,13 @@ class SeedRule:
         """Score one response; ``finish`` plays no part, a truncated response is scored as text."""
         text = cut_at_stop(text, self.stops)
         boxed = "boxed" in text
-        correct = boxed and equal(after_last_word_boxed(text), answer)
+        correct = boxed and self._equal(text, answer)
         return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
+
+    def _equal(self, text: str, answer: str) -> bool:
+        if self.seed_exact:
+            return seed_equal(extract_answer(text), answer)
+        return equal(after_last_word_boxed(text), answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,7 @@ def _score(value: float, *, correct: bool, boxed: bool) -> Score:
 
 RULES: dict[str, RewardRule] = {
     "seed": SeedRule(),
+    "seed_exact": SeedRule(seed_exact=True),
     "boxed": BoxedRule(),
     "correctness": CorrectnessRule(),
 }

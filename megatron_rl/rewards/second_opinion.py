@@ -47,6 +47,11 @@ def second_opinion(pred: str, gold: str) -> bool:
     return bool(verify(list(right), list(left), float_rounding=12, timeout_seconds=None))
 
 
+def preload() -> None:
+    """Import sympy and the LaTeX grammar, which takes a second or two."""
+    _parse(r"\sqrt{2}")
+
+
 def _is_safe_formula(text: str) -> bool:
     if len(text) > _MAX_FORMULA or not _CHARACTERS.fullmatch(text) or _SUBSCRIPT.search(text) or _explodes(text):
         return False

@@ -70,6 +70,7 @@ def test_rules_that_need_a_real_box(
 def test_failure_values_and_names() -> None:
     assert {name: rule.failure_value for name, rule in RULES.items()} == {
         "seed": -0.5,
+        "seed_exact": -0.5,
         "boxed": -0.5,
         "correctness": 0.0,
     }
@@ -166,7 +167,7 @@ def test_a_rule_that_returns_something_else_is_told(user_file: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sead", r"unknown reward rule 'sead': .*seed, boxed, correctness, or path/to/file\.py:callable"),
+        ("sead", r"unknown reward rule 'sead': .*seed, seed_exact, boxed, correctness, or path/to/file\.py:callable"),
         ("my_rule.py", r"unknown reward rule 'my_rule\.py'"),
         ("absent.py:f", r"absent\.py:f: there is no such file"),
         (
