@@ -49,6 +49,8 @@ _RELATIONS = {
 }
 _COMBINATIONS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
+_ENDS_OF_LISTS = (")", "]", "\\}", "}", "\\rangle", "&", "\\\\", "\\end")
+_VERBS = ("is", "are", "equals")
 _FLOORS = {"\\lfloor": ("floor", "\\rfloor"), "\\lceil": ("ceil", "\\rceil")}
 _FUNCTION_COMMANDS = frozenset(f"\\{name}" for name in FUNCTIONS if name != "sqrt")
 _MATRICES = frozenset("matrix pmatrix bmatrix smallmatrix array".split())
@@ -159,7 +161,9 @@ class _Parser:
         found: list[Node] = []
         while self.take(","):
             pass
-        while not self.at_value(")", "]", "\\}", "}", "\\rangle", "&", "\\\\", "\\end") and self.peek() is not END:
+        french = self.at == 0 and self.at_value("]")
+        while french or (not self.at_value(*_ENDS_OF_LISTS) and self.peek() is not END):
+            french = False
             found.extend(signs(self.chain()))
             if not self.take(","):
                 break
@@ -300,7 +304,9 @@ class _Parser:
                 known_unit(token.value) is None and _letters(token.value) is not None and scale_of(token.value) is None
             )
         if token.kind == "mark":
-            return token.value in ("(", "{", "[") or (token.value == "|" and self.bars == 0)
+            if token.value == "[":  # behind it something must stand: ]1,5[ ends with one
+                return self.peek(1) is not END
+            return token.value in ("(", "{") or (token.value == "|" and self.bars == 0)
         if token.kind == "number":  # (n-2) 2^n
             return self.at > 0 and self.stream[self.at - 1] == Token("mark", ")")
         return token.kind == "command" and (
@@ -396,9 +402,11 @@ class _Parser:
                 return product
             self.at -= 1
         found: list[str] = []
-        while self.peek().kind in ("word", "text", "name") or (found and (self.at_value("'") or self.at_date())):
+        while self.peek().kind in ("word", "text", "name") or (found and self.at_value("'")):
             found.append(self.next().value)
-        if found[-1].split()[-1] in ("is", "are", "equals") and self.peek() is not END:  # the answer is 5
+        if found[-1].split()[-1] not in _VERBS and self.at_date():
+            found.append(self.next().value)
+        if found[-1].split()[-1] in _VERBS and self.peek() is not END:  # the answer is 5
             return self.power()
         return Text(" ".join(" ".join(found).replace(" ' ", "'").casefold().strip(" .").split()))
 
