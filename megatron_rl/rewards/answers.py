@@ -123,7 +123,6 @@ def _closing_braces(text: str) -> dict[int, int]:
 # ------------------------------------------------------------------------------------------------------ equality
 
 
-@lru_cache(maxsize=1 << 14)
 def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     r"""Whether the predicted answer equals the reference answer, by the rules of docs/rewards.md.
 
@@ -137,8 +136,11 @@ def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
         return False
     if pred == gold:
         return True
-    if max(len(pred), len(gold)) > _MAX_LENGTH:
-        return False
+    return max(len(pred), len(gold)) <= _MAX_LENGTH and _remembered(pred, gold, leniency)
+
+
+def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
+    """:func:`equal` for two texts that differ and are not long, without the memory of earlier pairs."""
     pred, gold = plain(pred), plain(gold)
     if pred == gold:
         return bool(pred)
@@ -161,6 +163,7 @@ def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     return _SPACE.sub("", pred) == _SPACE.sub("", gold) or second_opinion(pred, gold)
 
 
+_remembered = lru_cache(maxsize=1 << 14)(compare)
 _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 """Spaces other than between digits."""
 

@@ -18,6 +18,7 @@ from typing import Protocol
 from megatron_rl.dataflow import Finish, Score
 from megatron_rl.rewards.answers import STOPS, after_last_word_boxed, cut_at_stop, equal, extract
 from megatron_rl.rewards.seed_grader import extract_answer, seed_equal
+from megatron_rl.rewards.structure import EXACT, Leniency
 
 
 class RewardRule(Protocol):
@@ -75,12 +76,17 @@ class SeedRule:
 
 @dataclass(frozen=True, kw_only=True)
 class BoxedRule:
-    r"""The values of :class:`SeedRule`, but only for a real box: ``\boxed{...}`` that is closed and not empty."""
+    r"""The values of :class:`SeedRule`, but only for a real box: ``\boxed{...}`` that is closed and not empty.
+
+    Attributes:
+        leniency: what the data set forgives in numbers.
+    """
 
     right: float = 1.0
     wrong: float = -0.5
     no_box: float = -1.0
     stops: tuple[str, ...] = STOPS
+    leniency: Leniency = EXACT
 
     @property
     def failure_value(self) -> float:
@@ -91,17 +97,43 @@ class BoxedRule:
         """Score one response; ``finish`` plays no part."""
         prediction = extract(text, self.stops)
         boxed = prediction is not None
-        correct = prediction is not None and equal(prediction, answer)
+        correct = prediction is not None and equal(prediction, answer, self.leniency)
         return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormatRule:
+    r"""+1 for an answer in a closed ``\boxed{...}``, right or wrong, 0 without one."""
+
+    boxed: float = 1.0
+    no_box: float = 0.0
+    stops: tuple[str, ...] = STOPS
+
+    @property
+    def failure_value(self) -> float:
+        """As a response without a box."""
+        return self.no_box
+
+    def __call__(self, text: str, answer: str, finish: Finish) -> Score:
+        """Score one response; ``answer`` is only for the part ``correct``, and ``finish`` plays no part."""
+        prediction = extract(text, self.stops)
+        boxed = prediction is not None
+        correct = prediction is not None and equal(prediction, answer)
+        return _score(self.boxed if boxed else self.no_box, correct=correct, boxed=boxed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorrectnessRule:
-    r"""Right +1, anything else 0. The answer is what the last closed ``\boxed{...}`` holds."""
+    r"""Right +1, anything else 0. The answer is what the last closed ``\boxed{...}`` holds.
+
+    Attributes:
+        leniency: what the data set forgives in numbers.
+    """
 
     right: float = 1.0
     wrong: float = 0.0
     stops: tuple[str, ...] = STOPS
+    leniency: Leniency = EXACT
 
     @property
     def failure_value(self) -> float:
@@ -111,7 +143,7 @@ class CorrectnessRule:
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
         prediction = extract(text, self.stops)
-        correct = prediction is not None and equal(prediction, answer)
+        correct = prediction is not None and equal(prediction, answer, self.leniency)
         return _score(self.right if correct else self.wrong, correct=correct, boxed=prediction is not None)
 
 
@@ -123,6 +155,7 @@ RULES: dict[str, RewardRule] = {
     "seed": SeedRule(),
     "seed_exact": SeedRule(seed_exact=True),
     "boxed": BoxedRule(),
+    "format": FormatRule(),
     "correctness": CorrectnessRule(),
 }
 
