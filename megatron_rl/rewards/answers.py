@@ -168,7 +168,8 @@ _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 """Spaces other than between digits."""
 
 
-_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d{3})")
+"""Not ``1,250``, which is a thousand."""
 
 
 def _is_decimal(node: Node) -> bool:
