@@ -63,10 +63,11 @@ class Bracketed:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A set (``braces``) or a bare list of answers."""
+    """A set (``braces``) or a bare list of answers, joined by ``or`` (``alternatives``) or by commas."""
 
     items: tuple[Node, ...]
     braces: bool
+    alternatives: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,32 +87,57 @@ def _intervals(node: Node) -> list[_Interval] | None:
         low, high = node.items
         return [_Interval(low, node.opening == "[", high, node.closing == "]")]
     if isinstance(node, Collection):
-        found: list[_Interval] = []
-        for item in node.items:
-            part = [_Interval(item, True, item, True)] if isinstance(item, Scalar) else _intervals(item)
-            if part is None or (node.braces and not isinstance(item, Scalar)):
-                return None
-            found += part
-        return found
+        return _collected(node)
     if isinstance(node, Combination):
         return _combined(node)
     return _solution(node) if isinstance(node, Relation) else None
 
 
+def _collected(node: Collection) -> list[_Interval] | None:
+    """A finite set; or conditions, of which one (``or``) or all must hold -- one too where all cannot."""
+    parts: list[list[_Interval]] = []
+    for item in node.items:
+        part = [_Interval(item, True, item, True)] if isinstance(item, Scalar) else _intervals(item)
+        if part is None or (node.braces and not isinstance(item, Scalar)):
+            return None
+        parts.append(part)
+    if parts and not node.alternatives and all(isinstance(item, Relation) for item in node.items):
+        common = functools.reduce(_common, parts)
+        if common:
+            return common
+    return [interval for part in parts for interval in part]
+
+
 def _combined(node: Combination) -> list[_Interval] | None:
     parts = [_intervals(part) for part in node.parts]
-    if any(part is None for part in parts):
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return None
     if node.op == "cup":
-        return [interval for part in parts if part is not None for interval in part]
-    if node.op == "setminus" and len(parts) == 2 and parts[0] is not None and parts[1] is not None:
-        kept = parts[0]
-        for point in parts[1]:
-            if point.low != point.high:
-                return None
-            kept = [piece for interval in kept for piece in _without_point(interval, point.low)]
-        return kept
-    return None
+        return [interval for part in known for interval in part]
+    if node.op == "cap":
+        return functools.reduce(_common, known)
+    kept, *taken = known
+    for point in (interval for part in taken for interval in part):
+        if point.low != point.high:
+            return None
+        kept = [piece for interval in kept for piece in _without_point(interval, point.low)]
+    return kept
+
+
+def _common(left: list[_Interval], right: list[_Interval]) -> list[_Interval]:
+    """What lies in both."""
+    if len(left) * len(right) > _MAX_PARTS:
+        raise Undecided("too many intervals")
+    found = []
+    for a in left:
+        for b in right:
+            low = a if compare(a.low, b.low) > 0 or (compare(a.low, b.low) == 0 and not a.low_closed) else b
+            high = a if compare(a.high, b.high) < 0 or (compare(a.high, b.high) == 0 and not a.high_closed) else b
+            size = compare(low.low, high.high)
+            if size < 0 or (size == 0 and low.low_closed and high.high_closed):
+                found.append(_Interval(low.low, low.low_closed, high.high, high.high_closed))
+    return found
 
 
 def _without_point(interval: _Interval, point: Node) -> list[_Interval]:
@@ -192,8 +217,10 @@ def _merged(intervals: list[_Interval]) -> list[_Interval]:
     def by_low(a: _Interval, b: _Interval) -> int:
         return compare(a.low, b.low) or b.low_closed - a.low_closed
 
+    if len(intervals) > _MAX_PARTS:
+        raise Undecided("too many intervals")
     merged: list[_Interval] = []
-    for interval in sorted(intervals[:_MAX_PARTS], key=functools.cmp_to_key(by_low)):
+    for interval in sorted(intervals, key=functools.cmp_to_key(by_low)):
         last = merged[-1] if merged else None
         gap = compare(interval.low, last.high) if last else 1
         if last is None or gap > 0 or (gap == 0 and not (interval.low_closed or last.high_closed)):

@@ -205,7 +205,7 @@ _ALIASES = {
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **dict.fromkeys(("lbrack",), "["),
     **dict.fromkeys(("rbrack",), "]"),
-    **{"ne": "neq", "lt": "<", "gt": ">", "colon": ":", "lbrace": "{", "rbrace": "}", "lor": ",", "vee": ","},
+    **{"ne": "neq", "lt": "<", "gt": ">", "colon": ":", "lbrace": "{", "rbrace": "}", "lor": "or", "vee": "or"},
     **{"land": ",", "wedge": ",", "lg": "log", "bar": "overline", "thickapprox": "approx", "simeq": "approx"},
     **{
         "varphi": "phi",
@@ -218,7 +218,8 @@ _ALIASES = {
         "rightarrow": "to",
     },
 }
-_AS_MARKS = frozenset("< > : | , [ ]".split())
+_AS_MARKS = frozenset("< > : | , or [ ]".split())
+_JOINTS = {"and": ",", "or": "or"}
 _WRAPPERS = frozenset(
     "text textrm textbf textit textsf texttt textnormal textup mathrm mathbf mathit mathsf mathtt mathnormal mbox hbox "
     "operatorname boldsymbol bm boxed fbox underline".split()
@@ -328,8 +329,8 @@ class _Lexer:
         if word.casefold() in _TENS and (rest := _ONES_BEHIND.match(self.text, self.at)):
             word, self.at = word + rest[0], rest.end()
         number = number_word(word)
-        if word.casefold() in ("and", "or"):
-            yield Token("mark", ",")
+        if word.casefold() in _JOINTS:
+            yield Token("mark", _JOINTS[word.casefold()])
         elif number is not None:
             yield Token("number", str(number))
         elif word in _PLAIN_FUNCTIONS and not (word in _UNITS and self._behind_value() and not self._opens()):
@@ -384,8 +385,8 @@ class _Lexer:
     def _wrapped(self, content: str) -> Iterator[Token]:
         words = content.strip().strip(",").strip()
         choice = re.fullmatch(r"\(\s*([a-zA-Z])\s*\)", words)
-        if content.strip() in (",", ";") or words.casefold() in ("and", "or", "and also"):
-            yield Token("mark", ",")
+        if content.strip() in (",", ";") or words.casefold() in _JOINTS:
+            yield Token("mark", _JOINTS.get(words.casefold(), ","))
         elif choice:
             yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
         elif not words:

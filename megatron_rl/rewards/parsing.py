@@ -115,6 +115,7 @@ class _Parser:
         self.depth = 0
         self.bars = 0  # how many |...| are open
         self.ratios = True
+        self.alternatives = False  # whether the last list had an "or"
 
     # ------------------------------------------------------------------------------------------ the token stream
 
@@ -148,10 +149,13 @@ class _Parser:
 
     def answers(self) -> Node:
         """One answer, or a bare list of them."""
+        self.alternatives = False
         items = self.items()
         if not items:
             raise Undecided("nothing to read")
-        return items[0] if len(items) == 1 else Collection(tuple(items), braces=False)
+        if len(items) == 1:
+            return items[0]
+        return Collection(tuple(items), braces=False, alternatives=self.alternatives)
 
     def items(self) -> list[Node]:
         r"""Items between commas; repeated commas (``, \text{and}``) count once, ``\pm`` gives two items."""
@@ -165,10 +169,10 @@ class _Parser:
         while french or (not self.at_value(*_ENDS_OF_LISTS) and self.peek() is not END):
             french = False
             found.extend(signs(self.chain()))
-            if not self.take(","):
+            if not self.at_value(",", "or"):
                 break
-            while self.take(","):
-                pass
+            while joint := self.take(",", "or"):
+                self.alternatives = self.alternatives or joint == "or"
         self.depth -= 1
         return found
 
@@ -462,11 +466,9 @@ class _Parser:
         found = self.items()
         if self.take("|", ":"):
             found = self.items()
-            if len(found) != 1:
-                raise Undecided("a set with several conditions")
             self.expect("\\}")
             self.bars, self.ratios = bars, ratios
-            return found[0]
+            return found[0] if len(found) == 1 else Collection(tuple(found), braces=False)
         self.expect("\\}")
         self.bars, self.ratios = bars, ratios
         return Collection(tuple(found), braces=True)

@@ -78,7 +78,7 @@ class _Comparison:
     leniency: Leniency
 
     def same(self, a: Node, b: Node) -> bool:
-        if a == b:
+        if a == b and not isinstance(a, Collection):
             return True
         if isinstance(a, Relation) and isinstance(b, Relation):
             return self.same_relations(a, b)
@@ -206,8 +206,14 @@ class _Comparison:
         return is_column and isinstance(b, Bracketed) and b.opening == "(" and self.all_same(column, b.items)
 
     def same_collection(self, a: Collection, b: Node) -> bool:
+        if _are_conditions(a) and isinstance(b, (Bracketed, Symbol)):
+            return same_reals(a, b)
         if isinstance(b, Collection):
+            if _are_conditions(a) and _are_conditions(b):
+                return (a == b and a.alternatives == b.alternatives) or same_reals(a, b)
             left, right = a.items, b.items
+            if left == right:
+                return True
             if a.braces and b.braces:
                 left, right = self.distinct(left), self.distinct(right)
             if self.match(left, right):
@@ -223,8 +229,10 @@ class _Comparison:
         return False
 
     def distinct(self, items: Sequence[Node]) -> tuple[Node, ...]:
+        if len(items) > _MAX_ITEMS:
+            raise Undecided("too many elements")
         kept: list[Node] = []
-        for item in items[:_MAX_ITEMS]:
+        for item in items:
             if not any(self.same(item, other) for other in kept):
                 kept.append(item)
         return tuple(kept)
@@ -331,6 +339,13 @@ def _without_label(chain: Relation, other: Node) -> tuple[tuple[Node, ...], tupl
     if names(chain.terms[-1]):
         return chain.terms[:-1], chain.ops[:-1]
     return chain.terms, chain.ops
+
+
+def _are_conditions(collection: Collection) -> bool:
+    """Whether a bare list holds inequalities only: it is then a set of numbers."""
+    return not collection.braces and all(
+        isinstance(item, Relation) and _EQUALITIES.isdisjoint(item.ops) for item in collection.items
+    )
 
 
 def _rounds_to(value: Node, number: Node) -> bool:
