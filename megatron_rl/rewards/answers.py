@@ -156,7 +156,7 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
             try:
                 if same(reading, other, leniency):
                     return True
-            except Undecided:
+            except (Undecided, RecursionError):
                 decided = False
     if decided:
         return False
