@@ -10,8 +10,8 @@ from eval.samples import GradedSample, Response
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.interfaces import RewardScorer
-from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, last_boxed
-from megatron_rl.rewards.rules import STOPS, RewardRule, SeedRule
+from megatron_rl.rewards import answers
+from megatron_rl.rewards.rules import RewardRule, SeedRule
 
 SAME_ANSWER = f"{Path(__file__).with_name('same_answer.py')}:same_answer"
 """The rule that compares two answers."""
@@ -22,10 +22,7 @@ Same = Callable[[str, str], bool]
 
 def extract(rule: RewardRule, response: str) -> str | None:
     """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
-    text = cut_at_stop(response, STOPS)
-    if isinstance(rule, SeedRule):
-        return (after_last_word_boxed(text) or None) if "boxed" in text else None
-    return last_boxed(text, closed=True) or None
+    return (rule.prediction(response) if isinstance(rule, SeedRule) else answers.extract(response)) or None
 
 
 def check_rule(name: str, scorer: RewardScorer) -> None:

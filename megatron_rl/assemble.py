@@ -23,6 +23,7 @@ from megatron_rl.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParityConfig,
+    RewardConfig,
     RunConfig,
     SFTConfig,
     TrainerConfig,
@@ -91,9 +92,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     prepare_folder(config)
     gated = config.parity.enabled and (saved is None or config.parity.on_resume)
     with ExitStack() as stack:
-        rewards = stack.enter_context(
-            RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
-        )
+        rewards = stack.enter_context(_reward_service(config.reward))
         references = _References()
         if gated:  # before the workers, so that it loads while they start
             references = _start_references(
@@ -423,7 +422,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
-        RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as rewards,
+        _reward_service(config.reward) as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
         group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
@@ -519,6 +518,16 @@ class _MachineMetrics:
             if seconds > 0 and tokens > 0:
                 found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
         return found
+
+
+def _reward_service(reward: RewardConfig) -> RewardService:
+    return RewardService(
+        reward.rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        wall_timeout_s=reward.wall_timeout_s,
+        max_error_rate=reward.max_error_rate,
+    )
 
 
 def _overlong(config: RunConfig) -> OverlongPenalty | None:

@@ -95,7 +95,11 @@ class RewardConfig:
     """A name from megatron_rl.rewards.rules.RULES, or ``path/to/file.py:callable`` for a rule of your own."""
     workers: Positive = 1
     timeout_s: PositiveFloat = 5.0
-    """Per sample; a sample that takes longer is killed and counted as a time-out."""
+    """CPU seconds per sample; a sample that takes longer is killed and counted as a time-out."""
+    wall_timeout_s: PositiveFloat = 60.0
+    """Wall seconds per sample, for a rule that waits or a worker that was stopped."""
+    max_error_rate: Fraction = 0.25
+    """The run stops where the rule fails on a larger share of the samples of one step; time-outs do not count."""
     overlong_buffer: Count = 0
     """Soft over-long penalty (DAPO): over the last so many tokens below ``rollout.max_response_tokens`` the score falls
     by up to 1; evaluation scores without it. 0: none."""

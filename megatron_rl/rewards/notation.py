@@ -1,13 +1,17 @@
-r"""One spelling for each answer: LaTeX, plain text and Unicode are rewritten to the same plain LaTeX.
+r"""From the text of an answer to tokens: LaTeX, plain text and Unicode come out alike.
 
-Only text is rewritten here; nothing is evaluated. Both sides of a comparison go through the same functions, so a rule
-that is too eager can make two different answers look alike, and every rule below is therefore narrow.
+Nothing is evaluated here. Both sides of a comparison go through the same functions, so every rule is narrow: one that
+is too eager would make two different answers look alike.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from megatron_rl.rewards.expressions import Undecided
 
 _UNICODE = {
     "−": "-",
@@ -19,245 +23,487 @@ _UNICODE = {
     "÷": "/",
     "⁄": "/",
     "∕": "/",
-    "π": r"\pi ",
-    "θ": r"\theta ",
-    "√": r"\sqrt ",
+    "√": " sqrt ",
     "°": r"^\circ ",
     "∞": r"\infty ",
     "≤": r"\leq ",
+    "⩽": r"\leq ",
     "≥": r"\geq ",
+    "⩾": r"\geq ",
     "≠": r"\neq ",
+    "≈": r"\approx ",
     "±": r"\pm ",
+    "∓": r"\mp ",
     "∪": r"\cup ",
     "∩": r"\cap ",
     "∈": r"\in ",
     "∅": r"\emptyset ",
     "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "∑": r"\sum ",
+    "′": "'",
+    "…": r"\ldots ",
+    "∠": r"\angle ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
     "€": "$",
     "£": "$",
+    "、": ",",
+    "。": ".",
 }
+_GREEK = frozenset(
+    (
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
+        "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla"
+    ).split()
+)
+_GREEK_LETTERS = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+).split(), strict=True))  # fmt: skip
 
 # In this order. Each pattern is linear: no quantifier stands inside another one over the same characters.
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),  # a comma that cannot be a separator of a list
+        (r"(?<=\d)\{,\}(?=\d)", "."),  # nor can this one: the decimal comma
         (r"\{,\}", ","),
-        (r"(?<=[\d,])\\[!,;: ]\s*(?=\d{3}(?!\d))", ""),  # marks between groups of three digits
-        (r"\\\$|\$|\\\((?![a-zA-Z])|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
-        (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
-        (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\\leq?(?:slant)?(?![a-zA-Z])|<=", r"\\leq "),
-        (r"\\geq?(?:slant)?(?![a-zA-Z])|>=", r"\\geq "),
-        (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),
-        (r"\\lt(?![a-zA-Z])", "<"),
-        (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\colon(?![a-zA-Z])", ":"),
-        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
-        (r"\\(?:bar|overline)(?![a-zA-Z])", r"\\overline"),
-        (r"\\mathbb\s*R(?![a-zA-Z])", r"\\mathbb{R}"),
+        (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
+        (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
+        (r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|strut)(?![a-zA-Z])", " "),
+        (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", " "),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])|\\(?:h|v)space\*?\s*\{[^{}]*\}", " "),
+        (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))", r" \\degree "),
+        (r"\^\s*(?:\{\s*\\prime\s*\\prime\s*\}|\\prime\s*\\prime(?![a-zA-Z]))", "''"),
+        (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))", "'"),
         (r"\*\*", "^"),
-        (r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)(?![a-zA-Z])|\\[mh]box(?![a-zA-Z])", r"\\text"),
-        (r"\\(?:vec|hat|boldsymbol|operatorname)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\text\s+([a-zA-Z])(?![a-zA-Z])", r"\\text{\1}"),
-        (r"(?<=\d)\\text\s*\{([A-Zeijkxyz])\}", r"\1"),  # not m, s, g, ...: behind a number they are units
-        (r"(?<![\d\s}])\\text\s*\{\s*([a-zA-Z])\s*\}", r" \1 "),
-        (r"\\text\s*\{\s*\(([A-Z])\)\s*\}", r"(\1)"),
-        (r"(?:\\text\s*\{[\s,]*|(?<=[\s\d}),]))(?:and|or)(?:\s*\}|(?=[\s\d\\(-]))", ","),
-        (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
-        (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
-        (r"\\frac\s*(\d|[a-zA-Z])", r"\\frac{\1}"),
-        (r"(\\frac\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\1{\2}"),
-        (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])", r"\\degree "),
-        (r"\s+", " "),
-        (r" (?![0-9a-zA-Z])|(?<![0-9a-zA-Z]) ", ""),
-        (r"(\\[a-zA-Z]+) (?=\d)", r"\1"),
-        (r",{2,}", ","),
-        (r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2"),
-        (r"(^|[(\[,={])\+", r"\1"),
+        (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
+        (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s[xX]\s(?=\d)", r" \\times "),
+        (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<=\.)(\d*)\\dot\s*\{?(\d)\}?", r"\1\\overline{\2}"),
+        (r"(?<=\d)\s*m/s(?![a-zA-Z])", r"\\text{m/s}"),
+        (r"<=|=<", r"\\leq "),
+        (r">=|=>", r"\\geq "),
+        (r"!=|/=", r"\\neq "),
+        (r"\.\.\.", r"\\ldots "),
+        (r"\\\\\[[^\[\]]*\]", r"\\\\"),  # the row spacing of a matrix
+        (r"\\[hc]line(?![a-zA-Z])", " "),
+        (r"\\!", ""),
+        (r"(?<![a-zA-Z])([apAP])\.\s?[mM]\.?(?![a-zA-Z])", r"\1m"),
     )
 )
-_NUMBER_NAMES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-)
-_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBER_NAMES.split())}
-_REAL_LINE = r"(-\infty,\infty)"
 
 
-def normalise(text: str) -> str:
-    r"""Rewrite an answer to one spelling: one-line plain LaTeX without delimiters, sizing, styling or fonts.
-
-    ``\text{...}`` is kept where it may be a unit or a word answer (see :func:`split_unit` and :func:`without_text`).
-
-    Example:
-        >>> normalise(r"$\left( \dfrac12,\; 3 \right)$.")
-        '(\\frac{1}{2},3)'
-    """
+def plain(text: str) -> str:
+    """The text in ASCII and without what only concerns its looks: delimiters, sizes, spacing, a final dot."""
     if not text.isascii():
-        text = _plain(text)
+        text = _ascii(text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" :;,").rstrip(" .;:,/")
-    text = _without_outer_braces(_closed(text))
-    if text == r"\mathbb{R}":
-        return _REAL_LINE
-    if text == r"\{\}":
-        return r"\emptyset"
-    return _NUMBER_WORDS.get(without_text(text).casefold(), text)
+    text += "}" * _open_braces(text)  # of a truncated response
+    while True:
+        text = text.strip()
+        if text and text[-1] in ".;:,":
+            text = text[:-1]
+        elif text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
+            text = text[1:-1]
+        else:
+            return text
 
 
-def _plain(text: str) -> str:
+def _open_braces(text: str) -> int:
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth = max(0, depth + (token[0] == "{") - (token[0] == "}"))
+    return depth
+
+
+def _ascii(text: str) -> str:
     """Replace non-ASCII characters by LaTeX or by their plain form; what has neither stays."""
     out: list[str] = []
+    raised = ""  # what opens the group that the last character is in
     for character in text:
-        if character.isascii():
-            out.append(character)
-        elif character in _UNICODE:
-            out.append(_UNICODE[character])
-        elif unicodedata.category(character) != "Cf":  # zero-width marks go
-            kind, _, codes = unicodedata.decomposition(character).partition(" ")
-            plain = "".join(chr(int(code, 16)) for code in codes.split()) if kind.startswith("<") else ""
-            if kind == "<super>":
-                out.append(f"^{{{plain}}}")
-            elif kind == "<sub>":
-                out.append(f"_{{{plain}}}")
-            elif kind == "<fraction>":
-                top, _, bottom = plain.partition("⁄")
-                out.append(rf"\frac{{{top}}}{{{bottom}}}")
+        kind, plain_form = _decomposed(character)
+        if kind in _RAISED:
+            opening = _RAISED[kind]
+            if raised == opening:  # two raised characters in a row are one exponent
+                out[-1] = f"{out[-1][:-1]}{plain_form}}}"
             else:
-                out.append(unicodedata.normalize("NFKC", character))
-    # Two raised characters in a row are one exponent.
-    return re.sub(r"(?<=[\d-])\}[\^_]\{(?=[\d-])", "", "".join(out))
+                out.append(f"{opening}{plain_form}}}")
+            raised = opening
+            continue
+        raised = ""
+        out.append(plain_form)
+    return "".join(out)
 
 
-def _closed(text: str) -> str:
-    """Close the groups that a truncated response left open."""
-    depth = 0
-    for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
-        if token == "{":
-            depth += 1
-        elif token == "}":
-            depth = max(0, depth - 1)
-    return text + "}" * depth
+_RAISED = {"<super>": "^{", "<sub>": "_{"}
 
 
-def _without_outer_braces(text: str) -> str:
-    while text.startswith("{") and matching(text, 0) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text
+def _decomposed(character: str) -> tuple[str, str]:
+    """The kind of a character in Unicode's tables and what stands for it in ASCII."""
+    if character.isascii():
+        return "", character
+    if character in _UNICODE:
+        return "", _UNICODE[character]
+    if character in _GREEK_LETTERS:
+        return "", rf"\{_GREEK_LETTERS[character]} "
+    if unicodedata.category(character) == "Cf":  # zero-width marks go
+        return "", ""
+    kind, _, codes = unicodedata.decomposition(character).partition(" ")
+    parts = "".join(chr(int(code, 16)) for code in codes.split()) if kind.startswith("<") else ""
+    parts = parts.replace("−", "-")
+    if kind == "<fraction>":
+        top, _, bottom = parts.partition("⁄")
+        return kind, rf"\frac{{{top}}}{{{bottom}}}"
+    return kind, parts if kind in _RAISED else unicodedata.normalize("NFKC", character)
 
 
-def matching(text: str, start: int) -> int | None:
-    r"""Return the index of the last character of the bracket that closes the one at ``start``, or None.
+# ------------------------------------------------------------------------------------------------------- tokens
 
-    All of ``( [ {`` and ``\{`` count, and any closing one closes any opening one, so ``[1,2)`` is a pair.
+Kind = Literal["number", "name", "word", "text", "command", "mark", "end"]
+
+
+class Token(NamedTuple):
+    r"""One token.
+
+    ``number``: a decimal as written; ``name``: a letter or Greek name; ``word``: a run of letters; ``text``: what a
+    ``\text{...}`` holds; ``command``: a LaTeX command with its backslash, also for plain ``sin``; ``mark``: the rest.
     """
-    depth = 0
-    for token in _BRACKET.finditer(text, start):
-        if token.group().lstrip("\\") in "([{":
-            depth += 1
-        else:
-            depth -= 1
-            if depth == 0:
-                return token.end() - 1
+
+    kind: Kind
+    value: str
+
+
+END = Token("end", "")
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc "
+    "log ln lg exp max min gcd lcm sqrt".split()
+)
+_PLAIN_FUNCTIONS = {
+    **{name: name for name in FUNCTIONS},
+    "sqrt": "root of",  # unlike LaTeX's, it takes a whole number: sqrt21
+    **{"asin": "arcsin", "acos": "arccos", "atan": "arctan", "infty": "infty", "inf": "infty", "oo": "infty"},
+    **{"infinity": "infty", "Infinity": "infty"},
+}
+_ALIASES = {
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("le", "leqslant", "leqq"), "leq"),
+    **dict.fromkeys(("ge", "geqslant", "geqq"), "geq"),
+    **dict.fromkeys(("dbinom", "tbinom"), "binom"),
+    **dict.fromkeys(("varnothing", "empty", "O"), "emptyset"),
+    **dict.fromkeys(("times", "ast", "cdotp"), "cdot"),
+    **dict.fromkeys(("setminus", "backslash", "smallsetminus"), "setminus"),
+    **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **dict.fromkeys(("lbrack",), "["),
+    **dict.fromkeys(("rbrack",), "]"),
+    **{"ne": "neq", "lt": "<", "gt": ">", "colon": ":", "lbrace": "{", "rbrace": "}", "lor": "or", "vee": "or"},
+    **{"land": ",", "wedge": ",", "lg": "log", "bar": "overline", "thickapprox": "approx", "simeq": "approx"},
+    **{
+        "varphi": "phi",
+        "varepsilon": "epsilon",
+        "vartheta": "theta",
+        "arctg": "arctan",
+        "tg": "tan",
+        "ctg": "cot",
+        "infin": "infty",
+        "rightarrow": "to",
+    },
+}
+_AS_MARKS = frozenset("< > : | , or [ ]".split())
+_JOINTS = {"and": ",", "or": "or"}
+_WRAPPERS = frozenset(
+    "text textrm textbf textit textsf texttt textnormal textup mathrm mathbf mathit mathsf mathtt mathnormal mbox hbox "
+    "operatorname boldsymbol bm boxed fbox underline".split()
+)
+_ACCENTS = frozenset("vec hat tilde dot ddot widehat widetilde overrightarrow".split())
+_FIELDS = {"R": "reals", "Z": "integers", "Q": "rationals", "N": "naturals", "C": "complexes"}
+_SKIPPED = frozenset("angle triangle displaystyle left right measuredangle".split())
+
+_LEXEME = re.compile(
+    r"\s*(?:"
+    r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?![\d.a-zA-Z]))?)"
+    r"|(?P<word>[a-zA-Z]+)"
+    r"|\\(?P<command>[a-zA-Z]+)"
+    r"|\\(?P<escaped>[{}\\|%&#_])"
+    r"|(?P<mark>[()\[\]{}|^_+\-*/=<>!,;:&%'])"
+    r")"
+)
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?")
+_GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?!\s*/)(?:\.\d+)?")
+_ONES_BEHIND = re.compile(r"[- ](?:one|two|three|four|five|six|seven|eight|nine)(?![a-z])", re.IGNORECASE)
+_GROUP = re.compile(r"\s*\{")
+_LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
+_MAX_TOKENS = 1500
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+_NUMBER_WORDS = {word: number for number, word in enumerate(f"{_ONES} eighteen nineteen".split())}
+_TENS = {word: 10 * (at + 2) for at, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+
+
+def number_word(text: str) -> int | None:
+    """The number below 100 that words say: ``five``, ``twenty-one``; None for other words."""
+    words = text.casefold().replace("-", " ").split()
+    if len(words) == 1:
+        return _NUMBER_WORDS.get(words[0], _TENS.get(words[0]))
+    if len(words) == 2 and words[0] in _TENS and 1 <= _NUMBER_WORDS.get(words[1], 0) <= 9:
+        return _TENS[words[0]] + _NUMBER_WORDS[words[1]]
     return None
 
 
-_BRACKET = re.compile(r"\\?[{}]|[()\[\]]")
+def has_thousands(text: str) -> bool:
+    """Whether a comma may be read as a mark between groups of digits or as a separator."""
+    return _THOUSANDS.search(text) is not None
 
 
-def split_top(text: str, separator: str) -> list[str]:
-    """Split at ``separator`` where it stands outside all brackets."""
-    parts, depth, begin = [], 0, 0
-    for token in re.finditer(rf"{re.escape(separator)}|{_BRACKET.pattern}", text):
-        found = token.group()
-        if found == separator:
-            if depth == 0:
-                parts.append(text[begin : token.start()])
-                begin = token.end()
-        else:
-            depth += 1 if found.lstrip("\\") in "([{" else -1
-    return [*parts, text[begin:]]
+def tokens(text: str, *, thousands: bool) -> list[Token]:
+    """Split plain text (see :func:`plain`) into tokens.
 
+    Args:
+        text: the text.
+        thousands: read ``1,234`` outside of brackets as one number and not as a list of two.
 
-_UNIT_NAMES: dict[str, tuple[str, ...]] = {
-    "%": ("%", r"\%", "percent", "percents"),
-    "degree": (r"\degree", "degree", "degrees", "deg"),
-    "radian": ("radian", "radians", "rad"),
-    "dollar": ("dollar", "dollars", "usd"),
-    "cent": ("cent", "cents"),
-    "mm": ("mm", "millimeter", "millimeters"),
-    "cm": ("cm", "centimeter", "centimeters"),
-    "m": ("meter", "meters", "metre", "metres"),
-    "km": ("km", "kilometer", "kilometers"),
-    "inch": ("in", "inch", "inches"),
-    "foot": ("ft", "foot", "feet"),
-    "yard": ("yd", "yard", "yards"),
-    "mile": ("mi", "mile", "miles"),
-    "mph": ("mph", "miles per hour"),
-    "second": ("sec", "second", "seconds"),
-    "minute": ("min", "minute", "minutes"),
-    "hour": ("hr", "hrs", "hour", "hours"),
-    "day": ("day", "days"),
-    "week": ("week", "weeks"),
-    "month": ("month", "months"),
-    "year": ("year", "years"),
-    "gram": ("gram", "grams"),
-    "kg": ("kg", "kilogram", "kilograms"),
-    "pound": ("lb", "lbs", "pound", "pounds"),
-    "liter": ("liter", "liters", "litre", "litres"),
-    "unit": ("unit", "units"),
-}
-_KNOWN_UNITS = {spelling: unit for unit, spellings in _UNIT_NAMES.items() for spelling in spellings}
-_AREA = {"square": "2", "sq": "2", "cubic": "3"}
-_BARE_UNIT = re.compile(
-    r"(?P<value>.*[\d)}\]i])\s*(?P<unit>"
-    + "|".join(re.escape(name) for name in sorted(_KNOWN_UNITS, key=len, reverse=True))
-    + r")(?:\^(?P<power>[23]))?"
-)
-_TEXT_UNIT = re.compile(r"(?P<value>.+?)\s*\\text\s*\{(?P<unit>[^{}]*)\}(?:\^(?P<power>[23]))?")
-_BASE = re.compile(r"(?P<value>[0-9A-Z]+)_(?:\{(?P<long>\d{1,2})\}|(?P<short>\d))")
-# Words after a number that change its value or its meaning, so they are no unit to be left out.
-_NOT_UNIT_NAMES = (
-    "hundred thousand million billion trillion dozen or and not less more than if mod modulo times plus minus to "
-    "over by only except between"
-)
-_NOT_UNITS = frozenset(_NOT_UNIT_NAMES.split())
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    r"""Split a normalised answer into its value and its unit in one spelling (``""`` without one).
-
-    A unit is ``%``, degrees, a number base (``1011_2``), a name from a table, or any ``\text{...}`` behind a number.
-
-    Example:
-        >>> split_unit(r"36\text{ square inches}")
-        ('36', 'inch^2')
+    Raises:
+        Undecided: a character has no meaning here, or there are too many tokens.
     """
-    if based := _BASE.fullmatch(text):
-        return based["value"], f"base {based['long'] or based['short']}"
-    found = _TEXT_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
-    if found is None:
-        return text, ""
-    words = found["unit"].strip(" .,").casefold().split()
-    power = found["power"] or ""
-    if words and words[0] in _AREA:
-        power, words = _AREA[words[0]], words[1:]
-    name = " ".join(words)
-    known = _KNOWN_UNITS.get(name)
-    behind_a_number = found["value"][-1] in "0123456789)}"
-    if known is None and (not name or not behind_a_number or not _NOT_UNITS.isdisjoint(words)):
-        return text, ""
-    unit = known or (name.removesuffix("s") if len(name) > 3 else name)
-    return found["value"], f"{unit}^{power}" if power else unit
+    return list(_Lexer(text, thousands).run())
 
 
-def without_text(text: str) -> str:
-    r"""Unwrap every ``\text{...}``."""
-    return re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip(" .")
+class _Lexer:
+    def __init__(self, text: str, thousands: bool) -> None:
+        self.text = text
+        self.thousands = thousands
+        self.at = 0
+        self.depth = 0
+        self.last = END
+
+    def run(self) -> Iterator[Token]:
+        count = 0
+        while self.text[self.at :].strip():
+            for token in self._next():
+                count += 1
+                if count > _MAX_TOKENS:
+                    raise Undecided("too many tokens")
+                self.last = token
+                if token.kind == "mark":
+                    self.depth += (token.value in ("(", "[", "\\{")) - (token.value in (")", "]", "\\}"))
+                yield token
+
+    def _next(self) -> Iterator[Token]:
+        found = _LEXEME.match(self.text, self.at)
+        if found is None:
+            raise Undecided(f"no meaning for {self.text[self.at : self.at + 10]!r}")
+        kind = found.lastgroup
+        assert kind is not None
+        value = found[kind]
+        start, self.at = found.start(kind), found.end()
+        if kind == "number":
+            yield Token("number", self._long_number(start) or value)
+        elif kind == "word":
+            yield from self._word(value)
+        elif kind == "command":
+            yield from self._command(value)
+        elif kind == "escaped":
+            yield Token("mark", "%" if value == "%" else f"\\{value}")
+        else:
+            yield Token("mark", "," if value == ";" else value)
+
+    def _long_number(self, start: int) -> str | None:
+        for pattern, wanted in ((_THOUSANDS, self.thousands and self.depth <= 0), (_GROUPS, True)):
+            if wanted and (long := pattern.match(self.text, start)):
+                self.at = long.end()
+                return long[0].replace(",", "").replace(" ", "")
+        return None
+
+    def _word(self, word: str) -> Iterator[Token]:
+        if word.casefold() in _TENS and (rest := _ONES_BEHIND.match(self.text, self.at)):
+            word, self.at = word + rest[0], rest.end()
+        number = number_word(word)
+        if word.casefold() in _JOINTS:
+            yield Token("mark", _JOINTS[word.casefold()])
+        elif number is not None:
+            yield Token("number", str(number))
+        elif word in _PLAIN_FUNCTIONS and not (word in _UNITS and self._behind_value() and not self._opens()):
+            yield Token("command", f"\\{_PLAIN_FUNCTIONS[word]}")
+        elif word in _GREEK or len(word) == 1:
+            yield Token("name", word)
+        else:
+            yield Token("word", word)
+
+    def _opens(self) -> bool:
+        return self.text[self.at : self.at + 1] in ("(", "{", "^", "_", "[")
+
+    def _behind_value(self) -> bool:
+        return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|")
+
+    def _command(self, name: str) -> Iterator[Token]:
+        if name in _WRAPPERS:
+            content = self._argument()
+            if content is not None:
+                yield from self._wrapped(content)
+        elif name in ("mathbb", "mathcal", "mathscr", "mathfrak"):
+            content = (self._argument() or "").strip()
+            field = _FIELDS.get(content) if name == "mathbb" else None
+            yield Token("name", field or rf"\{name} {content}")
+        elif name in _ACCENTS:
+            yield Token(
+                "name", rf"\{name} {(self._argument() or '').strip()}" if name != "vec" else self._argument() or ""
+            )
+        elif name in ("R", "Z", "Q", "N", "C"):
+            yield Token("name", _FIELDS[name])
+        elif name in _GREEK:
+            yield Token("name", _ALIASES.get(name, name))
+        elif name not in _SKIPPED:
+            name = _ALIASES.get(name, name)
+            kind: Kind = "mark" if name in _AS_MARKS or name in ("{", "}", "\\") else "command"
+            yield Token(kind, name if name in _AS_MARKS else f"\\{name}")
+
+    def _argument(self) -> str | None:
+        """The raw group behind a command, or the single letter; None where neither follows."""
+        if _GROUP.match(self.text, self.at):
+            end = closing_brace(self.text, self.text.index("{", self.at))
+            if end is None:
+                raise Undecided("a brace is not closed")
+            content = self.text[self.text.index("{", self.at) + 1 : end]
+            self.at = end + 1
+            return content
+        if letter := _LETTER_AFTER_FONT.match(self.text, self.at):
+            self.at = letter.end()
+            return letter[1]
+        return None
+
+    def _wrapped(self, content: str) -> Iterator[Token]:
+        words = content.strip().strip(",").strip()
+        choice = re.fullmatch(r"\(\s*([a-zA-Z])\s*\)", words)
+        if content.strip() in (",", ";") or words.casefold() in _JOINTS:
+            yield Token("mark", _JOINTS.get(words.casefold(), ","))
+        elif choice:
+            yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
+        elif not words:
+            return
+        elif "," in words:
+            for at, part in enumerate(words.split(",")):
+                yield from (Token("mark", ","),) if at else ()
+                yield from self._wrapped(part)
+        elif len(words) == 1 and words.isalpha():
+            unit = words in _SINGLE_LETTER_UNITS and self._behind_value()
+            yield Token("text" if unit else "name", words)
+        elif words in FUNCTIONS and not (words in _UNITS and self._behind_value()):
+            yield Token("command", f"\\{words}")
+        elif (number := number_word(words)) is not None:
+            yield Token("number", str(number))
+        elif " " in words and (number := number_word(words.split()[0])) is not None:
+            yield Token("number", str(number))
+            yield from self._wrapped(words.partition(" ")[2])
+        elif re.fullmatch(r"[a-zA-Z][a-zA-Z .,'/-]*|[a-zA-Z]{3}[a-zA-Z0-9 .,:'/-]*", words) is None:
+            # Mathematics in a text font.
+            yield from _Lexer(words, self.thousands).run()
+        else:
+            yield Token("text", words)
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """The index of the brace that closes the one at ``start``; escaped braces do not count."""
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += (token[0] == "{") - (token[0] == "}")
+        if depth == 0:
+            return start + token.start()
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- units
+
+# One spelling, what it measures, and its size, where units of the same kind can be converted.
+_UNIT_TABLE = """
+% | % percent percents | | 1
+degree | degree degrees deg | angle | 1
+radian | radian radians rad | | 1
+dollar | dollar dollars usd | money | 100
+cent | cent cents | money | 1
+mm | mm millimeter millimeters millimetre millimetres | length | 1
+cm | cm centimeter centimeters centimetre centimetres | length | 10
+m | m meter meters metre metres | length | 1000
+km | km kilometer kilometers kilometre kilometres | length | 1000000
+inch | in inch inches | foot | 1
+foot | ft foot feet | foot | 12
+yard | yd yard yards | foot | 36
+mile | mi mile miles | foot | 63360
+mph | mph | | 1
+second | s sec second seconds | time | 1
+minute | min minute minutes | time | 60
+hour | h hr hrs hour hours | time | 3600
+day | day days | time | 86400
+week | week weeks | time | 604800
+month | month months | | 1
+year | year years yr yrs | | 1
+gram | g gram grams | mass | 1
+kg | kg kilogram kilograms | mass | 1000
+pound | lb lbs pound pounds | | 1
+liter | L l liter liters litre litres | volume | 1000
+ml | mL ml milliliter milliliters | volume | 1
+unit | unit units | | 1
+am | am AM | | 1
+pm | pm PM | | 1
+"""
+
+
+class Unit(NamedTuple):
+    """A unit in one spelling, what it measures (empty: nothing to convert), and how many of the smallest it is."""
+
+    name: str
+    kind: str
+    size: int
+
+
+def _unit_table() -> dict[str, Unit]:
+    table: dict[str, Unit] = {}
+    for line in _UNIT_TABLE.strip().splitlines():
+        name, spellings, kind, size = (part.strip() for part in line.split("|"))
+        table.update({spelling: Unit(name, kind, int(size)) for spelling in spellings.split()})
+    return table
+
+
+_UNITS = _unit_table()
+_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C".split())
+_AREA = {"square": "^2", "sq": "^2", "cubic": "^3"}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# Words behind a number that change its meaning, so they are no unit that may be left out.
+_NOT_UNITS = frozenset(
+    "not less more than if mod modulo times plus minus to by only except between for when where is are true false "
+    "from through none nor either neither".split()
+)
+
+
+def known_unit(word: str) -> Unit | None:
+    """The unit that a word names."""
+    return _UNITS.get(word) or _UNITS.get(word.casefold())
+
+
+def scale_of(word: str) -> int | None:
+    """What ``million`` and the like multiply by."""
+    return _SCALES.get(word.casefold())
+
+
+def unit_name(words: str) -> str:
+    """The words behind a number as a unit in one spelling.
+
+    Raises:
+        Undecided: they say more than a unit does.
+    """
+    parts = re.sub(r"[.,]", " ", words).split()
+    if not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
+        raise Undecided("words that are no unit")
+    power = _AREA.get(parts[0].casefold(), "") if len(parts) > 1 else ""
+    names = [unit.name if (unit := known_unit(part)) else part.casefold() for part in parts[bool(power) :]]
+    return " ".join(names) + power

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rl.dataflow import Finish, Score
-from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, last_boxed
-
-STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
-"""What ends a response for every built-in rule, as in the reward of SimpleRL-reason v0."""
+from megatron_rl.rewards.answers import STOPS, after_last_word_boxed, cut_at_stop, equal, extract
+from megatron_rl.rewards.seed_grader import extract_answer, seed_equal
+from megatron_rl.rewards.structure import EXACT, Leniency
 
 
 class RewardRule(Protocol):
@@ -46,12 +45,16 @@ class SeedRule:
     The missing word overrides a right answer; ``I should have boxed 118`` needs no ``\boxed{}``. Source: the
     repository's ``preprocess_box_response_for_qwen_prompt``. It differs there in one thing: equality is ours, exact
     and alike for both sides, where the original accepts a factor of 100, a relative error of 1e-4 and any brackets.
+
+    Attributes:
+        seed_exact: compare as the original does (:mod:`megatron_rl.rewards.seed_grader`), for comparison with it.
     """
 
     right: float = 1.0
     wrong: float = -0.5
     no_box: float = -1.0
     stops: tuple[str, ...] = STOPS
+    seed_exact: bool = False
 
     @property
     def failure_value(self) -> float:
@@ -60,20 +63,32 @@ class SeedRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part, a truncated response is scored as text."""
-        text = cut_at_stop(text, self.stops)
-        boxed = "boxed" in text
-        correct = boxed and equal(after_last_word_boxed(text), answer)
+        prediction = self.prediction(text)
+        boxed = prediction is not None
+        correct = prediction is not None and (seed_equal if self.seed_exact else equal)(prediction, answer)
         return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
+
+    def prediction(self, text: str) -> str | None:
+        """What is compared with the reference answer, possibly nothing; None without the word."""
+        text = cut_at_stop(text, self.stops)
+        if "boxed" not in text:
+            return None
+        return extract_answer(text) if self.seed_exact else after_last_word_boxed(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxedRule:
-    r"""The values of :class:`SeedRule`, but only for a real box: ``\boxed{...}`` that is closed and not empty."""
+    r"""The values of :class:`SeedRule`, but only for a real box: ``\boxed{...}`` that is closed and not empty.
+
+    Attributes:
+        leniency: what the data set forgives in numbers.
+    """
 
     right: float = 1.0
     wrong: float = -0.5
     no_box: float = -1.0
     stops: tuple[str, ...] = STOPS
+    leniency: Leniency = EXACT
 
     @property
     def failure_value(self) -> float:
@@ -82,19 +97,45 @@ class BoxedRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
-        prediction = last_boxed(cut_at_stop(text, self.stops), closed=True)
-        boxed = bool(prediction)
-        correct = bool(prediction) and equal(prediction or "", answer)
+        prediction = extract(text, self.stops)
+        boxed = prediction is not None
+        correct = prediction is not None and equal(prediction, answer, self.leniency)
         return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormatRule:
+    r"""+1 for an answer in a closed ``\boxed{...}``, right or wrong, 0 without one."""
+
+    boxed: float = 1.0
+    no_box: float = 0.0
+    stops: tuple[str, ...] = STOPS
+
+    @property
+    def failure_value(self) -> float:
+        """As a response without a box."""
+        return self.no_box
+
+    def __call__(self, text: str, answer: str, finish: Finish) -> Score:
+        """Score one response; ``answer`` is only for the part ``correct``, and ``finish`` plays no part."""
+        prediction = extract(text, self.stops)
+        boxed = prediction is not None
+        correct = prediction is not None and equal(prediction, answer)
+        return _score(self.boxed if boxed else self.no_box, correct=correct, boxed=boxed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorrectnessRule:
-    r"""Right +1, anything else 0. The answer is what the last closed ``\boxed{...}`` holds."""
+    r"""Right +1, anything else 0. The answer is what the last closed ``\boxed{...}`` holds.
+
+    Attributes:
+        leniency: what the data set forgives in numbers.
+    """
 
     right: float = 1.0
     wrong: float = 0.0
     stops: tuple[str, ...] = STOPS
+    leniency: Leniency = EXACT
 
     @property
     def failure_value(self) -> float:
@@ -103,9 +144,9 @@ class CorrectnessRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
-        prediction = last_boxed(cut_at_stop(text, self.stops), closed=True)
-        correct = prediction is not None and equal(prediction, answer)
-        return _score(self.right if correct else self.wrong, correct=correct, boxed=bool(prediction))
+        prediction = extract(text, self.stops)
+        correct = prediction is not None and equal(prediction, answer, self.leniency)
+        return _score(self.right if correct else self.wrong, correct=correct, boxed=prediction is not None)
 
 
 def _score(value: float, *, correct: bool, boxed: bool) -> Score:
@@ -114,7 +155,9 @@ def _score(value: float, *, correct: bool, boxed: bool) -> Score:
 
 RULES: dict[str, RewardRule] = {
     "seed": SeedRule(),
+    "seed_exact": SeedRule(seed_exact=True),
     "boxed": BoxedRule(),
+    "format": FormatRule(),
     "correctness": CorrectnessRule(),
 }
 

@@ -1,7 +1,9 @@
 """Score responses in worker processes that can be killed.
 
-Each sample has its own deadline. A sample that overruns it costs its worker's life and nothing else: it gets
-``Outcome.TIMEOUT``, its worker is replaced, and the samples that waited behind it are scored by whoever is free.
+Each sample has its own limit of CPU seconds, so that a verdict does not depend on the load of the machine, and a longer
+one of wall seconds, since a stopped or sleeping worker burns no CPU. A sample that overruns costs its worker's life and
+nothing else: it gets ``Outcome.TIMEOUT``, its worker is replaced, and the samples that waited behind it are scored by
+whoever is free.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.rewards import wire
 from megatron_rl.rewards.rules import RewardRule, load_rule
@@ -31,6 +35,8 @@ from megatron_rl.rewards.rules import RewardRule, load_rule
 _LOG = logging.getLogger(__name__)
 _LARGEST_BATCH = 16
 _READ_BYTES = 1 << 16
+_CLOCK_TICK_SECONDS = 0.02
+"""The system counts CPU seconds in steps of 0.01."""
 _LAST_SECONDS = 2.0
 """What a process may take to end after its output has ended."""
 
@@ -48,10 +54,13 @@ class RewardService:
     Args:
         rule_spec: a name in ``RULES``, or ``path/to/file.py:callable``, or a picklable rule object.
         workers: number of processes.
-        timeout_s: wall seconds that one sample may take.
+        timeout_s: CPU seconds of the worker that one sample may take; they count from when the worker is ready for it.
+        wall_timeout_s: wall seconds that one sample may take, for rules that wait and workers that are stopped.
         start_timeout_s: wall seconds that a worker may take until it is ready.
         max_restarts: how many workers may die by themselves in one call before it gives up. Workers that the service
             kills for a time-out do not count.
+        max_error_rate: the largest share of a call's samples whose rule may raise or kill its process; 1 for no limit.
+            Time-outs do not count: hostile text may cause them.
         memory_bytes: limit of each worker's address space, or None for no limit.
 
     Raises:
@@ -64,22 +73,27 @@ class RewardService:
         *,
         workers: int = 1,
         timeout_s: float = 5.0,
+        wall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
         max_restarts: int = 16,
+        max_error_rate: float = 1.0,
         memory_bytes: int | None = 4 << 30,
     ) -> None:
         if workers < 1:
             raise ValueError(f"a reward service needs at least 1 worker, got workers={workers}")
-        if timeout_s <= 0 or start_timeout_s <= 0:
+        if min(timeout_s, wall_timeout_s, start_timeout_s) <= 0:
             raise ValueError(
-                f"time limits must be above 0 seconds, got timeout_s={timeout_s}, start_timeout_s={start_timeout_s}"
+                f"time limits must be above 0 seconds, got timeout_s={timeout_s}, wall_timeout_s={wall_timeout_s}, "
+                f"start_timeout_s={start_timeout_s}"
             )
         rule = load_rule(rule_spec) if isinstance(rule_spec, str) else rule_spec
         self._failure_value = rule.failure_value
         self._start_message = wire.encode({"rule": base64.b64encode(pickle.dumps(rule)).decode("ascii")})
         self._timeout_s = timeout_s
+        self._wall_timeout_s = wall_timeout_s
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
+        self._max_error_rate = max_error_rate
         self._memory_bytes = memory_bytes
         self._busy_seconds = 0.0
         self._one_call = threading.Lock()
@@ -105,11 +119,12 @@ class RewardService:
             requests: ``(text, answer, finish)`` each; ``text`` is the response without the prompt.
 
         Returns:
-            One score per request, in order. A sample whose rule overran the deadline has ``Outcome.TIMEOUT``; one
+            One score per request, in order. A sample whose rule overran a limit has ``Outcome.TIMEOUT``; one
             whose rule raised or killed its process has ``Outcome.ERROR``; both have the rule's ``failure_value``.
 
         Raises:
-            RuntimeError: the service is closed, a worker could not start, or too many workers died by themselves.
+            RuntimeError: the service is closed, a worker could not start, too many workers died by themselves, or the
+                rule failed on too large a share of the samples.
         """
         with self._one_call:
             if self._closed:
@@ -180,13 +195,24 @@ class _Worker:
         self.ready = False
         self.ended = False
         self.pending: deque[int] = deque()
-        self.clock = 0.0  # when the first of the pending samples began, by time.monotonic
+        # When the first of the pending samples began, by time.monotonic and in CPU seconds of the process.
+        self.clock = 0.0
+        self.cpu_clock = 0.0
+        self.next_look = float("inf")  # the earliest time at which it may have used up its CPU seconds
         self.unsent = bytearray(start_message)
         self.received = bytearray()
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds that the process has used; 0 for one that has just ended."""
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
 
     def write(self) -> None:
         """Send what the pipe takes."""
@@ -242,6 +268,7 @@ class _Call:
         self.queue = deque(range(len(requests)))
         self.deaths = 0
         self.errors: list[str] = []
+        self.timeouts = 0
         self.began = time.monotonic()
 
     def run(self) -> list[Score]:
@@ -266,11 +293,25 @@ class _Call:
                 self._handle_answers(worker)
                 if worker.ended:
                     self._handle_death(worker)
-                elif time.monotonic() >= self._deadline(worker):
+                elif time.monotonic() >= self._deadline(worker) and self._overran(worker):
                     self._handle_overrun(worker)
-        if self.errors:
-            _LOG.warning("%d of %d samples could not be scored: %s", len(self.errors), len(self.scores), self.errors[0])
+        self._report()
         return [score for score in self.scores if score is not None]
+
+    def _report(self) -> None:
+        """Log what could not be scored; stop where that is too much."""
+        samples = len(self.scores)
+        if self.timeouts:
+            _LOG.warning("%d of %d samples timed out", self.timeouts, samples)
+        if not self.errors:
+            return
+        _LOG.warning("%d of %d samples could not be scored: %s", len(self.errors), samples, self.errors[0])
+        limit = self.service._max_error_rate
+        if len(self.errors) > limit * samples:
+            raise RuntimeError(
+                f"{len(self.errors)} of {samples} samples could not be scored, at most max_error_rate={limit:g} of "
+                f"them may fail; the first one: {self.errors[0]}. Correct the reward rule, or raise the limit"
+            )
 
     def _give(self, worker: _Worker) -> None:
         """Send a batch: large at first, single samples at the end, so that no worker waits for another."""
@@ -281,7 +322,21 @@ class _Call:
             text, answer, finish = self.requests[index]
             samples.append((index, text, answer, finish.value))
         worker.unsent += wire.encode({"samples": samples})
+        self._start_clock(worker)
+
+    def _start_clock(self, worker: _Worker) -> None:
+        """The next sample begins; the worker's CPU clock stands where its last message said."""
         worker.clock = time.monotonic()
+        worker.next_look = worker.clock + self.service._timeout_s
+
+    def _overran(self, worker: _Worker) -> bool:
+        """Whether a worker whose time to be looked at has come is over a limit."""
+        now = time.monotonic()
+        if not worker.ready or now >= worker.clock + self.service._wall_timeout_s:
+            return True
+        left = self.service._timeout_s - (worker.cpu_seconds() - worker.cpu_clock)
+        worker.next_look = now + max(left, _CLOCK_TICK_SECONDS)
+        return left <= 0
 
     def _watch_input(self, worker: _Worker) -> None:
         """Wait for room in the worker's pipe only while there is something to send."""
@@ -295,7 +350,7 @@ class _Call:
     def _deadline(self, worker: _Worker) -> float:
         if not worker.ready:
             return max(worker.started, self.began) + self.service._start_timeout_s
-        return worker.clock + self.service._timeout_s if worker.pending else float("inf")
+        return min(worker.next_look, worker.clock + self.service._wall_timeout_s) if worker.pending else float("inf")
 
     def _seconds_to_next_deadline(self) -> float:
         # At least one worker is starting or has samples while samples are left, so the minimum is finite.
@@ -304,6 +359,7 @@ class _Call:
 
     def _handle_answers(self, worker: _Worker) -> None:
         for message in wire.take(worker.received):
+            worker.cpu_clock = message.get("cpu_seconds", worker.cpu_clock)
             if "ready" in message:
                 worker.ready = True
             elif "failed" in message:
@@ -318,7 +374,7 @@ class _Call:
         index = worker.pending.popleft()
         if index != message["index"]:
             raise RuntimeError(f"reward worker {worker.pid} must answer sample {index} next, got {message['index']}")
-        worker.clock = time.monotonic()
+        self._start_clock(worker)
         self.service._busy_seconds += message["seconds"]
         if "error" in message:
             self._fail(index, Outcome.ERROR, f"the rule raised {message['error']}")
@@ -333,6 +389,7 @@ class _Call:
                 "output is on standard error; on a very slow or loaded machine raise start_timeout_s"
             )
         self.service._busy_seconds += time.monotonic() - worker.clock
+        self.timeouts += 1
         self._settle(worker.pending.popleft(), Score(value=self.service._failure_value, outcome=Outcome.TIMEOUT))
         self._replace(worker)
 

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 from megatron_rl.dataflow import Finish
 from megatron_rl.rewards import wire
-from megatron_rl.rewards.answers import equal
 from megatron_rl.rewards.rules import RewardRule
+from megatron_rl.rewards.second_opinion import preload
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,7 +46,7 @@ def main() -> None:
         # Pickled by the service from its own rule, never from model text.
         rule: RewardRule = pickle.loads(base64.b64decode(start["rule"]))
         _ = rule.failure_value  # loads the file of a user's rule
-        equal(r"\sqrt{2}", r"\sqrt{3}")  # imports the LaTeX grammar before any sample's clock runs
+        preload()  # before any sample's clock runs
     except BaseException as error:
         _send(outgoing, {"failed": f"{type(error).__name__}: {error}"})
         return
@@ -73,7 +73,7 @@ def _score(rule: RewardRule, text: str, answer: str, finish: Finish) -> dict[str
 
 
 def _send(stream: BinaryIO, message: dict[str, Any]) -> None:
-    stream.write(wire.encode(message))
+    stream.write(wire.encode({**message, "cpu_seconds": time.process_time()}))
     stream.flush()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.dataflow import Finish, Outcome, Score
-from megatron_rl.rewards.rules import RULES, BoxedRule, SeedRule, load_rule
+from megatron_rl.rewards.rules import RULES, BoxedRule, CorrectnessRule, SeedRule, load_rule
+from megatron_rl.rewards.structure import Leniency
 
 
 @pytest.mark.parametrize(
@@ -70,11 +71,26 @@ def test_rules_that_need_a_real_box(
 def test_failure_values_and_names() -> None:
     assert {name: rule.failure_value for name, rule in RULES.items()} == {
         "seed": -0.5,
+        "seed_exact": -0.5,
         "boxed": -0.5,
+        "format": 0.0,
         "correctness": 0.0,
     }
     assert all(load_rule(name) is rule for name, rule in RULES.items())
     assert BoxedRule(wrong=-0.1).failure_value == -0.1
+
+
+def test_format_counts_the_box_and_not_the_answer() -> None:
+    scores = [RULES["format"](text, "5", Finish.STOP) for text in (r"\boxed{5}", r"\boxed{6}", r"\boxed{}", "5")]
+    assert [score.value for score in scores] == [1.0, 1.0, 0.0, 0.0]
+    assert [score.parts["correct"] for score in scores] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_rule_forgives_what_its_data_set_does() -> None:
+    lenient = Leniency(relative=0.01)
+    for rule in (BoxedRule(leniency=lenient), CorrectnessRule(leniency=lenient)):
+        assert rule(r"\boxed{101}", "100", Finish.STOP).value == 1.0
+        assert rule(r"\boxed{102}", "100", Finish.STOP).value < 1.0
 
 
 def test_rules_survive_pickling() -> None:
@@ -166,7 +182,10 @@ def test_a_rule_that_returns_something_else_is_told(user_file: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sead", r"unknown reward rule 'sead': .*seed, boxed, correctness, or path/to/file\.py:callable"),
+        (
+            "sead",
+            r"unknown reward rule 'sead': .*seed, seed_exact, boxed, format, correctness, or path/to/file\.py:callable",
+        ),
         ("my_rule.py", r"unknown reward rule 'my_rule\.py'"),
         ("absent.py:f", r"absent\.py:f: there is no such file"),
         (

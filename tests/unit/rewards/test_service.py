@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,19 @@ def rule(text, answer, finish):
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop    ":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "loop    ":
+            while True:
+                pass
+        case "recurse ":
+            def deeper(depth):
+                return deeper(depth + 1)
+            deeper(0)
+        case "_exit   ":
+            os._exit(0)
+        case "grow    ":
+            hoard = []
+            while True:
+                hoard.append(bytearray(64 << 20))
         case "nan     ":
             return float("nan")
         case "pid     ":
@@ -124,7 +138,7 @@ def test_a_rule_object_with_its_own_values_is_taken_as_it_is() -> None:
 
 
 def test_a_sample_that_overruns_times_out_alone(spec: str) -> None:
-    with RewardService(spec, workers=2, timeout_s=1.0) as service:
+    with RewardService(spec, workers=2, wall_timeout_s=1.0) as service:
         service.score(_requests("0"))  # the start of the workers is not what is timed
         texts = _numbers(40)
         texts[5] = "sleep   "
@@ -137,8 +151,62 @@ def test_a_sample_that_overruns_times_out_alone(spec: str) -> None:
         assert service.take_busy_seconds() >= 1.0
 
 
+def test_the_clock_counts_cpu_seconds_and_not_the_wait(spec: str, caplog: pytest.LogCaptureFixture) -> None:
+    with RewardService(spec, timeout_s=0.5, wall_timeout_s=3.0) as service:
+        service.score(_requests("0"))
+        begin = time.monotonic()
+        assert service.score(_requests("loop    ", "1")) == [TIMED_OUT, Score(value=1.0)]
+        assert time.monotonic() - begin >= 0.5
+        worker = int(service.score(_requests("pid     "))[0].value)
+        os.kill(worker, signal.SIGSTOP)  # a machine so loaded that the worker does not get to run for two limits
+        threading.Timer(1.0, os.kill, (worker, signal.SIGCONT)).start()
+        assert service.score(_requests("2")) == [Score(value=2.0)]
+    assert [record.getMessage() for record in caplog.records] == ["1 of 2 samples timed out"]
+
+
+def test_every_other_answer_of_a_hostile_batch_gets_its_verdict(spec: str) -> None:
+    with RewardService(spec, workers=2, timeout_s=1.0, wall_timeout_s=3.0, memory_bytes=2 << 30) as service:
+        texts = _numbers(60)
+        for at, text in ((3, "loop    "), (13, "stop    "), (20, "sleep   ")):
+            texts[at] = text
+        for at, text in ((5, "grow    "), (7, "recurse "), (11, "_exit   "), (17, "die     "), (19, "1" * 1_000_000)):
+            texts[at] = text
+        scores = service.score(_requests(*texts))
+        assert [scores[at] for at in (3, 13, 20)] == [TIMED_OUT] * 3
+        assert [scores[at] for at in (7, 11, 17, 19)] == [FAILED] * 4
+        assert scores[5] in (FAILED, TIMED_OUT)  # whichever limit it meets first
+        innocent = [at for at in range(60) if at not in (3, 5, 7, 11, 13, 17, 19, 20)]
+        assert [scores[at] for at in innocent] == [Score(value=float(at)) for at in innocent]
+        workers = {int(score.value) for score in service.score(_requests(*["pid     "] * 8))}
+    assert not any(_exists(worker) for worker in workers)
+
+
+BOMBS = (
+    *("9^{9^{9^9}}", "10^{10^{10}}", "100000000!", r"\\sqrt[9^{9^9}]{2}", r"\\binom{10^9}{5\\cdot10^8}", "9**9**9**9"),
+    *("(1+x)^{(1+x)^{(1+x)^{9}}}", r"\\sum_{n=1}^{10^{12}}\\frac1n", "(" * 5000, r"\\frac{1}{" * 300, "7" * 1_000_000),
+)
+
+
+def test_bombs_for_the_grader_are_wrong_and_cost_no_worker() -> None:
+    with RewardService("boxed", timeout_s=5.0) as service:
+        requests = [(rf"\\boxed{{{bomb}}}", gold, Finish.STOP) for bomb in BOMBS for gold in ("5", r"\\sqrt{2}", "x+1")]
+        scores = service.score([*requests, (r"\\boxed{5}", "5", Finish.STOP)])
+        assert {score.outcome for score in scores} == {Outcome.SCORED}
+        assert scores[-1].value == 1.0
+        assert all(score.value < 0 for score in scores[:-1])
+
+
+def test_too_many_errors_end_the_call_and_timeouts_do_not(spec: str) -> None:
+    with RewardService(spec, wall_timeout_s=0.5, max_error_rate=0.25) as service:
+        assert service.score(_requests("raise   ", "1", "2", "3"))[0] == FAILED
+        assert service.score(_requests("sleep   ", "1"))[0] == TIMED_OUT
+        with pytest.raises(RuntimeError, match=r"2 of 4 samples .* max_error_rate=0\.25 .*KeyError"):
+            service.score(_requests("raise   ", "1", "raise   ", "3"))
+        assert service.score(_requests("1")) == [Score(value=1.0)]
+
+
 def test_one_worker_goes_on_after_a_timeout(spec: str) -> None:
-    with RewardService(spec, timeout_s=1.0) as service:
+    with RewardService(spec, wall_timeout_s=1.0) as service:
         scores = service.score(_requests("1", "sleep   ", "2", "stop    ", "3" + " " * 1_000_000, "4"))
         assert scores == [Score(value=1.0), TIMED_OUT, Score(value=2.0), TIMED_OUT, Score(value=3.0), Score(value=4.0)]
 
@@ -203,7 +271,7 @@ def test_a_rule_cannot_break_the_protocol_and_no_worker_loads_torch(spec: str) -
 
 def test_no_process_is_left_after_close(spec: str, tmp_path: Path) -> None:
     child_file = tmp_path / "child"
-    service = RewardService(spec, workers=2, timeout_s=1.0)
+    service = RewardService(spec, workers=2, wall_timeout_s=1.0)
     scores = service.score([("children", str(child_file), Finish.STOP), *_requests(*["pid     "] * 8)])
     assert scores[0] == TIMED_OUT
     child = int(child_file.read_text())
@@ -222,7 +290,7 @@ def test_workers_die_with_their_parent(spec: str) -> None:
         "import sys, time\n"
         "from megatron_rl.dataflow import Finish\n"
         "from megatron_rl.rewards.service import RewardService\n"
-        "service = RewardService(sys.argv[1], timeout_s=50)\n"
+        "service = RewardService(sys.argv[1], wall_timeout_s=50)\n"
         "print(int(service.score([('pid     ', '', Finish.STOP)])[0].value), flush=True)\n"
         "service.score([('sleep   ', '', Finish.STOP)])\n"
     )
@@ -280,9 +348,12 @@ def test_importing_the_package_loads_neither_torch_nor_sympy() -> None:
         "import megatron_rl.rewards.service, megatron_rl.rewards.worker, megatron_rl.rewards.rules\n"
         "print(sorted({'torch', 'sympy', 'math_verify'} & set(sys.modules)))\n"
         "from megatron_rl.rewards.answers import equal\n"
+        "from megatron_rl.rewards.second_opinion import preload\n"
         "assert equal(r'\\sqrt{4}', '2')\n"
+        "print(sorted({'torch', 'sympy', 'math_verify'} & set(sys.modules)))\n"
+        "preload()\n"
         "print(sorted({'torch', 'sympy', 'math_verify'} & set(sys.modules)))\n"
     )
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["[]", "['math_verify', 'sympy']"]
+    assert done.stdout.splitlines() == ["[]", "[]", "['math_verify', 'sympy']"]
