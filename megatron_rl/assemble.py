@@ -59,7 +59,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     """
     gpus = device.gpu_count()
     ranks = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
-    check_machine(sum(ranks.values()) + 1, gpus, config.cluster)
+    check_machine(sum(ranks.values()) + config.engine.count * config.engine.tensor, gpus, config.cluster)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     prompts = load_prompts(config.data.train, tokenizer, config.data)
@@ -79,7 +79,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         groups = cluster.start(
             [
                 *(Role(name=role, workers=workers, held_types=HELD_TYPES) for role, workers in ranks.items()),
-                Role(name="engine", workers=1),
+                _engine_role(config),
             ],
             device.worker_environment(),
         )
@@ -87,14 +87,23 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
         starting = {
             "policy": _start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-            "engine": groups["engine"].build(start_engine, [(_engine_spec(config, config.model.path),)]),
+            "engine": groups["engine"].build(
+                start_engine, [(_engine_spec(config, config.model.path),)] * config.engine.count
+            ),
         }
         if config.critic is not None:
             starting["critic"] = _start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
         results(starting)
         policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
         critic = None if config.critic is None else RemoteCritic(groups["critic"])
-        connect(policy, engine, config.cluster.start_deadline_s)
+        transport = connect(
+            policy,
+            engine,
+            config.sync,
+            tensor=config.engine.tensor,
+            cuda=gpus > 0,
+            timeout_s=config.cluster.start_deadline_s,
+        )
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
         checkpoints = stack.enter_context(
@@ -130,6 +139,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 start_step=start_step,
             )
         )
+        receivers = config.engine.count * config.engine.tensor
+        metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {transport.value}")
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -154,7 +165,13 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             value_loss=ValueLoss(clip=config.ppo.value_clip),
             loss_mean=loss_mean(config),
             kl_control=kl_control,
-            weights=CheckedSync(policy, engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance),
+            weights=CheckedSync(
+                sender=policy,
+                receiver=engine,
+                probe=_probe(heldout.prompts, dims),
+                probe_tolerance=config.sync.probe_tolerance,
+                phase_deadline_s=config.sync.phase_deadline_s,
+            ),
             checkpoints=checkpoints,
             stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
@@ -169,15 +186,15 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     :func:`open_run`.
     """
     gpus = device.gpu_count()
-    check_machine(1, gpus, config.cluster)
+    check_machine(config.engine.count * config.engine.tensor, gpus, config.cluster)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
         RewardService(config.reward.rule, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
-        group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
-        group.build(start_engine, [(_engine_spec(config, model, version=0),)]).result()
+        group = cluster.start([_engine_role(config)], device.worker_environment())["engine"]
+        group.build(start_engine, [(_engine_spec(config, model, version=0),)] * config.engine.count).result()
         yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
 
 
@@ -275,6 +292,10 @@ def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
     return TokenRows(tokens=tokens, lengths=lengths, response_mask=(places > 0) & (places < lengths[:, None]))
 
 
+def _engine_role(config: RunConfig) -> Role:
+    return Role(name="engine", workers=config.engine.count, devices=config.engine.tensor)
+
+
 def _engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
     """An engine for this run; with a ``version`` it may generate from the weights it loads."""
     return EngineSpec(
@@ -283,6 +304,7 @@ def _engine_spec(config: RunConfig, model: Path, version: int | None = None) -> 
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
+        tensor=config.engine.tensor,
         on_cpu=not device.has_cuda(),
         version=version,
     )

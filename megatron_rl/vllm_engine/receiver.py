@@ -7,6 +7,7 @@ worker process import it, before it loads its model. Written against the interfa
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,7 @@ class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
         port: of the sender.
         rank: in the channel, of the engine's first worker; the others follow.
         world_size: of the channel: the sender and all workers.
-        timeout_s: bound on joining and on every wait for a message.
-        backend: as :meth:`Channel.join` takes it.
+        timeout_s: bound on joining.
     """
 
     host: str
@@ -45,7 +45,6 @@ class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
     rank: int
     world_size: int
     timeout_s: float
-    backend: str
 
 
 @dataclass
@@ -75,7 +74,6 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             rank=init_info.rank + self.parallel_config.rank,
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
-            backend=init_info.backend,
         )
 
     def start_weight_update(self) -> None:
@@ -161,6 +159,10 @@ logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_about_weig
 
 class WorkerExtension:
     """What the engine asks of a worker beyond vLLM's own calls; vLLM mixes it into its worker class."""
+
+    def pid(self) -> int:
+        """Of this worker's process."""
+        return os.getpid()
 
     def push_receipt(self) -> PushReceipt | None:
         """What the last push brought this worker; None where it failed."""
