@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.dataflow import Finish, Prompt, Sampling
-from megatron_rl.interfaces import PushReceipt
+from megatron_rl.interfaces import PushPhase, PushReceipt
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
-from megatron_rl.weights.transfer import Channel, TransferError, listen
+from megatron_rl.weights.transfer import Channel, TransferError, Transport, listen
 
 TIMEOUT_S = 60.0
 EOS = 3
@@ -60,15 +60,23 @@ class RemoteEngine:
     def __init__(self, spec: EngineSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(there, spec), daemon=True)
+        self.tensor = spec.tensor
+        # no daemon, which may have no workers of its own
+        self.process = context.Process(target=serve, args=(there, spec))
         self.process.start()
         self.listening = self.answer()
         self.connect()
 
     def connect(self) -> None:
-        listener = listen("127.0.0.1")
-        self.ask("join", "127.0.0.1", listener.port, 1, 2, TIMEOUT_S)
-        self.channel = Channel.join(listener, rank=0, world_size=2, timeout_s=TIMEOUT_S)
+        listener, world_size = listen("127.0.0.1"), 1 + self.tensor
+        self.ask("join", "127.0.0.1", listener.port, 1, world_size, TIMEOUT_S)
+        self.channel = Channel.open(
+            listener,
+            world_size=world_size,
+            timeout_s=TIMEOUT_S,
+            transport=Transport.SHARED_MEMORY,
+            bucket_bytes=50_000,
+        )
         self.answer()
 
     def ask(self, verb: str, *args: Any) -> None:
@@ -86,10 +94,18 @@ class RemoteEngine:
         self.ask(verb, *args)
         return self.answer()
 
+    def start_push(self, version: int) -> None:
+        """Up to the transfer, whose answer is still to come."""
+        self.call("advance", PushPhase.DRAIN, version, TIMEOUT_S)
+        self.call("advance", PushPhase.START, version, TIMEOUT_S)
+        self.ask("advance", PushPhase.TRANSFER, version, TIMEOUT_S)
+
     def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> PushReceipt:
-        self.ask("receive", version)
-        sent = self.channel.send(version, tensors, chunk_bytes=50_000)
+        self.start_push(version)
+        sent = self.channel.send(version, tensors)
         assert self.answer() == sent
+        for phase in (PushPhase.FINISH, PushPhase.RESET_CACHE, PushPhase.COMMIT):
+            self.call("advance", phase, version, TIMEOUT_S)
         return sent
 
     def close(self) -> None:
@@ -319,9 +335,9 @@ def test_an_aborted_push_is_reported_and_the_next_one_heals_it(engine: RemoteEng
         yield from tensors[: len(tensors) // 2 + 1]  # within a layer
         raise RuntimeError("a training rank died")
 
-    engine.ask("receive", 9)
+    engine.start_push(9)
     with pytest.raises(RuntimeError, match="a training rank died"):
-        engine.channel.send(9, failing(), chunk_bytes=50_000)
+        engine.channel.send(9, failing())
     with pytest.raises(EngineError, match="version 9: the sender gave up: RuntimeError: a training rank died"):
         engine.answer()
     assert engine.call("version") is None
@@ -337,7 +353,7 @@ def test_a_tensor_that_the_model_does_not_know_fails_the_push_alone(
     engine: RemoteEngine, folders: dict[str, Path]
 ) -> None:
     model = loaded(folders["B-untied"])
-    engine.ask("receive", 9)
+    engine.start_push(9)
     engine.channel.send(9, [("model.layers.0.mlp.no_such.weight", torch.zeros(300, 300)), *named_weights(model)])
     with pytest.raises(EngineError, match="no_such"):
         engine.answer()
@@ -355,10 +371,10 @@ def test_a_sender_that_leaves_in_the_middle_is_reported_and_can_be_followed(
         engine.channel.close()
         yield "never.sent", torch.zeros(1)
 
-    engine.ask("receive", 11)
+    engine.start_push(11)
     with pytest.raises(TransferError, match="the channel is closed"):
-        engine.channel.send(11, leaving(), chunk_bytes=1)
-    with pytest.raises(EngineError, match=r"TransferError: version 11: rank 1 waited .* for rank 0, the sender"):
+        engine.channel.send(11, leaving())
+    with pytest.raises(EngineError, match=r"TransferError: version 11: .*: rank 1 waited .* for rank 0, the sender"):
         engine.answer()
     assert engine.call("version") is None
     engine.connect()
