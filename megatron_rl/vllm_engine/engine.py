@@ -10,8 +10,9 @@ import gc
 import json
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -66,6 +67,10 @@ class EngineSpec:
     version: int | None = None
 
 
+class WorkerError(RuntimeError):
+    """What some of the engine's workers raised, by rank."""
+
+
 class Engine:
     """Generates, scores, and takes up weights. One per process; not for several threads."""
 
@@ -112,6 +117,8 @@ class Engine:
         )
         self._engine: Any = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self._worker_pids: list[int] = self._on_workers("pid")
+        if spec.on_cpu and spec.tensor > 1:
+            self._on_workers("unname_shared_memory")
 
     @property
     def version(self) -> int | None:
@@ -183,7 +190,7 @@ class Engine:
             timeout_s: bound on joining.
 
         Raises:
-            TransferError: the sender or another receiver is not there in time.
+            WorkerError: the sender or another receiver is not there in time.
         """
         where = {"host": host, "port": port, "rank": rank, "world_size": world_size}
         self._on_workers("init_weight_transfer_engine", {**where, "timeout_s": timeout_s})
@@ -202,9 +209,8 @@ class Engine:
 
         Raises:
             RuntimeError: the phase is not the next one, or the workers differ in what they received.
-            TransferError: the sender gave up, is gone or is silent for too long.
+            WorkerError: the sender gave up, is gone or is silent for too long, or the model cannot load what it sent.
             TimeoutError: a worker is late; the engine can only be started anew.
-            Exception: what the model's loader raised.
         """
         order = list(PushPhase)
         if phase is not order[0] and self._next != (phase, version):
@@ -239,19 +245,26 @@ class Engine:
 
     def close(self) -> None:
         """Leave the channel and stop."""
-        self._on_workers("leave_channel")
+        if self._late is None:
+            self._on_workers("leave_channel")
         self._engine.engine_core.shutdown()
 
     def _on_workers(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """What every worker answers."""
         if self._late is not None:
             raise RuntimeError(f"the engine must be started anew: {self._late}")
         try:
-            answers: list[Any] = self._engine.collective_rpc(method, timeout=deadline_s, args=args)
+            attempts = self._engine.collective_rpc("attempt", timeout=deadline_s, args=(method, *args))
         except TimeoutError as error:
-            # a late answer would be taken for that to the next question
             self._late = f"within {deadline_s:g} s not all workers were done with {method}: {self._worker_states()}"
+            for pid in self._worker_pids:  # a late answer would be taken for that to the next question
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise TimeoutError(self._late) from error
-        return answers
+        failed = [(rank, attempt.error) for rank, attempt in enumerate(attempts) if attempt.error is not None]
+        if failed:
+            raise WorkerError("; ".join(f"worker rank {rank}: {error}" for rank, error in failed))
+        return [attempt.value for attempt in attempts]
 
     def _worker_states(self) -> str:
         return ", ".join(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,12 +159,39 @@ WeightTransferEngineFactory.register_engine(BACKEND, ChannelReceiver)
 logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_about_weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What came of a call to one worker: a value, or type and message of what it raised."""
+
+    value: Any = None
+    error: str | None = None
+
+
 class WorkerExtension:
     """What the engine asks of a worker beyond vLLM's own calls; vLLM mixes it into its worker class."""
+
+    def attempt(self, method: str, *args: Any) -> Attempt:
+        """Call a method of the worker.
+
+        Why: where one worker raises, vLLM leaves the answers of the others unread, and takes them for answers to the
+        next call.
+        """
+        try:
+            return Attempt(value=getattr(self, method)(*args))
+        except Exception as error:
+            traceback.print_exc()
+            return Attempt(error=f"{type(error).__name__}: {error}")
 
     def pid(self) -> int:
         """Of this worker's process."""
         return os.getpid()
+
+    def unname_shared_memory(self) -> None:
+        """Unlink what tensor-parallel workers on a CPU share, now that all have it open: a worker that is killed, or
+        whose engine is, cannot.
+        """
+        for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
+            path.unlink(missing_ok=True)
 
     def push_receipt(self) -> PushReceipt | None:
         """What the last push brought this worker; None where it failed."""

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -30,8 +31,6 @@ PROMPTS = [
 
 def serve(connection: Connection, spec: EngineSpec) -> None:
     """An engine in its process: what a worker of the runtime is."""
-    import psutil
-
     try:
         engine = start_engine(spec)
         sockets = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
@@ -108,9 +107,13 @@ class RemoteEngine:
             self.call("advance", phase, version, TIMEOUT_S)
         return sent
 
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def close(self) -> None:
         try:
-            self.call("close")
+            if self.process.is_alive():
+                self.call("close")
         finally:
             self.process.join(TIMEOUT_S)
             self.process.kill()
@@ -170,8 +173,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def running(model: Path) -> Iterator[RemoteEngine]:
-    spec = EngineSpec(model=model, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True)
+def running(model: Path, tensor: int = 1) -> Iterator[RemoteEngine]:
+    spec = EngineSpec(
+        model=model, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True, tensor=tensor
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -387,3 +392,45 @@ def test_weights_that_are_no_numbers_are_refused(engine: RemoteEngine, folders: 
     engine.push(8, broken)
     with pytest.raises(EngineError, match="every log-prob must be finite"):
         engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+
+def test_the_phases_of_a_push_must_follow_one_another(engine: RemoteEngine) -> None:
+    with pytest.raises(EngineError, match=r"version 3: the phases .* commit came in place of the first"):
+        engine.call("advance", PushPhase.COMMIT, 3, TIMEOUT_S)
+    engine.call("advance", PushPhase.DRAIN, 3, TIMEOUT_S)
+    assert engine.call("version") is None
+    with pytest.raises(EngineError, match=r"version 4: the phases .* start came in place of start of version 3"):
+        engine.call("advance", PushPhase.START, 4, TIMEOUT_S)
+    with pytest.raises(EngineError, match="stale"):
+        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+
+def test_two_tensor_parallel_workers_are_pushed_to_and_a_late_one_is_named(folders: dict[str, Path]) -> None:
+    model = loaded(folders["B-tied"])
+    with running(folders["A-tied"], tensor=2) as engine:
+        assert engine.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        engine.start_push(1)
+        with pytest.raises(RuntimeError, match="a training rank died"):
+            engine.channel.send(1, cut_short(named_weights(model)))
+        with pytest.raises(EngineError, match=r"worker rank 0: .* gave up: .*; worker rank 1: .* gave up"):
+            engine.answer()
+        engine.push(2, iter(named_weights(model)))
+        assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+        assert engine.call("version") == 2
+
+        first, second = (process for process in engine.descendants() if "VLLM::Worker" in " ".join(process.cmdline()))
+        second.suspend()
+        engine.call("advance", PushPhase.DRAIN, 3, 2.0)
+        late = rf"1.8 s not all workers were done .*: rank 0 \(pid {first.pid}\) is sleeping, rank 1 \(.*\) is stopped"
+        with pytest.raises(EngineError, match=late):
+            engine.call("advance", PushPhase.START, 3, 2.0)
+        engine.call("advance", PushPhase.DRAIN, 4, 2.0)
+        with pytest.raises(EngineError, match=r"the engine must be started anew: within 1.8 s"):
+            engine.call("advance", PushPhase.START, 4, 2.0)
+    assert not first.is_running()
+    assert not second.is_running()
+
+
+def cut_short(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from tensors[:4]
+    raise RuntimeError("a training rank died")
