@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Engine:
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
         self._request_ids = count()
-        _prepare_process(spec.on_cpu)
+        _prepare_process(spec)
         with _imports_kept_from_collector():
             from vllm import EngineArgs, SamplingParams
             from vllm.config import WeightTransferConfig
@@ -352,12 +353,16 @@ def _stop_ids(model: Path) -> list[int]:
     return sorted(found)
 
 
-def _prepare_process(on_cpu: bool) -> None:
+def _prepare_process(spec: EngineSpec) -> None:
     """Set what vLLM reads while it is imported."""
     os.environ.update(_ENVIRONMENT)
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if on_cpu:
+    if spec.tensor > 1:
+        # its sockets lie there, and the names of sockets are short: that of a run's scratch folder need not be
+        folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+        os.environ["VLLM_RPC_BASE_PATH"] = f"/proc/{os.getpid()}/fd/{folder}"
+    if spec.on_cpu:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager mode alone still compiles the ranking of log-probs, with g++
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_mib
         limit_threads()
