@@ -354,7 +354,7 @@ class ClusterConfig:
     start_deadline_s: PositiveFloat = 600.0
     """For a worker to load its model."""
     call_deadline_s: PositiveFloat = 1800.0
-    """For any single piece of work: generating a rollout, log-probs, one update, a push, a save."""
+    """For any single piece of work: generating a rollout, log-probs, one update, a save."""
 
 
 @dataclass(frozen=True, kw_only=True)
