@@ -515,7 +515,10 @@ class _SharedMemory:
     @classmethod
     def open(cls, path: Path, bucket_bytes: int) -> _SharedMemory:
         if not path.is_file():
-            raise TransferError(f"the sender's shared memory must be on this host, there is no {path}; use gloo")
+            raise TransferError(
+                f"the sender's shared memory must be on this host, there is no {path}: the two go by one host name, so "
+                f"give them one {_SHARED_MEMORY} (containers) or two names"
+            )
         return cls(path, bucket_bytes)
 
     def staging(self, number: int) -> Tensor:
