@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ PROMPTS = [
 
 def serve(connection: Connection, spec: EngineSpec) -> None:
     """An engine in its process: what a worker of the runtime is."""
+    # that worker is no child of multiprocessing: what its own children leave in /dev/shm goes when it ends
+    resource_tracker._resource_tracker._fd = None
     try:
         engine = start_engine(spec)
         sockets = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
