@@ -62,6 +62,7 @@ from megatron_rl.rewards.service import RewardService
 from megatron_rl.sft import SupervisedRun
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.sync import CheckedSync
+from megatron_rl.weights.transfer import Transport
 from megatron_rl.weights.weight_map import Head
 
 _PROBE_ROWS = 8
@@ -78,7 +79,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
     """
     gpus = device.gpu_count()
-    check_machine(sum(trainer.layout.world_size for trainer in config.trainers.values()) + 1, gpus, config.cluster)
+    check_machine(_processes(config), gpus, config.cluster)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     prompts = load_prompts(config.data.train, tokenizer, config.data)
@@ -136,6 +137,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 start_step=start_step,
             )
         )
+        receivers = config.engine.count * config.engine.tensor
+        metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -160,7 +163,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             value_loss=ValueLoss(clip=config.ppo.value_clip),
             loss_mean=loss_mean(config),
             kl_control=kl_control,
-            weights=CheckedSync(policy, engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance),
+            weights=_sync(config, dims, roles, heldout.prompts),
             gate=_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
             checkpoints=checkpoints,
             stop=stop,
@@ -172,12 +175,13 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """The models of a run at work, with the channel between policy and engine open."""
+    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``."""
 
     groups: Mapping[str, WorkerGroup]
     policy: RemotePolicy
     critic: RemoteCritic | None
     engine: RemoteEngine
+    transport: Transport
 
 
 def _start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> _Roles:
@@ -188,7 +192,7 @@ def _start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> _Roles
                 Role(name=role, workers=trainer.layout.world_size, held_types=HELD_TYPES)
                 for role, trainer in config.trainers.items()
             ),
-            Role(name="engine", workers=1),
+            _engine_role(config),
         ],
         device.worker_environment(),
     )
@@ -196,15 +200,34 @@ def _start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> _Roles
     policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
     starting = {
         "policy": _start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-        "engine": groups["engine"].build(start_engine, [(_engine_spec(config, config.model.path),)]),
+        "engine": groups["engine"].build(
+            start_engine, [(_engine_spec(config, config.model.path),)] * config.engine.count
+        ),
     }
     if config.critic is not None:
         starting["critic"] = _start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
     policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
-    connect(policy, engine, config.cluster.start_deadline_s)
-    return _Roles(groups=groups, policy=policy, critic=critic, engine=engine)
+    transport = connect(
+        policy,
+        engine,
+        config.sync,
+        tensor=config.engine.tensor,
+        cuda=device.has_cuda(),
+        timeout_s=config.cluster.start_deadline_s,
+    )
+    return _Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
+
+
+def _sync(config: RunConfig, dims: ModelDims, roles: _Roles, prompts: Sequence[Prompt]) -> CheckedSync:
+    return CheckedSync(
+        sender=roles.policy,
+        receiver=roles.engine,
+        probe=_probe(prompts, dims),
+        probe_tolerance=config.sync.probe_tolerance,
+        phase_deadline_s=config.sync.phase_deadline_s,
+    )
 
 
 @contextmanager
@@ -215,14 +238,14 @@ def open_parity(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Gate
     """
     run_dir = config.run_dir.with_name(f"{config.run_dir.name}-parity")
     gpus = device.gpu_count()
-    check_machine(sum(trainer.layout.world_size for trainer in config.trainers.values()) + 1, gpus, config.cluster)
+    check_machine(_processes(config), gpus, config.cluster)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with ExitStack() as stack:
         references = _start_references(stack, config, run_dir)
         roles = _start_roles(stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=run_dir)), config, dims)
-        CheckedSync(roles.policy, roles.engine, _probe(heldout.prompts, dims), config.sync.probe_tolerance).push(0)
+        _sync(config, dims, roles, heldout.prompts).push(0)
         yield _gate(config, dims, roles, references, heldout.prompts, tell)
 
 
@@ -418,15 +441,15 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     :func:`open_run`.
     """
     gpus = device.gpu_count()
-    check_machine(1, gpus, config.cluster)
+    check_machine(config.engine.count * config.engine.tensor, gpus, config.cluster)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
         _reward_service(config.reward) as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
-        group = cluster.start([Role(name="engine", workers=1)], device.worker_environment())["engine"]
-        group.build(start_engine, [(_engine_spec(config, model, version=0),)]).result()
+        group = cluster.start([_engine_role(config)], device.worker_environment())["engine"]
+        group.build(start_engine, [(_engine_spec(config, model, version=0),)] * config.engine.count).result()
         yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
 
 
@@ -547,6 +570,16 @@ def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
     return TokenRows(tokens=tokens, lengths=lengths, response_mask=(places > 0) & (places < lengths[:, None]))
 
 
+def _processes(config: RunConfig) -> int:
+    """Of all models of a run; each has a device of its own."""
+    ranks = sum(trainer.layout.world_size for trainer in config.trainers.values())
+    return ranks + config.engine.count * config.engine.tensor
+
+
+def _engine_role(config: RunConfig) -> Role:
+    return Role(name="engine", workers=config.engine.count, devices=config.engine.tensor)
+
+
 def _engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
     """An engine for this run; with a ``version`` it may generate from the weights it loads."""
     return EngineSpec(
@@ -555,6 +588,7 @@ def _engine_spec(config: RunConfig, model: Path, version: int | None = None) -> 
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
+        tensor=config.engine.tensor,
         on_cpu=not device.has_cuda(),
         version=version,
     )

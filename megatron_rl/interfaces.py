@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sampling, Score, ScoredRollout
@@ -81,6 +82,25 @@ class PushReceipt:
     tensors: int
     size_bytes: int
     digest: str
+
+
+class PushPhase(Enum):
+    """What an engine goes through in a push, in this order. From the first until the last it is stale: it generates
+    nothing. So it stays where a phase fails, or is left out, until a push comes to its end.
+    """
+
+    DRAIN = "drain"
+    """Nothing is being generated."""
+    START = "start"
+    """The model can be loaded again."""
+    TRANSFER = "transfer"
+    """All tensors have arrived; the engine tells which."""
+    FINISH = "finish"
+    """The last layers are in place."""
+    RESET_CACHE = "reset_cache"
+    """Keys and values of the old weights are forgotten."""
+    COMMIT = "commit"
+    """The weights have their version, and the engine generates again."""
 
 
 class TokenLoss(Protocol):

@@ -289,10 +289,14 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The vLLM engine."""
+    """The vLLM engines."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
+    count: Positive = 1
+    """Engines that share the prompts of a step; one push serves all."""
+    tensor: Positive = 1
+    """Tensor-parallel workers of each engine: a GPU each, or on a CPU a process."""
     kv_cache_mib: Positive = 4096
     """Memory for keys and values, in MiB; fixed, so that it never depends on what else runs."""
     max_concurrent: Positive = 256
@@ -308,7 +312,21 @@ class SyncConfig:
     max_staleness: Count = 0
     """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat = 0.05
-    """After a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails."""
+    """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails."""
+    bucket_mib: Positive = 32
+    """Weights travel in buckets of this size, in MiB; two are under way at a time. On one host they lie in /dev/shm."""
+    bucket_deadline_s: PositiveFloat = 120.0
+    """For one worker to give or take a bucket; which worker and tensor it was is told."""
+    phase_deadline_s: PositiveFloat = 600.0
+    """For each phase of a push (drain, start, transfer, finish, reset_cache, commit); longer than that of a bucket."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.phase_deadline_s <= self.bucket_deadline_s:
+            yield (
+                f"phase_deadline_s must be longer than bucket_deadline_s={self.bucket_deadline_s:g}, which tells more, "
+                f"got {self.phase_deadline_s:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +398,7 @@ class ClusterConfig:
     start_deadline_s: PositiveFloat = 600.0
     """For a worker to load its model."""
     call_deadline_s: PositiveFloat = 1800.0
-    """For any single piece of work: generating a rollout, log-probs, one update, a push, a save."""
+    """For any single piece of work: generating a rollout, log-probs, one update, a save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,6 +482,7 @@ class RunConfig:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
+        yield from (f"sync: {problem}" for problem in self.sync.problems())
         samples, minibatch = self.samples_per_step, self.ppo.minibatch_samples
         if samples % minibatch:
             nearest = min((d for d in range(1, samples + 1) if samples % d == 0), key=lambda d: abs(d - minibatch))
@@ -482,6 +501,8 @@ class RunConfig:
                 )
         dims, found = model_problems(self.model.path, {role: trainer.layout for role, trainer in self.trainers.items()})
         yield from found
+        if dims is not None and dims.heads % self.engine.tensor:
+            yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:
             yield (

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
-from megatron_rl.device import collective_backend, dtype, limit_threads
+from megatron_rl.device import dtype, limit_threads
 from megatron_rl.durable import FileRecord
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
 from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
@@ -30,7 +30,7 @@ from megatron_rl.mcore.spec import WorkerSpec
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
 from megatron_rl.weights.safetensors_io import save_hf_folder
-from megatron_rl.weights.transfer import Channel, Listener, listen
+from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
 from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
 
 
@@ -213,16 +213,25 @@ class Worker:
         self._listener = listen(host)
         return self._listener.host, self._listener.port
 
-    def join(self, world_size: int, timeout_s: float) -> None:
+    def open_channel(self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int) -> None:
         """Meet the receivers; rank 0 does.
+
+        Args:
+            world_size: of the channel: rank 0 and all workers of the engine.
+            timeout_s: bound on joining, and on each later wait for one receiver.
+            transport: how the bytes travel.
+            bucket_bytes: how many travel together.
 
         Raises:
             TransferError: a receiver did not come in time.
         """
         if self._listener is not None:
-            backend = collective_backend()
-            self._channel = Channel.join(
-                self._listener, rank=0, world_size=world_size, timeout_s=timeout_s, backend=backend
+            self._channel = Channel.open(
+                self._listener,
+                world_size=world_size,
+                timeout_s=timeout_s,
+                transport=transport,
+                bucket_bytes=bucket_bytes,
             )
 
     def send(self, version: int) -> PushReceipt | None:

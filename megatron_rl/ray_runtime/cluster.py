@@ -36,11 +36,14 @@ class ClusterProblem(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """How many worker processes a role needs, and what may be shared with them once."""
+    """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
+    shares of the CPU.
+    """
 
     name: str
     workers: int
     held_types: tuple[type[Any], ...] = ()
+    devices: int = 1
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -142,9 +145,13 @@ class Cluster:
         Raises:
             ClusterProblem: the cluster has not the resources, at all or within the deadline.
         """
-        total = sum(role.workers for role in roles)
-        bundle = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
-        self._place([bundle] * total)
+        device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
+        bundles = [
+            {kind: share * role.devices for kind, share in device.items()}
+            for role in roles
+            for _ in range(role.workers)
+        ]
+        self._place(bundles)
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
         actor, index, groups, processes = ray.remote(Supervisor), 0, {}, []
         for role in roles:
@@ -153,8 +160,8 @@ class Cluster:
                 log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
                 supervisors.append(
                     actor.options(
-                        num_cpus=bundle["CPU"],
-                        num_gpus=bundle.get("GPU", 0.0),
+                        num_cpus=bundles[index]["CPU"],
+                        num_gpus=bundles[index].get("GPU", 0.0),
                         max_concurrency=8,
                         max_restarts=0,
                         scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),

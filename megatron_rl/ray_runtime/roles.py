@@ -15,16 +15,21 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_activations, merge_rows
 from megatron_rl.checkpoints import Writing
+from megatron_rl.config.schema import SyncConfig
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
+from megatron_rl.experience.packing import split_rows
 from megatron_rl.interfaces import (
     Pending,
+    PushPhase,
     PushReceipt,
     SupervisedTokenLoss,
     TokenLoss,
     UpdateResult,
     ValueLoss,
+    results,
 )
 from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.weights.transfer import Transport, choose_transport
 
 HELD_TYPES = (TokenRows, ExperienceBatch)
 """What model workers keep once they have got it."""
@@ -93,9 +98,9 @@ class RemotePolicy(RemoteTrainer):
         """One optimizer step."""
         return self._updated(minibatch, loss)
 
-    def send(self, version: int) -> Pending[PushReceipt]:
-        """Send the weights to the engine that joined."""
-        return self.group.call("send", version, finish=_only)
+    def send(self, version: int, deadline_s: float) -> Pending[PushReceipt]:
+        """Send the weights to the engines that joined."""
+        return self.group.call("send", version, finish=_only, deadline_s=deadline_s)
 
 
 class RemoteReference(RemoteTrainer):
@@ -120,25 +125,55 @@ class RemoteCritic(RemoteTrainer):
 
 @dataclass(frozen=True)
 class RemoteEngine:
-    """The rollout engine."""
+    """The rollout engine, or several that share the work."""
 
     group: WorkerGroup
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
-        """One sample per prompt and seed."""
-        rollouts: list[Rollout] = self.group.call("generate", list(prompts), sampling, seeds, finish=_only).result()
-        return rollouts
+        """One sample per prompt and seed, in order; several engines get prompts of about the same expected tokens."""
+        costs = [
+            len(of_prompt) * (len(prompt.token_ids) + sampling.max_tokens)
+            for prompt, of_prompt in zip(prompts, seeds, strict=True)
+        ]
+        dealt = split_rows(costs, range(len(prompts)), len(self.group.names))
+        pending = {
+            engine: self.group.call(
+                "generate",
+                [prompts[row] for row in rows],
+                sampling,
+                [seeds[row] for row in rows],
+                finish=_only,
+                ranks=[engine],
+            )
+            for engine, rows in enumerate(dealt)
+            if rows
+        }
+        rollouts = {
+            row: rollout
+            for engine, drawn in results(pending).items()
+            for row, rollout in zip(dealt[engine], drawn, strict=True)
+        }
+        return [rollouts[row] for row in range(len(prompts))]
 
-    def receive(self, version: int) -> Pending[PushReceipt]:
-        """Receive weights from the policy."""
-        return self.group.call("receive", version, finish=_only)
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+        """Take every engine through the next phase of a push; all must have received the same."""
 
-    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[float]]]:
-        """Log-prob of each token given those before it, at temperature 1."""
-        return self.group.call("score", rows, finish=_only)
+        def finish(receipts: list[PushReceipt | None]) -> PushReceipt | None:
+            if any(receipt != receipts[0] for receipt in receipts):
+                raise ValueError(f"version {version}: all engines must receive the same, got {receipts}")
+            return receipts[0]
+
+        return self.group.call("advance", phase, version, deadline_s, finish=finish, deadline_s=deadline_s)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
+        """By each engine, for each row: log-prob of each token given those before it, at temperature 1."""
+        return self.group.call("score", rows, finish=list)
 
     def logprobs(self, rows: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32 log-probs of the response tokens at temperature 1, 0 elsewhere."""
+        """[B, T] f32 log-probs of the response tokens at temperature 1, 0 elsewhere; by the first of several engines.
+
+        The probe of a push has compared the others with it.
+        """
 
         def finish(answers: list[Any]) -> Tensor:
             found = torch.zeros(rows.tokens.shape)
@@ -146,15 +181,15 @@ class RemoteEngine:
                 found[row, : len(scores)] = torch.tensor(scores)
             return found * rows.response_mask
 
-        return self.group.call("score", _token_lists(rows), finish=finish)
+        return self.group.call("score", _token_lists(rows), finish=finish, ranks=[0])
 
     def activations(self, rows: TokenRows) -> Pending[Mapping[str, Tensor]]:
-        """See :meth:`~megatron_rl.interfaces.ScoresTokens.activations`."""
-        return self.group.call("activations", _token_lists(rows), finish=_only)
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.activations`; of the first engine."""
+        return self.group.call("activations", _token_lists(rows), finish=_only, ranks=[0])
 
     def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
-        """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`."""
-        return self.group.call("tensors", tuple(prefixes), finish=_only)
+        """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`; of the first engine."""
+        return self.group.call("tensors", tuple(prefixes), finish=_only, ranks=[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +267,35 @@ def _token_lists(rows: TokenRows) -> list[list[int]]:
     return [tokens[:length] for tokens, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
 
 
-def connect(policy: RemotePolicy, engine: RemoteEngine, timeout_s: float) -> None:
-    """Open the channel that weights are pushed through, from the policy's rank 0 to the engine."""
-    host = policy.group.births(timeout_s)[0].address
-    address, port = policy.group.call("listen", host, finish=_only, ranks=[0]).result()
+def connect(
+    policy: RemotePolicy, engine: RemoteEngine, sync: SyncConfig, *, tensor: int, cuda: bool, timeout_s: float
+) -> Transport:
+    """Open the channel that weights are pushed through, from the policy's rank 0 to all workers of all engines.
+
+    Args:
+        policy: sends.
+        engine: receives.
+        sync: buckets and their deadline.
+        tensor: workers of each engine.
+        cuda: whether weights live on GPUs.
+        timeout_s: bound on all of it.
+
+    Returns:
+        how weights will travel: the fastest way that the places of the roles allow.
+    """
+    sender, hosts = policy.group.births(timeout_s)[0], [birth.host for birth in engine.group.births(timeout_s)]
+    transport = choose_transport(sender.host, hosts, cuda=cuda)
+    address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
+    world = 1 + tensor * len(hosts)
+    opening = policy.group.call(
+        "open_channel", world, sync.bucket_deadline_s, transport, sync.bucket_mib << 20, finish=lambda _: None
+    )
     joining = [
-        engine.group.call("join", address, port, 1, 2, timeout_s, finish=lambda _: None),
-        policy.group.call("join", 2, timeout_s, finish=lambda _: None),
+        engine.group.call(
+            "join", address, port, 1 + tensor * index, world, timeout_s, finish=lambda _: None, ranks=[index]
+        )
+        for index in range(len(hosts))
     ]
-    for pending in joining:
+    for pending in [*joining, opening]:
         pending.result()
+    return transport

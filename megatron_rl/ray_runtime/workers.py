@@ -95,13 +95,18 @@ class GroupCall(Generic[T]):
     """A verb under way on some or all ranks of a group."""
 
     def __init__(
-        self, group: WorkerGroup, verb: str, references: Mapping[Any, str], finish: Callable[[list[Any]], T]
+        self,
+        group: WorkerGroup,
+        verb: str,
+        references: Mapping[Any, str],
+        finish: Callable[[list[Any]], T],
+        deadline_s: float | None = None,
     ) -> None:
         self._group = group
         self._verb = verb
         self._references = references
         self._finish = finish
-        self._deadline = time.monotonic() + group.deadline_s
+        self._deadline = time.monotonic() + (deadline_s or group.deadline_s)
 
     def ready(self, within_s: float) -> bool:
         """Whether :meth:`result` would not wait any more, having waited ``within_s``."""
@@ -196,9 +201,16 @@ class WorkerGroup:
         return self._supervisors[rank].call.remote(call, next(self._numbers[rank])), self.names[rank]
 
     def call(
-        self, verb: str, *args: Any, finish: Callable[[list[Any]], T], ranks: Sequence[int] | None = None
+        self,
+        verb: str,
+        *args: Any,
+        finish: Callable[[list[Any]], T],
+        ranks: Sequence[int] | None = None,
+        deadline_s: float | None = None,
     ) -> GroupCall[T]:
-        """Call ``verb`` on the ranks (all by default) at once; ``finish`` makes one result of theirs."""
+        """Call ``verb`` on the ranks (all by default) at once; ``finish`` makes one result of theirs. The deadline is
+        the group's unless another is given.
+        """
         hold: list[tuple[int, bytes]] = []
         payload = self._pickled((verb, args, {}), hold)
         drop = []
@@ -210,7 +222,7 @@ class WorkerGroup:
         chosen = range(len(self._supervisors)) if ranks is None else ranks
         if hold and len(chosen) < len(self._supervisors):
             raise ValueError(f"{self.name}: {verb} shares a batch, so it must be called on every rank, got {ranks}")
-        return GroupCall(self, verb, dict(self._send(call, rank) for rank in chosen), finish)
+        return GroupCall(self, verb, dict(self._send(call, rank) for rank in chosen), finish, deadline_s)
 
     def call_beside(self, verb: str, *, finish: Callable[[list[Any]], T]) -> GroupCall[T]:
         """Call a verb on all ranks beside whatever else they do, now or later: it must touch nothing that those use."""

@@ -10,16 +10,20 @@ import gc
 import json
 import math
 import os
+import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.device import limit_threads
-from megatron_rl.interfaces import PushReceipt
+from megatron_rl.interfaces import PushPhase, PushReceipt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +38,9 @@ _ENVIRONMENT = {
 }
 _ENVIRONMENT_DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_HOST_IP": "127.0.0.1",  # the engine's own group has one member; on any other address it would be reachable
+    "VLLM_HOST_IP": "127.0.0.1",  # the engine's own group is on one host; on any other address it would be reachable
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else tensor-parallel workers ask for a NUMA node each
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch has threads by then
 }
 _CPU_BATCHED_TOKENS = 8192
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
@@ -51,6 +57,7 @@ class EngineSpec:
         kv_cache_mib: memory for keys and values.
         max_concurrent: sequences generated at the same time.
         on_cpu: leave out compiling, which would take longer than it saves.
+        tensor: tensor-parallel workers; with more than one, each is a process of its own.
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
     """
 
@@ -60,7 +67,12 @@ class EngineSpec:
     kv_cache_mib: int
     max_concurrent: int
     on_cpu: bool
+    tensor: int = 1
     version: int | None = None
+
+
+class WorkerError(RuntimeError):
+    """What some of the engine's workers raised, by rank."""
 
 
 class Engine:
@@ -75,8 +87,10 @@ class Engine:
         self._spec = spec
         self._stop_ids = _stop_ids(spec.model)
         self._version = spec.version
+        self._next: tuple[PushPhase, int] | None = None
+        self._late: str | None = None
         self._request_ids = count()
-        _prepare_process(spec.on_cpu)
+        _prepare_process(spec)
         with _imports_kept_from_collector():
             from vllm import EngineArgs, SamplingParams
             from vllm.config import WeightTransferConfig
@@ -92,6 +106,8 @@ class Engine:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            tensor_parallel_size=spec.tensor,
+            distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
             enforce_eager=spec.on_cpu,
             # a prompt cut in two rewinds its request's random state, which CPU generators cannot
             enable_chunked_prefill=not spec.on_cpu,
@@ -104,6 +120,9 @@ class Engine:
             worker_extension_cls=f"{receiver.__name__}.{receiver.WorkerExtension.__name__}",
         )
         self._engine: Any = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        self._worker_pids: list[int] = self._on_workers("pid")
+        if spec.on_cpu and spec.tensor > 1:
+            self._on_workers("unname_shared_memory")
 
     @property
     def version(self) -> int | None:
@@ -128,7 +147,8 @@ class Engine:
         """
         if self._version is None:
             raise RuntimeError(
-                "the engine must be given weights before it generates: none were pushed, or the last push failed"
+                "the engine is stale and must be given weights before it generates: none were pushed, or the last push "
+                "failed"
             )
         if len(seeds) != len(prompts) or not all(seeds):
             raise ValueError(
@@ -196,45 +216,90 @@ class Engine:
             port: of the sender.
             rank: of this engine in the channel.
             world_size: sender and receivers together.
-            timeout_s: bound on joining and on every later wait for a message.
+            timeout_s: bound on joining.
 
         Raises:
-            TransferError: the sender or another receiver is not there in time.
+            WorkerError: the sender or another receiver is not there in time.
         """
-        backend = "gloo" if self._spec.on_cpu else "nccl"
         where = {"host": host, "port": port, "rank": rank, "world_size": world_size}
-        self._on_workers("init_weight_transfer_engine", {**where, "timeout_s": timeout_s, "backend": backend})
+        self._on_workers("init_weight_transfer_engine", {**where, "timeout_s": timeout_s})
 
-    def receive(self, version: int) -> PushReceipt:
-        """Receive and load one push. After an error the engine generates nothing until a push succeeds.
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> PushReceipt | None:
+        """Go through one phase of a push. The engine is stale from the first to the last, and after an error until a
+        push comes to its end.
+
+        Args:
+            phase: the one after the last one; the first is always allowed.
+            version: of the weights, the same in all phases.
+            deadline_s: bound on the phase; the workers get nine tenths of it, so that there is time to say who is late.
 
         Returns:
-            what arrived.
+            what arrived, in the transfer; else None.
 
         Raises:
-            TransferError: the sender gave up, is gone or is silent for too long.
-            Exception: what the model's loader raised.
+            RuntimeError: the phase is not the next one, or the workers differ in what they received.
+            WorkerError: the sender gave up, is gone or is silent for too long, or the model cannot load what it sent.
+            TimeoutError: a worker is late; the engine can only be started anew.
         """
-        self._version = None
-        self._on_workers("start_weight_update")
-        self._on_workers("update_weights", {"version": version})
-        self._on_workers("finish_weight_update")
-        receipts: list[PushReceipt] = self._on_workers("push_receipt")
-        if not all(receipt == receipts[0] for receipt in receipts):
-            raise RuntimeError(f"version {version}: all workers must receive the same, got {receipts}")
-        if not self._engine.reset_prefix_cache():
+        order = list(PushPhase)
+        if phase is not order[0] and self._next != (phase, version):
+            raise RuntimeError(
+                f"version {version}: the phases of a push must follow one another, {phase.value} came in place of "
+                f"{'the first' if self._next is None else f'{self._next[0].value} of version {self._next[1]}'}"
+            )
+        self._version, self._next = None, None
+        receipt = self._go_through(phase, version, 0.9 * deadline_s)
+        if phase is order[-1]:
+            self._version = version
+        else:
+            self._next = order[order.index(phase) + 1], version
+        return receipt
+
+    def _go_through(self, phase: PushPhase, version: int, deadline_s: float) -> PushReceipt | None:
+        if phase is PushPhase.DRAIN and self._engine.has_unfinished_requests():
+            raise RuntimeError(f"version {version}: no request may be under way when weights change")
+        if phase is PushPhase.START:
+            self._on_workers("start_weight_update", deadline_s=deadline_s)
+        if phase is PushPhase.TRANSFER:
+            self._on_workers("update_weights", {"version": version}, deadline_s=deadline_s)
+            receipts: list[PushReceipt] = self._on_workers("push_receipt", deadline_s=deadline_s)
+            if not all(receipt == receipts[0] for receipt in receipts):
+                raise RuntimeError(f"version {version}: all workers must receive the same, got {receipts}")
+            return receipts[0]
+        if phase is PushPhase.FINISH:
+            self._on_workers("finish_weight_update", deadline_s=deadline_s)
+        if phase is PushPhase.RESET_CACHE and not self._engine.reset_prefix_cache():
             raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
-        self._version = version
-        return receipts[0]
+        return None
 
     def close(self) -> None:
         """Leave the channel and stop."""
-        self._on_workers("leave_channel")
+        if self._late is None:
+            self._on_workers("leave_channel")
         self._engine.engine_core.shutdown()
 
-    def _on_workers(self, method: str | Callable[..., Any], *args: Any) -> list[Any]:
-        answers: list[Any] = self._engine.collective_rpc(method, args=args)
-        return answers
+    def _on_workers(self, method: str | Callable[..., Any], *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """What every worker answers to a call of its method, or of a function that takes the worker first."""
+        if self._late is not None:
+            raise RuntimeError(f"the engine must be started anew: {self._late}")
+        try:
+            attempts = self._engine.collective_rpc("attempt", timeout=deadline_s, args=(method, *args))
+        except TimeoutError as error:
+            self._late = f"within {deadline_s:g} s not all workers were done with {method}: {self._worker_states()}"
+            for pid in self._worker_pids:  # a late answer would be taken for that to the next question
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(self._late) from error
+        failed = [(rank, attempt.error) for rank, attempt in enumerate(attempts) if attempt.error is not None]
+        if failed:
+            raise WorkerError("; ".join(f"worker rank {rank}: {error}" for rank, error in failed))
+        return [attempt.value for attempt in attempts]
+
+    def _worker_states(self) -> str:
+        return ", ".join(
+            f"rank {rank} (pid {pid}) is {psutil.Process(pid).status() if psutil.pid_exists(pid) else 'gone'}"
+            for rank, pid in enumerate(self._worker_pids)
+        )
 
     def _draw(self, sampling: Sampling, seed: int) -> Any:
         return self._sampling_params(
@@ -316,12 +381,16 @@ def _stop_ids(model: Path) -> list[int]:
     return sorted(found)
 
 
-def _prepare_process(on_cpu: bool) -> None:
+def _prepare_process(spec: EngineSpec) -> None:
     """Set what vLLM reads while it is imported."""
     os.environ.update(_ENVIRONMENT)
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if on_cpu:
+    if spec.tensor > 1:
+        # its sockets lie there, and the names of sockets are short: that of a run's scratch folder need not be
+        folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+        os.environ["VLLM_RPC_BASE_PATH"] = f"/proc/{os.getpid()}/fd/{folder}"
+    if spec.on_cpu:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager mode alone still compiles the ranking of log-probs, with g++
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_mib
         limit_threads()

@@ -7,9 +7,12 @@ worker process import it, before it loads its model. Written against the interfa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +39,7 @@ class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
         port: of the sender.
         rank: in the channel, of the engine's first worker; the others follow.
         world_size: of the channel: the sender and all workers.
-        timeout_s: bound on joining and on every wait for a message.
-        backend: as :meth:`Channel.join` takes it.
+        timeout_s: bound on joining.
     """
 
     host: str
@@ -45,7 +47,6 @@ class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
     rank: int
     world_size: int
     timeout_s: float
-    backend: str
 
 
 @dataclass
@@ -75,7 +76,6 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             rank=init_info.rank + self.parallel_config.rank,
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
-            backend=init_info.backend,
         )
 
     def start_weight_update(self) -> None:
@@ -159,8 +159,41 @@ WeightTransferEngineFactory.register_engine(BACKEND, ChannelReceiver)
 logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_about_weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What came of a call to one worker: a value, or type and message of what it raised."""
+
+    value: Any = None
+    error: str | None = None
+
+
 class WorkerExtension:
     """What the engine asks of a worker beyond vLLM's own calls; vLLM mixes it into its worker class."""
+
+    def attempt(self, method: str | Callable[..., Any], *args: Any) -> Attempt:
+        """Call a method of the worker, or a function of it.
+
+        Why: where one worker raises, vLLM leaves the answers of the others unread, and takes them for answers to the
+        next call.
+        """
+        try:
+            if callable(method):
+                return Attempt(value=method(self, *args))
+            return Attempt(value=getattr(self, method)(*args))
+        except Exception as error:
+            traceback.print_exc()
+            return Attempt(error=f"{type(error).__name__}: {error}")
+
+    def pid(self) -> int:
+        """Of this worker's process."""
+        return os.getpid()
+
+    def unname_shared_memory(self) -> None:
+        """Unlink what tensor-parallel workers on a CPU share, now that all have it open: a worker that is killed, or
+        whose engine is, cannot.
+        """
+        for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
+            path.unlink(missing_ok=True)
 
     def push_receipt(self) -> PushReceipt | None:
         """What the last push brought this worker; None where it failed."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.batches import TokenRows
-from megatron_rl.interfaces import Pending, PushReceipt
+from megatron_rl.interfaces import Pending, PushPhase, PushReceipt
 
 
 class WeightMismatch(RuntimeError):
@@ -19,7 +22,7 @@ class WeightMismatch(RuntimeError):
 class WeightSender(Protocol):
     """The trainer's side of a push."""
 
-    def send(self, version: int) -> Pending[PushReceipt]:
+    def send(self, version: int, deadline_s: float) -> Pending[PushReceipt]:
         """Send the current weights."""
 
     def logprobs(self, batch: TokenRows, temperature: float) -> Pending[Tensor]:
@@ -29,88 +32,129 @@ class WeightSender(Protocol):
 class WeightReceiver(Protocol):
     """The engine's side of a push."""
 
-    def receive(self, version: int) -> Pending[PushReceipt]:
-        """Receive and load weights."""
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+        """Go through the next phase; a receipt comes of the transfer alone."""
 
-    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[float]]]:
-        """For each row the log-prob of each token given those before it, at temperature 1; 0.0 for the first."""
+    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
+        """By each engine, for each row: the log-prob of each token given those before it, at temperature 1; 0.0 for the
+        first.
+        """
 
 
+@dataclass(frozen=True, kw_only=True)
 class CheckedSync:
     """Push and check twice: that the same bytes arrived, and that both sides then say the same of fixed tokens.
 
-    The digest speaks of what arrived; only the probe speaks of what was loaded and is computed with.
+    The digest speaks of what arrived; only the probe speaks of what was loaded and is computed with. The engine is told
+    to commit the version after both: until then, and whatever fails, it is stale and generates nothing.
+
+    Attributes:
+        sender: the policy.
+        receiver: the engine.
+        probe: a handful of rows that both score in every push; its response mask says which tokens count.
+        probe_tolerance: largest mean absolute difference in log-prob, in nats.
+        phase_deadline_s: bound on each phase.
     """
 
-    def __init__(
-        self, sender: WeightSender, receiver: WeightReceiver, probe: TokenRows, probe_tolerance: float
-    ) -> None:
-        """Keep the parts.
+    sender: WeightSender
+    receiver: WeightReceiver
+    probe: TokenRows
+    probe_tolerance: float
+    phase_deadline_s: float
 
-        Args:
-            sender: the policy.
-            receiver: the engine.
-            probe: a handful of rows that both score after every push; its response mask says which tokens count.
-            probe_tolerance: largest mean absolute difference in log-prob, in nats.
+    def __post_init__(self) -> None:
+        """Check.
 
         Raises:
             ValueError: the probe marks no token.
         """
-        if not bool(probe.response_mask.any()):
+        if not bool(self.probe.response_mask.any()):
             raise ValueError("the probe's response_mask must mark at least one token to compare, it marks none")
-        self._sender = sender
-        self._receiver = receiver
-        self._probe = probe
-        self._tolerance = probe_tolerance
 
     def push(self, version: int) -> Mapping[str, float]:
         """Push the weights as ``version`` and check them.
 
         Returns:
-            ``bytes`` sent, and ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats).
+            ``bytes`` sent; ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats); for each phase,
+            as in ``transfer_s``, its seconds.
 
         Raises:
             WeightMismatch: the receipts differ, or the probe does by more than its tolerance.
-            Exception: what a side raised; where both failed, the other side's error is a note on it.
+            Exception: what a side raised, with a note that names the phase; where both failed, the other side's error
+                is a note on it.
         """
-        sent, received = _both(
-            {"the trainer": self._sender.send(version), "the engine": self._receiver.receive(version)}
-        )
-        if sent != received or sent.version != version:
-            raise WeightMismatch(
-                f"version {version}: both sides must report the same, the trainer sent {sent}, "
-                f"the engine received {received}"
-            )
-        return {"bytes": float(sent.size_bytes), **self._compare_probe(version)}
+        found: dict[str, float] = {}
+        for phase in PushPhase:
+            if phase is PushPhase.COMMIT:
+                found |= self._compare_probe(version)
+            started = time.monotonic()
+            with _named(phase, version):
+                entered = {"the engine": self.receiver.advance(phase, version, self.phase_deadline_s)}
+                if phase is PushPhase.TRANSFER:
+                    sending = {"the trainer": self.sender.send(version, self.phase_deadline_s)}
+                    found["bytes"] = _same(version, *_all(sending | entered))
+                else:
+                    _all(entered)
+            found[f"{phase.value}_s"] = time.monotonic() - started
+        return found
 
     def _compare_probe(self, version: int) -> dict[str, float]:
-        probe = self._probe
+        probe = self.probe
         lengths = probe.lengths.tolist()
         rows = [tokens[:length] for tokens, length in zip(probe.tokens.tolist(), lengths, strict=True)]
-        trainer, scores = _both(
-            {"the trainer": self._sender.logprobs(probe, 1.0), "the engine": self._receiver.score(rows)}
+        trainer, by_engine = _all(
+            {"the trainer": self.sender.logprobs(probe, 1.0), "the engine": self.receiver.score(rows)}
         )
-        if [len(score) for score in scores] != lengths:
-            raise WeightMismatch(
-                f"version {version}: the engine must score {lengths} probe tokens, got {[len(s) for s in scores]}"
-            )
-        engine = torch.zeros(probe.tokens.shape)
-        for row, score in enumerate(scores):
-            engine[row, : len(score)] = torch.tensor(score)
-        ours, theirs = trainer[probe.response_mask].float(), engine[probe.response_mask]
+        ours = trainer[probe.response_mask].float()
+        compared = [self._compare(version, ours, _marked(version, probe, scores)) for scores in by_engine]
+        return {name: max(found[name] for found in compared) for name in compared[0]}
+
+    def _compare(self, version: int, ours: Tensor, theirs: Tensor) -> dict[str, float]:
         difference = (ours - theirs).abs()
         mean, worst = float(difference.mean()), int(difference.argmax())
-        if not mean <= self._tolerance:  # so that not-a-number fails, too
+        if not mean <= self.probe_tolerance:  # so that not-a-number fails, too
             raise WeightMismatch(
                 f"version {version}: the engine does not compute with the weights that it received: the log-probs of "
-                f"{len(ours)} probe tokens differ by {mean:.3g} in the mean (at most {self._tolerance:g} allowed) and "
-                f"{float(difference[worst]):.3g} at worst (trainer {float(ours[worst]):.6g}, "
+                f"{len(ours)} probe tokens differ by {mean:.3g} in the mean (at most {self.probe_tolerance:g} allowed) "
+                f"and {float(difference[worst]):.3g} at worst (trainer {float(ours[worst]):.6g}, "
                 f"engine {float(theirs[worst]):.6g})"
             )
         return {"probe_mean_abs": mean, "probe_max_abs": float(difference[worst])}
 
 
-def _both(pending: Mapping[str, Pending[Any]]) -> list[Any]:
+def _marked(version: int, probe: TokenRows, scores: Sequence[Sequence[float]]) -> Tensor:
+    """[tokens] f32: one engine's log-probs of the probe's marked tokens."""
+    lengths = probe.lengths.tolist()
+    if [len(score) for score in scores] != lengths:
+        raise WeightMismatch(
+            f"version {version}: the engine must score {lengths} probe tokens, got {[len(s) for s in scores]}"
+        )
+    whole = torch.zeros(probe.tokens.shape)
+    for row, score in enumerate(scores):
+        whole[row, : len(score)] = torch.tensor(score)
+    return whole[probe.response_mask]
+
+
+def _same(version: int, sent: PushReceipt, received: PushReceipt) -> float:
+    """The bytes of a push of which both sides say the same."""
+    if sent != received or sent.version != version:
+        raise WeightMismatch(
+            f"version {version}: both sides must report the same, the trainer sent {sent}, the engine received "
+            f"{received}"
+        )
+    return float(sent.size_bytes)
+
+
+@contextmanager
+def _named(phase: PushPhase, version: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in phase {phase.value} of the push of version {version}; the engine is stale")
+        raise
+
+
+def _all(pending: Mapping[str, Pending[Any]]) -> list[Any]:
     """Wait for all, also after one has failed: its cause may lie with the other, which must not be left at work."""
     results, failures = [], []
     for side, handle in pending.items():

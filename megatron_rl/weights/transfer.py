@@ -1,25 +1,31 @@
-"""Move named tensors from the trainer's rank 0 to every worker of the engine.
+"""Move named tensors from the trainer's rank 0 to every worker of the engines.
 
 The sender and the receivers make a process group of their own, beside whatever default group each process has. What
-travels is data only, JSON headers and raw bytes, as a sequence of messages that rank 0 broadcasts:
+travels is data only, JSON headers and raw bytes, as a sequence of messages from rank 0 to each receiver:
 
-* DATA: names, types and shapes of some tensors, then their bytes end to end;
+* DATA: names, types and shapes of some tensors, or of pieces of them; their bytes travel as a bucket of bounded size,
+  the way that the :class:`Transport` says, and each receiver confirms when it has taken them;
 * END: how many tensors and bytes there were;
 * ABORT: why the sender gives up, so that nobody waits for the rest.
+
+Messages and confirmations go to and from one rank at a time, so that whoever does not answer is known by its rank.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from enum import IntEnum
-from typing import Any
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,7 +34,9 @@ from torch import Tensor
 
 from megatron_rl.interfaces import PushReceipt
 
-_ALIGNMENT = 16  # a tensor can only be viewed in the received bytes where its type's size divides its offset
+_SHARED_MEMORY = Path("/dev/shm")
+_AHEAD = 2
+"""Buckets that may be under way: the sender fills one while receivers take the one before."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -51,10 +59,49 @@ class TransferError(RuntimeError):
     """Tensors did not get from the sender to a receiver."""
 
 
+class Transport(Enum):
+    """How the bytes of a bucket get from the sender to the receivers."""
+
+    SHARED_MEMORY = "shared memory"
+    """The receivers read them where the sender wrote them; all on one host."""
+    GLOO = "gloo"
+    """TCP, from CPU to CPU."""
+    NCCL = "nccl"
+    """From GPU to GPU, different ones."""
+
+
+def choose_transport(sender: str, receivers: Sequence[str], *, cuda: bool) -> Transport:
+    """The fastest one that works.
+
+    Args:
+        sender: its host.
+        receivers: their hosts.
+        cuda: whether tensors live on GPUs; then the sender's is not a receiver's.
+    """
+    if cuda:
+        return Transport.NCCL
+    return Transport.SHARED_MEMORY if set(receivers) <= {sender} else Transport.GLOO
+
+
 class _Kind(IntEnum):
     DATA = 0
     END = 1
     ABORT = 2
+
+
+class _Piece(NamedTuple):
+    """Some bytes of a tensor: as many as go into one bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    @property
+    def whole(self) -> int:
+        """Size of the tensor, in bytes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -93,132 +140,167 @@ class Channel:
     """One sender and its receivers, joined for as many pushes as there are. Not for several threads.
 
     After an error other than an abort by the sender the two ends may be out of step: close it and join again.
+
+    Attributes:
+        transport: how the bytes travel.
     """
 
-    def __init__(self, group: Any, *, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
-        """Use :meth:`join`."""
-        self._group = group
-        self._rank = rank
-        self._peers = "rank 0, the sender" if rank else f"the receivers, ranks 1 to {world_size - 1}"
-        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
-        self._timeout_s = timeout_s
+    def __init__(self, messages: _Messages, buckets: _Buckets, transport: Transport, bucket_bytes: int) -> None:
+        """Use :meth:`open` or :meth:`join`."""
+        self.transport = transport
+        self._messages = messages
+        self._buckets: _Buckets | None = buckets
+        self._bucket_bytes = bucket_bytes
 
     @classmethod
-    def join(
-        cls, at: Listener | tuple[str, int], *, rank: int, world_size: int, timeout_s: float, backend: str = "gloo"
+    def open(
+        cls,
+        listener: Listener,
+        *,
+        world_size: int,
+        timeout_s: float,
+        transport: Transport = Transport.GLOO,
+        bucket_bytes: int = 32 << 20,
     ) -> Channel:
-        """Meet the others; returns when all have joined.
+        """Meet the receivers, as the sender, rank 0; returns when all have joined.
 
         Args:
-            at: the sender's own listener; for a receiver its host and port.
-            rank: 0 for the sender.
+            listener: the sender's own.
             world_size: sender and receivers together, at least 2.
-            timeout_s: bound on joining, and later on every wait for a message.
-            backend: ``gloo``, or ``nccl`` where tensors are sent from GPU to GPU.
+            timeout_s: bound on joining, and later on every wait for one receiver; theirs is the same.
+            transport: how bytes travel.
+            bucket_bytes: size of a bucket; two of them bound what is under way.
 
         Raises:
-            TransferError: somebody did not come in time, or joined with another world size.
+            TransferError: somebody did not come in time, joined with another world size, or cannot reach the memory.
             ValueError: an argument is wrong.
         """
-        if (rank == 0) != isinstance(at, Listener) or not 0 <= rank < world_size or world_size < 2:
+        if world_size < 2 or bucket_bytes < 1:
             raise ValueError(
-                "the sender joins at its own listener as rank 0, a receiver at (host, port) as a rank from 1 to "
-                f"world_size - 1; got rank {rank} of {world_size} at {at}"
+                f"there must be a receiver (world_size >= 2) and bytes in a bucket, got {world_size}, {bucket_bytes}"
             )
-        deadline = time.monotonic() + timeout_s
-        if isinstance(at, Listener):
-            host, port, store = at.host, at.port, at._store
-        else:
-            host, port = at
-            store = _connect(host, port, timeout_s)
-        _meet(store, f"{host}:{port}", rank, world_size, deadline, timeout_s)
-        wait = timedelta(seconds=timeout_s)
-        store.set_timeout(wait)
+        memory = _SharedMemory.create(bucket_bytes) if transport is Transport.SHARED_MEMORY else None
         try:
-            group = _make_group(dist.PrefixStore("channel", store), host, rank, world_size, wait, backend)
-        except RuntimeError as error:
-            raise TransferError(f"rank {rank} found all others at {host}:{port}, then lost one: {error}") from error
-        return cls(group, rank=rank, world_size=world_size, backend=backend, timeout_s=timeout_s)
+            offer = _Offer(transport.value, bucket_bytes, timeout_s, None if memory is None else str(memory.path))
+            listener._store.set("offer", json.dumps(asdict(offer)))
+            messages = _Messages.meet(listener._store, listener.host, listener.port, 0, world_size, timeout_s)
+            if memory is not None:
+                for rank in range(1, world_size):  # each has it open
+                    messages.receive(rank, torch.empty(1, dtype=torch.int64), "joining: the shared memory")
+        finally:
+            if memory is not None:
+                memory.path.unlink()  # whoever has it open keeps it; nothing is left whichever way this process ends
+        buckets = memory or _buckets_over(transport, messages, listener._store, bucket_bytes)
+        return cls(messages, buckets, transport, bucket_bytes)
 
-    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, chunk_bytes: int = 64 << 20) -> PushReceipt:
+    @classmethod
+    def join(cls, at: tuple[str, int], *, rank: int, world_size: int, timeout_s: float) -> Channel:
+        """Meet the sender and the other receivers; returns when all have joined.
+
+        Args:
+            at: host and port of the sender's listener.
+            rank: from 1.
+            world_size: sender and receivers together.
+            timeout_s: bound on joining.
+
+        Raises:
+            TransferError: somebody did not come in time, joined with another world size, or the sender's shared memory
+                is not there.
+            ValueError: an argument is wrong.
+        """
+        if not 1 <= rank < world_size:
+            raise ValueError(f"a receiver's rank must be from 1 to world_size - 1, got {rank} of {world_size}")
+        host, port = at
+        store = _connect(host, port, timeout_s)
+        messages = _Messages.meet(store, host, port, rank, world_size, timeout_s)
+        offer = _Offer(**json.loads(store.get("offer")))
+        messages.timeout_s = offer.timeout_s
+        transport = Transport(offer.transport)
+        if offer.memory is None:
+            buckets: _Buckets = _buckets_over(transport, messages, store, offer.bucket_bytes)
+        else:
+            buckets = _SharedMemory.open(Path(offer.memory), offer.bucket_bytes)
+            messages.send(0, torch.zeros(1, dtype=torch.int64), "joining: the shared memory")
+        return cls(messages, buckets, transport, offer.bucket_bytes)
+
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> PushReceipt:
         """Send tensors to every receiver; an exception of the iterable reaches them as an abort.
 
         Args:
             version: the receivers must ask for the same.
             tensors: name and tensor, consumed one by one.
-            chunk_bytes: tensors travel together up to this size; a larger one travels alone.
 
         Returns:
-            what was sent.
+            what was sent; every receiver has taken it.
 
         Raises:
             TransferError: a receiver is gone or does not take the data in time.
             Exception: what ``tensors`` raised.
         """
-        if self._rank:
-            raise ValueError(f"only rank 0 sends, this is rank {self._rank}")
-        digest = _Digest()
+        if self._messages.rank:
+            raise ValueError(f"only rank 0 sends, this is rank {self._messages.rank}")
+        digest, sent = _Digest(), _Sent(self._messages)
         try:
-            for chunk in _chunks(tensors, chunk_bytes):
-                meta = [_meta(name, tensor) for name, tensor in chunk]
-                payload = _pack([tensor for _, tensor in chunk], self._device)
-                digest.update(meta, payload)
-                self._broadcast_message(_Kind.DATA, {"version": version, "tensors": meta}, version)
-                self._broadcast(payload, version)
+            for bucket in _cut(tensors, self._bucket_bytes):
+                self._send_bucket(version, bucket, sent, digest)
         except TransferError:
             raise  # the group is broken: there is nobody to tell
         except BaseException as error:
             with suppress(TransferError):
                 reason = f"{type(error).__name__}: {error}"
-                self._broadcast_message(_Kind.ABORT, {"version": version, "reason": reason}, version)
+                self._tell(_Kind.ABORT, {"version": version, "reason": reason}, f"version {version}: giving up")
+                sent.wait(0)
             raise
         receipt = digest.receipt(version)
         counts = {"version": version, "tensors": receipt.tensors, "size_bytes": receipt.size_bytes}
-        self._broadcast_message(_Kind.END, counts, version)
+        self._tell(_Kind.END, counts, f"version {version}: the end")
+        sent.wait(0)
         return receipt
+
+    def _send_bucket(self, version: int, bucket: Sequence[tuple[_Piece, Tensor]], sent: _Sent, digest: _Digest) -> None:
+        where = f"version {version}: {_names([piece for piece, _ in bucket])}"
+        sent.wait(_AHEAD - 1)
+        staging = self._opened().staging(sent.count)
+        pieces, size = [piece for piece, _ in bucket], 0
+        for piece, content in bucket:
+            part = staging[size : size + piece.size]
+            part.copy_(content)
+            digest.update(piece, part)
+            size += piece.size
+        self._tell(_Kind.DATA, {"version": version, "pieces": pieces}, where)
+        self._opened().send(staging[:size], where)
+        sent.add(where)
 
     def receive(self, version: int) -> Reception:
         """Receive what the sender sends as ``version``; errors come while the result is iterated."""
-        if not self._rank:
+        if not self._messages.rank:
             raise ValueError("rank 0 sends, only the others receive")
         return Reception(self, version)
 
     def close(self) -> None:
         """Leave the group; whoever still waits for this process gets an error."""
-        self._group = None
+        self._messages.close()
+        self._buckets = None
 
-    def _broadcast_message(self, kind: _Kind, header: Mapping[str, Any], version: int) -> None:
+    def _opened(self) -> _Buckets:
+        if self._buckets is None:
+            raise TransferError("the channel is closed; join again")
+        return self._buckets
+
+    def _tell(self, kind: _Kind, header: Mapping[str, Any], where: str) -> None:
         body = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-        self._broadcast(torch.tensor([kind, len(body)]), version)
-        self._broadcast(body, version)
+        for part in (torch.tensor([kind, len(body)]), body):
+            self._messages.send_all(part, where)
 
-    def _next_message(self, version: int) -> tuple[_Kind, dict[str, Any]]:
-        kind, length = self._broadcast(torch.empty(2, dtype=torch.int64), version).tolist()
-        body = self._broadcast(torch.empty(length, dtype=torch.uint8), version)
-        header: dict[str, Any] = json.loads(body.cpu().numpy().tobytes())
+    def _next_message(self, where: str) -> tuple[_Kind, dict[str, Any]]:
+        kind, length = self._messages.receive(0, torch.empty(2, dtype=torch.int64), where).tolist()
+        body = self._messages.receive(0, torch.empty(length, dtype=torch.uint8), where)
+        header: dict[str, Any] = json.loads(body.numpy().tobytes())
         return _Kind(kind), header
-
-    def _broadcast(self, tensor: Tensor, version: int) -> Tensor:
-        """From rank 0; gives the tensor as it is on the channel's device."""
-        if self._group is None:
-            raise TransferError(f"version {version}: the channel is closed; join again")
-        moved = tensor.to(self._device)
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        started = time.monotonic()
-        try:
-            self._group.broadcast([moved], options).wait(timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            waited = time.monotonic() - started
-            raise TransferError(
-                f"version {version}: rank {self._rank} waited {waited:.1f} s (at most {self._timeout_s:g}) for "
-                f"{self._peers}: {str(error).splitlines()[0]}"
-            ) from error
-        return moved
 
 
 class Reception(Iterator[tuple[str, Tensor]]):
-    """The tensors of one push as they arrive: iterate it once.
+    """The tensors of one push as they arrive, each in memory of its own: iterate it once.
 
     Attributes:
         receipt: what arrived; None until the iteration has come to its end.
@@ -248,23 +330,34 @@ class Reception(Iterator[tuple[str, Tensor]]):
     def _arriving(self) -> Iterator[tuple[str, Tensor]]:
         digest, channel, version = _Digest(), self._channel, self._version
         stranger: int | None = None
+        content = torch.empty(0, dtype=torch.uint8)
+        count, last, taken = 0, "the first tensor", _Taken(channel._messages)
         while True:
-            kind, header = channel._next_message(version)
+            kind, header = channel._next_message(f"version {version}: {last}")
             if header["version"] != version:
                 stranger = header["version"]
+            if kind is not _Kind.DATA:
+                taken.wait(0)
             if kind is _Kind.ABORT:
                 raise TransferError(f"version {header['version']}: the sender gave up: {header['reason']}")
             if kind is _Kind.END:
                 break
-            meta = header["tensors"]
-            offsets, size = _layout(meta)
-            payload = channel._broadcast(torch.empty(size, dtype=torch.uint8, device=channel._device), version)
-            if stranger is not None:
-                continue  # heard to its end, so that the sender is not left waiting
-            digest.update(meta, payload)
-            for (name, dtype, shape), offset in zip(meta, offsets, strict=True):
-                part = payload[offset : offset + _size_bytes(dtype, shape)]
-                yield name, part.view(_DTYPES[dtype]).view(shape)
+            pieces = [_Piece(*fields) for fields in header["pieces"]]
+            where = f"version {version}: {_names(pieces)}"
+            staging = channel._opened().staging(count)[: sum(piece.size for piece in pieces)]
+            channel._opened().receive(staging, where)
+            # a stranger is heard to its end, so that the sender is not left waiting
+            for piece, part in zip(pieces, staging.split([piece.size for piece in pieces]), strict=True):
+                if stranger is not None:
+                    continue
+                digest.update(piece, part)
+                if piece.start == 0:
+                    content = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
+                content[piece.start : piece.start + piece.size] = part
+                if piece.start + piece.size == piece.whole:
+                    yield piece.name, content.view(_DTYPES[piece.dtype]).view(tuple(piece.shape))
+            taken.confirm(where)
+            count, last = count + 1, f"what follows {pieces[-1].name}"
         if stranger is not None:
             raise TransferError(f"asked for version {version}, the sender sends version {stranger}")
         receipt = digest.receipt(version)
@@ -276,6 +369,213 @@ class Reception(Iterator[tuple[str, Tensor]]):
         self.receipt = receipt
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """What the sender tells receivers before they join."""
+
+    transport: str
+    bucket_bytes: int
+    timeout_s: float
+    memory: str | None
+
+
+class _Messages:
+    """Small tensors between rank 0 and one receiver at a time, each within the deadline."""
+
+    def __init__(self, group: Any, rank: int, world_size: int, timeout_s: float) -> None:
+        self.rank = rank
+        self.receivers = range(1, world_size)
+        self.timeout_s = timeout_s
+        self._group = group
+
+    @classmethod
+    def meet(cls, store: Any, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> _Messages:
+        deadline = time.monotonic() + timeout_s
+        _meet(store, f"{host}:{port}", rank, world_size, deadline, timeout_s)
+        wait = timedelta(seconds=timeout_s)
+        store.set_timeout(wait)
+        try:
+            group = _gloo_group(dist.PrefixStore("channel", store), host, rank, world_size, wait)
+        except RuntimeError as error:
+            raise TransferError(f"rank {rank} found all others at {host}:{port}, then lost one: {error}") from error
+        return cls(group, rank, world_size, timeout_s)
+
+    def send(self, to: int, tensor: Tensor, where: str) -> None:
+        self.wait(self.open(where).send([tensor], to, 0), to, where)
+
+    def send_all(self, tensor: Tensor, where: str) -> None:
+        """To each receiver, at the same time."""
+        works = [(rank, self.open(where).send([tensor], rank, 0)) for rank in self.receivers]
+        for rank, work in works:
+            self.wait(work, rank, where)
+
+    def receive(self, source: int, into: Tensor, where: str) -> Tensor:
+        self.wait(self.open(where).recv([into], source, 0), source, where)
+        return into
+
+    def wait(self, work: Any, peer: int | None, where: str) -> None:
+        started = time.monotonic()
+        try:
+            work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            whom = {0: "rank 0, the sender", None: f"the receivers, ranks 1 to {self.receivers[-1]}"}
+            raise TransferError(
+                f"{where}: rank {self.rank} waited {waited:.1f} s (at most {self.timeout_s:g}) for "
+                f"{whom.get(peer, f'rank {peer}, a receiver')}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def open(self, where: str) -> Any:
+        if self._group is None:
+            raise TransferError(f"{where}: the channel is closed; join again")
+        return self._group
+
+    def close(self) -> None:
+        self._group = None
+
+
+class _Sent:
+    """The buckets of one push that receivers have yet to confirm."""
+
+    def __init__(self, messages: _Messages) -> None:
+        self.count = 0
+        self._messages = messages
+        self._open: list[str] = []
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        self._open.append(where)
+
+    def wait(self, most: int) -> None:
+        """Until at most so many are open."""
+        while len(self._open) > most:
+            where = self._open.pop(0)
+            for rank in self._messages.receivers:
+                self._messages.receive(rank, torch.empty(1, dtype=torch.int64), where)
+
+
+class _Taken:
+    """A receiver's confirmations, as many under way as there are buckets: gloo ends a send when the other side asks for
+    it, and the sender has something to send before it asks.
+    """
+
+    def __init__(self, messages: _Messages) -> None:
+        self._messages = messages
+        self._token = torch.zeros(1, dtype=torch.int64)
+        self._under_way: list[tuple[Any, str]] = []
+
+    def confirm(self, where: str) -> None:
+        self.wait(_AHEAD - 1)
+        self._under_way.append((self._messages.open(where).send([self._token], 0, 0), where))
+
+    def wait(self, most: int) -> None:
+        """Until at most so many are under way."""
+        while len(self._under_way) > most:
+            work, where = self._under_way.pop(0)
+            self._messages.wait(work, 0, where)
+
+
+class _Buckets(Protocol):
+    """One end of a transport."""
+
+    def staging(self, number: int) -> Tensor:
+        """Where the sender fills bucket ``number`` (from 0 in each push) and a receiver finds it: bytes."""
+
+    def send(self, content: Tensor, where: str) -> None:
+        """Get what is in the staging to the receivers, who were told its size."""
+
+    def receive(self, into: Tensor, where: str) -> None:
+        """Fill the staging."""
+
+
+class _SharedMemory:
+    """Two buckets in memory that the sender and all receivers map."""
+
+    def __init__(self, path: Path, bucket_bytes: int) -> None:
+        self.path = path
+        size = _AHEAD * bucket_bytes
+        self._memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8).view(_AHEAD, bucket_bytes)
+
+    @classmethod
+    def create(cls, bucket_bytes: int) -> _SharedMemory:
+        path = _SHARED_MEMORY / f"megatron_rl-{os.getpid()}-{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, _AHEAD * bucket_bytes)  # else a full one is a SIGBUS at some write
+            return cls(path, bucket_bytes)
+        except OSError as error:
+            path.unlink()
+            raise TransferError(
+                f"{_SHARED_MEMORY} must have room for {_AHEAD} buckets of {bucket_bytes} bytes: {error}; enlarge it or "
+                "make buckets smaller"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def open(cls, path: Path, bucket_bytes: int) -> _SharedMemory:
+        if not path.is_file():
+            raise TransferError(
+                f"the sender's shared memory must be on this host, there is no {path}: the two go by one host name, so "
+                f"give them one {_SHARED_MEMORY} (containers) or two names"
+            )
+        return cls(path, bucket_bytes)
+
+    def staging(self, number: int) -> Tensor:
+        return self._memory[number % _AHEAD]
+
+    def send(self, content: Tensor, where: str) -> None:
+        """The receivers see it already."""
+
+    def receive(self, into: Tensor, where: str) -> None:
+        """It is there already."""
+
+
+class _GlooBuckets:
+    """A buffer at each end, and one transfer to each receiver."""
+
+    def __init__(self, messages: _Messages, bucket_bytes: int) -> None:
+        self._messages = messages
+        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8)
+
+    def staging(self, number: int) -> Tensor:
+        return self._buffer
+
+    def send(self, content: Tensor, where: str) -> None:
+        self._messages.send_all(content, where)
+
+    def receive(self, into: Tensor, where: str) -> None:
+        self._messages.receive(0, into, where)
+
+
+class _NcclBuckets:
+    """A buffer on each GPU, and a broadcast over a group of their own."""
+
+    def __init__(self, messages: _Messages, store: Any, bucket_bytes: int) -> None:
+        nccl: Any = dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = timedelta(seconds=messages.timeout_s)
+        self._group = nccl(dist.PrefixStore("nccl", store), messages.rank, len(messages.receivers) + 1, options)
+        self._messages = messages
+        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device="cuda")
+
+    def staging(self, number: int) -> Tensor:
+        return self._buffer
+
+    def send(self, content: Tensor, where: str) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._messages.wait(self._group.broadcast([content], options), 0 if self._messages.rank else None, where)
+
+    receive = send  # a broadcast is the same call at both ends
+
+
+def _buckets_over(transport: Transport, messages: _Messages, store: Any, bucket_bytes: int) -> _Buckets:
+    if transport is Transport.NCCL:
+        return _NcclBuckets(messages, store, bucket_bytes)
+    return _GlooBuckets(messages, bucket_bytes)
+
+
 class _Digest:
     """Counts and hashes tensors in order."""
 
@@ -284,15 +584,14 @@ class _Digest:
         self._tensors = 0
         self._size_bytes = 0
 
-    def update(self, meta: Sequence[Any], payload: Tensor) -> None:
-        """Take in the tensors of one chunk."""
-        content: Any = payload.cpu().numpy()
-        for (name, dtype, shape), offset in zip(meta, _layout(meta)[0], strict=True):
-            size = _size_bytes(dtype, shape)
-            self._hash.update(json.dumps([name, dtype, list(shape)]).encode())
-            self._hash.update(content[offset : offset + size])
+    def update(self, piece: _Piece, content: Tensor) -> None:
+        """Take in the next bytes."""
+        if piece.start == 0:
+            self._hash.update(json.dumps([piece.name, piece.dtype, piece.shape]).encode())
             self._tensors += 1
-            self._size_bytes += size
+        array: Any = content.cpu().numpy()
+        self._hash.update(array)
+        self._size_bytes += piece.size
 
     def receipt(self, version: int) -> PushReceipt:
         return PushReceipt(
@@ -300,47 +599,31 @@ class _Digest:
         )
 
 
-def _meta(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...]]:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name}: type must be one of {', '.join(_DTYPES)}, got {dtype}")
-    return name, dtype, tuple(tensor.shape)
-
-
-def _size_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return math.prod(shape) * _DTYPES[dtype].itemsize
-
-
-def _layout(meta: Sequence[Any]) -> tuple[list[int], int]:
-    """Where each tensor of a chunk starts, and the size of the chunk, in bytes."""
-    offsets, size = [], 0
-    for _, dtype, shape in meta:
-        offsets.append(size)
-        size += -(-_size_bytes(dtype, shape) // _ALIGNMENT) * _ALIGNMENT
-    return offsets, size
-
-
-def _chunks(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    chunk: list[tuple[str, Tensor]] = []
-    size = 0
+def _cut(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[_Piece, Tensor]]]:
+    """Buckets of at most ``bucket_bytes``, each but the last full: pieces and their bytes."""
+    bucket: list[tuple[_Piece, Tensor]] = []
+    room = bucket_bytes
     for name, tensor in tensors:
-        if chunk and size + tensor.nbytes > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((name, tensor))
-        size += tensor.nbytes
-    if chunk:
-        yield chunk
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name}: type must be one of {', '.join(_DTYPES)}, got {dtype}")
+        content, start = tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0
+        while True:
+            size = min(room, len(content) - start)
+            bucket.append((_Piece(name, dtype, tuple(tensor.shape), start, size), content[start : start + size]))
+            start, room = start + size, room - size
+            if room == 0:
+                yield bucket
+                bucket, room = [], bucket_bytes
+            if start == len(content):
+                break
+    if bucket:
+        yield bucket
 
 
-def _pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The bytes of a chunk, each tensor padded to the alignment."""
-    parts = []
-    for tensor in tensors:
-        content = tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8)
-        padding = -content.numel() % _ALIGNMENT
-        parts += [content, content.new_zeros(padding)] if padding else [content]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _names(pieces: Sequence[_Piece]) -> str:
+    first, last = pieces[0].name, pieces[-1].name
+    return first if first == last else f"{first} to {last}"
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -374,15 +657,8 @@ def _meet(store: Any, where: str, rank: int, world_size: int, deadline: float, t
             raise TransferError(f"rank {rank} joined with world_size {world_size}, rank {other} with {theirs}")
 
 
-def _make_group(store: Any, host: str, rank: int, world_size: int, wait: timedelta, backend: str) -> Any:
+def _gloo_group(store: Any, host: str, rank: int, world_size: int, wait: timedelta) -> Any:
     """A process group that torch.distributed does not list, so that it is nobody's default."""
-    if backend == "nccl":
-        nccl: Any = dist.ProcessGroupNCCL
-        options = nccl.Options()
-        options._timeout = wait
-        return nccl(store, rank, world_size, options)
-    if backend != "gloo":
-        raise ValueError(f"backend must be gloo or nccl, got {backend!r}")
     if host not in ("::1", "localhost") and not host.startswith("127."):
         return dist.ProcessGroupGloo(store, rank, world_size, wait)  # interface: GLOO_SOCKET_IFNAME, or the host's name
     gloo: Any = dist.ProcessGroupGloo

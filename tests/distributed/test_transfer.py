@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,12 +15,21 @@ import torch
 from torch import Tensor
 
 from megatron_rl.interfaces import PushReceipt
-from megatron_rl.weights.transfer import Channel, TransferError, listen
+from megatron_rl.weights.transfer import (
+    Channel,
+    Listener,
+    TransferError,
+    Transport,
+    _SharedMemory,
+    choose_transport,
+    listen,
+)
 
 TIMEOUT_S = 20.0
 LARGE = [("large", torch.zeros(64 << 20, dtype=torch.uint8))]  # more than the sockets hold
 _kept: list[Channel] = []
-"""The channel of a receiving process, between two calls."""
+"""The channel of another process, between two calls."""
+_listening: list[Listener] = []
 
 
 def join(port: int, rank: int, world_size: int, timeout_s: float) -> None:
@@ -43,6 +54,26 @@ def receive_nothing(seconds: float) -> None:
 
 def die() -> None:
     os._exit(9)
+
+
+def start_to_listen() -> int:
+    _listening[:] = [listen("127.0.0.1")]
+    return _listening[0].port
+
+
+def open_as_sender(transport: Transport) -> None:
+    _kept[:] = [
+        Channel.open(_listening[0], world_size=2, timeout_s=TIMEOUT_S, transport=transport, bucket_bytes=1 << 20)
+    ]
+
+
+def send_one_bucket_and_die() -> None:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield "large", torch.zeros(1 << 20, dtype=torch.uint8)
+        time.sleep(1.0)  # until the receiver waits for the next
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _kept[0].send(1, tensors())
 
 
 def reason_of_failure(version: int) -> str:
@@ -83,11 +114,25 @@ def receivers() -> Iterator[list[ProcessPoolExecutor]]:
         yield [first, second]
 
 
-def connected(receivers: list[ProcessPoolExecutor], timeout_s: float = TIMEOUT_S) -> Channel:
+@pytest.fixture(params=[Transport.SHARED_MEMORY, Transport.GLOO], ids=lambda transport: transport.name)
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """Every test that asks for it holds for each transport that a CPU has."""
+    found: Transport = request.param
+    return found
+
+
+def connected(
+    receivers: list[ProcessPoolExecutor],
+    transport: Transport = Transport.SHARED_MEMORY,
+    timeout_s: float = TIMEOUT_S,
+    bucket_bytes: int = 1 << 20,
+) -> Channel:
     listener = listen("127.0.0.1")
     world = len(receivers) + 1
-    joining = [pool.submit(join, listener.port, rank, world, timeout_s) for rank, pool in enumerate(receivers, 1)]
-    channel = Channel.join(listener, rank=0, world_size=world, timeout_s=timeout_s)
+    joining = [pool.submit(join, listener.port, rank, world, TIMEOUT_S) for rank, pool in enumerate(receivers, 1)]
+    channel = Channel.open(
+        listener, world_size=world, timeout_s=timeout_s, transport=transport, bucket_bytes=bucket_bytes
+    )
     for pending in joining:
         pending.result(timeout=TIMEOUT_S)
     return channel
@@ -97,11 +142,13 @@ def on_all(receivers: list[ProcessPoolExecutor], function: object, *args: object
     return [pool.submit(function, *args) for pool in receivers]
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 4096, 64 << 20])
-def test_all_receivers_get_equal_tensors_and_receipts(receivers: list[ProcessPoolExecutor], chunk_bytes: int) -> None:
-    channel = connected(receivers)
+@pytest.mark.parametrize("bucket_bytes", [999, 4096, 8 << 20])  # within an element, within a tensor, all in one
+def test_all_receivers_get_equal_tensors_and_receipts(
+    receivers: list[ProcessPoolExecutor], transport: Transport, bucket_bytes: int
+) -> None:
+    channel = connected(receivers, transport, bucket_bytes=bucket_bytes)
     pending = on_all(receivers, receive, 7)
-    sent = channel.send(7, iter(tensors()), chunk_bytes=chunk_bytes)
+    sent = channel.send(7, iter(tensors()))
     for future in pending:
         received, receipt = future.result(timeout=TIMEOUT_S)
         assert receipt == sent
@@ -113,17 +160,17 @@ def test_all_receivers_get_equal_tensors_and_receipts(receivers: list[ProcessPoo
 
 
 def test_the_digest_depends_on_content_alone_and_on_all_of_it(receivers: list[ProcessPoolExecutor]) -> None:
-    channel = connected(receivers[:1])
-
-    def digest(content: list[tuple[str, Tensor]], chunk_bytes: int = 64 << 20) -> str:
+    def digest(content: list[tuple[str, Tensor]], transport: Transport = Transport.GLOO, bucket: int = 1 << 20) -> str:
+        channel = connected(receivers[:1], transport, bucket_bytes=bucket)
         pending = receivers[0].submit(receive, 1)
-        sent = channel.send(1, content, chunk_bytes=chunk_bytes)
+        sent = channel.send(1, content)
         assert pending.result(timeout=TIMEOUT_S)[1] == sent
         return sent.digest
 
     one = torch.ones(2, 2)
     original = digest([("a", one), ("b", one)])
-    assert digest([("a", one), ("b", one)], chunk_bytes=1) == original
+    assert digest([("a", one), ("b", one)], bucket=3) == original
+    assert digest([("a", one), ("b", one)], Transport.SHARED_MEMORY) == original
     others = [
         [("b", one), ("a", one)],
         [("a", one), ("c", one)],
@@ -135,8 +182,8 @@ def test_the_digest_depends_on_content_alone_and_on_all_of_it(receivers: list[Pr
     assert len({original, *map(digest, others)}) == 7
 
 
-def test_many_pushes_go_through_one_channel(receivers: list[ProcessPoolExecutor]) -> None:
-    channel = connected(receivers)
+def test_many_pushes_go_through_one_channel(receivers: list[ProcessPoolExecutor], transport: Transport) -> None:
+    channel = connected(receivers, transport)
     for version in range(3):
         pending = on_all(receivers, receive, version)
         channel.send(version, [("step", torch.full((4,), float(version)))])
@@ -148,9 +195,9 @@ def test_many_pushes_go_through_one_channel(receivers: list[ProcessPoolExecutor]
 
 
 def test_a_failing_source_reaches_the_receivers_and_the_channel_stays_usable(
-    receivers: list[ProcessPoolExecutor],
+    receivers: list[ProcessPoolExecutor], transport: Transport
 ) -> None:
-    channel = connected(receivers)
+    channel = connected(receivers, transport, bucket_bytes=4096)
 
     def failing() -> Iterator[tuple[str, Tensor]]:
         yield from tensors()
@@ -158,7 +205,7 @@ def test_a_failing_source_reaches_the_receivers_and_the_channel_stays_usable(
 
     pending = on_all(receivers, reason_of_failure, 1)
     with pytest.raises(ValueError, match="rank 3 is gone"):
-        channel.send(1, failing(), chunk_bytes=1)
+        channel.send(1, failing())
     for future in pending:
         assert future.result(timeout=TIMEOUT_S) == "version 1: the sender gave up: ValueError: rank 3 is gone"
     pending = on_all(receivers, receive, 2)
@@ -174,11 +221,13 @@ def test_a_type_that_cannot_travel_is_an_abort(receivers: list[ProcessPoolExecut
     assert "the sender gave up" in pending.result(timeout=TIMEOUT_S)
 
 
-def test_a_receiver_that_gives_up_keeps_nobody_waiting(receivers: list[ProcessPoolExecutor]) -> None:
-    channel = connected(receivers)
+def test_a_receiver_that_gives_up_keeps_nobody_waiting(
+    receivers: list[ProcessPoolExecutor], transport: Transport
+) -> None:
+    channel = connected(receivers, transport, bucket_bytes=4096)
     giving_up = receivers[0].submit(receive_one_and_give_up, 1)
     complete = receivers[1].submit(receive, 1)
-    sent = channel.send(1, tensors(), chunk_bytes=1)
+    sent = channel.send(1, tensors())
     assert giving_up.result(timeout=TIMEOUT_S) == "embedding"
     assert complete.result(timeout=TIMEOUT_S)[1] == sent
 
@@ -190,13 +239,13 @@ def test_another_version_than_asked_for_is_refused(receivers: list[ProcessPoolEx
     assert pending.result(timeout=TIMEOUT_S) == "asked for version 5, the sender sends version 4"
 
 
-def test_a_silent_sender_and_a_closed_one_are_named(receivers: list[ProcessPoolExecutor]) -> None:
-    channel = connected(receivers[:1], timeout_s=2.0)
+def test_a_silent_sender_and_a_closed_one_are_named(receivers: list[ProcessPoolExecutor], transport: Transport) -> None:
+    channel = connected(receivers[:1], transport, timeout_s=1.0)
     reason = receivers[0].submit(reason_of_failure, 3).result(timeout=TIMEOUT_S)
-    assert reason.startswith("version 3: rank 1 waited 2.")
-    assert "s (at most 2) for rank 0, the sender" in reason
+    assert reason.startswith("version 3: the first tensor: rank 1 waited 1.")
+    assert "s (at most 1) for rank 0, the sender" in reason
     channel.close()
-    channel = connected(receivers[:1])
+    channel = connected(receivers[:1], transport)
     pending = receivers[0].submit(reason_of_failure, 3)
     channel.close()
     started = time.monotonic()
@@ -206,22 +255,71 @@ def test_a_silent_sender_and_a_closed_one_are_named(receivers: list[ProcessPoolE
         channel.send(3, tensors())
 
 
-def test_a_receiver_that_does_not_listen_stops_the_sender(receivers: list[ProcessPoolExecutor]) -> None:
-    channel = connected(receivers[:1], timeout_s=2.0)
-    receivers[0].submit(receive_nothing, 3.0)
-    with pytest.raises(TransferError, match=r"waited 2\.\d s \(at most 2\) for the receivers, ranks 1 to 1"):
-        channel.send(1, LARGE)
+def test_a_stopped_receiver_is_named_with_the_tensor(
+    receivers: list[ProcessPoolExecutor], transport: Transport
+) -> None:
+    channel = connected(receivers, transport, timeout_s=1.0, bucket_bytes=1 << 20)
+    other = receivers[0].submit(reason_of_failure, 1)
+    stopped = receivers[1].submit(os.getpid).result(timeout=TIMEOUT_S)
+    receivers[1].submit(reason_of_failure, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with pytest.raises(TransferError, match=r"version 1: large: rank 0 waited 1\.\d s .* for rank 2, a receiver"):
+            channel.send(1, LARGE)
+        channel.close()
+        assert "for rank 0, the sender" in other.result(timeout=TIMEOUT_S)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
 
 
-def test_a_receiver_that_dies_stops_the_sender_at_once() -> None:
+def test_a_receiver_that_dies_stops_the_sender_at_once(transport: Transport) -> None:
     with pool_of(1) as pool:
         pool.submit(receive_nothing, 0.0).result(timeout=TIMEOUT_S)  # it is up
-        channel = connected([pool])
+        channel = connected([pool], transport)
         pool.submit(die)
         started = time.monotonic()
-        with pytest.raises(TransferError, match=r"version 1: rank 0 waited .* for the receivers, ranks 1 to 1"):
+        with pytest.raises(TransferError, match=r"version 1: large: rank 0 waited .* for rank 1, a receiver"):
             channel.send(1, LARGE)
         assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_a_killed_sender_is_named_at_once_and_leaves_no_memory_behind(
+    receivers: list[ProcessPoolExecutor], transport: Transport
+) -> None:
+    before = set(Path("/dev/shm").glob("megatron_rl-*"))
+    with pool_of(1) as pool:
+        port = pool.submit(start_to_listen).result(timeout=TIMEOUT_S)
+        opening = pool.submit(open_as_sender, transport)
+        receivers[0].submit(join, port, 1, 2, TIMEOUT_S).result(timeout=TIMEOUT_S)
+        opening.result(timeout=TIMEOUT_S)
+        pending = receivers[0].submit(reason_of_failure, 1)
+        pool.submit(send_one_bucket_and_die)
+        started = time.monotonic()
+        reason = pending.result(timeout=TIMEOUT_S)
+        assert reason.startswith("version 1: what follows large: rank 1 waited")
+        assert "for rank 0, the sender" in reason
+        assert time.monotonic() - started < TIMEOUT_S / 2
+    assert set(Path("/dev/shm").glob("megatron_rl-*")) == before
+
+
+def test_memory_that_is_not_on_this_host_is_told(receivers: list[ProcessPoolExecutor]) -> None:
+    with pytest.raises(TransferError, match=r"must be on this host, there is no /dev/shm/megatron_rl-0: "):
+        _SharedMemory.open(Path("/dev/shm/megatron_rl-0"), 10)
+
+
+def test_too_little_shared_memory_is_told_before_anything_is_sent() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    with pytest.raises(TransferError, match="/dev/shm must have room for 2 buckets of 1125899906842624 bytes"):
+        Channel.open(
+            listen("127.0.0.1"), world_size=2, timeout_s=1.0, transport=Transport.SHARED_MEMORY, bucket_bytes=1 << 50
+        )
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_the_transport_follows_from_the_places() -> None:
+    assert choose_transport("a", ["a", "a"], cuda=False) is Transport.SHARED_MEMORY
+    assert choose_transport("a", ["a", "b"], cuda=False) is Transport.GLOO
+    assert choose_transport("a", ["a"], cuda=True) is Transport.NCCL
 
 
 def test_whoever_does_not_join_is_named(receivers: list[ProcessPoolExecutor]) -> None:
@@ -229,7 +327,7 @@ def test_whoever_does_not_join_is_named(receivers: list[ProcessPoolExecutor]) ->
     joining = receivers[0].submit(join, listener.port, 2, 3, 0.5)
     found = r"rank 0 waited 0.5 s at 127.0.0.1:\d+ for ranks \[1\] of 3 \(0 is the sender\)"
     with pytest.raises(TransferError, match=found):
-        Channel.join(listener, rank=0, world_size=3, timeout_s=0.5)
+        Channel.open(listener, world_size=3, timeout_s=0.5)
     with pytest.raises(TransferError, match=r"for ranks \[.*1\] of 3"):
         joining.result(timeout=TIMEOUT_S)
 
@@ -243,15 +341,17 @@ def test_different_world_sizes_are_refused(receivers: list[ProcessPoolExecutor])
     listener = listen("127.0.0.1")
     joining = receivers[0].submit(join, listener.port, 1, 3, 2.0)
     with pytest.raises(TransferError, match="rank 0 joined with world_size 2, rank 1 with 3"):
-        Channel.join(listener, rank=0, world_size=2, timeout_s=TIMEOUT_S)
+        Channel.open(listener, world_size=2, timeout_s=TIMEOUT_S)
     with pytest.raises(TransferError, match="rank 1 joined with world_size 3, rank 0 with 2"):
         joining.result(timeout=TIMEOUT_S)
 
 
 def test_wrong_arguments_are_refused() -> None:
     listener = listen("127.0.0.1")
-    with pytest.raises(ValueError, match="the sender joins at its own listener as rank 0"):
-        Channel.join(listener, rank=1, world_size=2, timeout_s=1.0)
+    with pytest.raises(ValueError, match="must be from 1 to world_size - 1, got 0 of 2"):
+        Channel.join(("127.0.0.1", listener.port), rank=0, world_size=2, timeout_s=1.0)
+    with pytest.raises(ValueError, match="there must be a receiver"):
+        Channel.open(listener, world_size=1, timeout_s=1.0)
     with pytest.raises(TransferError, match=r"must be an address of this machine, got '192.0.2.1'"):
         listen("192.0.2.1")
 

@@ -15,9 +15,12 @@ import torch
 
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.interfaces import PushPhase
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check_machine
-from megatron_rl.ray_runtime.roles import HELD_TYPES
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy
 from megatron_rl.ray_runtime.workers import DeadlineExceeded, WorkerDied, WorkerFailed, WorkerGroup
+from megatron_rl.weights.sync import CheckedSync
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -49,6 +52,23 @@ class Recorder:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> None:
+        """As an engine does."""
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[tuple[int, ...]]) -> list[Rollout]:
+        """Samples whose text names this rank and their seed."""
+        return [
+            Rollout(
+                prompt=prompt,
+                samples=tuple(
+                    Sample(token_ids=(1,), logprobs=(0.0,), text=f"{self.rank} {seed}", finish=Finish.STOP)
+                    for seed in of_prompt
+                ),
+                policy_version=0,
+            )
+            for prompt, of_prompt in zip(prompts, seeds, strict=True)
+        ]
 
 
 def first(answers: list[object]) -> object:
@@ -107,6 +127,25 @@ def test_a_batch_is_sent_once_and_forgotten_when_newer_ones_come(group: WorkerGr
     assert group.call("remember", batch, finish=first).result()[1] == 6
 
 
+def test_several_engines_share_the_prompts_and_rollouts_come_back_in_order(group: WorkerGroup) -> None:
+    prompts = [
+        Prompt(id=str(i), token_ids=(1,) * length, answer="", source="") for i, length in enumerate((9, 1, 1, 8))
+    ]
+    seeds = [(10 * row, 10 * row + 1) for row in range(4)]
+    sampling = Sampling(temperature=1.0, max_tokens=1)
+    rollouts = RemoteEngine(group).generate(prompts, sampling, seeds)
+    # of 10, 2, 2 and 9 expected tokens a sample: the first with one of the short ones, the last with the other
+    assert [[sample.text for sample in rollout.samples] for rollout in rollouts] == [
+        ["0 0", "0 1"],
+        ["1 10", "1 11"],
+        ["0 20", "0 21"],
+        ["1 30", "1 31"],
+    ]
+    assert [rollout.prompt.id for rollout in rollouts] == ["0", "1", "2", "3"]
+    (alone,) = RemoteEngine(group).generate(prompts[:1], sampling, seeds[:1])
+    assert alone == rollouts[0]
+
+
 def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerGroup) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match=r"pair rank 1 failed in fail:(.|\n)*rank 1 was told to fail"):
@@ -120,6 +159,25 @@ def test_a_deadline_names_whom_it_waited_for(groups: dict[str, WorkerGroup]) -> 
     with pytest.raises(DeadlineExceeded, match=r"engine: sleep did not finish within its deadline; .* engine$"):
         engine.call("sleep", 2, finish=first).result()
     engine.deadline_s = 30
+
+
+def test_a_stopped_engine_ends_the_push_in_a_phase_that_is_named(groups: dict[str, WorkerGroup]) -> None:
+    engine = groups["engine"]
+    (birth,) = engine.births(10)
+    sync = CheckedSync(
+        sender=RemotePolicy(groups["pair"]),
+        receiver=RemoteEngine(engine),
+        probe=rows(1),
+        probe_tolerance=0.05,
+        phase_deadline_s=1.0,
+    )
+    os.kill(birth.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DeadlineExceeded, match=r"engine: advance did not finish .* waiting for engine") as caught:
+            sync.push(3)
+    finally:
+        os.kill(birth.pid, signal.SIGCONT)
+    assert caught.value.__notes__ == ["in phase drain of the push of version 3; the engine is stale"]
 
 
 def test_any_death_ends_every_wait_and_is_told_in_full(groups: dict[str, WorkerGroup]) -> None:

@@ -6,20 +6,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_rl.dataflow import Finish, Prompt, Sampling
-from megatron_rl.interfaces import PushReceipt
+from megatron_rl.interfaces import PushPhase, PushReceipt
 from megatron_rl.parity import Pair, ParityFailed, Tolerance, check_parity, parity_rows, place_distances
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.rules import Head
-from megatron_rl.weights.transfer import Channel, TransferError, listen
+from megatron_rl.weights.transfer import Channel, TransferError, Transport, listen
 from tests.distributed.parity_cases import Recorded, hugging_face
 
 TIMEOUT_S = 60.0
@@ -34,8 +36,8 @@ PROMPTS = [
 
 def serve(connection: Connection, spec: EngineSpec) -> None:
     """An engine in its process: what a worker of the runtime is."""
-    import psutil
-
+    # that worker is no child of multiprocessing: what its own children leave in /dev/shm goes when it ends
+    resource_tracker._resource_tracker._fd = None
     try:
         engine = start_engine(spec)
         sockets = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
@@ -64,15 +66,23 @@ class RemoteEngine:
     def __init__(self, spec: EngineSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(there, spec), daemon=True)
+        self.tensor = spec.tensor
+        # no daemon, which may have no workers of its own
+        self.process = context.Process(target=serve, args=(there, spec))
         self.process.start()
         self.listening = self.answer()
         self.connect()
 
     def connect(self) -> None:
-        listener = listen("127.0.0.1")
-        self.ask("join", "127.0.0.1", listener.port, 1, 2, TIMEOUT_S)
-        self.channel = Channel.join(listener, rank=0, world_size=2, timeout_s=TIMEOUT_S)
+        listener, world_size = listen("127.0.0.1"), 1 + self.tensor
+        self.ask("join", "127.0.0.1", listener.port, 1, world_size, TIMEOUT_S)
+        self.channel = Channel.open(
+            listener,
+            world_size=world_size,
+            timeout_s=TIMEOUT_S,
+            transport=Transport.SHARED_MEMORY,
+            bucket_bytes=50_000,
+        )
         self.answer()
 
     def ask(self, verb: str, *args: Any) -> None:
@@ -90,15 +100,27 @@ class RemoteEngine:
         self.ask(verb, *args)
         return self.answer()
 
+    def start_push(self, version: int) -> None:
+        """Up to the transfer, whose answer is still to come."""
+        self.call("advance", PushPhase.DRAIN, version, TIMEOUT_S)
+        self.call("advance", PushPhase.START, version, TIMEOUT_S)
+        self.ask("advance", PushPhase.TRANSFER, version, TIMEOUT_S)
+
     def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> PushReceipt:
-        self.ask("receive", version)
-        sent = self.channel.send(version, tensors, chunk_bytes=50_000)
+        self.start_push(version)
+        sent = self.channel.send(version, tensors)
         assert self.answer() == sent
+        for phase in (PushPhase.FINISH, PushPhase.RESET_CACHE, PushPhase.COMMIT):
+            self.call("advance", phase, version, TIMEOUT_S)
         return sent
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def close(self) -> None:
         try:
-            self.call("close")
+            if self.process.is_alive():
+                self.call("close")
         finally:
             self.process.join(TIMEOUT_S)
             self.process.kill()
@@ -158,8 +180,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def running(model: Path) -> Iterator[RemoteEngine]:
-    spec = EngineSpec(model=model, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True)
+def running(model: Path, tensor: int = 1) -> Iterator[RemoteEngine]:
+    spec = EngineSpec(
+        model=model, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True, tensor=tensor
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -338,9 +362,9 @@ def test_an_aborted_push_is_reported_and_the_next_one_heals_it(engine: RemoteEng
         yield from tensors[: len(tensors) // 2 + 1]  # within a layer
         raise RuntimeError("a training rank died")
 
-    engine.ask("receive", 9)
+    engine.start_push(9)
     with pytest.raises(RuntimeError, match="a training rank died"):
-        engine.channel.send(9, failing(), chunk_bytes=50_000)
+        engine.channel.send(9, failing())
     with pytest.raises(EngineError, match="version 9: the sender gave up: RuntimeError: a training rank died"):
         engine.answer()
     assert engine.call("version") is None
@@ -356,7 +380,7 @@ def test_a_tensor_that_the_model_does_not_know_fails_the_push_alone(
     engine: RemoteEngine, folders: dict[str, Path]
 ) -> None:
     model = loaded(folders["B-untied"])
-    engine.ask("receive", 9)
+    engine.start_push(9)
     engine.channel.send(9, [("model.layers.0.mlp.no_such.weight", torch.zeros(300, 300)), *named_weights(model)])
     with pytest.raises(EngineError, match="no_such"):
         engine.answer()
@@ -374,10 +398,10 @@ def test_a_sender_that_leaves_in_the_middle_is_reported_and_can_be_followed(
         engine.channel.close()
         yield "never.sent", torch.zeros(1)
 
-    engine.ask("receive", 11)
+    engine.start_push(11)
     with pytest.raises(TransferError, match="the channel is closed"):
-        engine.channel.send(11, leaving(), chunk_bytes=1)
-    with pytest.raises(EngineError, match=r"TransferError: version 11: rank 1 waited .* for rank 0, the sender"):
+        engine.channel.send(11, leaving())
+    with pytest.raises(EngineError, match=r"TransferError: version 11: .*: rank 1 waited .* for rank 0, the sender"):
         engine.answer()
     assert engine.call("version") is None
     engine.connect()
@@ -433,3 +457,45 @@ def test_weights_that_are_no_numbers_are_refused(engine: RemoteEngine, folders: 
     engine.push(8, broken)
     with pytest.raises(EngineError, match="every log-prob must be finite"):
         engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+
+def test_the_phases_of_a_push_must_follow_one_another(engine: RemoteEngine) -> None:
+    with pytest.raises(EngineError, match=r"version 3: the phases .* commit came in place of the first"):
+        engine.call("advance", PushPhase.COMMIT, 3, TIMEOUT_S)
+    engine.call("advance", PushPhase.DRAIN, 3, TIMEOUT_S)
+    assert engine.call("version") is None
+    with pytest.raises(EngineError, match=r"version 4: the phases .* start came in place of start of version 3"):
+        engine.call("advance", PushPhase.START, 4, TIMEOUT_S)
+    with pytest.raises(EngineError, match="stale"):
+        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+
+
+def test_two_tensor_parallel_workers_are_pushed_to_and_a_late_one_is_named(folders: dict[str, Path]) -> None:
+    model = loaded(folders["B-tied"])
+    with running(folders["A-tied"], tensor=2) as engine:
+        assert engine.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        engine.start_push(1)
+        with pytest.raises(RuntimeError, match="a training rank died"):
+            engine.channel.send(1, cut_short(named_weights(model)))
+        with pytest.raises(EngineError, match=r"worker rank 0: .* gave up: .*; worker rank 1: .* gave up"):
+            engine.answer()
+        engine.push(2, iter(named_weights(model)))
+        assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+        assert engine.call("version") == 2
+
+        first, second = (process for process in engine.descendants() if "VLLM::Worker" in " ".join(process.cmdline()))
+        second.suspend()
+        engine.call("advance", PushPhase.DRAIN, 3, 2.0)
+        late = rf"1.8 s not all workers were done .*: rank 0 \(pid {first.pid}\) is sleeping, rank 1 \(.*\) is stopped"
+        with pytest.raises(EngineError, match=late):
+            engine.call("advance", PushPhase.START, 3, 2.0)
+        engine.call("advance", PushPhase.DRAIN, 4, 2.0)
+        with pytest.raises(EngineError, match=r"the engine must be started anew: within 1.8 s"):
+            engine.call("advance", PushPhase.START, 4, 2.0)
+    assert not first.is_running()
+    assert not second.is_running()
+
+
+def cut_short(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from tensors[:4]
+    raise RuntimeError("a training rank died")

@@ -105,6 +105,30 @@ def test_a_run_without_a_critic_starts_none_and_resumes(train_command: Command, 
         assert not [key for key in step if "critic" in key or "value" in key]
 
 
+@pytest.mark.parametrize(
+    ("setting", "workers"),
+    [
+        ("engine.count=2", ["engine rank 0", "engine rank 1", "policy"]),
+        pytest.param("engine.tensor=2", ["engine", "policy"], marks=pytest.mark.slow),
+    ],
+)
+def test_one_push_serves_all_engines_and_their_workers(
+    train_command: Command, tmp_path: Path, setting: str, workers: list[str]
+) -> None:
+    run = tmp_path / "run"
+    command = [
+        str(GRPO) if word == str(PPO) else word for word in train_command("steps=1", "policy.layout.tensor=1", setting)
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights go from the policy's rank 0 to 2 engine worker(s) by shared memory" in done.stdout
+    processes = json.loads((run / "logs" / "processes.json").read_text())
+    assert sorted(entry["worker"] for entry in processes) == workers
+    (step,) = [record for record in records(run) if "rollout/score" in record]
+    assert step["push/probe_max_abs"] < 1e-3
+    assert step["experience/engine_gap_max"] < 1e-3
+
+
 def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
     train_command: Command, tmp_path: Path
 ) -> None:

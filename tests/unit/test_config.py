@@ -120,6 +120,19 @@ def test_the_resolved_configuration_is_json_and_loads_again(folder):
     assert written["policy"]["layout"] == {"tensor": 2, **dict.fromkeys(axes, 1), "sequence_parallel": False, **ends}
 
 
+def test_deadlines_of_a_push_that_hide_one_another_are_refused(folder):
+    assert problems("sync.phase_deadline_s=60", "sync.bucket_deadline_s=60") == [
+        "sync: phase_deadline_s must be longer than bucket_deadline_s=60, which tells more, got 60"
+    ]
+
+
+def test_an_engine_whose_workers_cannot_share_the_heads_is_refused(folder):
+    heads = MODEL["num_attention_heads"]
+    assert problems(f"engine.tensor={heads + 1}") == [
+        f"engine.tensor: must divide the model's {heads} attention heads, got {heads + 1}"
+    ]
+
+
 def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("ppo.clip_lo=0.1") == ["ppo.clip_lo: unknown key; did you mean ppo.clip_low?"]
     assert problems("policy.layout.tensr=1") == ["policy.layout.tensr: unknown key; did you mean policy.layout.tensor?"]
