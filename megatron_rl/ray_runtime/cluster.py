@@ -119,6 +119,7 @@ class Cluster:
             # in no file, since the cluster ends with this process; the same for the next one, since Ray reads it once
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
+                address="local",  # else a cluster that somebody else has on this machine, or RAY_ADDRESS, is joined
                 num_cpus=len(os.sched_getaffinity(0)),
                 num_gpus=self._gpus,
                 _node_ip_address=_LOOPBACK,
