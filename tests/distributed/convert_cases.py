@@ -9,7 +9,10 @@ import torch
 
 from tests.distributed.cases import CRITIC, POLICY, Reinforce, Setup, SquaredError, minibatch, start
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+def metadata() -> dict[str, str]:
+    """A new one each time: megatron-core writes its groups into it."""
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def kept_names(rank: int, port: int, model: Path, role: str) -> tuple[set[Any], set[str]]:
@@ -17,7 +20,7 @@ def kept_names(rank: int, port: int, model: Path, role: str) -> tuple[set[Any], 
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
     worker = start(rank, port, model, Setup(), role)
-    state = worker._training.chunks[0].module.sharded_state_dict(metadata=METADATA)
+    state = worker._training.chunks[0].module.sharded_state_dict(metadata=metadata())
     worker.close()
     first_shards = {key: value.key for key, value in state.items() if hasattr(value, "key")}
     apply_factories(state)
@@ -44,7 +47,7 @@ def loaded(rank: int, port: int, folder: Path, model: Path, setup: Setup, role: 
             for tensor in (*chunk.parameters(), *chunk.buffers()):
                 if tensor.is_floating_point() and not tensor.is_inference():
                     tensor.fill_(float("nan"))
-    states = {f"model{index}": chunk.sharded_state_dict(metadata=METADATA) for index, chunk in enumerate(chunks)}
+    states = {f"model{index}": chunk.sharded_state_dict(metadata=metadata()) for index, chunk in enumerate(chunks)}
     found = dist_checkpointing.load(states, str(folder))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(found[f"model{index}"])
