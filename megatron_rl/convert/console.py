@@ -100,7 +100,13 @@ def run(command: Callable[[], None]) -> int:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
     except (OSError, ValueError, ProcessDied) as error:
-        told = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-        sys.stderr.write(f"error: {told}\n")
+        sys.stderr.write(f"error: {_told(error)}\n")
         return _FAILURE
     return 0
+
+
+def _told(error: Exception) -> str:
+    """Without the number of an error of the system."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

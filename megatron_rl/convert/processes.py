@@ -54,7 +54,7 @@ def for_each_file(
                 finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
                 progress(done.value)
                 if any(future.exception() for future in finished):
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    pool.shutdown(cancel_futures=True)
                     break
             # those that were cancelled come after the one that failed
             return [future.result() for future in futures if not future.cancelled()]

@@ -90,6 +90,9 @@ class TorchDistWriter:
 
         Returns:
             what :meth:`finish` must be given.
+
+        Raises:
+            OSError: the disk does not take it.
         """
         plan = self._plans[number]
         tensors = [item.index for item in plan.items if item.type is not WriteItemType.BYTE_IO]
@@ -100,6 +103,11 @@ class TorchDistWriter:
         torch.serialization.set_crc32_options(False)
         try:
             return self._writer.write_data(plan, planner).wait()
+        except (OSError, RuntimeError) as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, f"{self._folder} could not be written: {cause.strerror}") from error
         finally:
             torch.serialization.set_crc32_options(computed)
 
@@ -108,6 +116,13 @@ class TorchDistWriter:
         torch.save({}, self._folder / COMMON)
         (self._folder / CONFIG).write_text(json.dumps(_FORMAT))
         self._writer.finish(self._metadata, list(results))
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said: torch's archive fails once more when it is closed, and hides it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 class _LazyPlanner(DefaultSavePlanner):
