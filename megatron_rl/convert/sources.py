@@ -22,6 +22,7 @@ _CRITIC = "ForTokenClassification"
 _TYPES = (torch.float32, torch.bfloat16)
 _OWN_TYPE = ("score.", "e_score_correction_bias")
 """Tensors that training keeps in float32 whatever the type of the model."""
+_BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -97,6 +98,12 @@ class HfSource:
             raise ValueError(f"{self._path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
         if infos[0].dtype not in _TYPES:
             raise ValueError(f"{self._path}: {entry.hf[0]} must be float32 or bfloat16, is {dtypes[0]}; give --dtype")
+        wanted = (self.dims.vocabulary, self.dims.hidden)
+        if entry.hf[0] in _BY_VOCABULARY and infos[0].shape != wanted:
+            raise ValueError(
+                f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width that config.json "
+                f"names, got {list(infos[0].shape)}"
+            )
         made = self.weights.to_megatron(entry, [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos])
         return TensorInfo(made.dtype, tuple(made.shape))
 
@@ -230,7 +237,7 @@ class MegatronSource:
         return self.weights.to_hf(entry, self.tensor(entry))
 
     def _rows(self, entry: WeightEntry, kept: TensorInfo) -> int:
-        padded = entry.hf in (("model.embed_tokens.weight",), ("lm_head.weight",))
+        padded = entry.hf[0] in _BY_VOCABULARY
         return min(kept.shape[0], self.dims.vocabulary) if padded else kept.shape[0]
 
     def _check(self, entry: WeightEntry) -> None:

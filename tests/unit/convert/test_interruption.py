@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -112,7 +113,7 @@ def test_resuming_what_is_complete_changes_nothing_and_other_options_are_refused
 
 
 @pytest.fixture
-def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Writing through the descriptors of the project fails once so many bytes of a file are full."""
     write, room = durable.write_at, [5 << 19]
 
@@ -122,7 +123,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         write(descriptor, content, offset)
 
     monkeypatch.setattr(safetensors_io, "write_at", limited)
-    yield room
+    return room
 
 
 def test_a_full_disk_ends_an_export_which_goes_on_when_there_is_room(
@@ -139,11 +140,7 @@ def test_a_full_disk_ends_an_export_which_goes_on_when_there_is_room(
     assert folder_sums(out) == folder_sums(exported(checkpoint, tmp_path / "unbroken"))
 
 
-def test_a_full_disk_ends_an_import_and_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import resource
-
+def test_a_full_disk_ends_an_import_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     source = exported(checkpoint, tmp_path / "source")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))  # what a full disk is to a writer
