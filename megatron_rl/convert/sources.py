@@ -101,8 +101,8 @@ class HfSource:
         wanted = (self.dims.vocabulary, self.dims.hidden)
         if entry.hf[0] in _BY_VOCABULARY and infos[0].shape != wanted:
             raise ValueError(
-                f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width that config.json "
-                f"names, got {list(infos[0].shape)}"
+                f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width of "
+                f"config.json, got {list(infos[0].shape)}"
             )
         made = self.weights.to_megatron(entry, [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos])
         return TensorInfo(made.dtype, tuple(made.shape))

@@ -98,7 +98,7 @@ class TorchDistWriter:
         tensors = [item.index for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         place = {(index.fqn, index.offset): at for at, index in enumerate(tensors)}
         planner = _LazyPlanner(lambda index: tensor_of(place[index.fqn, index.offset]))
-        # the archive's checksums take as long as the writing, and torch.load never looks at them; the manifest has its own
+        # an archive's own checksums take as long as writing it, and torch.load never looks at them
         computed = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
