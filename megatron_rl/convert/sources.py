@@ -104,8 +104,13 @@ class HfSource:
                 f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width of "
                 f"config.json, got {list(infos[0].shape)}"
             )
-        made = self.weights.to_megatron(entry, [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos])
-        return TensorInfo(made.dtype, tuple(made.shape))
+        widths = {info.shape[1:] for info in infos}
+        if len(widths) > 1:
+            raise ValueError(
+                f"{self._path}: {', '.join(entry.hf)} must be equally wide, got {[list(info.shape) for info in infos]}"
+            )
+        made = self.weights.to_megatron(entry, [_rows_of(info) for info in infos])
+        return TensorInfo(made.dtype, (made.shape[0], *widths.pop()))
 
     def hf_info(self, name: str) -> TensorInfo:
         """Type and shape of a Hugging Face tensor, once dequantised and converted."""
@@ -164,6 +169,14 @@ class HfSource:
         further = int(self.config.get("num_nextn_predict_layers") or 0)
         layers = range(self.dims.layers, self.dims.layers + further)
         return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) in layers
+
+
+def _rows_of(info: TensorInfo) -> Tensor:
+    """A tensor with the rows of ``info`` and nothing in them, on which the map tries out its shapes.
+
+    Not one on the meta device: the first ``cat`` there imports torch's compiler (0.5 s).
+    """
+    return torch.empty((info.shape[0], *(0 for _ in info.shape[1:])), dtype=info.dtype)
 
 
 def _blocks(folder: Path, quantization: Mapping[str, Any] | None) -> bool:
@@ -229,8 +242,8 @@ class MegatronSource:
     def hf_infos(self, entry: WeightEntry) -> list[tuple[str, TensorInfo]]:
         """Names, types and shapes of the Hugging Face tensors that :meth:`tensor` is made of."""
         info = self.info(entry)
-        made = self.weights.to_hf(entry, torch.empty(info.shape, dtype=info.dtype, device="meta"))
-        return [(name, TensorInfo(part.dtype, tuple(part.shape))) for name, part in made]
+        made = self.weights.to_hf(entry, _rows_of(info))
+        return [(name, TensorInfo(part.dtype, (part.shape[0], *info.shape[1:]))) for name, part in made]
 
     def hf_tensors(self, entry: WeightEntry) -> list[tuple[str, Tensor]]:
         """The Hugging Face tensors that :meth:`tensor` is made of."""
