@@ -121,3 +121,28 @@ def test_a_training_checkpoint_is_exported(
     equal(exported(step / role, tmp_path / "exported"), step / "hf")
     architecture = json.loads((tmp_path / "exported" / "config.json").read_text())["architectures"][0]
     assert architecture.endswith("ForTokenClassification" if role == CRITIC else "ForCausalLM")
+
+
+def test_a_model_of_135m_parameters_goes_through_two_pipeline_stages_unchanged(ranks: Ranks, tmp_path: Path) -> None:
+    """30 layers, 9 heads, 3 key/value heads: sizes that no tensor parallelism divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    imported(tmp_path / "hf", tmp_path / "megatron")
+    setup = Setup(layout=PP2, dtype="bfloat16")
+    case = (tmp_path / "megatron", tmp_path / "hf", setup, POLICY, tmp_path / "loaded")
+    ranks.run(2, loaded, *case, timeout_s=200)
+    equal(tmp_path / "loaded", tmp_path / "hf")
+    equal(exported(tmp_path / "megatron", tmp_path / "exported", size="100MB"), tmp_path / "hf")
