@@ -156,7 +156,7 @@ def run_export(
         FileExistsError: the target, or (without ``resume``) a part of it, is there.
         OSError: it cannot be written, for instance because the disk is full. Complete files stay in the hidden folder,
             to go on with; the target itself is not there.
-        ValueError: a file of the source is damaged, or what was interrupted was another plan.
+        ValueError: a file of the source is damaged (nothing is left), or what was interrupted was another plan.
     """
     if not (resume and _is_complete(plan, target)):
         target.refuse_existing()
@@ -184,7 +184,11 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     (target.work / _RECORDS).mkdir(exist_ok=True)
     replace_text(kept, plan.digest)
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
-    shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
+    try:
+        shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
+    except ValueError:
+        target.discard()  # nothing can be made of a damaged source
+        raise
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:

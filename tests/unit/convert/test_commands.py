@@ -244,14 +244,14 @@ def test_verify_names_the_first_tensor_that_differs(
         assert err.startswith(f"error: {first}: ")
 
 
-def test_an_import_of_damaged_weights_ends_and_leaves_nothing(run: Run, folders: tuple[Path, Path, Path]) -> None:
+def test_an_export_of_damaged_weights_ends_and_leaves_nothing(run: Run, folders: tuple[Path, Path, Path]) -> None:
     _, megatron, _ = folders
     (megatron / "__0_0.distcp").write_bytes(b"\0" * (megatron / "__0_0.distcp").stat().st_size)
     status, _, err = run(megatron_to_hf, megatron, megatron.parent / "out")
     assert status == 1
     assert "__0_0.distcp must hold" in err
     assert "is damaged" in err
-    assert not (megatron.parent / "out").exists()
+    assert sorted(path.name for path in megatron.parent.iterdir()) == ["back", "hf", "megatron"]
 
 
 def changed_config(**changes: Any) -> Callable[[Path], None]:
