@@ -42,7 +42,7 @@ def _convert(asked: argparse.Namespace) -> None:
     with progress_bar("import", summary.written_bytes) as progress:
         run_import(plan, target, processes=asked.processes, progress=progress)
     took = time.monotonic() - began
-    print(f"wrote {asked.target} in {took:.1f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
+    print(f"wrote {asked.target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def _convert(asked: argparse.Namespace) -> None:
     with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
         run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
     took = time.monotonic() - began
-    print(f"wrote {asked.target} in {took:.1f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
+    print(f"wrote {asked.target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
 
 
 if __name__ == "__main__":

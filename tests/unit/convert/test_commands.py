@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert.console import size_bytes
+from megatron_rl.convert.console import progress_bar, size_bytes
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
@@ -404,3 +404,25 @@ def test_options_that_mean_nothing_are_refused(arguments: list[str], capsys: pyt
         megatron_to_hf.main(["a", "b", *arguments])
     assert ended.value.code == 2
     assert "must be" in capsys.readouterr().err
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_said(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "DeepseekV3", num_nextn_predict_layers=1)
+    with_tensors(lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(2, 2)}))(source)
+    status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
+    assert status == 0
+    assert "left out: 1 tensors that this model does not use: model.layers.2.eh_proj.weight" in out
+    changed_config(num_nextn_predict_layers=0)(source)
+    assert "has a tensor model.layers.2.eh_proj.weight" in run(hf_to_megatron, source, tmp_path / "again")[2]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 102.0, 106.0, 110.0])
+    monkeypatch.setattr("megatron_rl.convert.console.time.monotonic", lambda: next(clock))
+    with progress_bar("export", 10 * 10**9) as progress:
+        progress(10**9)  # too early for a line
+        progress(3 * 10**9)
+        progress(4 * 10**9)
+    assert capsys.readouterr().err == "export: 30%, 0.50 GB/s, 14 s left\n"
