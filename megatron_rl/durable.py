@@ -27,11 +27,21 @@ def write_file(path: Path, content: bytes | memoryview) -> FileRecord:
         OSError: the disk does not take it; half a file may be left.
     """
     with path.open("xb", buffering=0) as file:
-        left = memoryview(content)
-        while left:
-            left = left[file.write(left[:_CHUNK_BYTES]) :]
+        write_at(file.fileno(), content, 0)
         os.fsync(file.fileno())
     return _record([content])
+
+
+def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    """Write all of ``content`` (bytes, or a view of them) into an open file from byte ``offset`` on.
+
+    Raises:
+        OSError: the disk does not take it; a part may be written.
+    """
+    left = memoryview(content)
+    while left:
+        written = os.pwrite(descriptor, left[:_CHUNK_BYTES], offset)
+        left, offset = left[written:], offset + written
 
 
 def replace_text(path: Path, text: str) -> None:

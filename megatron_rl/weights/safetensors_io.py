@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.durable import flush
+from megatron_rl.durable import flush, write_at
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -28,6 +44,116 @@ _COPIED = (
     "merges.txt",
     "tokenizer.model",
 )
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        info: type and shape.
+        begin: first byte in the file.
+        end: the byte after its last one.
+    """
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
+    """Everything before the first tensor, and where the tensors are.
+
+    Raises:
+        ValueError: it is not a safetensors file, its length is not what its header says, or a tensor has a type that no
+            model here is made of.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(first, "little")
+        text = file.read(length) if _LENGTH_BYTES + length <= size else b""
+    try:
+        listed: dict[str, Any] = json.loads(text)
+        listed.pop(_METADATA, None)
+        start = _LENGTH_BYTES + length
+        found = {
+            name: Stored(
+                TensorInfo(_DTYPES[item["dtype"]], tuple(item["shape"])), *(start + at for at in item["data_offsets"])
+            )
+            for name, item in listed.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read ({error!r})") from error
+    for name, stored in found.items():
+        if stored.end - stored.begin != stored.info.size_bytes:
+            raise ValueError(
+                f"{path}: {name} must take {stored.info.size_bytes} bytes, its header gives it another range"
+            )
+    end = max((stored.end for stored in found.values()), default=start)
+    if end != size:
+        raise ValueError(f"{path} is not a complete safetensors file: its header asks for {end} bytes, it has {size}")
+    return first + text, found
+
+
+def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[int]:
+    """Write a new safetensors file tensor by tensor, and flush it; the same tensors give the same bytes.
+
+    Args:
+        path: to write.
+        infos: of every tensor.
+        tensors: the same ones, in any order; each is dropped before the next is taken.
+
+    Yields:
+        Bytes written, after each tensor.
+
+    Raises:
+        ValueError: a tensor is not as ``infos`` says, or one is missing.
+        OSError: the disk does not take it.
+    """
+    # wide types first keep every tensor aligned
+    order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    at, place = 0, {}
+    for name in order:
+        info = infos[name]
+        place[name], end = at, at + info.size_bytes
+        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    start = _LENGTH_BYTES + len(text)
+    with path.open("xb", buffering=0) as file:
+        write_at(file.fileno(), len(text).to_bytes(_LENGTH_BYTES, "little") + text, 0)
+        for name, tensor in tensors:
+            if name not in place or infos[name] != TensorInfo(tensor.dtype, tuple(tensor.shape)):
+                raise ValueError(
+                    f"{path.name} must hold {name} once, as {infos.get(name)}, got {tensor.dtype} {list(tensor.shape)}"
+                )
+            write_at(file.fileno(), as_bytes(tensor), start + place.pop(name))
+            yield infos[name].size_bytes
+        if place:
+            raise ValueError(f"{path.name} must hold {', '.join(place)}, which nobody gave")
+        os.fsync(file.fileno())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU; a view of them where they lie in order."""
+    content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 class HfFolder:
@@ -102,6 +228,21 @@ class HfFolder:
             raise ValueError(f"{self._path / self._file_of[name]} must hold {name}: {error}") from error
         return part
 
+    def infos(self) -> dict[str, TensorInfo]:
+        """Of all tensors; reads every file's header.
+
+        Raises:
+            ValueError: a file is damaged, or lacks a tensor that the index says it has.
+        """
+        found: dict[str, TensorInfo] = {}
+        for file in sorted(set(self._file_of.values())):
+            stored = read_header(self._path / file)[1]
+            for name in (name for name, holder in self._file_of.items() if holder == file):
+                if name not in stored:
+                    raise ValueError(f"{self._path / _INDEX} says that {file} holds {name}, which it does not")
+                found[name] = stored[name].info
+        return found
+
     def _reader(self, file: str) -> Any:
         if file not in self._open:
             try:
@@ -140,11 +281,9 @@ def save_hf_folder(
     partial.mkdir()
     try:
         dtype = _write_tensors(partial, tensors, max_shard_bytes)
-        config = _config(json.loads((like / "config.json").read_text()), architecture, dtype)
+        config = model_config(json.loads((like / "config.json").read_text()), architecture, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in _COPIED:
-            if (like / name).is_file():
-                shutil.copyfile(like / name, partial / name)
+        copy_companions(like, partial)
         for written in partial.iterdir():
             flush(written)
         flush(partial)
@@ -153,6 +292,25 @@ def save_hf_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def copy_companions(like: Path, folder: Path) -> list[str]:
+    """Copy what a model folder has beside weights and ``config.json``: its tokenizer above all; the names of it."""
+    names = [name for name in _COPIED if (like / name).is_file()]
+    for name in names:
+        shutil.copyfile(like / name, folder / name)
+    return names
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:
+    """Say which file holds which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(file_of)}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def file_names(count: int) -> list[str]:
+    """Of a model in so many files."""
+    return [_SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
@@ -170,12 +328,10 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shar
         (folder / "0.safetensors").rename(folder / _SINGLE)
         return dtype
     file_of: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    for number, (names, file) in enumerate(zip(shards, file_names(len(shards)), strict=True)):
         (folder / f"{number}.safetensors").rename(folder / file)
         file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(folder, file_of, total)
     return dtype
 
 
@@ -202,7 +358,8 @@ def _owned(tensor: Tensor) -> Tensor:
     return kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
 
 
-def _config(like: dict[str, Any], architecture: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def model_config(like: Mapping[str, Any], architecture: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The ``config.json`` of a model of the same sizes as another, in another type or of another architecture."""
     config = dict(like)
     # transformers loads in the type that the configuration names, which is not always the one that was trained
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")

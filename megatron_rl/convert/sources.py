@@ -1,0 +1,263 @@
+"""Both sides of a conversion as tensors that are read when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
+from megatron_rl.mcore.torch_dist import TorchDistFolder
+from megatron_rl.model_dims import ModelDims, dims_from_config
+from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
+from megatron_rl.weights.rules import Head
+from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
+from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
+
+_CRITIC = "ForTokenClassification"
+_TYPES = (torch.float32, torch.bfloat16)
+_OWN_TYPE = ("score.", "e_score_correction_bias")
+"""Tensors that training keeps in float32 whatever the type of the model."""
+_BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has none.
+        ValueError: it is not JSON.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"a model is a folder, there is none at {folder}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"a model folder needs a config.json, found none in {folder}")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    return config
+
+
+def head_of(config: Mapping[str, Any]) -> Head:
+    """A critic is a ``*ForTokenClassification``."""
+    return Head.VALUE if (config.get("architectures") or [""])[0].endswith(_CRITIC) else Head.TOKEN
+
+
+class HfSource:
+    """The tensors of a Hugging Face folder as Megatron trains them: one type, block-quantised ones dequantised.
+
+    Attributes:
+        config: of the folder, without what it says of quantisation.
+        weights: the tensors of the model.
+        left_out: tensors of the folder that no model here has: layers that predict further tokens, tied output weights.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            folder: of the model.
+            dtype: of the tensors; None: what they are (bfloat16 where they are quantised).
+
+        Raises:
+            FileNotFoundError: there is no folder, configuration, weight file or tensor.
+            ValueError: the configuration, a file, or a tensor's type or shape is wrong.
+        """
+        self._path, self._dtype = folder, dtype
+        self.config = read_config(folder)
+        self.dims: ModelDims = dims_from_config(self.config)
+        self.weights: WeightMap = weight_map(self.dims, head_of(self.config))
+        self._blocks = _blocks(folder, self.config.pop("quantization_config", None))
+        self._folder = HfFolder(folder)
+        self._infos = self._folder.infos()
+        self.left_out = self._check_names()
+        for entry in self.weights.entries:
+            self.info(entry)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the files' tensors that are read."""
+        return sum(info.size_bytes for name, info in self._infos.items() if name not in self.left_out)
+
+    def info(self, entry: WeightEntry) -> TensorInfo:
+        """Type and shape that Megatron's tensor will have.
+
+        Raises:
+            ValueError: its Hugging Face tensors have several types, or one that is none of training's, or do not fit
+                the configuration.
+        """
+        infos = [self.hf_info(name) for name in entry.hf]
+        dtypes = sorted({str(info.dtype) for info in infos})
+        if len(dtypes) > 1:
+            raise ValueError(f"{self._path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
+        if infos[0].dtype not in _TYPES:
+            raise ValueError(f"{self._path}: {entry.hf[0]} must be float32 or bfloat16, is {dtypes[0]}; give --dtype")
+        wanted = (self.dims.vocabulary, self.dims.hidden)
+        if entry.hf[0] in _BY_VOCABULARY and infos[0].shape != wanted:
+            raise ValueError(
+                f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width of "
+                f"config.json, got {list(infos[0].shape)}"
+            )
+        widths = {info.shape[1:] for info in infos}
+        if len(widths) > 1:
+            raise ValueError(
+                f"{self._path}: {', '.join(entry.hf)} must be equally wide, got {[list(info.shape) for info in infos]}"
+            )
+        made = self.weights.to_megatron(entry, [_rows_of(info) for info in infos])
+        return TensorInfo(made.dtype, (made.shape[0], *widths.pop()))
+
+    def hf_info(self, name: str) -> TensorInfo:
+        """Type and shape of a Hugging Face tensor, once dequantised and converted."""
+        info = self._infos[name]
+        if info.dtype is FP8:
+            scale = self._infos.get(name + SCALE_SUFFIX)
+            if not self._blocks or scale is None or scale.shape != scale_shape(info.shape):
+                raise ValueError(
+                    f"{self._path}: {name} has 8 bits, so config.json must say weight_block_size [128, 128] in its "
+                    f"quantization_config, and {name}{SCALE_SUFFIX} hold a scale per block; it is {scale}"
+                )
+            return TensorInfo(self._dtype or torch.bfloat16, info.shape)
+        return TensorInfo(self._type(name, info.dtype), info.shape)
+
+    def tensor(self, entry: WeightEntry) -> Tensor:
+        """Megatron's tensor; of one Hugging Face tensor that needs no conversion, a view of the file."""
+        return self.weights.to_megatron(entry, [self.hf_tensor(name) for name in entry.hf])
+
+    def hf_tensor(self, name: str) -> Tensor:
+        """A Hugging Face tensor, dequantised and converted."""
+        tensor = self._folder.tensor(name)
+        if tensor.dtype is FP8:
+            return dequantise(tensor, self._folder.tensor(name + SCALE_SUFFIX), self._dtype or torch.bfloat16)
+        return tensor.to(self._type(name, tensor.dtype))
+
+    def _type(self, name: str, found: torch.dtype) -> torch.dtype:
+        if self._dtype is None or (found is torch.float32 and any(part in name for part in _OWN_TYPE)):
+            return found
+        if not found.is_floating_point:
+            raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
+        return self._dtype
+
+    def _check_names(self) -> frozenset[str]:
+        wanted = {name for entry in self.weights.entries for name in entry.hf}
+        missing = sorted(wanted - set(self._infos))
+        if missing:
+            raise ValueError(
+                f"{self._path} must hold {missing[0]}, a tensor of every {self.dims.architecture}"
+                f"{' critic' if head_of(self.config) is Head.VALUE else ''}, and does not "
+                f"({len(missing)} are missing); the shards are incomplete, or config.json is another model's"
+            )
+        scales = {name + SCALE_SUFFIX for name in wanted}
+        beyond = frozenset(set(self._infos) - wanted - scales)
+        unknown = sorted(name for name in beyond if not self._may_be_left_out(name))
+        if unknown:
+            raise ValueError(
+                f"{self._path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are unknown); "
+                "check the architecture in config.json"
+            )
+        return beyond
+
+    def _may_be_left_out(self, name: str) -> bool:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.dims.tied_embeddings):
+            return True
+        parts = name.split(".")
+        further = int(self.config.get("num_nextn_predict_layers") or 0)
+        layers = range(self.dims.layers, self.dims.layers + further)
+        return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) in layers
+
+
+def _rows_of(info: TensorInfo) -> Tensor:
+    """A tensor with the rows of ``info`` and nothing in them, on which the map tries out its shapes.
+
+    Not one on the meta device: the first ``cat`` there imports torch's compiler (0.5 s).
+    """
+    return torch.empty((info.shape[0], *(0 for _ in info.shape[1:])), dtype=info.dtype)
+
+
+def _blocks(folder: Path, quantization: Mapping[str, Any] | None) -> bool:
+    if quantization is None:
+        return False
+    if quantization.get("quant_method") != "fp8" or quantization.get("weight_block_size") != [128, 128]:
+        raise ValueError(
+            f"{folder}: of quantised models, those with fp8 in blocks of 128 x 128 are known, config.json says "
+            f"{dict(quantization)}"
+        )
+    return True
+
+
+class MegatronSource:
+    """The model of a ``torch_dist`` folder: one that was imported, or the policy or critic of a training checkpoint.
+
+    Attributes:
+        like: where its configuration and tokenizer are.
+        config: of the model.
+        weights: the tensors of the model.
+    """
+
+    def __init__(self, folder: Path, like: Path | None = None) -> None:
+        """Read what the folder holds.
+
+        Args:
+            folder: of the model.
+            like: a Hugging Face folder of a model of the same sizes; None: the folder itself, or beside a training
+                checkpoint's model the ``hf`` folder.
+
+        Raises:
+            FileNotFoundError: a folder, or a part of it, is not there.
+            ValueError: metadata and configuration contradict each other, or a tensor is missing.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
+        self.folder = TorchDistFolder(folder)
+        beside = folder.resolve().parent / "hf"
+        own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
+        self.like = own if like is None else like
+        self.config = read_config(self.like)
+        self.config.pop("quantization_config", None)
+        self.dims = dims_from_config(self.config)
+        self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else Head.TOKEN
+        self.weights = weight_map(self.dims, self.head)
+        for entry in self.weights.entries:
+            self._check(entry)
+
+    def name(self, entry: WeightEntry) -> ShardedName:
+        """Where a tensor is kept."""
+        return sharded_name(entry, self.dims)
+
+    def info(self, entry: WeightEntry) -> TensorInfo:
+        """Type and shape of a tensor; without the rows that pad the vocabulary."""
+        kept = self.folder.info(self.name(entry))
+        return TensorInfo(kept.dtype, (self._rows(entry, kept), *kept.shape[1:]))
+
+    def tensor(self, entry: WeightEntry) -> Tensor:
+        """Megatron's tensor."""
+        kept = self.folder.tensor(self.name(entry))
+        return kept[: self.info(entry).shape[0]]
+
+    def hf_infos(self, entry: WeightEntry) -> list[tuple[str, TensorInfo]]:
+        """Names, types and shapes of the Hugging Face tensors that :meth:`tensor` is made of."""
+        info = self.info(entry)
+        made = self.weights.to_hf(entry, _rows_of(info))
+        return [(name, TensorInfo(part.dtype, (part.shape[0], *info.shape[1:]))) for name, part in made]
+
+    def hf_tensors(self, entry: WeightEntry) -> list[tuple[str, Tensor]]:
+        """The Hugging Face tensors that :meth:`tensor` is made of."""
+        return self.weights.to_hf(entry, self.tensor(entry))
+
+    def _rows(self, entry: WeightEntry, kept: TensorInfo) -> int:
+        padded = entry.hf[0] in _BY_VOCABULARY
+        return min(kept.shape[0], self.dims.vocabulary) if padded else kept.shape[0]
+
+    def _check(self, entry: WeightEntry) -> None:
+        try:
+            self.hf_infos(entry)
+        except KeyError as error:
+            raise ValueError(
+                f"{error.args[0]}; it must hold every tensor of a {self.dims.architecture}, check that {self.like} "
+                "describes the same model"
+            ) from error

@@ -1,0 +1,44 @@
+"""What a conversion will do, in figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Sizes of a plan.
+
+    Attributes:
+        tensors: Megatron's.
+        files: that hold them on the side that is written.
+        read_bytes: of tensors.
+        written_bytes: of tensors.
+        largest_bytes: of one of Megatron's tensors.
+        left_out: tensors of the source that are not converted.
+    """
+
+    tensors: int
+    files: int
+    read_bytes: int
+    written_bytes: int
+    largest_bytes: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.tensors} tensors: reads {_size(self.read_bytes)}, writes {_size(self.written_bytes)} into "
+            f"{self.files} file(s)",
+            f"memory of a process: at most {_size(2 * self.largest_bytes + _GIB)} beyond its imports (twice the "
+            f"largest tensor, {_size(self.largest_bytes)}, and 1 GiB)",
+        ]
+        if self.left_out:
+            lines.append(f"left out: {len(self.left_out)} tensors that this model does not use: {self.left_out[0]} ...")
+        return "\n".join(lines)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / _GIB:.2f} GiB" if size_bytes >= _GIB else f"{size_bytes / _MIB:.1f} MiB"

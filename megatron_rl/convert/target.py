@@ -1,0 +1,95 @@
+"""A folder that is there when it is complete, and not before."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_rl.durable import flush
+
+_MODEL, _LOCK = "model", "lock"
+_LOCK_WAIT_S = 10.0
+
+
+class Target:
+    """Where a conversion writes.
+
+    Everything is written into a hidden folder beside the target; the last act gives it its name. The hidden folder is
+    locked while a process of the conversion lives, so two never write into it.
+
+    Attributes:
+        path: the target.
+        work: the hidden folder.
+        model: in it, what becomes the target.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.work = path.with_name(f".{path.name}.partial")
+        self.model = self.work / _MODEL
+
+    def refuse_existing(self) -> None:
+        """Raise FileExistsError if the target is there."""
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} exists and is never written over; remove it or name another folder")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the hidden folder, or take up the one that is there, and hold its lock.
+
+        Raises:
+            FileNotFoundError: the folder that the target goes into is not there.
+            OSError: it cannot be written to, or another conversion writes to the same target.
+        """
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{self.path} must go into a folder that exists, {self.path.parent} does not")
+        try:
+            self.model.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = error.strerror
+            raise type(error)(f"{self.path.parent} must be a folder that can be written to: {reason}") from error
+        try:
+            _lock(lock, self.path)
+            yield
+        finally:
+            os.close(lock)
+
+    def discard_work(self) -> None:
+        """Start over: remove what an earlier conversion left in the hidden folder, which is locked."""
+        shutil.rmtree(self.model)
+        self.model.mkdir()
+
+    def finish(self) -> None:
+        """Flush everything and give it its name."""
+        for path in self.model.iterdir():
+            flush(path)
+        flush(self.model)
+        self.model.rename(self.path)
+        flush(self.path.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the hidden folder and all that was written."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Processes of a conversion that was killed hold the lock until they are gone too."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BlockingIOError(
+                    f"another process is writing {path}; wait for it or name another folder"
+                ) from None
+            time.sleep(0.1)
+        else:
+            return

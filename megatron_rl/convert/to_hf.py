@@ -1,0 +1,278 @@
+"""From a ``torch_dist`` checkpoint to a Hugging Face folder, which an interruption does not spoil."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.sources import MegatronSource
+from megatron_rl.convert.summary import Summary
+from megatron_rl.convert.target import Target
+from megatron_rl.durable import flush, read_record, replace_text
+from megatron_rl.mcore.torch_dist import METADATA
+from megatron_rl.weights.fp8_blocks import FP8, QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise, scale_shape
+from megatron_rl.weights.manifest import (
+    MANIFEST,
+    Damaged,
+    Manifest,
+    ShardRecord,
+    check_shard,
+    read_back,
+    read_manifest,
+    tensor_record,
+)
+from megatron_rl.weights.rules import Head
+from megatron_rl.weights.safetensors_io import (
+    TensorInfo,
+    copy_companions,
+    file_names,
+    model_config,
+    write_index,
+    write_tensors,
+)
+from megatron_rl.weights.weight_map import WeightEntry
+
+_RECORDS, _PLAN = "records", "plan"
+_QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How tensors are written.
+
+    Attributes:
+        dtype: None: as they are.
+        fp8_blocks: linear layers in 8 bits with a scale per block of 128 x 128; the rest as ``dtype`` says.
+    """
+
+    dtype: torch.dtype | None = None
+    fp8_blocks: bool = False
+
+    def infos(self, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+        """What one Hugging Face tensor is written as."""
+        if self._quantises(name):
+            scale = TensorInfo(torch.float32, scale_shape(info.shape))
+            return {name: TensorInfo(FP8, info.shape), name + SCALE_SUFFIX: scale}
+        return {name: TensorInfo(self._type(name, info.dtype), info.shape)}
+
+    def tensors(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        """The same of the tensor itself."""
+        if self._quantises(name):
+            small, scale = quantise(tensor)
+            return [(name, small), (name + SCALE_SUFFIX, scale)]
+        return [(name, tensor.to(self._type(name, tensor.dtype)))]
+
+    def _quantises(self, name: str) -> bool:
+        return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
+
+    def _type(self, name: str, found: torch.dtype) -> torch.dtype:
+        own = name.startswith("score.") or name.endswith("e_score_correction_bias")
+        return found if self.dtype is None or own else self.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What is written where.
+
+    Attributes:
+        source: Megatron's side.
+        form: of what is written.
+        files: the tensors of each file, in the order of the model.
+        digest: the same for the same plan of the same checkpoint.
+    """
+
+    source: MegatronSource
+    form: Form
+    files: tuple[tuple[WeightEntry, ...], ...]
+    digest: str
+
+    def infos(self, number: int) -> dict[str, TensorInfo]:
+        """Of the Hugging Face tensors of a file."""
+        return _infos(self.source, self.form, self.files[number])
+
+    def summary(self) -> Summary:
+        """Its size."""
+        sizes = [self.source.info(entry).size_bytes for file in self.files for entry in file]
+        written = [info.size_bytes for number in range(len(self.files)) for info in self.infos(number).values()]
+        return Summary(
+            tensors=len(sizes),
+            files=len(self.files),
+            read_bytes=sum(sizes),
+            written_bytes=sum(written),
+            largest_bytes=max(sizes),
+        )
+
+
+def plan_export(folder: Path, *, like: Path | None, form: Form, shard_bytes: int) -> ExportPlan:
+    """Plan without reading a tensor.
+
+    Args:
+        folder: a ``torch_dist`` checkpoint.
+        like: where configuration and tokenizer come from, see :class:`.MegatronSource`.
+        form: of the tensors.
+        shard_bytes: a file is closed before it grows beyond this; only larger tensors that are made together make a
+            larger file.
+
+    Raises:
+        FileNotFoundError, ValueError: as :class:`.MegatronSource`.
+    """
+    source = MegatronSource(folder, like)
+    files: list[list[WeightEntry]] = [[]]
+    size = 0
+    for entry in source.weights.entries:
+        more = sum(info.size_bytes for info in _infos(source, form, (entry,)).values())
+        if files[-1] and size + more > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(entry)
+        size += more
+    frozen = tuple(tuple(file) for file in files)
+    digest = xxhash.xxh3_128((folder / METADATA).read_bytes())
+    digest.update(repr((source.config, form, frozen)).encode())
+    return ExportPlan(source=source, form=form, files=frozen, digest=digest.hexdigest())
+
+
+def run_export(
+    plan: ExportPlan, target: Target, *, resume: bool, processes: int, progress: Callable[[int], None]
+) -> None:
+    """Write the folder: each file under a temporary name, flushed, read back from the disk, then given its name.
+
+    Args:
+        plan: of the export.
+        target: to write.
+        resume: go on with an export that was interrupted, keeping the files that are complete and undamaged.
+        processes: at most so many at a time.
+        progress: told the bytes done: written and read back.
+
+    Raises:
+        FileExistsError: the target, or (without ``resume``) a part of it, is there.
+        OSError: it cannot be written, for instance because the disk is full. Complete files stay in the hidden folder,
+            to go on with; the target itself is not there.
+        ValueError: a file of the source is damaged (nothing is left), or what was interrupted was another plan.
+    """
+    if not (resume and _is_complete(plan, target)):
+        target.refuse_existing()
+        if target.work.exists() and not resume:
+            raise FileExistsError(
+                f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
+            )
+        with target.open():
+            _write(plan, target, processes, progress)
+    target.discard()
+
+
+def _is_complete(plan: ExportPlan, target: Target) -> bool:
+    """Whether the export was interrupted after its last act."""
+    return (target.path / MANIFEST).is_file() and read_manifest(target.path).plan == plan.digest
+
+
+def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
+    kept = target.work / _PLAN
+    if kept.is_file() and kept.read_text() != plan.digest:
+        raise ValueError(
+            f"the export that was interrupted in {target.work} was of another checkpoint or had other options; give "
+            "the same ones, or remove that folder"
+        )
+    (target.work / _RECORDS).mkdir(exist_ok=True)
+    replace_text(kept, plan.digest)
+    job = partial(_write_file, plan, target, file_names(len(plan.files)))
+    try:
+        shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
+    except ValueError:
+        target.discard()  # nothing can be made of a damaged source
+        raise
+    model = target.model
+    tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
+    if len(shards) > 1:
+        total = sum(record.end - record.begin for record in tensors.values())
+        write_index(model, {name: record.file for name, record in tensors.items()}, total)
+    (model / "config.json").write_text(json.dumps(_config(plan), indent=2) + "\n")
+    copy_companions(plan.source.like, model)
+    names = dict(zip(file_names(len(shards)), shards, strict=True))
+    others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
+    manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})
+    (model / MANIFEST).write_text(manifest.dump())
+    target.finish()
+
+
+def _write_file(
+    plan: ExportPlan, target: Target, names: list[str], number: int, moved: Callable[[int], None]
+) -> ShardRecord:
+    name, infos = names[number], plan.infos(number)
+    size = sum(info.size_bytes for info in infos.values())
+    path, record = target.model / name, target.work / _RECORDS / f"{name}.json"
+    if record.is_file():
+        shard = _read_record(record)
+        try:
+            check_shard(target.model, name, shard, lambda _: None)
+        except Damaged:
+            record.unlink()
+        else:
+            moved(2 * size)
+            return shard
+    partial_file = target.model / f".{name}.partial"
+    partial_file.unlink(missing_ok=True)
+    try:
+        for written in write_tensors(partial_file, infos, _tensors(plan, number)):
+            moved(written)
+        shard = read_back(partial_file, name, moved)
+        _check_written(plan, partial_file, infos, shard)
+    except BaseException as error:
+        partial_file.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise type(error)(
+                error.errno,
+                f"{target.path / name} could not be written ({error.strerror}); files that are complete "
+                "are kept: make room and go on with --resume",
+            ) from error
+        raise
+    partial_file.rename(path)
+    flush(target.model)
+    replace_text(record, json.dumps(asdict(shard)))
+    return shard
+
+
+def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
+    for entry in plan.files[number]:
+        parts = plan.source.hf_tensors(entry)
+        while parts:
+            yield from plan.form.tensors(*parts.pop(0))
+
+
+def _check_written(plan: ExportPlan, path: Path, infos: dict[str, TensorInfo], shard: ShardRecord) -> None:
+    found = {name: (record.dtype, record.shape) for name, record in shard.tensors.items()}
+    wanted = {name: (str(info.dtype).removeprefix("torch."), info.shape) for name, info in infos.items()}
+    if found != wanted:
+        raise ValueError(f"{path}: what the disk gives back is not what was written")
+
+
+def _read_record(path: Path) -> ShardRecord:
+    content = json.loads(path.read_text())
+    content["tensors"] = {name: tensor_record(item) for name, item in content["tensors"].items()}
+    return ShardRecord(**content)
+
+
+def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...]) -> dict[str, TensorInfo]:
+    return {
+        written: written_info
+        for entry in entries
+        for name, info in source.hf_infos(entry)
+        for written, written_info in form.infos(name, info).items()
+    }
+
+
+def _config(plan: ExportPlan) -> dict[str, object]:
+    source = plan.source
+    name = source.dims.architecture
+    architecture = name.replace("ForCausalLM", "ForTokenClassification") if source.head is Head.VALUE else name
+    entry = source.weights.entries[0]
+    config = model_config(source.config, architecture, plan.form.dtype or source.info(entry).dtype)
+    return config | ({"quantization_config": QUANTIZATION_CONFIG} if plan.form.fp8_blocks else {})

@@ -1,0 +1,118 @@
+"""From a Hugging Face folder to a ``torch_dist`` checkpoint that megatron-core loads at any layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.sources import HfSource
+from megatron_rl.convert.summary import Summary
+from megatron_rl.convert.target import Target
+from megatron_rl.durable import read_record
+from megatron_rl.mcore.sharded_names import extra_states, sharded_name
+from megatron_rl.mcore.torch_dist import Piece, TorchDistWriter, WriteResult
+from megatron_rl.weights.manifest import MANIFEST, Manifest
+from megatron_rl.weights.safetensors_io import copy_companions, model_config
+from megatron_rl.weights.weight_map import WeightEntry
+
+_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportPlan:
+    """What is written where.
+
+    Attributes:
+        folder: of the model.
+        source: its tensors.
+        files: those of each file, in the order of the model.
+    """
+
+    folder: Path
+    source: HfSource
+    files: tuple[tuple[WeightEntry, ...], ...]
+
+    def summary(self) -> Summary:
+        """Its size."""
+        sizes = [self.source.info(entry).size_bytes for file in self.files for entry in file]
+        return Summary(
+            tensors=len(sizes),
+            files=len(self.files),
+            read_bytes=self.source.read_bytes,
+            written_bytes=sum(sizes),
+            largest_bytes=max(sizes),
+            left_out=tuple(sorted(self.source.left_out)),
+        )
+
+
+def plan_import(folder: Path, *, dtype: torch.dtype | None, processes: int) -> ImportPlan:
+    """Plan without reading a tensor; arguments and errors as :class:`.HfSource`.
+
+    Files are of about one size, at most about a GiB, and as many as keep all processes busy.
+    """
+    source = HfSource(folder, dtype)
+    entries = source.weights.entries
+    sizes = [source.info(entry).size_bytes for entry in entries]
+    total = sum(sizes)
+    count = min(processes * -(-total // (processes * _FILE_BYTES)), len(entries))
+    files: list[list[WeightEntry]] = [[] for _ in range(count)]
+    begin = 0
+    for entry, size in zip(entries, sizes, strict=True):
+        files[min(count - 1, (2 * begin + size) * count // (2 * total))].append(entry)
+        begin += size
+    return ImportPlan(folder=folder, source=source, files=tuple(tuple(file) for file in files if file))
+
+
+def run_import(plan: ImportPlan, target: Target, *, processes: int, progress: Callable[[int], None]) -> None:
+    """Write the checkpoint, with configuration and tokenizer, so that the way back needs nothing else.
+
+    Raises:
+        FileExistsError: the target is there.
+        OSError: it cannot be written, for instance because the disk is full; nothing of it is left.
+        ValueError: a file of the source is damaged.
+    """
+    target.refuse_existing()
+    source, dims = plan.source, plan.source.dims
+    with target.open():
+        target.discard_work()
+        try:
+            pieces = [[Piece(sharded_name(entry, dims), source.info(entry)) for entry in file] for file in plan.files]
+            writer = TorchDistWriter(target.model, pieces, list(extra_states(source.weights)))
+
+            def write(number: int, moved: Callable[[int], None]) -> list[WriteResult]:
+                file = plan.files[number]
+                return writer.write_file(number, _Fetch(source, file, moved))
+
+            writer.finish(for_each_file(len(plan.files), write, processes=processes, progress=progress))
+            widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
+            config = model_config(source.config, None, widest.dtype)
+            (target.model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            copy_companions(plan.folder, target.model)
+            _write_manifest(target.model)
+            target.finish()
+        except BaseException:
+            target.discard()
+            raise
+
+
+class _Fetch:
+    """Gives the tensors of a file by their places."""
+
+    def __init__(self, source: HfSource, file: Sequence[WeightEntry], moved: Callable[[int], None]) -> None:
+        self._source, self._file, self._moved = source, file, moved
+
+    def __call__(self, place: int) -> Tensor:
+        tensor = self._source.tensor(self._file[place])
+        self._moved(tensor.nbytes)
+        return tensor
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {path.name: read_record(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(Manifest(plan="import", files=files).dump())

@@ -1,0 +1,154 @@
+"""Whether a converted folder is what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.sources import HfSource, MegatronSource
+from megatron_rl.mcore.torch_dist import METADATA
+from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_files, check_shard, read_manifest
+from megatron_rl.weights.safetensors_io import HfFolder
+from megatron_rl.weights.weight_map import WeightEntry
+
+Source = HfSource | MegatronSource
+
+
+class Different(ValueError):
+    """Two folders hold different models; the message names the first tensor that differs."""
+
+
+def open_source(folder: Path, dtype: torch.dtype | None = None) -> Source:
+    """A model folder of either kind, with everything that can be checked without reading tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as :class:`.HfSource` and :class:`.MegatronSource`.
+    """
+    return MegatronSource(folder) if (folder / METADATA).is_file() else HfSource(folder, dtype)
+
+
+def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> bool:
+    """Level ``files``: index, names, shapes and types, and every byte against the manifest, where there is one.
+
+    Returns:
+        whether there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is incomplete or contradicts itself.
+        Damaged: it is not what the manifest says.
+    """
+    if not (folder / MANIFEST).is_file():
+        open_source(folder)
+        return False
+    manifest = read_manifest(folder)
+    shards = list(manifest.shards.items())
+
+    def check(number: int, moved: Callable[[int], None]) -> str | None:
+        try:
+            if number == 0:
+                check_files(folder, manifest, moved)
+            else:
+                check_shard(folder, *shards[number - 1], moved)
+        except Damaged as damage:
+            return str(damage)
+        return None
+
+    damages = [text for text in for_each_file(len(shards) + 1, check, processes=processes, progress=progress) if text]
+    if damages:
+        raise Damaged(damages[0])
+    open_source(folder)
+    _check_index(folder, manifest)
+    return True
+
+
+def check_values(
+    folder: Path, other: Path, *, dtype: torch.dtype | None, processes: int, progress: Callable[[int], None]
+) -> int:
+    """Level ``values``: every element against another folder of the same model, of either kind, to the bit.
+
+    Args:
+        folder: of the model.
+        other: of the model.
+        dtype: Hugging Face tensors are converted to it first; None: to what the other side has, where they differ.
+        processes: at most so many at a time.
+        progress: told the bytes that are compared.
+
+    Returns:
+        the tensors that were compared.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`open_source`.
+        Different: a tensor differs.
+    """
+    left, right = open_source(folder, dtype), open_source(other, dtype)
+    if left.weights != right.weights:
+        raise Different(
+            f"{folder} and {other} must be of the same model, their configurations make other tensors: "
+            f"{_first_name(left, right)}"
+        )
+    entries = left.weights.entries
+    step = max(1, len(entries) // (8 * processes))
+    parts = [entries[start : start + step] for start in range(0, len(entries), step)]
+
+    def compare(number: int, moved: Callable[[int], None]) -> str | None:
+        for entry in parts[number]:
+            for name, mine, theirs in _pairs(left, right, entry):
+                difference = _difference(mine, theirs, exact=dtype is None)
+                if difference:
+                    return f"{name}: {difference}"
+                moved(mine.nbytes)
+        return None
+
+    found = [text for text in for_each_file(len(parts), compare, processes=processes, progress=progress) if text]
+    if found:
+        raise Different(f"{found[0]} ({folder} against {other})")
+    return sum(len(entry.hf) for entry in entries)
+
+
+def _pairs(left: Source, right: Source, entry: WeightEntry) -> list[tuple[str, Tensor, Tensor]]:
+    return [
+        (name, mine, theirs)
+        for (name, mine), (_, theirs) in zip(_hf_tensors(left, entry), _hf_tensors(right, entry), strict=True)
+    ]
+
+
+def _hf_tensors(source: Source, entry: WeightEntry) -> list[tuple[str, Tensor]]:
+    if isinstance(source, MegatronSource):
+        return source.hf_tensors(entry)
+    return [(name, source.hf_tensor(name)) for name in entry.hf]
+
+
+def _difference(mine: Tensor, theirs: Tensor, *, exact: bool) -> str | None:
+    if mine.shape != theirs.shape:
+        return f"shape {list(mine.shape)} against {list(theirs.shape)}"
+    if mine.dtype != theirs.dtype:
+        if exact:
+            return f"type {mine.dtype} against {theirs.dtype}; give --dtype to compare after conversion"
+        narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        mine, theirs = mine.to(narrow), theirs.to(narrow)
+    integer = {4: torch.int32, 2: torch.int16}[mine.dtype.itemsize]
+    differs = mine.contiguous().view(integer) != theirs.contiguous().view(integer)
+    count = int(differs.sum())
+    if not count:
+        return None
+    at = tuple(int(i) for i in torch.unravel_index(differs.flatten().to(torch.uint8).argmax(), differs.shape))
+    return f"{count} of {mine.numel()} elements differ, the first at {list(at)}: {mine[at]:g} against {theirs[at]:g}"
+
+
+def _check_index(folder: Path, manifest: Manifest) -> None:
+    if not manifest.shards:
+        return
+    named = {name for shard in manifest.shards.values() for name in shard.tensors}
+    beyond = sorted(named ^ HfFolder(folder).names)
+    if beyond:
+        raise Damaged(f"{beyond[0]}: index and manifest of {folder} do not both name it")
+
+
+def _first_name(left: Source, right: Source) -> str:
+    mine = [entry.hf for entry in left.weights.entries]
+    theirs = [entry.hf for entry in right.weights.entries]
+    return str(next((name for name in (*mine, *theirs) if (name in mine) != (name in theirs)), ("other sizes",))[0])

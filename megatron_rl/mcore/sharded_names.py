@@ -1,0 +1,69 @@
+"""Under which names, and where in them, megatron-core's distributed checkpoints keep the tensors of a model.
+
+Rules instead of a model: whoever converts files needs neither megatron-core nor memory for weights. A test compares the
+rules with what ``sharded_state_dict`` of the real models says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.rules import Split
+from megatron_rl.weights.weight_map import WeightEntry, WeightMap
+
+_LAYERS = "decoder.layers."
+_EXPERTS, _STACKED_EXPERTS = "local_experts", "experts"
+_FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Norms that Transformer Engine's modules hold, whose names the checkpoints of all modules share."""
+
+
+@dataclass(frozen=True)
+class ShardedName:
+    """Where a checkpoint keeps one tensor.
+
+    Attributes:
+        key: name in the checkpoint, which several layers or experts may share.
+        index: which of these: it comes first in the tensor's offset; empty where the key is this tensor's alone.
+        axes: how many there are: it comes first in the key's shape; as long as ``index``.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def sharded_name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
+    """Where ``entry`` of a model of these sizes is kept.
+
+    Layers share a key, stacked along the first axis, where all are alike; in a model with experts the layers have keys
+    of their own, and the experts of a layer share one.
+    """
+    if entry.layer is None:
+        return ShardedName(entry.megatron, (), ())
+    tail = entry.megatron.removeprefix(f"{_LAYERS}{entry.layer}.")
+    if dims.latent is None:
+        tail = _FUSED_NORMS.get(tail, tail)
+    if dims.experts is None:
+        return ShardedName(_LAYERS + tail, (entry.layer,), (dims.layers,))
+    if entry.expert is None:
+        return ShardedName(f"{_LAYERS}{entry.layer}.{tail}", (), ())
+    tail = tail.replace(f"{_EXPERTS}.{entry.expert}.", f"{_STACKED_EXPERTS}.")
+    return ShardedName(f"{_LAYERS}{entry.layer}.{tail}", (entry.expert,), (dims.experts.count,))
+
+
+def extra_states(weights: WeightMap) -> Iterator[str]:
+    """Keys of the empty objects that megatron-core expects beside each linear layer that is cut over tensor ranks.
+
+    With Transformer Engine they hold scales of 8-bit training; the local modules keep nothing in them.
+    """
+    for entry in weights.entries:
+        if entry.layer is not None and entry.split is not Split.NONE and entry.megatron.endswith(".weight"):
+            name = sharded_name(entry, weights.dims)
+            index, axes = name.index or (0,), name.axes or (1,)
+            place = ".".join(map(str, index)) + "_" + ".".join(map(str, axes))
+            yield f"{name.key.removesuffix('weight')}_extra_state/shard_{place}"

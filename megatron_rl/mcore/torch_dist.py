@@ -1,0 +1,265 @@
+"""Tensors in and out of megatron-core's ``torch_dist`` checkpoints, one at a time, without a process group.
+
+``dist_checkpointing.save`` and ``load`` need all ranks and all tensors at once. What they write and read is torch's own
+format for distributed checkpoints: here torch's writer gets a planner that fetches each tensor when it is written, and
+tensors are read by the byte ranges that the checkpoint's metadata give.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_rl.mcore.sharded_names import ShardedName
+from megatron_rl.weights.safetensors_io import TensorInfo
+
+__all__ = ["COMMON", "CONFIG", "METADATA", "Piece", "TorchDistFolder", "TorchDistWriter", "WriteResult"]
+
+METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+"""Torch's account of the tensors; megatron-core's state that is no tensor; its account of the format."""
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a checkpoint: where it goes, and what it is."""
+
+    name: ShardedName
+    info: TensorInfo
+
+
+class TorchDistWriter:
+    """Writes a checkpoint file by file; each may be written by another process, forked off the one that planned.
+
+    Nobody needs anything of anybody else, so there are no collectives, and a process that dies is noticed at once.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Sequence[Piece]], extra_states: Sequence[str]) -> None:
+        """Plan the files.
+
+        Args:
+            folder: exists.
+            files: which tensors go into each of them.
+            extra_states: keys of the empty objects; they go into the first file.
+
+        Raises:
+            ValueError: the tensors do not fill their keys exactly.
+        """
+        self._writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
+        self._folder = folder
+        plans = [SavePlan([_tensor_item(piece) for piece in file]) for file in files]
+        empty = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states]
+        plans[0] = SavePlan([*empty, *plans[0].items])
+        self._plans, self._metadata = create_default_global_save_plan(self._writer.prepare_global_plan(plans))
+        for key, kept in self._metadata.state_dict_metadata.items():
+            if isinstance(kept, TensorStorageMetadata):
+                held = sum(chunk.sizes.numel() for chunk in kept.chunks)
+                if held != kept.size.numel():
+                    raise ValueError(f"{key} must have {kept.size.numel()} elements, the plan gives it {held}")
+
+    def write_file(self, number: int, tensor_of: Callable[[int], Tensor]) -> list[WriteResult]:
+        """Write file ``number``, flushed.
+
+        Args:
+            number: from 0.
+            tensor_of: gives each of its tensors by its place in the file; called once for each, when it is written.
+
+        Returns:
+            what :meth:`finish` must be given.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        plan = self._plans[number]
+        tensors = [item.index for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+        place = {(index.fqn, index.offset): at for at, index in enumerate(tensors)}
+        planner = _LazyPlanner(lambda index: tensor_of(place[index.fqn, index.offset]))
+        # an archive's own checksums take as long as writing it, and torch.load never looks at them
+        computed = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            return self._writer.write_data(plan, planner).wait()
+        except (OSError, RuntimeError) as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, f"{self._folder} could not be written: {cause.strerror}") from error
+        finally:
+            torch.serialization.set_crc32_options(computed)
+
+    def finish(self, results: Sequence[list[WriteResult]]) -> None:
+        """Write what is not tensors, once all files are written."""
+        torch.save({}, self._folder / COMMON)
+        (self._folder / CONFIG).write_text(json.dumps(_FORMAT))
+        self._writer.finish(self._metadata, list(results))
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said: torch's archive fails once more when it is closed, and hides it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Fetches a tensor when the writer comes to it."""
+
+    def __init__(self, tensor_of: Callable[[MetadataIndex], Tensor]) -> None:
+        super().__init__()
+        self._tensor_of = tensor_of
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([None], stream)
+            return stream
+        data = write_item.tensor_data
+        assert data is not None
+        return self._tensor_of(write_item.index).reshape(data.chunk.sizes)
+
+
+def _tensor_item(piece: Piece) -> WriteItem:
+    name, shape = piece.name, piece.info.shape
+    offset = torch.Size((*name.index, *(0 for _ in shape)))
+    return WriteItem(
+        index=MetadataIndex(name.key, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=torch.Size((*(1 for _ in name.axes), *shape))),
+            properties=TensorProperties(dtype=piece.info.dtype),
+            size=torch.Size((*name.axes, *shape)),
+        ),
+    )
+
+
+class TorchDistFolder:
+    """The tensors of a checkpoint folder, ours or megatron-core's, whatever layout wrote it; none is read before it is
+    asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what the folder says it holds.
+
+        Raises:
+            FileNotFoundError: it is not a complete ``torch_dist`` checkpoint.
+            ValueError: its metadata are damaged, or name bytes that its files do not have.
+        """
+        for name in (METADATA, CONFIG):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"a Megatron checkpoint folder needs {name}, found none in {path}")
+        self.path = path
+        try:
+            metadata = FileSystemReader(path).read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path / METADATA} is damaged: {error}") from error
+        kept: Mapping[str, Any] = metadata.state_dict_metadata
+        self._tensors = {key: item for key, item in kept.items() if isinstance(item, TensorStorageMetadata)}
+        self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
+        self._check_sizes()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """That hold tensors."""
+        return frozenset(place.relative_path for place in self._places.values())
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of all tensors."""
+        return frozenset(self._tensors)
+
+    def info(self, name: ShardedName) -> TensorInfo:
+        """Type and shape of one tensor.
+
+        Raises:
+            KeyError: there is no such key.
+            ValueError: as many layers or experts as ``name`` says do not share it.
+        """
+        if name.key not in self._tensors:
+            raise KeyError(f"{self.path} has no tensor {name.key}; it has {len(self._tensors)} others")
+        kept = self._tensors[name.key]
+        lead = len(name.axes)
+        if tuple(kept.size[:lead]) != name.axes:
+            raise ValueError(
+                f"{self.path}: {name.key} must stack {name.axes} layers or experts, its shape is {tuple(kept.size)}; "
+                "check that config.json belongs to the weights"
+            )
+        return TensorInfo(kept.properties.dtype, tuple(kept.size[lead:]))
+
+    def tensor(self, name: ShardedName) -> Tensor:
+        """Read one tensor, put together from the shards that it was saved in.
+
+        Raises:
+            KeyError, ValueError: as :meth:`info`; or a file is damaged, or does not hold all of the tensor.
+        """
+        info = self.info(name)
+        lead = len(name.axes)
+        found = None
+        elements = 0
+        for chunk in self._tensors[name.key].chunks:
+            if any(not at <= i < at + n for i, at, n in zip(name.index, chunk.offsets, chunk.sizes, strict=False)):
+                continue
+            shard = self._chunk(name.key, chunk)
+            for index, at in zip(name.index, chunk.offsets, strict=False):
+                shard = shard[index - at]
+            if tuple(shard.shape) == info.shape:
+                return shard
+            if found is None:
+                found = torch.empty(info.shape, dtype=info.dtype)
+            region = tuple(slice(at, at + n) for at, n in zip(chunk.offsets[lead:], shard.shape, strict=True))
+            found[region] = shard
+            elements += shard.numel()
+            del shard  # before the next one is read
+        if found is None or elements != found.numel():
+            raise ValueError(
+                f"{self.path}: its files hold {elements} elements of {name.key}{list(name.index)}, not all"
+            )
+        return found
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(key, chunk.offsets)]
+        file = self.path / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                view: Any = _create_file_view(stream, place.offset, place.length)
+                shard: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file} must hold {key} at byte {place.offset}, and is damaged: {reason}") from error
+        if shard.shape != chunk.sizes:
+            raise ValueError(f"{file}: {key} must have shape {tuple(chunk.sizes)}, got {tuple(shard.shape)}")
+        return shard
+
+    def _check_sizes(self) -> None:
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for file, end in ends.items():
+            found = (self.path / file).stat().st_size if (self.path / file).is_file() else None
+            if found is None:
+                raise FileNotFoundError(f"{self.path}: its metadata name {file}, which is not there")
+            if found < end:
+                raise ValueError(f"{self.path / file} is cut short: it must have {end} bytes, it has {found}")

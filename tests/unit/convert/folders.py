@@ -1,0 +1,81 @@
+"""Model folders to convert, and what tests do with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from megatron_rl.convert.target import Target
+from megatron_rl.convert.to_hf import ExportPlan, Form, plan_export, run_export
+from megatron_rl.convert.to_megatron import plan_import, run_import
+from tests.unit.weights.models import CONFIG, EXTRA, hf_tensors
+
+
+def ignore(_: int) -> None: ...
+
+
+def write_model(
+    folder: Path, family: str = "Qwen2", kind: str = "CausalLM", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """A small random model with a tokenizer, in one file."""
+    folder.mkdir()
+    config = CONFIG | EXTRA.get(family, {}) | {"architectures": [f"{family}For{kind}"], "model_type": family.lower()}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")} | changes))
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(family, kind, False).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def wide_model(folder: Path) -> Path:
+    """A Llama in bfloat16 of which no tensor is a large part: 106 MB, the largest 8 MB."""
+    hidden, layers, vocabulary, kv = 512, 12, 8192, 128
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        ffn = {"gate": (4 * hidden, hidden), "up": (4 * hidden, hidden), "down": (hidden, 4 * hidden)}
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}mlp.{name}_proj.weight": shape for name, shape in ffn.items()}
+        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (hidden,)
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    folder.mkdir()
+    config = CONFIG | sizes | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def imported(source: Path, target: Path, *, dtype: torch.dtype | None = None, processes: int = 2) -> Path:
+    run_import(
+        plan_import(source, dtype=dtype, processes=processes), Target(target), processes=processes, progress=ignore
+    )
+    return target
+
+
+def export_plan(source: Path, *, shard_bytes: int = 9 << 20, **form: Any) -> ExportPlan:
+    return plan_export(source, like=None, form=Form(**form), shard_bytes=shard_bytes)
+
+
+def exported(source: Path, target: Path, *, resume: bool = False, **plan: Any) -> Path:
+    run_export(export_plan(source, **plan), Target(target), resume=resume, processes=2, progress=ignore)
+    return target
+
+
+def folder_sums(folder: Path) -> dict[str, str]:
+    return {path.name: xxhash.xxh3_128(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -1,0 +1,428 @@
+"""The commands as a user types them: there and back, what verify finds, and one clear error for each bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rl.convert.console import progress_bar, size_bytes
+from tests.unit.convert.folders import folder_sums, write_model
+from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command with two processes; its status, standard output, standard error."""
+
+    def command(program: Any, *arguments: Any) -> tuple[int, str, str]:
+        status = program.main([*map(str, arguments), "--processes", "2"])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return command
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(found: Path, expected: Path) -> bool:
+    mine, theirs = tensors(found), tensors(expected)
+    return mine.keys() == theirs.keys() and all(
+        mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor) for name, tensor in theirs.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(
+            (family, "CausalLM")
+            for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3")
+        ),
+        *((family, "TokenClassification") for family in ("Llama", "Mistral", "Qwen2", "Qwen3")),
+    ],
+)
+def test_a_model_goes_there_and_back_to_the_bit(
+    run: Run, tmp_path: Path, family: str, kind: str, dtype: torch.dtype
+) -> None:
+    source = write_model(tmp_path / "hf", family, kind, dtype)
+    status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
+    assert status == 0
+    assert "tensors: reads" in out
+    assert "GB/s" in out
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--shard-size", "4KB")[0] == 0
+    assert same(tmp_path / "back", source)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == [f"{family}For{kind}"]
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    for folder in ("megatron", "back"):
+        status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
+        assert status == 0
+        assert f"values: ok, {len(tensors(source))} tensors are the same" in out
+
+
+def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", kind="TokenClassification")
+    assert run(hf_to_megatron, source, tmp_path / "megatron", "--dtype", "bfloat16")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dtype", "float32")[0] == 0
+    found = tensors(tmp_path / "back")
+    for name, tensor in tensors(source).items():
+        kept = tensor if name.startswith("score.") else tensor.bfloat16().float()  # the value head stays in float32
+        assert torch.equal(found[name], kept), name
+    assert run(verify, tmp_path / "back", "--level", "values", "--against", source)[0] == 1
+    assert run(verify, tmp_path / "megatron", "--level", "values", "--against", source, "--dtype", "bfloat16")[0] == 0
+
+
+def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    size = sum(tensor.nbytes for tensor in tensors(source).values()) / (1 << 20)
+    status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron", "--dry-run")
+    assert status == 0
+    assert out.startswith(f"17 tensors: reads {size:.1f} MiB, writes {size:.1f} MiB into 2 file(s)\n")
+    assert not (tmp_path / "megatron").exists()
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    assert "into 1 file(s)" in run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dry-run")[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks")[0] == 0
+    small = tensors(tmp_path / "fp8")
+    linear = [name for name in small if name.endswith("_proj.weight")]
+    assert len(linear) == 14
+    for name in linear:
+        assert small[name].dtype == torch.float8_e4m3fn
+        assert small[f"{name}_scale_inv"].shape == (1, 1)
+    assert small["lm_head.weight"].dtype == torch.float32
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    # there and back again: what was quantised once stays what it is
+    assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "again", "--dtype", "float32")[0] == 0
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    status, _, err = run(
+        verify, tmp_path / "fp8", "--level", "values", "--against", tmp_path / "again", "--dtype", "float32"
+    )
+    assert (status, err) == (0, "")
+    assert run(megatron_to_hf, tmp_path / "again", tmp_path / "fp8-again", "--fp8-blocks")[0] == 0
+    for name, tensor in tensors(tmp_path / "fp8-again").items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert torch.equal(tensor.view(torch.uint8), small[name].view(torch.uint8)), name
+        else:
+            torch.testing.assert_close(tensor, small[name], rtol=1e-6, atol=0)
+    assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "bf16")[0] == 0
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] in {"bfloat16", "float32"}
+
+
+@pytest.fixture
+def folders(run: Run, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A model, the same imported, and exported in several files."""
+    source = write_model(tmp_path / "hf", "Llama")
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--shard-size", "4KB")
+    return source, tmp_path / "megatron", tmp_path / "back"
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    held = load_file(file)
+    change(held)
+    save_file({name: tensor.clone() for name, tensor in held.items()}, file, metadata={"format": "pt"})
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_verify_finds_a_flipped_byte_by_the_name_of_its_tensor(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, megatron, back = folders
+    record = json.loads((back / "manifest.json").read_text())["tensors"]["model.layers.1.mlp.up_proj.weight"]
+    flip(back / record["file"], record["begin"] + 5)
+    status, _, err = run(verify, back)
+    assert status == 1
+    assert err.startswith("error: model.layers.1.mlp.up_proj.weight: its bytes in")
+    flip(megatron / "__1_0.distcp", -900)
+    status, _, err = run(verify, megatron)
+    assert status == 1
+    assert "__1_0.distcp: it must have" in err
+
+
+def test_verify_finds_a_flipped_byte_of_a_header(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    file = sorted(folders[2].glob("*.safetensors"))[0]
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"pt"', b'"pu"'))
+    status, _, err = run(verify, folders[2])
+    assert status == 1
+    assert "its header has changed" in err
+
+
+def test_verify_finds_a_truncated_shard(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, megatron, back = folders
+    content = json.loads((back / "manifest.json").read_text())
+    file = sorted(content["shards"])[-1]
+    last = max((t["end"], name) for name, t in content["tensors"].items() if t["file"] == file)[1]
+    (back / file).write_bytes((back / file).read_bytes()[:-1])
+    status, _, err = run(verify, back)
+    assert status == 1
+    assert f"first tensor beyond its end: {last}" in err
+    (megatron / "manifest.json").unlink()
+    file = "__1_0.distcp"
+    (megatron / file).write_bytes((megatron / file).read_bytes()[:-1])
+    status, _, err = run(verify, megatron)
+    assert status == 1
+    assert "__1_0.distcp is cut short" in err
+
+
+def test_verify_finds_an_index_that_names_an_absent_tensor(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    back = folders[2]
+    file = back / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.layers.9.x"] = next(iter(index["weight_map"].values()))
+    file.write_text(json.dumps(index))
+    assert run(verify, back)[0] == 1
+    (back / "manifest.json").unlink()
+    status, _, err = run(verify, back)
+    assert status == 1
+    assert "holds model.layers.9.x, which it does not" in err
+
+
+def test_verify_finds_a_missing_value_head(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", kind="TokenClassification")
+    rewrite(source / "model.safetensors", lambda held: held.pop("score.weight"))
+    status, _, err = run(verify, source)
+    assert status == 1
+    assert "must hold score.weight, a tensor of every Qwen2ForCausalLM critic" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (
+            lambda t: t["model.layers.1.mlp.down_proj.weight"].view(-1)[37].add_(1),
+            "model.layers.1.mlp.down_proj.weight",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].flip(0),
+                    "model.norm.weight": t["model.norm.weight"] + 1,
+                }
+            ),
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.input_layernorm.weight": t["model.layers.0.input_layernorm.weight"]}),
+            "model.layers.1.input_layernorm.weight",
+        ),
+    ],
+)
+def test_verify_names_the_first_tensor_that_differs(
+    run: Run, folders: tuple[Path, Path, Path], change: Callable[[dict[str, Tensor]], None], first: str
+) -> None:
+    source, megatron, back = folders
+    rewrite(source / "model.safetensors", change)
+    for folder in (megatron, back):
+        status, out, err = run(verify, folder, "--level", "values", "--against", source)
+        assert status == 1
+        assert "files: ok" in out
+        assert err.startswith(f"error: {first}: ")
+
+
+def test_an_export_of_damaged_weights_ends_and_leaves_nothing(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, megatron, _ = folders
+    (megatron / "__0_0.distcp").write_bytes(b"\0" * (megatron / "__0_0.distcp").stat().st_size)
+    status, _, err = run(megatron_to_hf, megatron, megatron.parent / "out")
+    assert status == 1
+    assert "__0_0.distcp must hold" in err
+    assert "is damaged" in err
+    assert sorted(path.name for path in megatron.parent.iterdir()) == ["back", "hf", "megatron"]
+
+
+def changed_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / "model.safetensors", change)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def half_written(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file_of = dict.fromkeys(held, "model-00001-of-00002.safetensors") | {
+        "lm_head.weight": "model-00002-of-00002.safetensors"
+    }
+    save_file(held, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "needs a config.json, found none"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json must be JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "found neither in"),
+        (changed_config(architectures=["GPT2LMHeadModel"]), "unknown architecture GPT2LMHeadModel; known: Deepseek"),
+        (changed_config(architectures=["Qwen3ForCausalLM"]), "must hold model.layers.0.self_attn.k_norm.weight"),
+        (changed_config(num_hidden_layers=1), "has a tensor model.layers.1."),
+        (changed_config(intermediate_size=32), "must have 32 rows"),
+        (changed_config(vocab_size=40), r"embed_tokens.weight must have shape \[40, 16\], the vocabulary"),
+        (changed_config(quantization_config={"quant_method": "awq"}), "config.json says {.quant_method.: .awq.}"),
+        (cut, "not a complete safetensors file"),
+        (half_written, "names files that are not there: model-00002-of-00002"),
+        (with_tensors(lambda t: t.pop("model.norm.weight")), r"must hold model.norm.weight.*\(1 are missing\)"),
+        (
+            with_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()})),
+            "model.norm.weight must be float32 or bfloat16, is torch.float16; give --dtype",
+        ),
+        (
+            with_tensors(
+                lambda t: t.update(
+                    {"model.layers.0.mlp.up_proj.weight": t["model.layers.0.mlp.up_proj.weight"].bfloat16()}
+                )
+            ),
+            r"must have one type, got \['torch.bfloat16', 'torch.float32'\]; give --dtype",
+        ),
+        (
+            with_tensors(
+                lambda t: t.update(
+                    {
+                        "model.layers.0.mlp.up_proj.weight": t["model.layers.0.mlp.up_proj.weight"].to(
+                            torch.float8_e4m3fn
+                        )
+                    }
+                )
+            ),
+            "has 8 bits, so config.json must say weight_block_size",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_imported_gets_one_clear_error(
+    run: Run, tmp_path: Path, spoil: Callable[[Path], None], told: str
+) -> None:
+    source = write_model(tmp_path / "hf")
+    spoil(source)
+    status, _, err = run(hf_to_megatron, source, tmp_path / "out")
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(told, line)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_wrong_paths_and_targets_get_one_clear_error(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    source, megatron, back = folders
+    nowhere = source.parent / "nowhere"
+    for arguments, told in [
+        ((hf_to_megatron, nowhere, nowhere / "out"), f"a model is a folder, there is none at {nowhere}"),
+        ((hf_to_megatron, megatron, source.parent / "out"), "found neither in"),
+        ((hf_to_megatron, source, back), "exists and is never written over"),
+        ((hf_to_megatron, source, nowhere / "out"), f"must go into a folder that exists, {nowhere} does not"),
+        ((hf_to_megatron, source, Path("/sys/out")), "/sys must be a folder that can be written to"),
+        ((megatron_to_hf, nowhere, nowhere / "out"), f"a Megatron checkpoint is a folder, there is none at {nowhere}"),
+        ((megatron_to_hf, source, source.parent / "out"), "needs .metadata, found none in"),
+        ((megatron_to_hf, megatron, back), "exists and is never written over"),
+        ((megatron_to_hf, megatron, Path("/sys/out")), "/sys must be a folder that can be written to"),
+        ((verify, nowhere), f"a model is a folder, there is none at {nowhere}"),
+    ]:
+        status, _, err = run(*arguments)
+        assert status == 1, arguments
+        assert err.startswith("error: ")
+        assert told in err
+        assert len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_that_is_not_of_the_configuration_is_refused(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, megatron, _ = folders
+    (megatron / "manifest.json").unlink()
+    changed_config(num_hidden_layers=3)(megatron)
+    status, _, err = run(megatron_to_hf, megatron, megatron.parent / "out")
+    assert status == 1
+    assert "must stack (3,) layers or experts, its shape is (2, " in err
+    changed_config(num_hidden_layers=2, architectures=["Qwen2ForCausalLM"])(megatron)
+    status, _, err = run(megatron_to_hf, megatron, megatron.parent / "out")
+    assert status == 1
+    assert "has no tensor decoder.layers.self_attention.linear_qkv.bias" in err
+    (megatron / ".metadata").write_bytes(pickle.dumps({})[:-1])
+    status, _, err = run(verify, megatron)
+    assert status == 1
+    assert ".metadata is damaged" in err
+
+
+def test_the_padding_of_a_vocabulary_stays_behind(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "Llama")
+    padded = write_model(tmp_path / "padded", "Llama", vocab_size=40)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.full((8, 16), float("nan")))) for name in names}))(
+        padded
+    )
+    run(hf_to_megatron, padded, tmp_path / "megatron")
+    changed_config(vocab_size=32)(tmp_path / "megatron")
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
+
+
+def test_the_same_export_gives_the_same_files(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, megatron, back = folders
+    run(megatron_to_hf, megatron, back.parent / "again", "--shard-size", "4KB")
+    assert folder_sums(back.parent / "again") == folder_sums(back)
+
+
+@pytest.mark.parametrize(("text", "size"), [("4KB", 4000), ("2GiB", 2 << 30), ("1.5MB", 1_500_000), ("7", 7)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert size_bytes(text) == size
+
+
+@pytest.mark.parametrize("arguments", [["--shard-size", "big"], ["--shard-size", "0"], ["--processes", "0"]])
+def test_options_that_mean_nothing_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        megatron_to_hf.main(["a", "b", *arguments])
+    assert ended.value.code == 2
+    assert "must be" in capsys.readouterr().err
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_said(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "DeepseekV3", num_nextn_predict_layers=1)
+    with_tensors(lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(2, 2)}))(source)
+    status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
+    assert status == 0
+    assert "left out: 1 tensors that this model does not use: model.layers.2.eh_proj.weight" in out
+    changed_config(num_nextn_predict_layers=0)(source)
+    assert "has a tensor model.layers.2.eh_proj.weight" in run(hf_to_megatron, source, tmp_path / "again")[2]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 102.0, 106.0, 110.0])
+    monkeypatch.setattr("megatron_rl.convert.console.time.monotonic", lambda: next(clock))
+    with progress_bar("export", 10 * 10**9) as progress:
+        progress(10**9)  # too early for a line
+        progress(3 * 10**9)
+        progress(4 * 10**9)
+    assert capsys.readouterr().err == "export: 30%, 0.50 GB/s, 14 s left\n"

@@ -1,0 +1,49 @@
+"""Write a Hugging Face model folder as a Megatron checkpoint (torch_dist), which loads at any layout.
+
+A critic is a folder whose architecture ends in ForTokenClassification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, progress_bar, run
+from megatron_rl.convert.target import Target
+from megatron_rl.convert.to_megatron import plan_import, run_import
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="hf_to_megatron.py", description=__doc__)
+    parser.add_argument("source", type=Path, help="Hugging Face folder")
+    parser.add_argument("target", type=Path, help="folder to write; it must not exist")
+    add_dtype(parser, "of the weights; default: what they are, bfloat16 where they are quantised")
+    add_processes(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan's size and stop")
+    asked = parser.parse_args(arguments)
+    return run(lambda: _convert(asked))
+
+
+def _convert(asked: argparse.Namespace) -> None:
+    began = time.monotonic()
+    target = Target(asked.target)
+    target.refuse_existing()
+    plan = plan_import(asked.source, dtype=DTYPES.get(asked.dtype), processes=asked.processes)
+    summary = plan.summary()
+    print(summary)
+    if asked.dry_run:
+        return
+    with progress_bar("import", summary.written_bytes) as progress:
+        run_import(plan, target, processes=asked.processes, progress=progress)
+    took = time.monotonic() - began
+    print(f"wrote {asked.target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
