@@ -87,6 +87,8 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         self.receipt = None
         self._joined()
         # linear weights are packed for the CPU's kernels, and their parameters are left empty: plain loading would fail
+        if self.device.type == "cpu":
+            self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -124,6 +126,15 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             self._repack_tied_heads()
+
+    def _forget_expert_kernels(self) -> None:
+        """Why: experts are packed for the CPU only where their kernel is made, and a reload keeps the one that is there:
+        it would compute with weights that nobody packed.
+        """
+        for module in self.model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
 
     def _repack_tied_heads(self) -> None:
         """Why: a head tied to the embedding has a packed copy of its own, which reloading leaves as it was."""
