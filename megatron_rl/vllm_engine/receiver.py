@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.interfaces import PushReceipt
+from megatron_rl.lifetime import die_with_parent
 from megatron_rl.weights.transfer import Channel
 
 BACKEND = "megatron_rl"
@@ -187,6 +188,17 @@ class WorkerExtension:
     def pid(self) -> int:
         """Of this worker's process."""
         return os.getpid()
+
+    def die_with_engine(self, pid: int) -> None:
+        """End when the engine's process does: vLLM itself only asks a worker to, and one that is stopped or busy does
+        not hear it.
+        """
+        die_with_parent(pid)
+
+    def zero_cache(self) -> None:
+        """Forget all keys and values."""
+        for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]
+            cache.zero_()
 
     def unname_shared_memory(self) -> None:
         """Unlink what tensor-parallel workers on a CPU share, now that all have it open: a worker that is killed, or
