@@ -274,7 +274,7 @@ class TrainerConfig:
     """Reduce gradients (and gather parameters, with the distributed optimizer) while other layers compute."""
     optimizer_on_host: bool = False
     """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, and
-    saves 12 bytes of GPU memory per parameter (divided by the replicas, which share the states). Needs ``distributed_optimizer``."""
+    saves 12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
 

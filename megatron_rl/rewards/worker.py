@@ -14,7 +14,6 @@ import os
 import pickle
 import resource
 import signal
-import sys
 import time
 from typing import Any, BinaryIO
 
