@@ -82,6 +82,7 @@ class Supervisor:
         self._next_number = 0
         self._gone = threading.Event()
         self._exit_code = 0
+        self._kept: list[socket.socket] = []
         self._oom_kills_before = _oom_kills()
         started = threading.Event()
         # The kernel's parent-death signal goes with the thread that started the child: this one stays as long as it.
@@ -115,11 +116,15 @@ class Supervisor:
 
         return Birth(host=socket.gethostname(), address=ray.util.get_node_ip_address(), pid=self._process.pid)
 
-    def free_port(self) -> int:
-        """A TCP port that is free on this host now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+    def keep_port(self) -> int:
+        """A TCP port that is kept for the worker: nobody else on this host gets it, and the worker may listen on it if
+        its socket has SO_REUSEPORT. Free again when this process ends.
+        """
+        kept = socket.socket()
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind(("", 0))  # bound and never listening, it gets no connection
+        self._kept.append(kept)
+        return int(kept.getsockname()[1])
 
     def call(self, call: Call, number: int) -> Reply | Death:
         """Have the worker do it; a :class:`Death` where it did not live to answer.
