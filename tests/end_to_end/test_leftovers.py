@@ -18,7 +18,8 @@ from tests.end_to_end.leftovers import our_processes, shared_memory
 
 ORPHAN = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.DEVNULL, start_new_session=True)
+null = subprocess.DEVNULL
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=null, stderr=null, start_new_session=True)
 print(child.pid)
 """
 TITLED = "from setproctitle import setproctitle; import time; setproctitle('ray::Worker'); time.sleep(60)"
