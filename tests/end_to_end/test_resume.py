@@ -32,7 +32,7 @@ Command = Callable[..., list[str]]
 ONE_RANK = ("policy.layout.tensor=1", "critic.layout.pipeline=1")
 SIX_STEPS = ("steps=6", "ppo.critic_warmup_steps=1", "checkpoint.every=1")
 RAYS_OWN = {"raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-OF_THE_MACHINE = re.compile("time$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/")
+OF_THE_MACHINE = re.compile(r"time$|push/\w+_s$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
