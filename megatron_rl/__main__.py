@@ -67,11 +67,14 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     from megatron_rl.report import plot_curve, summarise, summary_table
 
     with open_run(config, stop) as run:
-        if not stop.asked:
-            train(run)
-    if stop.asked:
-        return
+        if stop.asked:
+            _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
+            return
+        train(run)
     summary = summarise(config.run_dir / "metrics.jsonl") | {"seconds": round(time.monotonic() - started, 1)}
+    if summary["steps"] < config.steps:
+        summary["stopped_after_step"] = summary["steps"]
+        _print(f"stopped as asked after step {summary['steps']} of {config.steps}; the same command goes on from there")
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))

@@ -1,15 +1,22 @@
-"""Files that a crash cannot spoil: on the disk before anything relies on them, and summed so that damage shows."""
+"""Files that a crash cannot spoil: on the disk before anything relies on them, summed so that damage shows, and in
+folders that one process at a time writes to.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 _CHUNK_BYTES = 16 << 20
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,46 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
+    """Be the only process that writes to a folder; the kernel frees the lock when this process, and whatever it forked,
+    is gone, however it ended.
+
+    Args:
+        file: of the lock, made where it is missing; holds the pid and host of who had it last.
+        writing: what is written, for the message.
+        wait_s: how long a holder may take to go, seconds.
+
+    Raises:
+        BlockingIOError: another process holds it; the message names its pid.
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(descriptor, writing, time.monotonic() + wait_s)
+        os.ftruncate(descriptor, 0)
+        write_at(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, writing: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = os.pread(descriptor, 1024, 0).decode() or "pid not known yet"
+                raise BlockingIOError(
+                    f"another process is writing {writing} ({holder}, or one that it started): wait for it, end it, or "
+                    "name another folder"
+                ) from None
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def _record(chunks: Iterable[bytes | memoryview]) -> FileRecord:

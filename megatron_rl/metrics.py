@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class MetricLog:
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
         if wandb_project is not None:
-            self._sinks.append(_WandB(run_dir, wandb_project))
+            self._sinks.append(_WandB(run_dir, wandb_project, start_step))
         self._console = _ConsoleTable(Console() if console is None else console, total_steps)
         if dropped[0]:
             self.note(f"metrics.jsonl: {dropped[0]} records of step {start_step} and later are superseded and dropped")
@@ -234,9 +235,13 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A W&B run, named after the run's folder."""
+    """A W&B run, named after the run's folder.
 
-    def __init__(self, run_dir: Path, project: str) -> None:
+    Its id is kept there, so that a run that goes on from a checkpoint is continued. Of steps that are done again W&B
+    keeps what it got first.
+    """
+
+    def __init__(self, run_dir: Path, project: str, start_step: int) -> None:
         try:
             import wandb
         except ModuleNotFoundError as error:
@@ -244,7 +249,12 @@ class _WandB:
                 f"logging.wandb_project is set to {project!r}, which needs the package wandb, and it is not installed: "
                 "install wandb, or leave logging.wandb_project unset"
             ) from error
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir))
+        id_file = run_dir / "wandb_run_id"
+        if start_step == 0 or not id_file.is_file():
+            id_file.write_text(secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), id=id_file.read_text(), resume="allow"
+        )
 
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
         self._run.log(dict(metrics), step=steps_done)

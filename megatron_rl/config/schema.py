@@ -273,8 +273,8 @@ class TrainerConfig:
     overlap_communication: bool = False
     """Reduce gradients (and gather parameters, with the distributed optimizer) while other layers compute."""
     optimizer_on_host: bool = False
-    """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, for
-    12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
+    """Keep optimizer states (main weights and both moments) in host memory and compute Adam's step there: slower, and
+    saves 12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
 

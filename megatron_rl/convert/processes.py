@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-_PR_SET_PDEATHSIG = 1
+from megatron_rl.lifetime import die_with_parent
+
 _POLL_S = 0.2
 _Result = TypeVar("_Result")
 
@@ -71,9 +72,7 @@ _done: Any
 
 def _start(job: Callable[[int, Callable[[int], None]], Any], done: Any, parent: int) -> None:
     global _job, _done
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
     _job, _done = job, done

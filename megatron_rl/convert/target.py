@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_rl.durable import flush
+from megatron_rl.durable import flush, locked
 
 _MODEL, _LOCK = "model", "lock"
 _LOCK_WAIT_S = 10.0
+"""Processes of a conversion that was killed hold the lock until they are gone too."""
 
 
 class Target:
@@ -48,17 +46,15 @@ class Target:
         """
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path} must go into a folder that exists, {self.path.parent} does not")
+        lock = self.work / _LOCK
         try:
             self.model.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT)
+            lock.touch()
         except OSError as error:
             reason = error.strerror
             raise type(error)(f"{self.path.parent} must be a folder that can be written to: {reason}") from error
-        try:
-            _lock(lock, self.path)
+        with locked(lock, writing=self.path, wait_s=_LOCK_WAIT_S):
             yield
-        finally:
-            os.close(lock)
 
     def discard_work(self) -> None:
         """Start over: remove what an earlier conversion left in the hidden folder, which is locked."""
@@ -77,19 +73,3 @@ class Target:
     def discard(self) -> None:
         """Remove the hidden folder and all that was written."""
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Processes of a conversion that was killed hold the lock until they are gone too."""
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise BlockingIOError(
-                    f"another process is writing {path}; wait for it or name another folder"
-                ) from None
-            time.sleep(0.1)
-        else:
-            return

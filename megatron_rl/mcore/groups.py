@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,7 +22,7 @@ def start_groups(
         layout: of the model.
         rank: of this process, in ``range(layout.world_size)``.
         host: of rank 0.
-        port: free port on it, where rank 0 listens.
+        port: where rank 0 listens, with SO_REUSEPORT: somebody may keep the port for it.
         timeout_s: bound on joining and on every collective, so that a rank that died ends the others.
         seed: of the random states (nothing here draws from them unless dropout is added).
 
@@ -29,13 +30,14 @@ def start_groups(
         the place of this rank.
 
     Raises:
+        OSError: rank 0 cannot listen there.
         RuntimeError: megatron-core numbers the ranks differently than :class:`ParallelLayout`.
     """
     if host in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     select_device(rank)
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, port, layout.world_size, is_master=rank == 0, timeout=timeout)
+    store = _meet(host, port, layout.world_size, rank, timeout)
     dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=layout.world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -60,6 +62,23 @@ def start_groups(
         raise RuntimeError(f"rank {rank} of {layout} must be at {at}, but megatron-core placed it at {found}")
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return at
+
+
+def _meet(host: str, port: int, world_size: int, rank: int, timeout: timedelta) -> dist.TCPStore:
+    """The store through which the ranks find each other; rank 0 holds it, on no other address than ``host``."""
+    if rank > 0:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((host, port), family=family, reuse_port=True) as server:
+        return dist.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            master_listen_fd=server.detach(),
+            use_libuv=True,  # the other kind knows no listening socket of its user's
+        )
 
 
 def stop_groups() -> None:

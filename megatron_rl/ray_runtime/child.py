@@ -7,7 +7,6 @@ decides what is loaded.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import pickle
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from megatron_rl.lifetime import die_with_parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +80,6 @@ class _Worker:
             self._target = build(*args, **kwargs)
             return None
         return getattr(self._target, method)(*args, **kwargs)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent goes, and leave at once if it is gone already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def main() -> None:

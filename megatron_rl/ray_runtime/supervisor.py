@@ -82,6 +82,7 @@ class Supervisor:
         self._next_number = 0
         self._gone = threading.Event()
         self._exit_code = 0
+        self._kept: list[socket.socket] = []
         self._oom_kills_before = _oom_kills()
         started = threading.Event()
         # The kernel's parent-death signal goes with the thread that started the child: this one stays as long as it.
@@ -115,11 +116,10 @@ class Supervisor:
 
         return Birth(host=socket.gethostname(), address=ray.util.get_node_ip_address(), pid=self._process.pid)
 
-    def free_port(self) -> int:
-        """A TCP port that is free on this host now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+    def keep_port(self) -> int:
+        """A TCP port that is kept for the worker as long as this process lives, see :func:`port_kept`."""
+        self._kept.append(port_kept())
+        return int(self._kept[-1].getsockname()[1])
 
     def call(self, call: Call, number: int) -> Reply | Death:
         """Have the worker do it; a :class:`Death` where it did not live to answer.
@@ -171,6 +171,16 @@ class Supervisor:
         if not self._gone.wait(timeout=5):
             self._process.kill()
             self._gone.wait()
+
+
+def port_kept() -> socket.socket:
+    """A socket bound to a free TCP port: while it is open, nobody on this host gets that port unless they ask for it
+    with SO_REUSEPORT and are of the same user. It never listens, so whoever then does gets all connections.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    kept.bind(("", 0))
+    return kept
 
 
 def _writing_to(scratch: Path) -> dict[str, str]:

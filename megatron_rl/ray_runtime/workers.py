@@ -177,9 +177,9 @@ class WorkerGroup:
         """Where each rank runs."""
         return self._ask("birth", deadline_s)
 
-    def free_port(self, deadline_s: float) -> int:
-        """A port that is free on the host of rank 0."""
-        ports: list[int] = self._ask("free_port", deadline_s, ranks=[0])
+    def keep_port(self, deadline_s: float) -> int:
+        """A port on the host of rank 0 that is kept for that rank, which must listen on it with SO_REUSEPORT."""
+        ports: list[int] = self._ask("keep_port", deadline_s, ranks=[0])
         return ports[0]
 
     def _ask(self, method: str, deadline_s: float, ranks: Sequence[int] | None = None) -> list[Any]:

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import argparse
 import base64
-import ctypes
 import math
 import os
 import pickle
 import resource
 import signal
-import sys
 import time
 from typing import Any, BinaryIO
 
 from megatron_rl.dataflow import Finish
+from megatron_rl.lifetime import die_with_parent
 from megatron_rl.rewards import wire
 from megatron_rl.rewards.rules import RewardRule
 from megatron_rl.rewards.second_opinion import preload
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -33,7 +30,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="process id of the service")
     parser.add_argument("--memory-bytes", type=int, help="limit of the address space")
     options = parser.parse_args()
-    _die_with(options.parent)
+    die_with_parent(options.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's business: it closes its workers
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if options.memory_bytes is not None:
@@ -85,14 +82,6 @@ def _private_streams() -> tuple[BinaryIO, BinaryIO]:
     os.close(null)
     os.dup2(2, 1)
     return os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the service's process dies, however that happens (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above; the end of standard input covers other platforms
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,15 @@ class WorkerError(RuntimeError):
     """What some of the engine's workers raised, by rank."""
 
 
+class NotFinite(RuntimeError):
+    """The model gave a log-prob that is NaN or infinite."""
+
+
 class Engine:
-    """Generates, scores, and takes up weights. One per process; not for several threads."""
+    """Generates, scores, and takes up weights. One per process; not for several threads.
+
+    With tensor-parallel workers, the thread that makes it must live as long as the process: the workers die with it.
+    """
 
     def __init__(self, spec: EngineSpec) -> None:
         """Load the model.
@@ -89,6 +96,7 @@ class Engine:
         self._version = spec.version
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
+        self._cache_spoilt = False
         self._request_ids = count()
         _prepare_process(spec)
         with _imports_kept_from_collector():
@@ -121,8 +129,10 @@ class Engine:
         )
         self._engine: Any = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self._worker_pids: list[int] = self._on_workers("pid")
-        if spec.on_cpu and spec.tensor > 1:
-            self._on_workers("unname_shared_memory")
+        if spec.tensor > 1:
+            self._on_workers("die_with_engine", os.getpid())
+            if spec.on_cpu:
+                self._on_workers("unname_shared_memory")
 
     @property
     def version(self) -> int | None:
@@ -161,7 +171,8 @@ class Engine:
             for prompt, of_prompt in zip(prompts, seeds, strict=True)
             for seed in of_prompt
         ]
-        samples = map(_sample, self._run(requests))
+        with self._noting_what_is_not_finite():
+            samples = iter([_sample(output) for output in self._run(requests)])
         return [
             Rollout(prompt=prompt, samples=tuple(next(samples) for _ in of_prompt), policy_version=self._version)
             for prompt, of_prompt in zip(prompts, seeds, strict=True)
@@ -178,10 +189,20 @@ class Engine:
             self._check_length(f"row {index}", len(row), 1)
         params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         requests = [(row, self._sampling_params(**params, output_kind=self._final_only)) for row in rows]
-        return [
-            [0.0, *_chosen(row[1:], output.prompt_logprobs[1:])]
-            for row, output in zip(rows, self._run(requests), strict=True)
-        ]
+        with self._noting_what_is_not_finite():
+            return [
+                [0.0, *_chosen(row[1:], output.prompt_logprobs[1:])]
+                for row, output in zip(rows, self._run(requests), strict=True)
+            ]
+
+    @contextmanager
+    def _noting_what_is_not_finite(self) -> Iterator[None]:
+        """Why: it stays in the cache of keys and values, where attention multiplies it with 0 for rows to come."""
+        try:
+            yield
+        except NotFinite:
+            self._cache_spoilt = True
+            raise
 
     def activations(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What leaves the model's layers, see :meth:`megatron_rl.interfaces.ScoresTokens.activations`; errors as
@@ -268,8 +289,12 @@ class Engine:
             return receipts[0]
         if phase is PushPhase.FINISH:
             self._on_workers("finish_weight_update", deadline_s=deadline_s)
-        if phase is PushPhase.RESET_CACHE and not self._engine.reset_prefix_cache():
-            raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
+        if phase is PushPhase.RESET_CACHE:
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
+            if self._cache_spoilt:
+                self._on_workers("zero_cache", deadline_s=deadline_s)
+                self._cache_spoilt = False
         return None
 
     def close(self) -> None:
@@ -362,7 +387,7 @@ def _chosen(token_ids: Sequence[int], candidates: Sequence[Any] | None) -> list[
         for token, listed in zip(token_ids, candidates, strict=True)
     ]
     if bad := [place for place, logprob in enumerate(found) if not math.isfinite(logprob)]:
-        raise RuntimeError(
+        raise NotFinite(
             f"every log-prob must be finite, {len(bad)} of {len(found)} are not, first at token {bad[0]} "
             f"({found[bad[0]]}): the weights may hold NaN or infinity"
         )

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.interfaces import PushReceipt
+from megatron_rl.lifetime import die_with_parent
 from megatron_rl.weights.transfer import Channel
 
 BACKEND = "megatron_rl"
@@ -128,7 +129,7 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             self._repack_tied_heads()
 
     def _forget_expert_kernels(self) -> None:
-        """Why: experts are packed for the CPU only where their kernel is made, and a reload keeps the one that is there:
+        """Why: experts are packed for the CPU only where their kernel is made, and a reload keeps the old one:
         it would compute with weights that nobody packed.
         """
         for module in self.model.modules():
@@ -198,6 +199,17 @@ class WorkerExtension:
     def pid(self) -> int:
         """Of this worker's process."""
         return os.getpid()
+
+    def die_with_engine(self, pid: int) -> None:
+        """End when the engine's process does: vLLM itself only asks a worker to, and one that is stopped or busy does
+        not hear it.
+        """
+        die_with_parent(pid)
+
+    def zero_cache(self) -> None:
+        """Forget all keys and values."""
+        for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]
+            cache.zero_()
 
     def unname_shared_memory(self) -> None:
         """Unlink what tensor-parallel workers on a CPU share, now that all have it open: a worker that is killed, or

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megatron_rl.ray_runtime.supervisor import port_kept
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not finish; all ranks were ended."""
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(connection: Connection) -> None:
@@ -56,8 +50,18 @@ class Ranks:
             process.start()
             there.close()
             self._ranks.append((process, here))
-        used = self._ranks[:world]
-        port = free_port()
+        with port_kept() as kept:
+            return self._answers(self._ranks[:world], kept.getsockname()[1], function, args, timeout_s)
+
+    def _answers(
+        self,
+        used: list[tuple[Any, Connection]],
+        port: int,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout_s: float,
+    ) -> list[Any]:
+        world = len(used)
         for rank, (_, connection) in enumerate(used):
             connection.send_bytes(pickle.dumps((function, (rank, port, *args))))
         waiting = {connection: rank for rank, (_, connection) in enumerate(used)}

@@ -22,8 +22,8 @@ from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, find_checkpoint
 from megatron_rl.device import prepare_megatron
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.ray_runtime.child import Call, Reply
+from megatron_rl.ray_runtime.supervisor import port_kept
 from tests.distributed.cases import Reinforce, Setup, minibatch, start
-from tests.distributed.ranks import free_port
 
 LAYOUT = ParallelLayout(tensor=2)
 
@@ -64,11 +64,11 @@ class Model:
             subprocess.Popen(command, pass_fds=numbers)
             self.pipes.append(Connection(ours.detach()))
             self.beside.append(Connection(ours_beside.detach()))
-        port = free_port()
-        for rank, pipe in enumerate(self.pipes):
-            payload = cloudpickle.dumps((build, (rank, port, model), {}))
-            pipe.send_bytes(pickle.dumps(Call(phase="start", payload=payload)))
-        Answers(self.pipes, list).result()
+        with port_kept() as kept:
+            for rank, pipe in enumerate(self.pipes):
+                payload = cloudpickle.dumps((build, (rank, kept.getsockname()[1], model), {}))
+                pipe.send_bytes(pickle.dumps(Call(phase="start", payload=payload)))
+            Answers(self.pipes, list).result()
 
     def call(self, pipes: list[Connection], finish: Callable[[list[Any]], Any], verb: str, *args: Any) -> Answers:
         for pipe in pipes:

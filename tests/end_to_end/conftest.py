@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.end_to_end.leftovers import mark_this_run, our_processes, shared_memory
 
 ROOT = Path(__file__).parents[2]
 PPO = ROOT / "examples" / "arithmetic_cpu" / "ppo.toml"
+_GRACE_S = 15
+
+mark_this_run()
 
 
 @pytest.fixture(scope="session")
@@ -45,25 +49,12 @@ def train_command(task: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return command
 
 
-def ours() -> set[int]:
-    """Processes of a run: Ray's, the supervisors' and the workers'."""
-    marks = ("raylet", "gcs_server", "ray_runtime.child", "ray::", "rewards.worker", "hf_reference")
-    found = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(mark in line for mark in marks):
-            found.add(process.pid)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Every test leaves the processes and the shared memory that it found."""
-    processes, shared = ours(), set(Path("/dev/shm").iterdir())
+    before = our_processes() | shared_memory()
     yield
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in ours() - processes], timeout=15)
-    assert not alive
-    end = time.monotonic() + 15
-    while left := set(Path("/dev/shm").iterdir()) - shared:
-        assert time.monotonic() < end, left
+    end = time.monotonic() + _GRACE_S
+    while left := (our_processes() | shared_memory()) - before:
+        assert time.monotonic() < end, f"left behind: {sorted(map(str, left))}"
         time.sleep(0.2)

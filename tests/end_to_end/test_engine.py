@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -451,12 +452,20 @@ def test_a_layer_that_a_push_left_stale_is_caught_and_named(fresh: RemoteEngine,
     assert "the first tensor that differs there is model.layers.1.self_attn.q_proj.weight: 4096 of" in str(caught.value)
 
 
-def test_weights_that_are_no_numbers_are_refused(engine: RemoteEngine, folders: dict[str, Path]) -> None:
-    """The last test: what it leaves in the cache of keys and values spoils later rows, whatever is pushed then."""
-    broken = ((name, tensor * torch.nan) for name, tensor in named_weights(loaded(folders["B-untied"])))
-    engine.push(8, broken)
-    with pytest.raises(EngineError, match="every log-prob must be finite"):
-        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+@pytest.mark.parametrize(
+    ("verb", "args"), [("generate", (PROMPTS, GREEDY, [[0]] * 4)), ("score", ([p.token_ids for p in PROMPTS],))]
+)
+def test_weights_that_are_no_numbers_are_refused_and_the_next_push_heals_it(
+    engine: RemoteEngine, folders: dict[str, Path], verb: str, args: tuple[Any, ...]
+) -> None:
+    model = loaded(folders["B-untied"])
+    engine.push(8, ((name, tensor * torch.nan) for name, tensor in named_weights(model)))
+    with pytest.raises(EngineError, match="NotFinite: every log-prob must be finite"):
+        engine.call(verb, *args)
+    engine.push(9, iter(named_weights(model)))
+    # of other lengths than those before, so that they meet what the cache holds beyond their own ends
+    longer = [replace(prompt, token_ids=prompt.token_ids * (2 + index)) for index, prompt in enumerate(PROMPTS)]
+    assert_greedy_by(model, engine.call("generate", [*longer, *PROMPTS], GREEDY, [[0]] * 8))
 
 
 def test_the_phases_of_a_push_must_follow_one_another(engine: RemoteEngine) -> None:
@@ -494,6 +503,15 @@ def test_two_tensor_parallel_workers_are_pushed_to_and_a_late_one_is_named(folde
             engine.call("advance", PushPhase.START, 4, 2.0)
     assert not first.is_running()
     assert not second.is_running()
+
+
+def test_workers_die_with_the_engine_even_one_that_is_stopped(folders: dict[str, Path]) -> None:
+    with running(folders["A-untied"], tensor=2) as engine:
+        workers = [process for process in engine.descendants() if "VLLM::Worker" in " ".join(process.cmdline())]
+        workers[1].suspend()
+        engine.process.kill()
+        assert len(workers) == 2
+        assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
 def cut_short(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -119,12 +119,12 @@ def test_an_engine_for_a_critic_is_refused(task: Path, tmp_path: Path) -> None:
 def test_a_model_above_the_bound_is_not_compared_with_hugging_face_and_that_is_told(
     train_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from megatron_rl.assemble import _start_references
+    from megatron_rl.assemble.gate import start_references
 
     _, _, _, _, file, *settings = train_command("parity.reference_max_parameters=1000")
     config = load(RunConfig, [Path(file)], settings)
     with ExitStack() as stack:
-        references = _start_references(stack, config, tmp_path)
+        references = start_references(stack, config, tmp_path)
     assert (references.policy, references.critic) == (None, None)
     assert references.through is not None
     assert references.through.norm().item() == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, find_checkpoint
 from megatron_rl.config.load import dotted, load
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.durable import locked
 from megatron_rl.experience.prompts import load_prompts
 from megatron_rl.model_dims import read_model_dims
 from tests.distributed.test_checkpoint import saved_tensors
@@ -30,7 +32,7 @@ Command = Callable[..., list[str]]
 ONE_RANK = ("policy.layout.tensor=1", "critic.layout.pipeline=1")
 SIX_STEPS = ("steps=6", "ppo.critic_warmup_steps=1", "checkpoint.every=1")
 RAYS_OWN = {"raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-OF_THE_MACHINE = re.compile("time$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/|push/.*_s$")
+OF_THE_MACHINE = re.compile(r"time$|push/\w+_s$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -128,13 +130,16 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Comman
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run, process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=90)
+        printed, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert "asked to stop: finishing this step and saving it" in errors
     saved = find_checkpoint(run / "checkpoints")
     assert saved is not None
     assert saved.step == computed(run)[-1]["step"] + 1
     assert not any(row.get("aborted") for row in lines(run / "metrics.jsonl"))
+    assert f"stopped as asked after step {saved.step} of 500; the same command goes on from there" in printed
+    assert json.loads((run / "summary.json").read_text())["stopped_after_step"] == saved.step
+    assert (run / "curve.png").is_file()
 
 
 @pytest.fixture
@@ -188,6 +193,12 @@ def test_a_truncated_file_is_named_with_the_way_on(train_command: Command, saved
     said = refused(train_command(), saved_run)
     assert f"{file} must have 100 bytes, has 7" in said
     assert "step_000001 is whole: to go on from it, write step_000001 into" in said
+
+
+def test_a_second_run_in_the_same_folder_is_refused(train_command: Command, saved_run: Path) -> None:
+    with locked(saved_run / "lock", writing=saved_run, wait_s=0):
+        said = refused(train_command(), saved_run)
+    assert f"another process is writing {saved_run} (pid {os.getpid()} on " in said
 
 
 def test_a_fresh_start_refuses_a_folder_with_files(train_command: Command, saved_run: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import xxhash
 
 from megatron_rl import durable
-from megatron_rl.durable import FileRecord, read_record, replace_text, write_file
+from megatron_rl.durable import FileRecord, locked, read_record, replace_text, write_file
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +46,33 @@ def test_a_replacement_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatc
     replace_text(file, "three")  # what the failed one left is no obstacle
     assert file.read_text() == "three"
     assert list(tmp_path.iterdir()) == [file]
+
+
+HOLD = """
+import sys, time
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from megatron_rl.durable import locked
+with locked(Path(sys.argv[1]) / "lock", writing=Path(sys.argv[1]), wait_s=0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_the_process_that_holds_it_and_is_free_when_that_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            says = rf"another process is writing {tmp_path} \(pid {holder.pid} on "
+            with pytest.raises(BlockingIOError, match=says), locked(tmp_path / "lock", writing=tmp_path, wait_s=0.2):
+                pytest.fail("the lock was given twice")
+        finally:
+            holder.kill()
+    with locked(tmp_path / "lock", writing=tmp_path, wait_s=0):
+        assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+    with locked(tmp_path / "lock", writing=tmp_path, wait_s=0):
+        pass

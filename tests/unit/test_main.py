@@ -1,12 +1,21 @@
-"""What signals do to a run."""
+"""What signals do to a run, and what it leaves."""
 
 from __future__ import annotations
 
+import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from megatron_rl.__main__ import _Termination
+from megatron_rl.__main__ import _Termination, _train
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import RunConfig
 
 
 def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -22,3 +31,35 @@ def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.Captu
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
+    early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SimpleNamespace(run_dir=tmp_path, steps=9)
+
+    @contextmanager
+    def open_run(config: object, stop: _Termination) -> Iterator[object]:
+        stop.asked = early
+        yield SimpleNamespace(start_step=3)
+
+    def train(run: object) -> None:
+        records = [{"step": step, "kind": "step", "nonfinite": 0, "rollout/score": 0.5} for step in range(4)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    monkeypatch.setattr("megatron_rl.assemble.open_run", open_run)
+    monkeypatch.setattr("megatron_rl.ppo.train", train)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _train(cast("RunConfig", config), fresh=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    printed = capsys.readouterr().out
+    if early:
+        assert printed == "stopped as asked before step 4 of 9\n"
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert printed.startswith("stopped as asked after step 4 of 9; the same command goes on from there\n")
+        assert json.loads((tmp_path / "summary.json").read_text())["stopped_after_step"] == 4
+        assert (tmp_path / "curve.png").is_file()

@@ -245,11 +245,18 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     log, _ = open_log(tmp_path / "first", wandb_project="reasoning")
     with log, log.step(4) as step:
         step.update("rollout", {"score": 0.5})
-    assert calls == [
-        {"project": "reasoning", "name": "first", "dir": str(tmp_path / "first")},
-        (5, 0.5),
-        "finish",
-    ]
+    settings, *rest = calls
+    first_id = settings.pop("id")
+    assert settings == {"project": "reasoning", "name": "first", "dir": str(tmp_path / "first"), "resume": "allow"}
+    assert rest == [(5, 0.5), "finish"]
+
+    calls.clear()
+    for start_step in (5, 0, 6):  # goes on, starts anew, goes on from that
+        open_log(tmp_path / "first", wandb_project="reasoning", start_step=start_step)[0].close()
+    same, anew, after = (call["id"] for call in calls if call != "finish")
+    assert same == first_id
+    assert anew != first_id
+    assert after == anew
 
 
 def test_asking_for_wandb_without_having_it_says_what_to_do(tmp_path, monkeypatch):

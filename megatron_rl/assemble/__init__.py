@@ -1,0 +1,6 @@
+"""The composition root: from a configuration to a run. The only place that sees Megatron, vLLM and Ray together."""
+
+from megatron_rl.assemble.gate import open_parity, verify_folder
+from megatron_rl.assemble.runs import open_engine, open_engines, open_run, open_supervised
+
+__all__ = ["open_engine", "open_engines", "open_parity", "open_run", "open_supervised", "verify_folder"]

@@ -1,0 +1,152 @@
+"""The models of a run at work: their processes, and the channel that weights go through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_rl import device
+from megatron_rl.batches import TokenRows
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.dataflow import Prompt
+from megatron_rl.interfaces import Pending, results
+from megatron_rl.mcore.spec import WorkerSpec, start_worker
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.ray_runtime.cluster import Cluster, Role
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, connect
+from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.sync import CheckedSync
+from megatron_rl.weights.transfer import Transport
+from megatron_rl.weights.weight_map import Head
+
+_PROBE_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``."""
+
+    groups: Mapping[str, WorkerGroup]
+    policy: RemotePolicy
+    critic: RemoteCritic | None
+    engine: RemoteEngine
+    transport: Transport
+
+
+def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
+    """Start policy, critic and engine side by side."""
+    groups = cluster.start(
+        [
+            *(
+                Role(name=role, workers=trainer.layout.world_size, held_types=HELD_TYPES)
+                for role, trainer in config.trainers.items()
+            ),
+            engine_role(config),
+        ],
+        device.worker_environment(),
+    )
+    critic_updates = config.steps * config.updates_per_step
+    policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
+    starting = {
+        "policy": start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
+        "engine": groups["engine"].build(
+            start_engine, [(engine_spec(config, config.model.path),)] * config.engine.count
+        ),
+    }
+    if config.critic is not None:
+        starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
+    results(starting)
+    policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
+    critic = None if config.critic is None else RemoteCritic(groups["critic"])
+    transport = connect(
+        policy,
+        engine,
+        config.sync,
+        tensor=config.engine.tensor,
+        cuda=device.has_cuda(),
+        timeout_s=config.cluster.start_deadline_s,
+    )
+    return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
+
+
+def start_trainer(
+    group: WorkerGroup, config: RunConfig | SFTConfig, head: Head, dims: ModelDims, total_updates: int
+) -> Pending[None]:
+    """Build the ranks of one model."""
+    if isinstance(config, SFTConfig):
+        trainer, temperature, keep_reference = config.trainer, 1.0, False
+    else:
+        trainer = config.trainers[group.name]
+        temperature, keep_reference = config.rollout.temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
+    spec = WorkerSpec(
+        role=group.name,
+        head=head,
+        model=config.model,
+        dims=dims,
+        trainer=trainer,
+        temperature=temperature,
+        total_updates=total_updates,
+        seed=config.seed,
+        keep_reference=keep_reference,
+    )
+    return start_ranks(group, spec, config.cluster)
+
+
+def start_ranks(group: WorkerGroup, spec: WorkerSpec, cluster: ClusterConfig) -> Pending[None]:
+    """Build all ranks of ``spec``."""
+    host = group.births(cluster.start_deadline_s)[0].address
+    port = group.keep_port(cluster.start_deadline_s)
+    deadline = cluster.call_deadline_s
+    ranks = range(spec.trainer.layout.world_size)
+    return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in ranks])
+
+
+def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequence[Prompt]) -> CheckedSync:
+    """The push from policy to engine, probed with the first of ``prompts``."""
+    return CheckedSync(
+        sender=roles.policy,
+        receiver=roles.engine,
+        probe=_probe(prompts, dims),
+        probe_tolerance=config.sync.probe_tolerance,
+        phase_deadline_s=config.sync.phase_deadline_s,
+    )
+
+
+def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
+    """A few fixed rows that trainer and engine score after every push: held-out prompts of at least two tokens."""
+    rows = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_PROBE_ROWS]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), dims.pad_id)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+    places = torch.arange(tokens.shape[1])
+    return TokenRows(tokens=tokens, lengths=lengths, response_mask=(places > 0) & (places < lengths[:, None]))
+
+
+def processes(config: RunConfig) -> int:
+    """Of all models of a run; each has a device of its own."""
+    ranks = sum(trainer.layout.world_size for trainer in config.trainers.values())
+    return ranks + config.engine.count * config.engine.tensor
+
+
+def engine_role(config: RunConfig) -> Role:
+    """How many engines a run has, and how large."""
+    return Role(name="engine", workers=config.engine.count, devices=config.engine.tensor)
+
+
+def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
+    """An engine for this run; with a ``version`` it may generate from the weights it loads."""
+    return EngineSpec(
+        model=model.resolve(),
+        dtype=config.model.dtype,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        kv_cache_mib=config.engine.kv_cache_mib,
+        max_concurrent=config.engine.max_concurrent,
+        tensor=config.engine.tensor,
+        on_cpu=not device.has_cuda(),
+        version=version,
+    )

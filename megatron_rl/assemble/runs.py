@@ -1,0 +1,276 @@
+"""What a command runs: PPO, the supervised stage, engines alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from megatron_rl import device
+from megatron_rl.assemble.gate import References, parity_gate, start_references
+from megatron_rl.assemble.roles import checked_sync, engine_role, engine_spec, processes, start_roles, start_trainer
+from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
+from megatron_rl.config.load import dotted, dump
+from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
+from megatron_rl.dataflow import Prompt
+from megatron_rl.durable import locked
+from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
+from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
+from megatron_rl.experience.prompts import PromptStream, load_prompts
+from megatron_rl.experience.supervised import supervised_batches
+from megatron_rl.interfaces import StopRequest, results
+from megatron_rl.maths.kl import KlControl
+from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
+from megatron_rl.metrics import MetricLog
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.ppo import Run
+from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
+from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.rewards.overlong import OverlongPenalty
+from megatron_rl.rewards.service import RewardService
+from megatron_rl.sft import SupervisedRun
+from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.weight_map import Head
+
+_LOCK_WAIT_S = 2.0
+"""A run that was killed a moment ago may still be on its way out."""
+
+
+@contextmanager
+def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
+    """Start everything that a run needs, at the step of its newest checkpoint; leaving the block ends all of it.
+
+    Raises:
+        BlockingIOError: another process runs in the same folder.
+        CheckpointProblem: the run's checkpoint is damaged, or was saved by another run.
+        ClusterProblem: the machine or the cluster is too small.
+        ValueError: a data file is unusable.
+        WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
+    """
+    gpus = device.gpu_count()
+    check_machine(processes(config), gpus, config.cluster)
+    dims = read_model_dims(config.model.path)
+    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    prompts = load_prompts(config.data.train, tokenizer, config.data)
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+    identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
+    with ExitStack() as stack:
+        stack.enter_context(_held(config.run_dir))
+        saved = find_checkpoint(config.run_dir / "checkpoints")
+        changes = []
+        if saved is not None:
+            changes = check_same_run(saved, identity)
+            check_whole(saved)
+        _leave_settings(config)
+        gated = config.parity.enabled and (saved is None or config.parity.on_resume)
+        rewards = stack.enter_context(_reward_service(config.reward))
+        references = References()
+        if gated:  # before the workers, so that it loads while they start
+            references = start_references(
+                stack, config, config.run_dir, resumed=None if saved is None else saved.folder / "hf"
+            )
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
+        roles = start_roles(cluster, config, dims)
+        policy, critic, engine = roles.policy, roles.critic, roles.engine
+        stream = PromptStream(prompts.prompts, config.seed)
+        kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
+        checkpoints = stack.enter_context(
+            RunCheckpoints(
+                config.run_dir.resolve() / "checkpoints",
+                keep=config.checkpoint.keep,
+                asynchronous=config.checkpoint.asynchronous,
+                models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
+                parts={"prompts": stream, "kl_control": kl_control},
+                like=config.model.path.resolve(),
+                identity=identity,
+            )
+        )
+        start_step = checkpoints.start(saved)
+        fresh = FreshRollouts(
+            prompts=stream,
+            engine=engine,
+            rewards=rewards,
+            config=config.rollout,
+            seed=config.seed,
+            overlong=_overlong(config),
+        )
+        rounds = config.rollout.sampling_rounds
+        sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
+        machine = _MachineMetrics(roles.groups, rewards, config.ppo.epochs)
+        metrics = stack.enter_context(
+            MetricLog(
+                config.run_dir,
+                total_steps=config.steps,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+                sources=[machine] if sampling is None else [sampling.take_metrics, machine],
+                start_step=start_step,
+            )
+        )
+        receivers = config.engine.count * config.engine.tensor
+        metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
+        if saved is not None:
+            metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
+        for change in changes:
+            metrics.note(f"changed since that checkpoint was saved: {change}")
+        for name, found in (("train", prompts), ("heldout", heldout)):
+            if found.dropped:
+                metrics.note(
+                    f"data.{name}: {found.dropped} prompts are longer than data.max_prompt_tokens="
+                    f"{config.data.max_prompt_tokens} and left out, {len(found.prompts)} are kept"
+                )
+        yield Run(
+            config=config,
+            start_step=start_step,
+            collect=fresh if sampling is None else sampling,
+            engine=engine,
+            rewards=rewards,
+            policy=policy,
+            reference=RemoteReference(roles.groups["policy"]) if config.ppo.kl_coef > 0 else None,
+            critic=critic,
+            advantage=advantage_estimator(config.ppo),
+            policy_loss=policy_loss(config.ppo),
+            value_loss=ValueLoss(clip=config.ppo.value_clip),
+            loss_mean=loss_mean(config),
+            kl_control=kl_control,
+            weights=checked_sync(config, dims, roles, heldout.prompts),
+            gate=parity_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
+            checkpoints=checkpoints,
+            stop=stop,
+            heldout=heldout.prompts[: config.evaluation.prompts],
+            forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
+    """Start what the supervised stage needs; errors as :func:`open_run`."""
+    gpus, world = device.gpu_count(), config.trainer.layout.world_size
+    check_machine(world, gpus, config.cluster)
+    if config.output.exists():
+        raise FileExistsError(f"output: {config.output} exists; remove it or name another folder")
+    dims = read_model_dims(config.model.path)
+    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    batches = supervised_batches(
+        config.data,
+        tokenizer,
+        dims.eos_ids[0],
+        dims.max_positions,
+        steps=config.steps,
+        samples_per_step=config.samples_per_step,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(_held(config.run_dir))
+        _leave_settings(config)
+        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
+        roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
+        group = cluster.start(roles, device.worker_environment())["trainer"]
+        start_trainer(group, config, Head.TOKEN, dims, config.steps).result()
+        model = RemotePolicy(group)
+        metrics = stack.enter_context(
+            MetricLog(
+                config.run_dir,
+                total_steps=config.steps,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+            )
+        )
+        yield SupervisedRun(
+            batches=batches,
+            model=model,
+            loss=SupervisedLoss(),
+            export=lambda: model.export_hf(config.output.resolve(), config.model.path.resolve()).result(),
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, RewardService, tuple[Prompt, ...]]]:
+    """An engine on the weights in folder ``model``, a scorer and the held-out prompts; no trainer. Errors as
+    :func:`open_run`.
+    """
+    gpus = device.gpu_count()
+    check_machine(config.engine.count * config.engine.tensor, gpus, config.cluster)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+    with (
+        _reward_service(config.reward) as rewards,
+        Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
+    ):
+        group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
+        group.build(start_engine, [(engine_spec(config, model, version=0),)] * config.engine.count).result()
+        yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
+
+
+@contextmanager
+def open_engines(spec: EngineSpec, count: int, cluster: ClusterConfig, run_dir: Path) -> Iterator[list[RemoteEngine]]:
+    """``count`` engines alike, each in a process of its own; no trainer and no data. Errors as :func:`open_run`."""
+    gpus = device.gpu_count()
+    check_machine(count, gpus, cluster)
+    with Cluster(cluster, gpus=gpus, run_dir=run_dir) as started:
+        groups = started.start(
+            [Role(name=f"engine-{number}", workers=1) for number in range(count)], device.worker_environment()
+        )
+        results({name: group.build(start_engine, [(spec,)]) for name, group in groups.items()})
+        yield [RemoteEngine(group) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class _MachineMetrics:
+    """What the workers say of a step: busy seconds and tokens per second by role and verb, largest resident set."""
+
+    groups: Mapping[str, WorkerGroup]
+    rewards: RewardService
+    epochs: int
+
+    def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
+        found = {"busy_s/rewards/score": self.rewards.take_busy_seconds()}
+        for role, group in self.groups.items():
+            taken = group.take_statistics()
+            found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}
+            found[f"peak_rss_gib/{role}"] = taken.peak_rss_bytes / 2**30
+        kept = step.get("rollout/response_tokens", 0.0)
+        drawn = step.get("sampling/response_tokens", kept) + step.get("heldout/response_tokens", 0.0)
+        scored = step.get("rollout/total_tokens", 0.0)
+        for role, verb, tokens in (
+            ("engine", "generate", drawn),
+            ("policy", "logprobs", scored),
+            ("critic", "values", scored),
+            ("policy", "update", scored * self.epochs),
+            ("critic", "update", scored * self.epochs),
+        ):
+            seconds = found.get(f"busy_s/{role}/{verb}", 0.0)
+            if seconds > 0 and tokens > 0:
+                found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
+        return found
+
+
+def _reward_service(reward: RewardConfig) -> RewardService:
+    return RewardService(
+        reward.rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        wall_timeout_s=reward.wall_timeout_s,
+        max_error_rate=reward.max_error_rate,
+    )
+
+
+def _overlong(config: RunConfig) -> OverlongPenalty | None:
+    """The penalty of responses close to the limit, where one is asked for."""
+    buffer = config.reward.overlong_buffer
+    return OverlongPenalty(max_tokens=config.rollout.max_response_tokens, buffer=buffer) if buffer else None
+
+
+def _held(run_dir: Path) -> AbstractContextManager[None]:
+    """Make the run's folder, for this process alone to write to."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return locked(run_dir / "lock", writing=run_dir, wait_s=_LOCK_WAIT_S)
+
+
+def _leave_settings(config: RunConfig | SFTConfig) -> None:
+    (config.run_dir / "config.json").write_text(dump(config))
