@@ -122,3 +122,8 @@ def test_weights_of_another_size_are_refused_by_name(ranks: Ranks, models: dict[
     [said] = ranks.run(1, load_another, models["llama"], models["llama-odd"])
     assert said.startswith("model.embed_tokens.weight must have shape (97, 32), ")
     assert said.endswith("gives (96, 32); check that config.json belongs to its weights")
+
+
+def test_tensors_that_the_model_would_drop_are_refused_by_name(ranks: Ranks, models: dict[str, Path]) -> None:
+    [said] = ranks.run(1, load_another, models["llama-attention-bias"], models["llama"])
+    assert "no LlamaForCausalLM has a tensor model.layers.0.self_attn.k_proj.bias (16 are unknown)" in said
