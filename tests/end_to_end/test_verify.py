@@ -23,12 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = Qwen2Config(
         vocab_size=97,
-        hidden_size=64,
+        hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=256,
         initializer_range=0.1,
         tie_word_embeddings=True,
