@@ -16,8 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +31,7 @@ from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
 from megatron_rl.convert.verify import Different, check_folder, check_values, open_source
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.coverage import head_of
 from megatron_rl.weights.rules import Head
 
@@ -59,15 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verify(asked: argparse.Namespace) -> None:
-    scores = LEVELS.index(asked.level) >= LEVELS.index("logits")
-    if scores:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ranks and engine end with this process
+    # first of all: what cannot be scored is refused before terabytes are read
+    scoring = _plan_scoring(asked) if LEVELS.index(asked.level) >= LEVELS.index("logits") else None
     for folder in filter(None, (asked.folder, asked.against)):
         _check_files(folder, asked.processes)
     if asked.against is not None and asked.level != "files":
         _check_values(asked, asked.against)
-    if scores:
-        _check_scores(asked)
+    if scoring is not None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ranks and engine end with this process
+        with _hugging_face(scoring.other, asked.processes) as reference:
+            _check_scores(scoring, reference)
 
 
 def _check_files(folder: Path, processes: int) -> None:
@@ -84,52 +89,89 @@ def _check_values(asked: argparse.Namespace, other: Path) -> None:
     print(f"values: ok, {count} tensors are the same in {asked.folder} and {other}")
 
 
-def _check_scores(asked: argparse.Namespace) -> None:
-    """Levels ``logits`` and ``engine``: of two folders the ranks load Megatron's (of two of one kind the first), and
-    transformers and vLLM the other one; a folder alone goes to all. What must be Hugging Face's and is not is exported.
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """Who scores what at the levels ``logits`` and ``engine``.
+
+    Attributes:
+        mine: the folder that the ranks load.
+        other: that transformers and vLLM load, once it is exported if it is Megatron's.
+        dims: of ``mine``.
+        head: of ``mine``.
+        dtype: of ranks and vLLM.
+        layout: of the ranks.
+        with_engine: whether vLLM takes part.
     """
-    folders = [asked.folder, asked.against or asked.folder]
-    mine, other = sorted(folders, key=lambda folder: not isinstance(open_source(folder), MegatronSource))
-    source = open_source(mine)
+
+    mine: Path
+    other: Path
+    dims: ModelDims
+    head: Head
+    dtype: Literal["bfloat16", "float32"]
+    layout: ParallelLayout
+    with_engine: bool
+
+
+def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
+    """Of two folders the ranks load Megatron's (of two of one kind the first), transformers and vLLM the other one; a
+    folder alone goes to all.
+    """
+    opened = {folder: open_source(folder) for folder in (asked.folder, asked.against or asked.folder)}
+    mine = min(opened, key=lambda folder: not isinstance(opened[folder], MegatronSource))
+    other = next((folder for folder in opened if folder != mine), mine)
+    source, reference = opened[mine], opened[other]
     head = source.head if isinstance(source, MegatronSource) else head_of(source.config)
     with_engine = asked.level == "engine"
     if with_engine and head is Head.VALUE:
         raise ValueError(f"{mine} is a critic, which scores no tokens: --level logits is the last one for it")
+    if isinstance(reference, HfSource) and reference.quantised:
+        raise ValueError(
+            f"{other} has 8-bit weights, which transformers and vLLM run on GPUs alone: convert it to Megatron's "
+            "format, and verify that at this level by itself"
+        )
     layout = ParallelLayout(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(ParallelLayout)})
-    workers = layout.world_size + with_engine
-    with _hugging_face(other, asked.processes) as reference, _workplace() as workplace:
-        # only now: they load Ray
-        from megatron_rl.assemble import verify_folder
-        from megatron_rl.parity import ParityFailed
+    if problems := source.dims.layout_problems(layout):
+        raise ValueError("; ".join(problems))
+    dtype = _dtype(mine, source.info(source.weights.entries[0]).dtype, asked.dtype)
+    return _Scoring(
+        mine=mine, other=other, dims=source.dims, head=head, dtype=dtype, layout=layout, with_engine=with_engine
+    )
 
+
+def _dtype(folder: Path, stored: torch.dtype, asked: str | None) -> Literal["bfloat16", "float32"]:
+    """That of the weights, unless one is asked for."""
+    for name in ("bfloat16", "float32"):
+        if name == asked or (asked is None and stored is DTYPES[name]):
+            return name
+    raise ValueError(f"{folder}: ranks compute in float32 or bfloat16, its weights are {stored}; give --dtype")
+
+
+def _check_scores(scoring: _Scoring, reference: Path) -> None:
+    # only now: they load Ray
+    from megatron_rl.assemble import verify_folder
+    from megatron_rl.parity import ParityFailed
+
+    ranks = scoring.layout.world_size
+    with _workplace() as workplace:
         try:
             verify_folder(
-                ModelConfig(path=mine, dtype=_dtype(asked, source)),
-                dims=source.dims,
+                ModelConfig(path=scoring.mine, dtype=scoring.dtype),
+                dims=scoring.dims,
                 reference=reference,
-                head=head,
-                layout=layout,
-                engine=EngineConfig(kv_cache_mib=_ENGINE_CACHE_MIB) if with_engine else None,
+                head=scoring.head,
+                layout=scoring.layout,
+                engine=EngineConfig(kv_cache_mib=_ENGINE_CACHE_MIB) if scoring.with_engine else None,
                 parity=ParityConfig(),
-                cluster=_cluster(workers),
+                cluster=_cluster(ranks + scoring.with_engine),
                 run_dir=workplace,
                 tell=print,
             )
         except ParityFailed as failed:
             print(failed.table)
             raise Different(failed.cause) from failed
-    print(f"logits: ok, {layout.world_size} rank(s) with {mine} say what transformers says with {other}")
-    if with_engine:
-        print(f"engine: ok, vLLM with {other} says the same")
-
-
-def _dtype(asked: argparse.Namespace, source: HfSource | MegatronSource) -> Literal["bfloat16", "float32"]:
-    """That of the weights, unless one is asked for."""
-    stored = source.info(source.weights.entries[0]).dtype
-    for name in ("bfloat16", "float32"):
-        if asked.dtype == name or (asked.dtype is None and stored is DTYPES[name]):
-            return name
-    raise ValueError(f"{asked.folder}: ranks compute in float32 or bfloat16, its weights are {stored}; give --dtype")
+    print(f"logits: ok, {ranks} rank(s) with {scoring.mine} say what transformers says with {scoring.other}")
+    if scoring.with_engine:
+        print(f"engine: ok, vLLM with {scoring.other} says the same")
 
 
 def _cluster(workers: int) -> ClusterConfig:
@@ -141,15 +183,15 @@ def _cluster(workers: int) -> ClusterConfig:
 
 @contextmanager
 def _workplace() -> Iterator[Path]:
-    """For logs; they are kept where something went wrong that is no difference."""
+    """For logs; they are kept where a rank, the engine or transformers failed."""
     folder = Path(tempfile.mkdtemp(prefix="verify-"))
     try:
         yield folder
-    except (Different, KeyboardInterrupt):
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except Exception:
+    except (RuntimeError, TimeoutError):
         print(f"logs are in {folder}")
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder)
 
@@ -157,13 +199,7 @@ def _workplace() -> Iterator[Path]:
 @contextmanager
 def _hugging_face(folder: Path, processes: int) -> Iterator[Path]:
     """The folder, or where it is Megatron's an export of it, for the time being."""
-    source = open_source(folder)
-    if isinstance(source, HfSource):
-        if source.quantised:
-            raise ValueError(
-                f"{folder} has 8-bit weights, which transformers and vLLM run on GPUs alone: convert it to Megatron's "
-                "format, and verify that at this level by itself"
-            )
+    if not isinstance(open_source(folder), MegatronSource):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:

@@ -62,8 +62,10 @@ def wide_model(folder: Path) -> Path:
 
 
 def llama_135m(folder: Path) -> Path:
-    """30 layers, 9 heads, 3 key/value heads, in bfloat16: sizes that no tensor parallelism divides."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """With a tokenizer; 30 layers, 9 heads, 3 key/value heads: sizes that two tensor ranks do not divide."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
         vocab_size=49152,
@@ -78,6 +80,8 @@ def llama_135m(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(number): number for number in range(config.vocab_size)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder
 
 

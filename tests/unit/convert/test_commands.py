@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_rl.config.schema import ModelConfig
 from megatron_rl.convert.console import progress_bar, size_bytes
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.parity import ParityFailed
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
@@ -363,6 +366,51 @@ def test_what_cannot_be_scored_gets_one_clear_error(
     assert status == 1
     (line,) = err.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "against", "ranks", "reference"),
+    [
+        ("hf", None, "hf", "hf"),
+        ("hf", "back", "hf", "back"),
+        ("megatron", "back", "megatron", "back"),
+        ("back", "megatron", "megatron", "back"),
+        ("megatron", None, "megatron", "an export"),
+    ],
+)
+def test_ranks_take_megatrons_side_and_transformers_the_other_one(
+    run: Run,
+    folders: tuple[Path, Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    against: str | None,
+    ranks: str,
+    reference: str,
+) -> None:
+    """And what differs is told in one line, behind the table."""
+    source = folders[0]
+    taken: list[dict[str, Any]] = []
+
+    def verify_folder(model: ModelConfig, **settings: Any) -> None:
+        taken.append(settings | {"model": model, "same": same(settings["reference"], source)})
+        raise ParityFailed("1 of 3 comparisons failed", "the table", "policy against Hugging Face: model.norm.weight")
+
+    monkeypatch.setattr("megatron_rl.assemble.verify_folder", verify_folder)
+    options = ["--level", "logits", "--tensor", "2", "--sequence-parallel"]
+    options += [] if against is None else ["--against", str(source.parent / against)]
+    status, out, err = run(verify, source.parent / folder, *options)
+    assert (status, err) == (1, "error: policy against Hugging Face: model.norm.weight\n")
+    assert out.splitlines()[-1] == "the table"
+    assert ("values: ok" in out) == (against is not None)
+    [found] = taken
+    assert found["model"] == ModelConfig(path=source.parent / ranks, dtype="float32")
+    assert found["layout"] == ParallelLayout(tensor=2, sequence_parallel=True)
+    assert found["same"]
+    if reference == "an export":
+        assert not found["reference"].exists()  # it is gone by now
+    else:
+        assert found["reference"] == source.parent / reference
+    assert not found["run_dir"].exists()
 
 
 def test_values_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
