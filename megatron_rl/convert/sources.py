@@ -20,8 +20,6 @@ from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
 _TYPES = (torch.float32, torch.bfloat16)
-_OWN_TYPE = ("score.", "e_score_correction_bias")
-"""Tensors that training keeps in float32 whatever the type of the model."""
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
 _BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -44,6 +42,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} must be JSON: {error}") from error
     return config
+
+
+def keeps_type(name: str) -> bool:
+    """Whether a Hugging Face tensor keeps its type whatever is asked for: training has float32 in it in any model."""
+    return name.startswith("score.") or name.endswith("e_score_correction_bias")
 
 
 class HfSource:
@@ -136,7 +139,7 @@ class HfSource:
         return tensor.to(self._type(name, tensor.dtype))
 
     def _type(self, name: str, found: torch.dtype) -> torch.dtype:
-        if self._dtype is None or (found is torch.float32 and any(part in name for part in _OWN_TYPE)):
+        if self._dtype is None or (found is torch.float32 and keeps_type(name)):
             return found
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
