@@ -85,6 +85,8 @@ class ModelDims:
     rope_scaling: RopeScaling | None = None
     experts: ExpertDims | None = None
     latent: LatentDims | None = None
+    further_layers: int = 0
+    """Behind the last layer, to predict more than the next token: in files alone, nobody here computes them."""
 
     def layout_problems(self, layout: ParallelLayout) -> list[str]:
         """Why this model cannot be laid out so, one sentence each with the nearest legal values; empty when it can."""
@@ -229,6 +231,7 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> Mode
         pad_id=eos_ids[0] if config.get("pad_token_id") is None else int(config["pad_token_id"]),
         experts=None if family.experts is None else family.experts(config),
         latent=_latent(config, scaling),
+        further_layers=int(config.get("num_nextn_predict_layers") or 0),
     )
 
 

@@ -29,7 +29,16 @@ _LAYER = re.compile(r"model\.layers\.(\d+)(\.self_attn)?$")
 
 
 class ParityFailed(RuntimeError):
-    """Two implementations differ; the message has all differences, and where the first comes from."""
+    """Two implementations differ; the message has all differences, and where the first comes from.
+
+    Attributes:
+        table: of all differences, a line per pair.
+        cause: of the first: one line that names the pair, the place and the tensor.
+    """
+
+    def __init__(self, failed: str, table: str, cause: str) -> None:
+        super().__init__(f"{failed}\n{table}\n{cause}")
+        self.table, self.cause = table, cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ def check_parity(
     if failed:
         scored = scores[failed[0].tested.name], scores[failed[0].against.name]
         cause = locate(failed[0], rows, scored, tolerance.eps)
-        raise ParityFailed(f"{len(failed)} of {len(pairs)} comparisons failed\n{table}\n{failed[0]}: {cause}")
+        raise ParityFailed(f"{len(failed)} of {len(pairs)} comparisons failed", table, f"{failed[0]}: {cause}")
     tell(table)
     return {
         f"{str(pair).replace(' ', '_')}/{name}": value

@@ -26,8 +26,8 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.prompts import load_prompts
-from megatron_rl.hf_reference.process import HfProcess, HfScorer, tensor_shapes
-from megatron_rl.interfaces import Gate, Pending, ScoresTokens, results
+from megatron_rl.hf_reference.process import HfProcess, HfScorer
+from megatron_rl.interfaces import Gate, ScoresTokens, results
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.spec import WorkerSpec
 from megatron_rl.model_dims import ModelDims, read_model_dims
@@ -41,9 +41,9 @@ from megatron_rl.ray_runtime.roles import (
     RemoteCritic,
     RemoteEngine,
     RemotePolicy,
-    RemoteTrainer,
 )
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head
 
 
@@ -95,7 +95,7 @@ def start_references(stack: ExitStack, config: RunConfig, run_dir: Path, resumed
     if config.critic is not None and resumed is None:
         hidden = read_model_dims(folder).hidden
         through = torch.nn.functional.normalize(torch.arange(1.0, hidden + 1).cos(), dim=0)
-    parameters = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+    parameters = sum(math.prod(info.shape) for info in HfFolder(folder).infos().values())
     if parameters > config.parity.reference_max_parameters:
         skipped = (
             f"parity: not compared with Hugging Face: the model has {parameters:.3g} parameters, more than "
@@ -158,6 +158,8 @@ def parity_gate(
 def verify_folder(
     model: ModelConfig,
     *,
+    dims: ModelDims,
+    reference: Path,
     head: Head,
     layout: ParallelLayout,
     engine: EngineConfig | None,
@@ -165,7 +167,6 @@ def verify_folder(
     cluster: ClusterConfig,
     run_dir: Path,
     tell: Callable[[str], None],
-    prepare: Callable[[RemoteTrainer], Pending[None]] | None = None,
 ) -> dict[str, float]:
     """Hold a model folder as Hugging Face runs it against Megatron ranks at ``layout``, packed and unpacked, and
     against an engine that loads the folder as well.
@@ -173,7 +174,10 @@ def verify_folder(
     The model's size is not bounded here, whatever ``parity`` says: who asks for this wants the reference.
 
     Args:
-        model: the folder, and the type of the weights in Megatron and in the engine.
+        model: the folder that the ranks load, of Hugging Face or of megatron-core (``torch_dist``), and the type of the
+            weights in the ranks and in the engine.
+        dims: sizes of the model that the ranks make, of that folder's configuration.
+        reference: the Hugging Face folder that transformers and the engine load; it may be the same.
         head: TOKEN for a language model, VALUE for a critic.
         layout: of the Megatron ranks.
         engine: None: without one.
@@ -181,8 +185,6 @@ def verify_folder(
         cluster: where the ranks and the engine run.
         run_dir: gets logs and what libraries cache.
         tell: gets the table of differences.
-        prepare: what the ranks do once they have loaded the folder, such as loading a checkpoint over it:
-            ``lambda ranks: ranks.load(checkpoint)``.
 
     Returns:
         the differences, see :func:`~megatron_rl.parity.check_parity`.
@@ -194,7 +196,9 @@ def verify_folder(
     """
     if engine is not None and head is Head.VALUE:
         raise ValueError("an engine scores tokens, which a critic does not: leave the engine out")
-    gpus, dims = device.gpu_count(), read_model_dims(model.path)
+    if problems := dims.layout_problems(layout):
+        raise ValueError("; ".join(problems))
+    gpus = device.gpu_count()
     check_machine(layout.world_size + (engine is not None), gpus, cluster)
     longest = min(parity.row_tokens, dims.max_positions - 1)
     rows = parity_rows([], vocabulary=dims.vocabulary, rows=parity.rows, longest=longest, pad_id=dims.pad_id)
@@ -213,14 +217,14 @@ def verify_folder(
     asked = [Role(name=role, workers=layout.world_size, held_types=HELD_TYPES)]
     asked += [] if engine is None else [Role(name="engine", workers=1)]
     with (
-        _reference(cluster, model.path, head, run_dir) as process,
+        _reference(cluster, reference, head, run_dir) as process,
         Cluster(cluster, gpus=gpus, run_dir=run_dir) as running,
     ):
         groups = running.start(asked, device.worker_environment())
         starting = {role: start_ranks(groups[role], spec, cluster)}
         if engine is not None:
             engine_spec = EngineSpec(
-                model=model.path.resolve(),
+                model=reference.resolve(),
                 dtype=model.dtype,
                 max_model_len=longest + 1,
                 kv_cache_mib=engine.kv_cache_mib,
@@ -231,13 +235,11 @@ def verify_folder(
             starting["engine"] = groups["engine"].build(start_engine, [(engine_spec,)])
         results(starting)
         ranks = RemotePolicy(groups[role]) if head is Head.TOKEN else RemoteCritic(groups[role])
-        if prepare is not None:
-            prepare(ranks).result()
         packed, alone = (_scorer(ranks, packed) for packed in (True, False))
-        reference = HfScorer(process=process, head=head)
-        pairs = [Pair(packed, reference), Pair(alone, packed)]
+        hugging_face = HfScorer(process=process, head=head)
+        pairs = [Pair(packed, hugging_face), Pair(alone, packed)]
         if engine is not None:
-            pairs.append(Pair(EngineScorer(RemoteEngine(groups["engine"])), reference))
+            pairs.append(Pair(EngineScorer(RemoteEngine(groups["engine"])), hugging_face))
         return check_parity(pairs, rows, _tolerance(parity, model.dtype), tell)
 
 

@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from megatron_rl.convert.processes import ProcessDied
-
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _LINE_EVERY_S = 5.0
@@ -99,7 +97,7 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
-    except (OSError, ValueError, ProcessDied) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         sys.stderr.write(f"error: {_told(error)}\n")
         return _FAILURE
     return 0

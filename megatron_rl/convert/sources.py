@@ -13,15 +13,15 @@ from torch import Tensor
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
 from megatron_rl.model_dims import ModelDims, dims_from_config
+from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
-_CRITIC = "ForTokenClassification"
 _TYPES = (torch.float32, torch.bfloat16)
-_OWN_TYPE = ("score.", "e_score_correction_bias")
-"""Tensors that training keeps in float32 whatever the type of the model."""
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""A training checkpoint holds the optimizer's tensors under other names."""
 _BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -44,9 +44,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def head_of(config: Mapping[str, Any]) -> Head:
-    """A critic is a ``*ForTokenClassification``."""
-    return Head.VALUE if (config.get("architectures") or [""])[0].endswith(_CRITIC) else Head.TOKEN
+def keeps_type(name: str) -> bool:
+    """Whether a Hugging Face tensor keeps its type whatever is asked for: training has float32 in it in any model."""
+    return name.startswith("score.") or name.endswith("e_score_correction_bias")
 
 
 class HfSource:
@@ -55,7 +55,8 @@ class HfSource:
     Attributes:
         config: of the folder, without what it says of quantisation.
         weights: the tensors of the model.
-        left_out: tensors of the folder that no model here has: layers that predict further tokens, tied output weights.
+        quantised: whether the folder's linear layers have 8 bits.
+        left_out: tensors of the folder that the model is not made of, see :func:`.check_coverage`.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -73,10 +74,11 @@ class HfSource:
         self.config = read_config(folder)
         self.dims: ModelDims = dims_from_config(self.config)
         self.weights: WeightMap = weight_map(self.dims, head_of(self.config))
-        self._blocks = _blocks(folder, self.config.pop("quantization_config", None))
+        self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
-        self.left_out = self._check_names()
+        scales = {name + SCALE_SUFFIX for entry in self.weights.entries for name in entry.hf}
+        self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights)
         for entry in self.weights.entries:
             self.info(entry)
 
@@ -117,7 +119,7 @@ class HfSource:
         info = self._infos[name]
         if info.dtype is FP8:
             scale = self._infos.get(name + SCALE_SUFFIX)
-            if not self._blocks or scale is None or scale.shape != scale_shape(info.shape):
+            if not self.quantised or scale is None or scale.shape != scale_shape(info.shape):
                 raise ValueError(
                     f"{self._path}: {name} has 8 bits, so config.json must say weight_block_size [128, 128] in its "
                     f"quantization_config, and {name}{SCALE_SUFFIX} hold a scale per block; it is {scale}"
@@ -137,38 +139,11 @@ class HfSource:
         return tensor.to(self._type(name, tensor.dtype))
 
     def _type(self, name: str, found: torch.dtype) -> torch.dtype:
-        if self._dtype is None or (found is torch.float32 and any(part in name for part in _OWN_TYPE)):
+        if self._dtype is None or (found is torch.float32 and keeps_type(name)):
             return found
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
         return self._dtype
-
-    def _check_names(self) -> frozenset[str]:
-        wanted = {name for entry in self.weights.entries for name in entry.hf}
-        missing = sorted(wanted - set(self._infos))
-        if missing:
-            raise ValueError(
-                f"{self._path} must hold {missing[0]}, a tensor of every {self.dims.architecture}"
-                f"{' critic' if head_of(self.config) is Head.VALUE else ''}, and does not "
-                f"({len(missing)} are missing); the shards are incomplete, or config.json is another model's"
-            )
-        scales = {name + SCALE_SUFFIX for name in wanted}
-        beyond = frozenset(set(self._infos) - wanted - scales)
-        unknown = sorted(name for name in beyond if not self._may_be_left_out(name))
-        if unknown:
-            raise ValueError(
-                f"{self._path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are unknown); "
-                "check the architecture in config.json"
-            )
-        return beyond
-
-    def _may_be_left_out(self, name: str) -> bool:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.dims.tied_embeddings):
-            return True
-        parts = name.split(".")
-        further = int(self.config.get("num_nextn_predict_layers") or 0)
-        layers = range(self.dims.layers, self.dims.layers + further)
-        return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) in layers
 
 
 def _rows_of(info: TensorInfo) -> Tensor:
@@ -220,10 +195,12 @@ class MegatronSource:
         self.config = read_config(self.like)
         self.config.pop("quantization_config", None)
         self.dims = dims_from_config(self.config)
-        self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else Head.TOKEN
+        # a training checkpoint has its configuration from the policy
+        self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else head_of(self.config)
         self.weights = weight_map(self.dims, self.head)
         for entry in self.weights.entries:
             self._check(entry)
+        self._check_keys()
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
@@ -261,3 +238,12 @@ class MegatronSource:
                 f"{error.args[0]}; it must hold every tensor of a {self.dims.architecture}, check that {self.like} "
                 "describes the same model"
             ) from error
+
+    def _check_keys(self) -> None:
+        known = {self.name(entry).key for entry in self.weights.entries}
+        unknown = sorted(key for key in self.folder.keys - known if key.startswith(_MODEL_KEYS))
+        if unknown:
+            raise ValueError(
+                f"{self.folder.path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are "
+                f"unknown); check that {self.like} describes the same model"
+            )

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
-from megatron_rl.convert.sources import MegatronSource
+from megatron_rl.convert.sources import MegatronSource, keeps_type
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import flush, read_record, replace_text
@@ -74,8 +74,7 @@ class Form:
         return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
 
     def _type(self, name: str, found: torch.dtype) -> torch.dtype:
-        own = name.startswith("score.") or name.endswith("e_score_correction_bias")
-        return found if self.dtype is None or own else self.dtype
+        return found if self.dtype is None or keeps_type(name) else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

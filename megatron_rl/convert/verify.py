@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -87,8 +88,8 @@ def check_values(
     left, right = open_source(folder, dtype), open_source(other, dtype)
     if left.weights != right.weights:
         raise Different(
-            f"{folder} and {other} must be of the same model, their configurations make other tensors: "
-            f"{_first_name(left, right)}"
+            f"{folder} and {other} must be of the same model, their configurations differ: "
+            f"{_first_setting(left, right)}"
         )
     entries = left.weights.entries
     step = max(1, len(entries) // (8 * processes))
@@ -148,7 +149,10 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
         raise Damaged(f"{beyond[0]}: index and manifest of {folder} do not both name it")
 
 
-def _first_name(left: Source, right: Source) -> str:
-    mine = [entry.hf for entry in left.weights.entries]
-    theirs = [entry.hf for entry in right.weights.entries]
-    return str(next((name for name in (*mine, *theirs) if (name in mine) != (name in theirs)), ("other sizes",))[0])
+def _first_setting(left: Source, right: Source) -> str:
+    """What differs first: a size or switch of the model, or a tensor (one has another head)."""
+    mine, theirs = asdict(left.dims), asdict(right.dims)
+    if different := [name for name in mine if mine[name] != theirs[name]]:
+        return f"{different[0]} is {mine[different[0]]} against {theirs[different[0]]}"
+    of_left, of_right = ({name for entry in side.weights.entries for name in entry.hf} for side in (left, right))
+    return f"{min(of_left ^ of_right)} is in one alone"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -171,24 +170,6 @@ class HfScorer:
     def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
         """Of the folder."""
         return self.process.call("tensors", prefixes)
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """By name, of all tensors in a folder's safetensors files; reads their headers alone.
-
-    Raises:
-        ValueError: a file has no readable header.
-    """
-    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _header(file)}
-
-
-def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
-    with file.open("rb") as opened:
-        try:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        except (ValueError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    return [(name, tuple(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__"]
 
 
 def serve() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
 
-_OPTIMIZER = "optimizer_tensors"
+_OPTIMIZER, _FORMAT = "optimizer_tensors", "metadata.json"
 
 
 class _HostMemory(FileSystemBase):
@@ -143,7 +143,7 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
             raise FileExistsError(f"a checkpoint needs an empty folder, found files in {folder}")
     dist.barrier()
     strategy = SaveToMemory()
-    models = _models(training)
+    models = _models(_modules(training))
     # tensors alone, under global names: the settings beside them are nested by how many optimizers there are, and name
     # the optimizer's class; those of the run that loads take their place
     tensors, _ = extract_matching_values(_optimizer(training, models, loading=False), _is_saved)
@@ -159,14 +159,11 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     Raises:
         FileNotFoundError: the folder is not a complete checkpoint.
     """
-    if not (folder / "metadata.json").is_file():
-        raise FileNotFoundError(f"a checkpoint folder needs a metadata.json, found none in {folder}")
-    models = _models(training)
+    modules = _modules(training)
+    models = _models(modules)
     wanted = _optimizer(training, models, loading=True)
     _, settings = extract_matching_values(wanted, _is_loaded)
-    state = dist_checkpointing.load(models, str(folder))
-    for name, chunk in _named_chunks(training):
-        chunk.module.load_state_dict(state[name])
+    state = _load_models(folder, modules, models)
     # by itself: the main weights of a float32 model are its weights, which nobody may ask for twice
     optimizer = merge(dist_checkpointing.load({_OPTIMIZER: wanted}, str(folder))[_OPTIMIZER], settings)
     parts = [optimizer] if len(optimizer_parts(training.optimizer)) == 1 else optimizer.values()
@@ -174,6 +171,36 @@ def load_checkpoint(folder: Path, training: Training) -> None:
         group["step"] = state["scheduler"]["num_steps"]  # both count updates
     training.optimizer.load_state_dict(optimizer)
     training.scheduler.load_state_dict(state["scheduler"])
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is one that :func:`load_weights` reads."""
+    return (folder / _FORMAT).is_file()
+
+
+def load_weights(folder: Path, models: Sequence[Any]) -> None:
+    """Load a model without an optimizer, at any layout: what the conversion from Hugging Face wrote, or a part of a
+    training checkpoint; called on every rank. Rows of the vocabulary that the folder has not become zero.
+
+    Args:
+        folder: in megatron-core's ``torch_dist`` format.
+        models: this rank's pieces of the model, unwrapped.
+
+    Raises:
+        FileNotFoundError: the folder is not a complete checkpoint.
+        CheckpointingException: it lacks a tensor, or has it in another shape.
+    """
+    _load_models(folder, models, _models(models))
+
+
+def _load_models(folder: Path, models: Sequence[Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Fill the models; all that was read."""
+    if not holds_weights(folder):
+        raise FileNotFoundError(f"a checkpoint folder needs a {_FORMAT}, found none in {folder}")
+    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    for name, model in _named(models):
+        model.load_state_dict(state[name])
+    return state
 
 
 def _is_saved(value: Any) -> bool:
@@ -186,8 +213,12 @@ def _is_loaded(value: Any) -> bool:
     return isinstance(value, ShardedBase | LocalNonpersistentObject)
 
 
-def _models(training: Training) -> dict[str, Any]:
-    return {name: chunk.module.sharded_state_dict(metadata=_metadata()) for name, chunk in _named_chunks(training)}
+def _models(models: Sequence[Any]) -> dict[str, Any]:
+    return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _named(models)}
+
+
+def _modules(training: Training) -> list[Any]:
+    return [chunk.module for chunk in training.chunks]
 
 
 def _optimizer(training: Training, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
@@ -211,9 +242,9 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _named_chunks(training: Training) -> Iterator[tuple[str, Any]]:
+def _named(models: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Under the names by which megatron-core's optimizer looks for them; tensors are saved under global names."""
-    if len(training.chunks) == 1:
-        yield "model", training.chunks[0]
+    if len(models) == 1:
+        yield "model", models[0]
     else:
-        yield from ((f"model{index}", chunk) for index, chunk in enumerate(training.chunks))
+        yield from ((f"model{index}", model) for index, model in enumerate(models))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -16,11 +18,12 @@ from torch import Tensor
 from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.coverage import check_coverage, further_layers, head_of
 from megatron_rl.weights.plan import HfFiles, Region, holders, shards_on, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder
-from megatron_rl.weights.weight_map import WeightMap
+from megatron_rl.weights.weight_map import Head, WeightMap
 
-_VALUE_HEAD = "score."
+_log = logging.getLogger(__name__)
 
 
 def local_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
@@ -50,12 +53,19 @@ def load_hf(
 ) -> None:
     """Fill a rank's pieces of the model from a Hugging Face folder, straight from the parts of its files that it needs.
 
-    A value head keeps its zeros where the folder has no ``score.*``: a critic starts from a policy's folder.
+    A value head keeps its zeros where the folder is a policy's, from which a critic starts.
 
     Raises:
-        ValueError: the weight map and the model disagree on this rank's parameters, or the folder on their shapes.
+        ValueError: the weight map and the model disagree on this rank's parameters, the folder on their shapes, or it
+            lacks a tensor or has one that the model's family does not know.
     """
     source = HfFolder(folder)
+    new_head = head_of(json.loads((folder / "config.json").read_text())) is Head.TOKEN
+    left = check_coverage(folder, source.names, weights, new_head=new_head)
+    if rank == 0 and (further := further_layers(left, weights)):
+        _log.warning(
+            "%s: left out %d tensors of layers that predict further tokens: %s ...", folder, len(further), further[0]
+        )
     parameters, shards = local_parameters(chunks), shards_on(weights, layout, rank)
     if parameters.keys() != shards.keys():
         lacking, unknown = sorted(parameters.keys() - shards.keys()), sorted(shards.keys() - parameters.keys())
@@ -68,7 +78,7 @@ def load_hf(
     tensors = {tensor.entry.megatron: tensor for tensor in transfer_plan(mine, HfFiles(), layout).tensors}
     for name, parameter in parameters.items():
         tensor, holder = tensors[shards[name].name], shards[name].rank
-        if all(hf.startswith(_VALUE_HEAD) for hf in tensor.entry.hf) and not set(tensor.entry.hf) & source.names:
+        if new_head and not set(tensor.entry.hf) & source.names:
             continue
         for move in tensor.moves:
             if move.target.rank == holder:

@@ -21,7 +21,8 @@ class WorkerSpec:
     Attributes:
         role: for messages, such as ``policy``.
         head: TOKEN for a policy, VALUE for a critic.
-        model: the folder that training starts from, and the type of the weights.
+        model: the folder with the weights that ranks begin with, of Hugging Face or of megatron-core (``torch_dist``);
+            and their type.
         dims: of that model.
         trainer: layout, optimizer, memory.
         temperature: of sampling; the policy's logits are divided by it.

@@ -21,7 +21,7 @@ from megatron_rl.device import dtype, limit_threads
 from megatron_rl.durable import FileRecord
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
 from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
-from megatron_rl.mcore.checkpoint import load_checkpoint, stage_checkpoint
+from megatron_rl.mcore.checkpoint import holds_weights, load_checkpoint, load_weights, stage_checkpoint
 from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
@@ -67,7 +67,10 @@ class Worker:
     def _load_chunks(self) -> list[Any]:
         spec = self._spec
         chunks = build_chunks(spec.dims, spec.trainer, dtype(spec.model.dtype), spec.head)
-        load_hf(chunks, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
+        if holds_weights(spec.model.path):
+            load_weights(spec.model.path, chunks)
+        else:
+            load_hf(chunks, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
         return chunks
 
     def logprobs(

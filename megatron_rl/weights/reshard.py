@@ -7,10 +7,7 @@ several pieces; rows of a shard that no piece covers are padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.model_dims import ModelDims
@@ -107,58 +104,3 @@ def hf_pieces(entry: WeightEntry, dims: ModelDims) -> tuple[tuple[Piece, ...], .
         tuple(Piece(index * length, index * group + start, length) for index in range(dims.kv_heads))
         for start, length in rows
     )
-
-
-def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> Tensor:
-    """The shard of one rank; a view of ``full`` where one is enough.
-
-    Args:
-        full: the whole tensor in Megatron's form, without padding.
-        entry: which one it is.
-        dims: sizes of the model.
-        size: number of tensor-parallel ranks.
-        rank: 0-based.
-
-    Raises:
-        ValueError: as :func:`shard_pieces`, or the tensor's shape is not the model's.
-    """
-    _check_shape(entry, full, full_shape(entry, dims))
-    dim, shape = cut_dim(entry), shard_shape(entry, dims, size)
-    pieces = shard_pieces(entry, dims, size, rank)
-    if len(pieces) == 1 and pieces[0].length == shape[dim]:
-        return full.narrow(dim, pieces[0].whole, pieces[0].length)
-    shard = full.new_zeros(shape)
-    for piece in pieces:
-        shard.narrow(dim, piece.part, piece.length).copy_(full.narrow(dim, piece.whole, piece.length))
-    return shard
-
-
-def merge(shards: Sequence[Tensor], entry: WeightEntry, dims: ModelDims) -> Tensor:
-    """The whole tensor without padding: ``merge([split(x, ..., rank) for rank in range(size)]) == x``.
-
-    Args:
-        shards: in the order of their ranks; one for a tensor that is not cut.
-        entry: which tensor it is.
-        dims: sizes of the model.
-
-    Raises:
-        ValueError: there are none, several of a tensor that is not cut, or their shapes are not the model's.
-    """
-    size = len(shards)
-    if size == 0 or (entry.split is Split.NONE and size > 1):
-        wanted = "one tensor" if entry.split is Split.NONE else "at least one shard"
-        raise ValueError(f"{entry.megatron} of {dims.architecture} must come as {wanted}, got {size}")
-    for shard in shards:
-        _check_shape(entry, shard, shard_shape(entry, dims, size))
-    if size == 1:
-        return shards[0]
-    full, dim = shards[0].new_empty(full_shape(entry, dims)), cut_dim(entry)
-    for rank, shard in enumerate(shards):
-        for piece in shard_pieces(entry, dims, size, rank):
-            full.narrow(dim, piece.whole, piece.length).copy_(shard.narrow(dim, piece.part, piece.length))
-    return full
-
-
-def _check_shape(entry: WeightEntry, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{entry.megatron} must have shape {shape} here, got {tuple(tensor.shape)}")

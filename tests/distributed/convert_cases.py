@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,26 @@ def kept_names(rank: int, port: int, model: Path, role: str) -> tuple[set[Any], 
     return tensors, objects
 
 
-def loaded(rank: int, port: int, folder: Path, model: Path, setup: Setup, role: str, export: Path) -> None:
-    """Load a converted checkpoint with megatron-core's own call into weights of NaN, and export what that gave."""
-    from megatron.core import dist_checkpointing
+def loaded(rank: int, port: int, folder: Path, setup: Setup, role: str, export: Path) -> None:
+    """Start from a converted checkpoint, which megatron-core's own call puts into weights of NaN, and export that."""
+    from megatron_rl.mcore import worker as module
 
-    worker = start(rank, port, model, setup, role)
-    chunks = [chunk.module for chunk in worker._training.chunks]
-    with torch.no_grad():
-        for chunk in chunks:
-            for tensor in (*chunk.parameters(), *chunk.buffers()):
-                if tensor.is_floating_point() and not tensor.is_inference():
-                    tensor.fill_(float("nan"))
-    states = {f"model{index}": chunk.sharded_state_dict(metadata=metadata()) for index, chunk in enumerate(chunks)}
-    found = dist_checkpointing.load(states, str(folder))
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(found[f"model{index}"])
-    worker.export_hf(export, model)
+    load_weights = module.load_weights
+
+    def load(folder: Path, chunks: Sequence[Any]) -> None:
+        with torch.no_grad():
+            for tensor in (tensor for chunk in chunks for tensor in chunk.parameters()):
+                tensor.fill_(torch.nan)
+        load_weights(folder, chunks)
+        for name, tensor in module.local_parameters(chunks).items():
+            assert not tensor.isnan().any(), name  # padding of the vocabulary, too
+
+    module.load_weights = load
+    try:
+        worker = start(rank, port, folder, setup, role)
+    finally:
+        module.load_weights = load_weights
+    worker.export_hf(export, folder)
     worker.close()
 
 

@@ -19,6 +19,7 @@ from tests.distributed.cases import CRITIC, POLICY, Setup
 from tests.distributed.convert_cases import kept_names, loaded, saved_and_exported
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_update import tensors
+from tests.unit.convert.folders import llama_135m
 
 TP2 = ParallelLayout(tensor=2)
 PP2 = ParallelLayout(pipeline=2)
@@ -79,7 +80,7 @@ def test_the_names_are_those_of_megatron_core(ranks: Ranks, models: dict[str, Pa
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("llama", TP2PP2),
+        ("llama-odd", TP2PP2),
         ("qwen2-tied", TP2PP2),
         (CRITIC, TP2PP2),
         ("qwen3-moe", MOE_TP2PP2),
@@ -95,9 +96,7 @@ def test_megatron_core_loads_an_imported_model_and_an_export_gives_it_back(
 ) -> None:
     folder, role = (critic, CRITIC) if name == CRITIC else (models[name], POLICY)
     checkpoint = imported(folder, tmp_path / "megatron")
-    ranks.run(
-        layout.world_size, loaded, checkpoint, folder, Setup(layout=layout), role, tmp_path / "loaded", timeout_s=90
-    )
+    ranks.run(layout.world_size, loaded, checkpoint, Setup(layout=layout), role, tmp_path / "loaded", timeout_s=90)
     equal(tmp_path / "loaded", folder)
     equal(exported(checkpoint, tmp_path / "exported"), folder)
 
@@ -124,25 +123,9 @@ def test_a_training_checkpoint_is_exported(
 
 
 def test_a_model_of_135m_parameters_goes_through_two_pipeline_stages_unchanged(ranks: Ranks, tmp_path: Path) -> None:
-    """30 layers, 9 heads, 3 key/value heads: sizes that no tensor parallelism divides."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    llama_135m(tmp_path / "hf")
     imported(tmp_path / "hf", tmp_path / "megatron")
     setup = Setup(layout=PP2, dtype="bfloat16")
-    case = (tmp_path / "megatron", tmp_path / "hf", setup, POLICY, tmp_path / "loaded")
-    ranks.run(2, loaded, *case, timeout_s=200)
+    ranks.run(2, loaded, tmp_path / "megatron", setup, POLICY, tmp_path / "loaded", timeout_s=200)
     equal(tmp_path / "loaded", tmp_path / "hf")
     equal(exported(tmp_path / "megatron", tmp_path / "exported", size="100MB"), tmp_path / "hf")

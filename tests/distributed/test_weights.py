@@ -122,3 +122,37 @@ def test_weights_of_another_size_are_refused_by_name(ranks: Ranks, models: dict[
     [said] = ranks.run(1, load_another, models["llama"], models["llama-odd"])
     assert said.startswith("model.embed_tokens.weight must have shape (97, 32), ")
     assert said.endswith("gives (96, 32); check that config.json belongs to its weights")
+
+
+def test_tensors_that_the_model_would_drop_are_refused_by_name(ranks: Ranks, models: dict[str, Path]) -> None:
+    [said] = ranks.run(1, load_another, models["llama-attention-bias"], models["llama"])
+    assert "no LlamaForCausalLM has a tensor model.layers.0.self_attn.k_proj.bias (16 are unknown)" in said
+
+
+def test_a_damaged_critic_is_refused_and_a_policy_becomes_one(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    policy, critic = models["qwen2"], tmp_path / "critic"
+    assert ranks.run(1, load_another, policy, policy, Head.VALUE) == [""]
+    changed(policy, critic, {"architectures": ["Qwen2ForTokenClassification"]}, {})
+    [said] = ranks.run(1, load_another, critic, critic, Head.VALUE)
+    assert "must hold score.bias, a tensor of every Qwen2ForCausalLM critic, and does not (2 are missing)" in said
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_logged(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "further"
+    more = {"model.layers.4.eh_proj.weight": torch.ones(2, 2), "model.layers.4.enorm.weight": torch.ones(2)}
+    changed(models["deepseek"], folder, {"num_nextn_predict_layers": 1}, more)
+    assert ranks.run(1, load_another, folder, folder) == [
+        f"{folder}: left out 2 tensors of layers that predict further tokens: model.layers.4.eh_proj.weight ...\n"
+    ]
+
+
+def changed(model: Path, folder: Path, settings: dict[str, Any], more: dict[str, Tensor]) -> None:
+    """The same model with other settings and more tensors."""
+    folder.mkdir()
+    save_file(stored(model) | more, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,21 +103,24 @@ def vocabularies_after_update(rank: int, port: int, model: Path, setup: Setup) -
     return found
 
 
-def load_another(rank: int, port: int, folder: Path, sizes: Path) -> str:
-    """What is said where the configuration is that of another model."""
+def load_another(rank: int, port: int, folder: Path, sizes: Path, head: Head = Head.TOKEN) -> str:
+    """What is said of a folder: the error, or what was logged; ``sizes`` has the configuration that is believed."""
     from megatron_rl.mcore.export import load_hf
     from megatron_rl.mcore.groups import start_groups, stop_groups
     from megatron_rl.mcore.model import build_chunks
 
     layout = ParallelLayout()
+    logger, handler = logging.getLogger("megatron_rl.mcore.export"), logging.StreamHandler(io.StringIO())
     start_groups(layout, rank=rank, host="127.0.0.1", port=port, timeout_s=30.0, seed=0)
     try:
         dims = read_model_dims(sizes)
         trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1.0))
-        chunks = build_chunks(dims, trainer, torch.float32, Head.TOKEN)
-        load_hf(chunks, folder, weight_map(dims, Head.TOKEN), dims, layout, rank)
+        chunks = build_chunks(dims, trainer, torch.float32, head)
+        logger.addHandler(handler)
+        load_hf(chunks, folder, weight_map(dims, head), dims, layout, rank)
     except ValueError as error:
         return str(error)
     finally:
+        logger.removeHandler(handler)
         stop_groups()
-    return "it went through"
+    return handler.stream.getvalue()

@@ -15,6 +15,7 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import ClusterConfig, EngineConfig, ModelConfig, ParityConfig, RunConfig
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.weights.rules import Head
 from tests.end_to_end.conftest import ROOT
 
@@ -60,9 +61,12 @@ def verified(model: Path, run_dir: Path, head: str, layout: str, engine: str) ->
         "from megatron_rl.assemble import verify_folder\n"
         "from megatron_rl.config.schema import ClusterConfig, EngineConfig, ModelConfig, ParityConfig\n"
         "from megatron_rl.layout import ParallelLayout\n"
+        "from megatron_rl.model_dims import read_model_dims\n"
         "from megatron_rl.weights.rules import Head\n"
+        "model = Path(sys.argv[1])\n"
         "found = verify_folder(\n"
-        "    ModelConfig(path=Path(sys.argv[1]), dtype='float32'), run_dir=Path(sys.argv[2]), head=Head(sys.argv[3]),\n"
+        "    ModelConfig(path=model, dtype='float32'), dims=read_model_dims(model), reference=model,\n"
+        "    run_dir=Path(sys.argv[2]), head=Head(sys.argv[3]),\n"
         f"    layout={layout}, engine={engine}, parity=ParityConfig(), cluster=ClusterConfig(), tell=print,\n"
         ")\n"
         "print(json.dumps(found))\n"
@@ -106,6 +110,8 @@ def test_an_engine_for_a_critic_is_refused(task: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an engine scores tokens, which a critic does not"):
         verify_folder(
             ModelConfig(path=task / "model"),
+            dims=read_model_dims(task / "model"),
+            reference=task / "model",
             head=Head.VALUE,
             layout=ParallelLayout(),
             engine=EngineConfig(),

@@ -61,6 +61,30 @@ def wide_model(folder: Path) -> Path:
     return folder
 
 
+def llama_135m(folder: Path) -> Path:
+    """With a tokenizer; 30 layers, 9 heads, 3 key/value heads: sizes that two tensor ranks do not divide."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(number): number for number in range(config.vocab_size)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
 def imported(source: Path, target: Path, *, dtype: torch.dtype | None = None, processes: int = 2) -> Path:
     run_import(
         plan_import(source, dtype=dtype, processes=processes), Target(target), processes=processes, progress=ignore

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_rl.config.schema import ModelConfig
 from megatron_rl.convert.console import progress_bar, size_bytes
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.parity import ParityFailed
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
@@ -242,6 +245,179 @@ def test_verify_names_the_first_tensor_that_differs(
         assert status == 1
         assert "files: ok" in out
         assert err.startswith(f"error: {first}: ")
+
+
+def keep_away(megatron: Path, prefix: str) -> None:
+    """As a converter that forgot some tensors leaves the folder; nobody has summed its files."""
+    metadata = pickle.loads((megatron / ".metadata").read_bytes())
+    held = metadata.state_dict_metadata
+    for key in [key for key in held if key.startswith(prefix) and not key.endswith("_extra_state")]:
+        del held[key]
+    (megatron / ".metadata").write_bytes(pickle.dumps(metadata))
+    (megatron / "manifest.json").unlink()
+
+
+def q_and_k_swapped(held: dict[str, Tensor]) -> None:
+    """The keys and as many rows of the queries have changed places."""
+    q, k = (held[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qk")
+    kept = q[: len(k)].clone()
+    q[: len(k)] = k
+    k.copy_(kept)
+
+
+def padding_read_as_token(held: dict[str, Tensor]) -> None:
+    """A row of padding before the second half of the vocabulary, whose tokens all move by one."""
+    table = held["model.embed_tokens.weight"]
+    table[16:] = torch.roll(table[16:], 1, 0)
+    table[16] = 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (q_and_k_swapped, "model.layers.1.self_attn.q_proj.weight: 128 of 256 elements differ, the first at [0, 0]"),
+        (
+            padding_read_as_token,
+            "model.embed_tokens.weight: 256 of 512 elements differ, the first at [16, 0]: 0 against",
+        ),
+    ],
+)
+def test_verify_names_what_a_wrong_converter_did(
+    run: Run, tmp_path: Path, fault: Callable[[dict[str, Tensor]], None], told: str
+) -> None:
+    source, spoiled = write_model(tmp_path / "hf"), write_model(tmp_path / "spoiled")
+    rewrite(spoiled / "model.safetensors", fault)
+    run(hf_to_megatron, spoiled, tmp_path / "megatron")
+    status, out, err = run(verify, tmp_path / "megatron", "--level", "logits", "--against", source)
+    assert status == 1
+    assert "files: ok" in out
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {told}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "told"),
+    [
+        ("CausalLM", "decoder.layers.self_attention.linear_qkv.bias", "decoder.layers.self_attention.linear_qkv.bias"),
+        ("TokenClassification", "output_layer.", "output_layer.weight"),
+    ],
+    ids=["bias", "value head"],
+)
+def test_verify_names_a_tensor_that_a_converted_folder_lacks(
+    run: Run, tmp_path: Path, kind: str, prefix: str, told: str
+) -> None:
+    source = write_model(tmp_path / "hf", kind=kind)
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    keep_away(tmp_path / "megatron", prefix)
+    status, _, err = run(verify, tmp_path / "megatron", "--level", "logits", "--against", source)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert f"has no tensor {told}; " in line
+
+
+def test_verify_names_a_tensor_of_a_converted_folder_that_the_model_has_not(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    changed_config(architectures=["LlamaForCausalLM"])(tmp_path / "megatron")
+    status, _, err = run(verify, tmp_path / "megatron")
+    assert status == 1
+    assert "no LlamaForCausalLM has a tensor decoder.layers.self_attention.linear_qkv.bias (1 are unknown)" in err
+
+
+def test_verify_names_a_setting_that_differs(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", rope_theta=1e6)
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    changed_config(rope_theta=1e4)(tmp_path / "megatron")
+    against = ("--level", "logits", "--against", source)
+    assert "config.json: it must have" in run(verify, tmp_path / "megatron", *against)[2]
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    status, _, err = run(verify, tmp_path / "megatron", *against)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.endswith("their configurations differ: rope_theta is 10000.0 against 1000000.0")
+
+
+def test_verify_names_the_head_that_one_of_two_folders_has(run: Run, tmp_path: Path) -> None:
+    policy, critic = write_model(tmp_path / "policy"), write_model(tmp_path / "critic", kind="TokenClassification")
+    status, _, err = run(verify, critic, "--level", "values", "--against", policy)
+    assert status == 1
+    assert "their configurations differ: lm_head.weight is in one alone" in err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "told"),
+    [
+        (None, ["--level", "engine"], "is a critic, which scores no tokens: --level logits is the last one for it"),
+        (None, ["--level", "logits", "--tensor", "3"], "tensor=3 does not divide the model's 4 attention heads"),
+        ("fp8", ["--level", "logits"], "has 8-bit weights, which transformers and vLLM run on GPUs alone"),
+    ],
+    ids=["critic", "layout", "fp8"],
+)
+def test_what_cannot_be_scored_gets_one_clear_error(
+    run: Run, tmp_path: Path, spoil: str | None, options: list[str], told: str
+) -> None:
+    folder = write_model(tmp_path / "hf", kind="CausalLM" if spoil else "TokenClassification")
+    if spoil:
+        run(hf_to_megatron, folder, tmp_path / "megatron")
+        run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks")
+        folder = tmp_path / "fp8"
+    status, _, err = run(verify, folder, *options)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "against", "ranks", "reference"),
+    [
+        ("hf", None, "hf", "hf"),
+        ("hf", "back", "hf", "back"),
+        ("megatron", "back", "megatron", "back"),
+        ("back", "megatron", "megatron", "back"),
+        ("megatron", None, "megatron", "an export"),
+    ],
+)
+def test_ranks_take_megatrons_side_and_transformers_the_other_one(
+    run: Run,
+    folders: tuple[Path, Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    against: str | None,
+    ranks: str,
+    reference: str,
+) -> None:
+    """And what differs is told in one line, behind the table."""
+    source = folders[0]
+    taken: list[dict[str, Any]] = []
+
+    def verify_folder(model: ModelConfig, **settings: Any) -> None:
+        taken.append(settings | {"model": model, "same": same(settings["reference"], source)})
+        raise ParityFailed("1 of 3 comparisons failed", "the table", "policy against Hugging Face: model.norm.weight")
+
+    monkeypatch.setattr("megatron_rl.assemble.verify_folder", verify_folder)
+    options = ["--level", "logits", "--tensor", "2", "--sequence-parallel"]
+    options += [] if against is None else ["--against", str(source.parent / against)]
+    status, out, err = run(verify, source.parent / folder, *options)
+    assert (status, err) == (1, "error: policy against Hugging Face: model.norm.weight\n")
+    assert out.splitlines()[-1] == "the table"
+    assert ("values: ok" in out) == (against is not None)
+    [found] = taken
+    assert found["model"] == ModelConfig(path=source.parent / ranks, dtype="float32")
+    assert found["layout"] == ParallelLayout(tensor=2, sequence_parallel=True)
+    assert found["same"]
+    if reference == "an export":
+        assert not found["reference"].exists()  # it is gone by now
+    else:
+        assert found["reference"] == source.parent / reference
+    assert not found["run_dir"].exists()
+
+
+def test_values_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        verify.main([str(tmp_path), "--level", "values"])
+    assert ended.value.code == 2
+    assert "--level values needs --against FOLDER" in capsys.readouterr().err
 
 
 def test_an_export_of_damaged_weights_ends_and_leaves_nothing(run: Run, folders: tuple[Path, Path, Path]) -> None:

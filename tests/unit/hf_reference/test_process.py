@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.hf_reference.model import HfReference
-from megatron_rl.hf_reference.process import HfProcess, HfScorer, ReferenceFailed, tensor_shapes
+from megatron_rl.hf_reference.process import HfProcess, HfScorer, ReferenceFailed
 from megatron_rl.parity import parity_rows
 from megatron_rl.weights.rules import Head
 
@@ -94,12 +94,3 @@ def test_a_folder_that_lacks_a_tensor_is_refused_instead_of_filled_with_random_n
         pytest.raises(ReferenceFailed, match=r"it lacks \['model.layers.1.self_attn.q_proj.bias'\]"),
     ):
         process.call("logprobs", ROWS).result()
-
-
-def test_shapes_are_read_from_headers_alone(model: Path, tmp_path: Path) -> None:
-    shapes = tensor_shapes(model)
-    assert shapes["model.embed_tokens.weight"] == (32, 16)
-    assert len(shapes) == 2 * 12 + 3
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
-        tensor_shapes(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.families import FAMILIES
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
-from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
+from megatron_rl.weights.reshard import cut_dim, shard_pieces, shard_shape
+from megatron_rl.weights.shapes import full_shape
+from megatron_rl.weights.weight_map import Head, WeightEntry, WeightMap, weight_map
 from tests.unit.weights.models import dims
 
 Held = dict[tuple[int | None, str], Tensor]
@@ -37,6 +40,24 @@ def execute(plan: TransferPlan, given: Held) -> Held:
     for place, tensor in made.items():
         assert not tensor.isnan().any(), f"a part of {place} is not written"
     return made
+
+
+def split(full: Tensor, entry: WeightEntry, dims: ModelDims, size: int, rank: int) -> Tensor:
+    """The shard of one of ``size`` ranks, cut off the whole tensor in Megatron's form; padding is zero."""
+    dim = cut_dim(entry)
+    shard = full.new_zeros(shard_shape(entry, dims, size))
+    for piece in shard_pieces(entry, dims, size, rank):
+        shard.narrow(dim, piece.part, piece.length).copy_(full.narrow(dim, piece.whole, piece.length))
+    return shard
+
+
+def merge(shards: Sequence[Tensor], entry: WeightEntry, dims: ModelDims) -> Tensor:
+    """The whole tensor without padding, from the shards of all ranks."""
+    full, dim = shards[0].new_empty(full_shape(entry, dims)), cut_dim(entry)
+    for rank, shard in enumerate(shards):
+        for piece in shard_pieces(entry, dims, len(shards), rank):
+            full.narrow(dim, piece.whole, piece.length).copy_(shard.narrow(dim, piece.part, piece.length))
+    return full
 
 
 def files_of(weights: WeightMap) -> Held:

@@ -19,11 +19,10 @@ from megatron_rl.weights.plan import (
     stage_of,
     transfer_plan,
 )
-from megatron_rl.weights.reshard import split
 from megatron_rl.weights.rules import Split
 from megatron_rl.weights.shapes import is_float32
 from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
-from tests.unit.weights.in_memory import Held, execute, files_of, legal_layouts, models
+from tests.unit.weights.in_memory import Held, execute, files_of, legal_layouts, models, split
 from tests.unit.weights.models import EXTRA, dims, hf_tensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
