@@ -283,9 +283,11 @@ class _Evaluation:
 
     def _series(self, node: Apply) -> mpmath.mpc:
         variable, first, last, body = node.args
-        low, high = exact(first), exact(last)
-        if low is None or high is None or low.denominator != 1 or high.denominator != 1 or high - low > _MAX_TERMS:
-            raise Undecided("limits of a sum that are not near integers")
+        low, high = self.of(first), self.of(last)
+        if not (mpmath.isint(low) and mpmath.isint(high)):
+            raise ValueError("a sum has a value only between integers")  # outside the domain, as log(0) is
+        if high - low > _MAX_TERMS:
+            raise Undecided("a sum of too many terms")
         assert isinstance(variable, Symbol)
         outer = self.point.get(variable.name)
         value = mpmath.mpf(0 if node.op == "sum" else 1)

@@ -24,7 +24,9 @@ _UNICODE = {
     "⁄": "/",
     "∕": "/",
     "√": " sqrt ",
+    "∛": " cbrt ",
     "°": r"^\circ ",
+    "º": r"^\circ ",
     "∞": r"\infty ",
     "≤": r"\leq ",
     "⩽": r"\leq ",
@@ -50,8 +52,6 @@ _UNICODE = {
     "⌋": r"\rfloor ",
     "⌈": r"\lceil ",
     "⌉": r"\rceil ",
-    "€": "$",
-    "£": "$",
     "、": ",",
     "。": ".",
 }
@@ -93,16 +93,38 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r">=|=>", r"\\geq "),
         (r"!=|/=", r"\\neq "),
         (r"\.\.\.", r"\\ldots "),
+        # Repeating decimals: 0.1(6), and digits before an ellipsis that end with one three times or several twice.
+        (r"(?<![\d.])(\d{0,20}\.\d{0,20})\((\d{1,20})\)(?![\d.(^!a-zA-Z\\])", r"\1\\overline{\2}"),
+        (
+            r"(?<![\d.])(\d{0,20}\.\d{0,20}?)(?:(\d)\2{2,20}|(\d{2,6}?)\3{1,10})\s*\\[lc]?dots(?![a-zA-Z])",
+            r"\1\\overline{\2\3}",
+        ),
+        (r"(?<![a-zA-Z])per\s+cent(?![a-zA-Z])", "percent"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|to)\s*(?=\d)", ":"),
         (r"\\\\\[[^\[\]]*\]", r"\\\\"),  # the row spacing of a matrix
         (r"\\[hc]line(?![a-zA-Z])", " "),
+        (r"\\pmod\s*(\d+)", r"\\pmod{\1}"),
         (r"\\!", ""),
         (r"(?<![a-zA-Z])([apAP])\.\s?[mM]\.?(?![a-zA-Z])", r"\1m"),
     )
 )
 
 
+_WHOLE_GROUP = re.compile(r"(?:\\(?:boxed|fbox)\s*)?\{")
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "€": "euros", "£": "pounds"}
+_AMOUNT = r"\d{1,40}(?:,\d{3}){0,20}(?:\.\d{1,40})?"
+_PRICE = re.compile(
+    rf"(?:\$\s*)?(?P<sign>-?)(?P<currency>\\\$|€|£)\s*(?P<amount>{_AMOUNT})(?:\s*\$)?"
+    rf"|(?P<bare_sign>-?)\$\s*(?P<bare_amount>{_AMOUNT})"
+)
+"""A number behind its currency; elsewhere the sign cannot be told from a delimiter of mathematics."""
+
+
 def plain(text: str) -> str:
     """The text in ASCII and without what only concerns its looks: delimiters, sizes, spacing, a final dot."""
+    if price := _PRICE.fullmatch(text):
+        sign, amount = price["sign"] or price["bare_sign"] or "", price["amount"] or price["bare_amount"]
+        text = f"{sign}{amount}\\text{{ {_CURRENCIES[price['currency'] or '$']}}}"
     if not text.isascii():
         text = _ascii(text)
     for pattern, replacement in _REWRITES:
@@ -112,8 +134,8 @@ def plain(text: str) -> str:
         text = text.strip()
         if text and text[-1] in ".;:,":
             text = text[:-1]
-        elif text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
-            text = text[1:-1]
+        elif (opened := _WHOLE_GROUP.match(text)) and closing_brace(text, opened.end() - 1) == len(text) - 1:
+            text = text[opened.end() : -1]
         else:
             return text
 
@@ -155,7 +177,7 @@ def _decomposed(character: str) -> tuple[str, str]:
         return "", _UNICODE[character]
     if character in _GREEK_LETTERS:
         return "", rf"\{_GREEK_LETTERS[character]} "
-    if unicodedata.category(character) == "Cf":  # zero-width marks go
+    if unicodedata.category(character) in ("Cf", "Sc"):  # zero-width marks and currencies go
         return "", ""
     kind, _, codes = unicodedata.decomposition(character).partition(" ")
     parts = "".join(chr(int(code, 16)) for code in codes.split()) if kind.startswith("<") else ""
@@ -191,6 +213,7 @@ FUNCTIONS = frozenset(
 _PLAIN_FUNCTIONS = {
     **{name: name for name in FUNCTIONS},
     "sqrt": "root of",  # unlike LaTeX's, it takes a whole number: sqrt21
+    "cbrt": "cube root of",
     **{"asin": "arcsin", "acos": "arccos", "atan": "arctan", "infty": "infty", "inf": "infty", "oo": "infty"},
     **{"infinity": "infty", "Infinity": "infty"},
 }
@@ -241,6 +264,9 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?")
 _GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?!\s*/)(?:\.\d+)?")
 _ONES_BEHIND = re.compile(r"[- ](?:one|two|three|four|five|six|seven|eight|nine)(?![a-z])", re.IGNORECASE)
 _GROUP = re.compile(r"\s*\{")
+_JOINT_IN_TEXT = re.compile(r",|\sand(?:\s|$)")
+_JOINT_BEHIND_VALUE = re.compile(r",|\sand$")
+_POWERED_UNIT = re.compile(r"([a-zA-Z]{1,12})\^\{?(\d)\}?")
 _LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
 _MAX_TOKENS = 1500
 
@@ -368,6 +394,11 @@ class _Lexer:
             kind: Kind = "mark" if name in _AS_MARKS or name in ("{", "}", "\\") else "command"
             yield Token(kind, name if name in _AS_MARKS else f"\\{name}")
 
+    def _powered_unit(self, words: str) -> re.Match[str] | None:
+        """``cm^2`` behind a value, in a text font."""
+        found = _POWERED_UNIT.fullmatch(words) if self._behind_value() else None
+        return found if found and known_unit(found[1]) else None
+
     def _argument(self) -> str | None:
         """The raw group behind a command, or the single letter; None where neither follows."""
         if _GROUP.match(self.text, self.at):
@@ -391,8 +422,10 @@ class _Lexer:
             yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
         elif not words:
             return
-        elif "," in words:
-            for at, part in enumerate(words.split(",")):
+        elif powered := self._powered_unit(words):
+            yield from (Token("text", powered[1]), Token("mark", "^"), Token("number", powered[2]))
+        elif len(parts := (_JOINT_BEHIND_VALUE if self._behind_value() else _JOINT_IN_TEXT).split(words)) > 1:
+            for at, part in enumerate(parts):
                 yield from (Token("mark", ","),) if at else ()
                 yield from self._wrapped(part)
         elif len(words) == 1 and words.isalpha():
@@ -431,6 +464,7 @@ degree | degree degrees deg | angle | 1
 radian | radian radians rad | | 1
 dollar | dollar dollars usd | money | 100
 cent | cent cents | money | 1
+euro | euro euros eur | | 1
 mm | mm millimeter millimeters millimetre millimetres | length | 1
 cm | cm centimeter centimeters centimetre centimetres | length | 10
 m | m meter meters metre metres | length | 1000

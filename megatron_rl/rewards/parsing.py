@@ -18,6 +18,7 @@ follows, up to the next explicit operator or function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_rl.rewards.expressions import (
@@ -274,6 +275,8 @@ class _Parser:
                 node = Apply("+", (node, self.slashed_fraction(node)))
             elif isinstance(node, Scalar) and self.starts_factor():
                 right = self.power()
+                if _is_point(node) and isinstance(right, Bracketed):  # P(3,4)
+                    return Relation((node, right), ("=",))
                 mixed = _is_whole(node) and _is_proper(right)
                 if not mixed and isinstance(node, Number) and _is_quotient(right):
                     raise Undecided("a number before an improper fraction")
@@ -316,7 +319,8 @@ class _Parser:
         return token.kind == "command" and (
             token.value in _FUNCTION_COMMANDS
             or token.value in _FLOORS
-            or token.value in ("\\frac", "\\sqrt", "\\root of", "\\binom", "\\infty", "\\sum", "\\prod")
+            or token.value
+            in ("\\frac", "\\sqrt", "\\root of", "\\cube root of", "\\binom", "\\infty", "\\sum", "\\prod")
         )
 
     def power(self) -> Node:
@@ -394,15 +398,16 @@ class _Parser:
         """Words up to the next mark; a lone short word may also be a product of letters."""
         if self.peek().kind == "word" and (letters := _letters(self.peek().value)) is not None:
             first = self.next()
-            alone = self.at == 1 and self.peek() is END
             product = _times_all([Symbol(letter) for letter in letters])
-            if alone:
+            if self.at == 1 and self.peek() is END:
                 return Text(first.value.casefold(), None if first.value.isupper() else product)
+            if self.is_item(self.at - 1) and not first.value.isupper():
+                return Text(first.value.casefold(), product)
             if self.peek().kind not in ("word", "text"):
-                if self.at_value("_", "'"):  # the subscript belongs to the last letter
+                if self.at_value("_", "'", "^", "!"):  # what follows belongs to the last letter: ab^2
                     self.at -= 1
                     self.stream[self.at] = Token("name", letters[-1])
-                    return _times_all([*(Symbol(letter) for letter in letters[:-1]), self.symbol()])
+                    return _times_all([*(Symbol(letter) for letter in letters[:-1]), _scalar(self.power())])
                 return product
             self.at -= 1
         found: list[str] = []
@@ -413,6 +418,11 @@ class _Parser:
         if found[-1].split()[-1] in _VERBS and self.peek() is not END:  # the answer is 5
             return self.power()
         return Text(" ".join(" ".join(found).replace(" ' ", "'").casefold().strip(" .").split()))
+
+    def is_item(self, at: int) -> bool:
+        """Whether the token stands alone between the commas of a bare list."""
+        around = (self.stream[at - 1] if at else END, self.peek())
+        return all(token is END or token in (Token("mark", ","), Token("mark", "or")) for token in around)
 
     def at_date(self) -> bool:
         """``October 30``."""
@@ -482,6 +492,8 @@ class _Parser:
             return self.root()
         if name == "\\root of":
             return Apply("sqrt", (_scalar(self.power()),))
+        if name == "\\cube root of":
+            return Apply("root", (_scalar(self.power()), Number(Fraction(3))))
         if name in _FLOORS:
             op, closing = _FLOORS[name]
             node = Apply(op, (_scalar(self.answers()),))
@@ -670,7 +682,7 @@ def _times(left: Node, right: Node) -> Node:
     return Apply("*", (*factors, right))
 
 
-def _times_all(factors: list[Symbol]) -> Node:
+def _times_all(factors: Sequence[Node]) -> Node:
     return Apply("*", tuple(factors)) if len(factors) > 1 else factors[0]
 
 
@@ -681,6 +693,10 @@ def _digit(character: str) -> int:
 
 def _is_whole(node: Node) -> bool:
     return isinstance(node, Number) and node.value.denominator == 1
+
+
+def _is_point(node: Node) -> bool:
+    return isinstance(node, Symbol) and len(node.name) == 1 and node.name.isupper()
 
 
 def _is_quotient(node: Node) -> bool:

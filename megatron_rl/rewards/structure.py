@@ -43,6 +43,11 @@ _EQUALITIES = frozenset({"=", "approx", "equiv"})
 _NOTHING = frozenset(
     {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "the empty set"}
 )
+_REALS = frozenset(
+    {"all real numbers", "all reals", "any real number", "the real numbers", "the reals", "the set of real numbers"}
+    | {"the set of all real numbers"}
+)
+_ANGLE_FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,8 @@ class _Comparison:
             if a.words == b.words:
                 return True
             return a.product is not None and b.product is not None and self.same(a.product, b.product)
+        if a.words in _REALS:
+            return self.same(Symbol("reals"), b)
         if isinstance(b, Collection) and not b.items:
             return a.words in _NOTHING
         return a.product is not None and isinstance(b, Scalar) and self.same(a.product, b)
@@ -201,6 +208,9 @@ class _Comparison:
     def same_matrix(self, a: Matrix, b: Node) -> bool:
         if isinstance(b, Matrix):
             return len(a.rows) == len(b.rows) and all(map(self.all_same, a.rows, b.rows))
+        if isinstance(b, Bracketed) and all(_is_row(item) for item in (b, *b.items)):
+            rows = [item.items for item in b.items if isinstance(item, Bracketed)]
+            return len(a.rows) == len(rows) and all(map(self.all_same, a.rows, rows))
         column = [row[0] for row in a.rows]
         is_column = len(a.rows) > 1 and len(a.rows[0]) == 1
         return is_column and isinstance(b, Bracketed) and b.opening == "(" and self.all_same(column, b.items)
@@ -303,8 +313,8 @@ class _Comparison:
         """The same name, or ``f(x)`` beside ``y``: then only the value matters."""
         if a == b:
             return True
-        functions = [isinstance(label, Symbol) and "(" in label.name for label in (a, b)]
-        return _is_label(a) and _is_label(b) and functions[0] != functions[1]
+        functions = ["(" in label.name for label in (a, b) if isinstance(label, Symbol)]
+        return _is_label(a) and _is_label(b) and sorted(functions) == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------- labels and chains
@@ -320,7 +330,7 @@ def _is_label(node: Node) -> bool:
         return False
     if isinstance(node, Apply) and node.op == "*":
         return all(isinstance(arg, Symbol) and arg.name[0].isupper() for arg in node.args)
-    if isinstance(node, Apply) and node.op == "abs":
+    if isinstance(node, Apply) and (node.op == "abs" or node.op in _ANGLE_FUNCTIONS):
         return _is_label(node.args[0])
     if isinstance(node, Ratio):
         return all(map(_is_label, node.parts))
@@ -332,13 +342,17 @@ def _without_label(chain: Relation, other: Node) -> tuple[tuple[Node, ...], tupl
     known = variables(other)
 
     def names(node: Node) -> bool:
-        return _is_label(node) and not (isinstance(node, Symbol) and node.name in known)
+        return _is_label(node) and known.isdisjoint(variables(node))
 
     if names(chain.terms[0]):
         return chain.terms[1:], chain.ops[1:]
     if names(chain.terms[-1]):
         return chain.terms[:-1], chain.ops[:-1]
     return chain.terms, chain.ops
+
+
+def _is_row(node: Node) -> bool:
+    return isinstance(node, Bracketed) and (node.opening, node.closing) == ("[", "]")
 
 
 def _are_conditions(collection: Collection) -> bool:
