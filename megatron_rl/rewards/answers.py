@@ -197,7 +197,7 @@ _FONT = r"(?:\\(?:text|textbf|mathrm|textrm|mathbf)\s*\{)?\s*"
 _CHOICE = re.compile(rf"(?:(?i:option|choice|answer)\s*:?\s*)?{_FONT}\(?\s*([A-Z])\s*\)?[.:]?\s*\}}?")
 _CHOICES = re.compile(r"[A-H]{2,8}")
 _ENUMERATED_CHOICES = re.compile(r"[A-H](?:\s*(?:,\s*and|,|and)\s*[A-H]){1,7}")
-_CONTENT = r"(?:\s+-(?=\S)|\s*(?=[^\s+*/^=<>,-])).+"
+_CONTENT = r"(?:\s*\})?(?:\s+-(?=\S)|\s*(?=[^\s+*/^=<>,}-])).+"
 _CHOICE_WITH_CONTENT = re.compile(rf"{_FONT}(?:\(([A-Z])\)|([A-Z])[).:])(?![^()]*\([A-Z]\)){_CONTENT}", re.DOTALL)
 
 

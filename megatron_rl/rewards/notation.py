@@ -71,11 +71,14 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),  # a comma that cannot be a separator of a list
-        (r"(?<=\d)\{,\}(?=\d)", "."),  # nor can this one: the decimal comma
+        (r"(?<=\d)\{[,.]\}(?=\d)", "."),  # nor can this one: the decimal comma
         (r"\{,\}", ","),
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
         (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
-        (r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|strut)(?![a-zA-Z])", " "),
+        (
+            r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
+            " ",
+        ),
         (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", " "),
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])|\\(?:h|v)space\*?\s*\{[^{}]*\}", " "),
         (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))", r" \\degree "),
@@ -85,6 +88,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
         (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\(?:bf|rm|it|sf|tt|blacksquare)(?![a-zA-Z])", " "),
+        (r"(?<=\d)\s*(?:\^\s*(?:\{\s*o\s*\}|o(?![a-zA-Z]))|\\textdegree(?![a-zA-Z]))", r" \\degree "),
+        (r"\\degree\s*(?:\\(?:text|mathrm)\s*\{\s*([CF])\s*\}|([CF])(?![a-zA-Z]))", r"\\text{ degrees \1\2}"),
+        (r"(?<![a-zA-Z])m\s*\\angle(?![a-zA-Z])", r"\\angle "),
+        (r"-\s*(?=\\\{)", r"\\setminus "),
+        (r"(?i)^\s*(?:\\text\s*\{\s*answer\s*:\s*\}|answer\s*:)", ""),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s[xX]\s(?=\d)", r" \\times "),
         (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
         (r"(?<=\.)(\d*)\\dot\s*\{?(\d)\}?", r"\1\\overline{\2}"),
@@ -92,11 +102,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"<=|=<", r"\\leq "),
         (r">=|=>", r"\\geq "),
         (r"!=|/=", r"\\neq "),
-        (r"\.\.\.", r"\\ldots "),
+        (r"\.\.\.|\\[cl]?dots[bc]?(?![a-zA-Z])", r"\\ldots "),
         # Repeating decimals: 0.1(6), and digits before an ellipsis that end with one three times or several twice.
         (r"(?<![\d.])(\d{0,20}\.\d{0,20})\((\d{1,20})\)(?![\d.(^!a-zA-Z\\])", r"\1\\overline{\2}"),
         (
-            r"(?<![\d.])(\d{0,20}\.\d{0,20}?)(?:(\d)\2{2,20}|(\d{2,6}?)\3{1,10})\s*\\[lc]?dots(?![a-zA-Z])",
+            r"(?<![\d.])(\d{0,20}\.\d{0,20}?)(?:(\d)\2{2,20}|(\d{2,6}?)\3{1,10})\s*\\ldots(?![a-zA-Z])",
             r"\1\\overline{\2\3}",
         ),
         (r"(?<![a-zA-Z])per\s+cent(?![a-zA-Z])", "percent"),
@@ -134,6 +144,8 @@ def plain(text: str) -> str:
         text = text.strip()
         if text and text[-1] in ".;:,":
             text = text[:-1]
+        elif text.endswith("\\\\"):  # a line break
+            text = text[:-2]
         elif (opened := _WHOLE_GROUP.match(text)) and closing_brace(text, opened.end() - 1) == len(text) - 1:
             text = text[opened.end() : -1]
         else:
@@ -208,7 +220,7 @@ END = Token("end", "")
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc "
-    "log ln lg exp max min gcd lcm sqrt".split()
+    "log ln lg exp max min gcd lcm abs sqrt".split()
 )
 _PLAIN_FUNCTIONS = {
     **{name: name for name in FUNCTIONS},
@@ -473,7 +485,7 @@ inch | in inch inches | foot | 1
 foot | ft foot feet | foot | 12
 yard | yd yard yards | foot | 36
 mile | mi mile miles | foot | 63360
-mph | mph | | 1
+mile/hour | mph | | 1
 second | s sec second seconds | time | 1
 minute | min minute minutes | time | 60
 hour | h hr hrs hour hours | time | 3600
@@ -515,7 +527,8 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bi
 # Words behind a number that change its meaning, so they are no unit that may be left out.
 _NOT_UNITS = frozenset(
     "not less more than if mod modulo times plus minus to by only except between for when where is are true false "
-    "from through none nor either neither".split()
+    "from through none nor either neither squared cubed factorial half halves third thirds fourths fifths sixths "
+    "sevenths eighths ninths tenths hundredths thousandths".split()
 )
 
 
@@ -535,9 +548,9 @@ def unit_name(words: str) -> str:
     Raises:
         Undecided: they say more than a unit does.
     """
-    parts = re.sub(r"[.,]", " ", words).split()
-    if not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
+    parts = re.sub(r"\s*(?:/|(?<![a-zA-Z])per(?![a-zA-Z]))\s*", " / ", re.sub(r"[.,]", " ", words)).split()
+    if parts != ["times"] and not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
         raise Undecided("words that are no unit")
     power = _AREA.get(parts[0].casefold(), "") if len(parts) > 1 else ""
     names = [unit.name if (unit := known_unit(part)) else part.casefold() for part in parts[bool(power) :]]
-    return " ".join(names) + power
+    return " ".join(names).replace(" / ", "/") + power

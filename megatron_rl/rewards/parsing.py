@@ -48,6 +48,7 @@ _RELATIONS = {
     **{"=": "=", "<": "<", ">": ">", "\\leq": "leq", "\\geq": "geq", "\\neq": "neq", "\\approx": "approx"},
     **{"\\in": "in", "\\notin": "notin", "\\equiv": "equiv", "\\subset": "subset", "\\subseteq": "subseteq"},
 }
+_EVENTS = frozenset({*_RELATIONS, "\\cup", "\\cap", "|"})
 _COMBINATIONS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
 _ENDS_OF_LISTS = (")", "]", "\\}", "}", "\\rangle", "&", "\\\\", "\\end")
@@ -158,8 +159,11 @@ class _Parser:
             return items[0]
         return Collection(tuple(items), braces=False, alternatives=self.alternatives)
 
-    def items(self) -> list[Node]:
-        r"""Items between commas; repeated commas (``, \text{and}``) count once, ``\pm`` gives two items."""
+    def items(self, *, both_signs: bool = True) -> list[Node]:
+        r"""Items between commas; repeated commas (``, \text{and}``) count once, ``\pm`` gives two items.
+
+        Inside brackets it does not (``both_signs=False``): the answer around them has two values.
+        """
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise Undecided("too deep")
@@ -169,7 +173,8 @@ class _Parser:
         french = self.at == 0 and self.at_value("]")
         while french or (not self.at_value(*_ENDS_OF_LISTS) and self.peek() is not END):
             french = False
-            found.extend(signs(self.chain()))
+            item = self.chain()
+            found.extend(signs(item) if both_signs else (item,))
             if not self.at_value(",", "or"):
                 break
             while joint := self.take(",", "or"):
@@ -191,8 +196,12 @@ class _Parser:
     def label(self) -> Node | None:
         """``f(x)`` or ``P_2(a,b)`` before an equals sign."""
         start = self.at
-        if self.peek().kind == "name":
+        if self.peek().kind in ("name", "word", "text"):
             name = self.symbol().name
+            if [token.value for token in self.stream[self.at : self.at + 5]] == ["^", "{", "-", "1", "}"]:
+                name, self.at = f"{name}^-1", self.at + 5
+            if event := self.event():
+                return Symbol(f"{name}({event})")
             if self.take("("):
                 arguments = []
                 while self.peek().kind in ("name", "number"):
@@ -202,6 +211,20 @@ class _Parser:
                 if arguments and self.take(")") and self.at_value("=", "\\approx", "\\in"):
                     return Symbol(f"{name}({','.join(arguments)})")
         self.at = start
+        return None
+
+    def event(self) -> str | None:
+        r"""The ``X>2`` or ``A \cap B`` of ``P(X>2)`` before an equals sign."""
+        depth = 0
+        for at in range(self.at, len(self.stream)):
+            value = self.stream[at].value
+            depth += (value == "(") - (value == ")")
+            if depth == 0:
+                inside = [token.value for token in self.stream[self.at + 1 : at]]
+                if _EVENTS.isdisjoint(inside) or self.stream[at + 1 : at + 2] != [Token("mark", "=")]:
+                    return None
+                self.at = at + 1
+                return "".join(inside)
         return None
 
     def combined(self) -> Node:
@@ -307,9 +330,7 @@ class _Parser:
         if token.kind == "name":
             return True
         if token.kind == "word":
-            return (
-                known_unit(token.value) is None and _letters(token.value) is not None and scale_of(token.value) is None
-            )
+            return not self.at_unit() and _letters(token.value) is not None and scale_of(token.value) is None
         if token.kind == "mark":
             if token.value == "[":  # behind it something must stand: ]1,5[ ends with one
                 return self.peek(1) is not END
@@ -322,6 +343,11 @@ class _Parser:
             or token.value
             in ("\\frac", "\\sqrt", "\\root of", "\\cube root of", "\\binom", "\\infty", "\\sum", "\\prod")
         )
+
+    def at_unit(self) -> bool:
+        """Whether the word is a unit; ``hr^2`` and the like are letters, only lengths have powers."""
+        unit = known_unit(self.peek().value)
+        return unit is not None and (unit.kind in ("length", "foot") or self.peek(1) != Token("mark", "^"))
 
     def power(self) -> Node:
         node = self.primary()
@@ -450,7 +476,7 @@ class _Parser:
     def round_or_square(self, opening: str, closings: tuple[str, ...]) -> Node:
         bars, self.bars = self.bars, 0
         ratios, self.ratios = self.ratios, True
-        found = self.items()
+        found = self.items(both_signs=False)
         closing = self.expect(*closings)
         self.bars, self.ratios = bars, ratios
         if not found:
@@ -463,11 +489,13 @@ class _Parser:
 
     def braces(self) -> Node:
         """A TeX group; with commas inside, a set whose backslashes were forgotten."""
-        found = self.items()
+        found = self.items(both_signs=False)
         self.expect("}")
         if not found:
             raise Undecided("an empty group")
-        return found[0] if len(found) == 1 else Collection(tuple(found), braces=True)
+        if len(found) == 1:
+            return found[0]
+        return Collection(tuple(one for item in found for one in signs(item)), braces=True)
 
     def set(self) -> Node:
         r"""``\{1,2\}``, or the condition of ``\{x : x>3\}``."""

@@ -144,7 +144,7 @@ class _Comparison:
 
     def same_text(self, a: Text, b: Node) -> bool:
         if isinstance(b, Text):
-            if a.words == b.words:
+            if a.words == b.words or {a.words, b.words} <= _NOTHING:
                 return True
             return a.product is not None and b.product is not None and self.same(a.product, b.product)
         if a.words in _REALS:
@@ -231,12 +231,14 @@ class _Comparison:
             left, right = _values(left) or left, _values(right) or right
             return (left, right) != (a.items, b.items) and self.match(left, right)
         if isinstance(b, Bracketed):
-            if a.braces or (b.opening, b.closing) != ("(", ")"):
+            if a.braces:
+                return len(a.items) == 1 and self.same(a.items[0], b)
+            if (b.opening, b.closing) != ("(", ")"):
                 return False
             return self.all_same(a.items, b.items) or self.all_same(_values_in_order(a.items), b.items)
         if a.braces:
             return len(a.items) == 1 and self.same(a.items[0], b)
-        return False
+        return a.alternatives and all(self.same(item, b) for item in a.items)
 
     def distinct(self, items: Sequence[Node]) -> tuple[Node, ...]:
         if len(items) > _MAX_ITEMS:
@@ -328,6 +330,8 @@ def _is_label(node: Node) -> bool:
         return True
     if isinstance(node, Quantity):  # |AB| and the like never have units
         return False
+    if isinstance(node, Apply) and node.op == "/":  # of two lengths
+        return all(isinstance(arg, Apply) and arg.op == "*" and _is_label(arg) for arg in node.args)
     if isinstance(node, Apply) and node.op == "*":
         return all(isinstance(arg, Symbol) and arg.name[0].isupper() for arg in node.args)
     if isinstance(node, Apply) and (node.op == "abs" or node.op in _ANGLE_FUNCTIONS):
@@ -371,7 +375,10 @@ def _rounds_to(value: Node, number: Node) -> bool:
     if digits is None:
         return False
     error = Apply("abs", (Apply("+", (value, Apply("neg", (number,)))),))
-    return compare(error, Number(Fraction(1, 10**digits))) < 0
+    unit = Fraction(1, 10**digits)
+    if compare(error, Number(unit / 2)) <= 0:
+        return True
+    return compare(error, Number(unit)) < 0 and compare(Number(abs(decimal)), Apply("abs", (value,))) < 0
 
 
 def _as_two(chain: Relation, comparison: _Comparison) -> tuple[Node, Node] | None:
