@@ -164,10 +164,16 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
                 decided = False
     if decided:
         return False
-    return _SPACE.sub("", pred) == _SPACE.sub("", gold) or second_opinion(pred, gold)
+    return _bare(pred) == _bare(gold) or second_opinion(pred, gold)
+
+
+def _bare(text: str) -> str:
+    """The text without text fonts and without its spaces, but for those between digits."""
+    return _SPACE.sub("", _TEXT.sub(r"\1", text))
 
 
 _remembered = lru_cache(maxsize=1 << 14)(compare)
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 """Spaces other than between digits."""
 

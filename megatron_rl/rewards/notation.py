@@ -114,6 +114,14 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\\\[[^\[\]]*\]", r"\\\\"),  # the row spacing of a matrix
         (r"\\[hc]line(?![a-zA-Z])", " "),
         (r"\\pmod\s*(\d+)", r"\\pmod{\1}"),
+        (r"\\cr(?![a-zA-Z])", r"\\\\"),
+        (r"\\imath(?![a-zA-Z])", " i "),
+        (r"\\text\s*\{\s*\.\s*\}", " "),
+        (r"^\s*[\"`'“]([a-zA-Z][a-zA-Z ]*)[\"'”]\s*$", r"\1"),
+        (r"\((\d[\dA-F]*)\)\s*_", r"\1_"),  # bases
+        (r"_\s*\{\s*\((\d+)\)\s*\}", r"_{\1}"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*\(?\s*base\s*(\d+)\)?\s*\}|\(?\s*base\s*(\d+)\)?)", r"_{\1\2}"),
+        (r"(?<=\d)\s*\\text\s*\{\s*base\s*\}\s*(\d+)", r"_{\1}"),
         (r"\\!", ""),
         (r"(?<![a-zA-Z])([apAP])\.\s?[mM]\.?(?![a-zA-Z])", r"\1m"),
     )
@@ -275,6 +283,7 @@ _LEXEME = re.compile(
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?")
 _GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?!\s*/)(?:\.\d+)?")
 _ONES_BEHIND = re.compile(r"[- ](?:one|two|three|four|five|six|seven|eight|nine)(?![a-z])", re.IGNORECASE)
+_PADDED = re.compile(r"0\d")
 _GROUP = re.compile(r"\s*\{")
 _JOINT_IN_TEXT = re.compile(r",|\sand(?:\s|$)")
 _JOINT_BEHIND_VALUE = re.compile(r",|\sand$")
@@ -346,6 +355,8 @@ class _Lexer:
         value = found[kind]
         start, self.at = found.start(kind), found.end()
         if kind == "number":
+            if self.last == Token("mark", ",") and _PADDED.match(value) and self.text[start - 1] == ",":
+                raise Undecided("digits behind a comma that are no number: 14,0000")
             yield Token("number", self._long_number(start) or value)
         elif kind == "word":
             yield from self._word(value)

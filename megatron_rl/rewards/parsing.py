@@ -55,7 +55,7 @@ _ENDS_OF_LISTS = (")", "]", "\\}", "}", "\\rangle", "&", "\\\\", "\\end")
 _VERBS = ("is", "are", "equals")
 _FLOORS = {"\\lfloor": ("floor", "\\rfloor"), "\\lceil": ("ceil", "\\rceil")}
 _FUNCTION_COMMANDS = frozenset(f"\\{name}" for name in FUNCTIONS if name != "sqrt")
-_MATRICES = frozenset("matrix pmatrix bmatrix smallmatrix array".split())
+_MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _SEVERAL_ARGUMENTS = frozenset({"max", "min", "gcd", "lcm"})
 
 
@@ -392,6 +392,9 @@ class _Parser:
         name = self.next().value
         while self.at_value("_", "'"):
             name += "'" if self.next().value == "'" else f"_{self.raw_group()}"
+        if [token.value for token in self.stream[self.at : self.at + 3]] == ["(", "0", ")"]:  # I(0), no product
+            self.at += 3
+            name += "(0)"
         return Symbol(name)
 
     def raw_group(self) -> str:

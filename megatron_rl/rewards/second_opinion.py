@@ -24,6 +24,7 @@ _COMMAND_NAMES = """
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
 _SUBSCRIPT = re.compile(r"[\d_}]\s*_")
 """Below a number it is a base, which ``math_verify`` overlooks."""
+_POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
 _LABEL = re.compile(r"[a-zA-Z]\s*=(?!.*=)\s*")
 _SYMBOL = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[pbv]?matrix\}")
@@ -37,6 +38,8 @@ def second_opinion(pred: str, gold: str) -> bool:
     pred, gold = (_LABEL.sub("", text, count=1) if _LABEL.match(text) else text for text in (pred, gold))
     if not (_is_safe_formula(pred) and _is_safe_formula(gold)):
         return False
+    if _POWER_OF_TEN.search(pred) or _POWER_OF_TEN.search(gold):
+        return False  # it reads the e of 1e11 as a number
     if ("=" in pred) != ("=" in gold):
         return False  # of a chain that does not hold (6/0 = 3) math_verify takes the last member
     if _SYMBOL.fullmatch(pred) and _SYMBOL.fullmatch(gold):
