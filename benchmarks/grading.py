@@ -1,16 +1,20 @@
 r"""Our answer comparison and Math-Verify side by side on labelled cases, and our gold oracle.
 
 ``python benchmarks/grading.py --cases FILE.jsonl [--json OUT]`` reads rows with ``id``, ``category``, ``gold``,
-``response``, ``label`` and ``debatable``. Rows with ``debatable`` are left out. Both graders get what our extraction
-finds (the last closed box) and run in killable worker processes with the same deadline; a response without an answer, a
-time-out and an error count as "wrong". Latencies and rates are CPU seconds of the worker, without any cache.
+``response``, ``label`` (whether the response is right) and perhaps ``debatable``: such rows are left out. Both graders
+get what our extraction finds (the last closed box) and run in killable worker processes with the same deadline; a
+response without an answer, a time-out and an error count as "wrong". Latencies and rates are CPU seconds of the worker,
+without any cache.
 
 ``python benchmarks/grading.py --golds FILE.jsonl ... [--pairs 1500]`` grades every reference answer against itself and
 seeded pairs of answers that are written differently, and prints what fails: the pairs that grade as equal are to be
-read by a person. Files are JSON lines (or one JSON list) in the style of the usual evaluation sets.
+read by a person. Files are JSON lines, or one JSON list in a file that ends in ``.json``, in the style of the usual
+evaluation sets.
 
 ``python benchmarks/grading.py --responses FILE.jsonl`` measures throughput on real (prediction, gold) pairs: rows with
 ``gt`` and a list ``pred``.
+
+A file that cannot be read is one error with its place (FILE:LINE) and exit status 2.
 """
 
 from __future__ import annotations
@@ -18,17 +22,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.service import RewardService
+
+if TYPE_CHECKING:
+    from examples.data.sources import Row
 
 DEADLINE_S = 5.0
 SEED = 0
@@ -91,11 +99,46 @@ class Verdict:
         return self.accepted == self.case.label
 
 
+class BadRow(ValueError):
+    """A row lacks what is asked of it; the message names its place."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file with their places.
+
+    Raises:
+        examples.data.sources.SourceError: it cannot be read, or a row is no JSON object.
+    """
+    # Here and not at the top: a worker loads this file by its path and may not find the checkout.
+    from examples.data.sources import read
+
+    return read(str(path))
+
+
 def read_cases(path: Path) -> list[Case]:
-    """The rows of a case file that are not debatable."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    fields = Case.__dataclass_fields__
-    return [Case(**{key: row[key] for key in fields}) for row in rows if not row["debatable"]]
+    """The rows of a case file that are not debatable.
+
+    Raises:
+        BadRow: a field is missing or of another type, or the gold answer is empty.
+    """
+    rows = read_rows(path)
+    cases = [_case(row) for row in rows if not row.fields.get("debatable")]
+    if len(cases) < 2:
+        raise BadRow(f"{path}: at least two rows that are not debatable must be there, got {len(cases)} of {len(rows)}")
+    return cases
+
+
+def _case(row: Row) -> Case:
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **{"id": (str, int), "category": str, "gold": str, "response": str, "label": bool}
+    }
+    for name, kind in kinds.items():
+        if not isinstance(found := row.fields.get(name), kind):
+            wanted = "true or false" if kind is bool else "text"
+            raise BadRow(f"{row.place}: needs {name!r}, {wanted}, got {found!r}; the row has {sorted(row.fields)}")
+    if not row.fields["gold"].strip():
+        raise BadRow(f"{row.place}: the gold answer is empty; mend the row or take it out")
+    return Case(**{name: row.fields[name] for name in kinds})
 
 
 def judge(rule: str, cases: Sequence[Case]) -> list[Verdict]:
@@ -148,18 +191,18 @@ def compare(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     return summaries
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, or one JSON list."""
-    text = path.read_text()
-    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
-    return list(rows)
+def gold_of(row: Row) -> str:
+    """The reference answer of a row: an answer field, what follows ``####``, or the box of its solution.
 
-
-def gold_of(row: dict[str, Any]) -> str:
-    """The reference answer of a row: an answer field, what follows ``####``, or the box of its solution."""
-    if "solution" in row and "final_answer" not in row and (box := answers.last_boxed(row["solution"])) is not None:
+    Raises:
+        BadRow: it has none of them.
+    """
+    fields = row.fields
+    if "final_answer" not in fields and (box := answers.last_boxed(str(fields.get("solution", "")))) is not None:
         return box
-    found = next(row[field] for field in GOLD_FIELDS if field in row)
+    found = next((fields[field] for field in GOLD_FIELDS if fields.get(field) not in (None, [])), None)
+    if found is None:
+        raise BadRow(f"{row.place}: needs a gold answer in one of {', '.join(GOLD_FIELDS)}, it has {sorted(fields)}")
     text = str(found[0] if isinstance(found, list) else found)
     return text.rpartition("####")[2].strip().strip("$")
 
@@ -189,33 +232,50 @@ def rate(grader: Grader, pairs: Iterable[tuple[str, str]]) -> float:
     return len(pairs) / (time.process_time() - begin)
 
 
+def _pairs(row: Row) -> list[tuple[str, str]]:
+    gold, preds = row.fields.get("gt"), row.fields.get("pred")
+    if not (isinstance(gold, str) and isinstance(preds, list) and all(isinstance(pred, str) for pred in preds)):
+        raise BadRow(
+            f"{row.place}: needs 'gt', a gold answer, and 'pred', a list of answers; it has {sorted(row.fields)}"
+        )
+    return [(pred, gold) for pred in preds]
+
+
 def measure_rates(path: Path) -> None:
     """Print both rates on real predictions."""
-    pairs = [(pred, row["gt"]) for row in read_rows(path) for pred in row["pred"]]
+    pairs = [pair for row in read_rows(path) for pair in _pairs(row)]
     mine, theirs = rate(our_equal, pairs), rate(math_verify_equal, pairs)
     print(f"{len(pairs)} pairs: ours {mine:,.0f}/CPU-s, math_verify {theirs:,.0f}/CPU-s, ratio {mine / theirs:.1f}")
 
 
-def main() -> None:
-    """Run what the options ask for."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the options ask for; the exit status is 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=Path)
     parser.add_argument("--json", type=Path, help="where the figures of --cases go")
     parser.add_argument("--golds", type=Path, nargs="+", default=[])
     parser.add_argument("--pairs", type=int, default=1500, help="seeded pairs of different golds")
     parser.add_argument("--responses", type=Path)
-    options = parser.parse_args()
-    if options.cases:
-        summaries = compare(read_cases(options.cases))
-        if options.json:
-            options.json.write_text(json.dumps(summaries, indent=2) + "\n")
-    if options.golds:
-        check_golds([gold_of(row) for path in options.golds for row in read_rows(path)], options.pairs)
-    if options.responses:
-        measure_rates(options.responses)
+    options = parser.parse_args(arguments)
     if not (options.cases or options.golds or options.responses):
         parser.error("nothing to do: give --cases, --golds or --responses")
+    from examples.data.sources import SourceError
+
+    try:
+        if options.cases:
+            summaries = compare(read_cases(options.cases))
+            if options.json:
+                options.json.write_text(json.dumps(summaries, indent=2) + "\n")
+        if options.golds:
+            check_golds([gold_of(row) for path in options.golds for row in read_rows(path)], options.pairs)
+        if options.responses:
+            measure_rates(options.responses)
+    except (SourceError, BadRow) as error:
+        sys.stderr.write(f"grading: {error}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, but the checkout that it belongs to
+    sys.exit(main())

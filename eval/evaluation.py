@@ -17,16 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import grade, same_answers
+from eval.grading import Grader, grade, same_answers
 from eval.model import Model
-from eval.results import Results, averages, table, task_results
+from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.durable import replace_text
-from megatron_rl.interfaces import RewardScorer
-from megatron_rl.rewards.rules import RewardRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,6 @@ class Evaluation:
     settings: Settings
     model: Model
     template: str
-    rule: RewardRule
     problems: tuple[ProblemSet, ...]
     output: Path
 
@@ -48,6 +45,8 @@ class Evaluation:
             "dtype": self.model.dtype,
             "template": self.template,
             "rule": self.settings.rule,
+            "relative_tolerance": dict(self.settings.relative_tolerance),
+            "factor_100": list(self.settings.factor_100),
             "seed": self.settings.seed,
             **sampling,
             "stop": list(self.settings.stop),
@@ -75,21 +74,27 @@ class Evaluation:
                 "folder, remove this one, or use --rescore for another rule"
             )
 
-    def run(self, scorer: RewardScorer, comparer: RewardScorer, console: Console, name: str) -> dict[str, Results]:
-        """Draw and grade what is missing, then write what came of all; results by task."""
+    def run(self, graders: Mapping[str, Grader], console: Console, name: str) -> dict[str, Results]:
+        """Draw and grade what is missing, then write what came of all; results by task.
+
+        Args:
+            graders: by task.
+            console: where progress is told.
+            name: of the model.
+        """
         started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
-        drawn = self._draw_missing(logs, scorer, console, name)
+        drawn = self._draw_missing(logs, graders, console, name)
         if not drawn and (self.output / "results.json").is_file():
             console.print(f"{name}: complete, no engine started", highlight=False, soft_wrap=True)
         graded = {item.name: self._asked_for(item, logs[item.name]) for item in self.problems}
-        same = same_answers([sample for samples in graded.values() for sample in samples], comparer)
-        results = {task: task_results(samples, same, seed=self.settings.seed) for task, samples in graded.items()}
-        document = results_document(
-            results, self.problems, self.settings, self.template, time.monotonic() - started, self.model
-        )
+        results = {
+            task: task_results(samples, same_answers(samples, graders[task]), seed=self.settings.seed)
+            for task, samples in graded.items()
+        }
+        document = results_document(results, graded, self._description(), time.monotonic() - started)
         replace_text(self.output / "results.json", json.dumps(document, indent=2) + "\n")
         replace_text(self.output / "table.md", table({name: results}))
         return results
@@ -106,7 +111,41 @@ class Evaluation:
             log.samples[problem.id, number] for problem in problems.problems for number in range(self.settings.samples)
         ]
 
-    def _draw_missing(self, logs: Mapping[str, SampleLog], scorer: RewardScorer, console: Console, name: str) -> int:
+    def _description(self) -> Description:
+        settings = self.settings
+        generation = {
+            "do_sample": settings.temperature > 0,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_gen_toks": settings.max_tokens,
+            "until": list(settings.stop),
+        }
+        return Description(
+            configs={
+                item.name: {
+                    "task": item.name,
+                    "data": str(item.file),
+                    "data_sha256": item.sha256,
+                    "output_type": "generate_until",
+                    "repeats": settings.samples,
+                    "num_fewshot": 0,
+                    "generation_kwargs": generation,
+                    "doc_to_text": self.template,
+                    **grading_config(settings, item.name),
+                }
+                for item in self.problems
+            },
+            config={
+                "model": "vllm",
+                "model_args": {"path": str(self.model.folder), "dtype": self.model.dtype},
+                "limit": settings.limit,
+                "seed": settings.seed,
+            },
+        )
+
+    def _draw_missing(
+        self, logs: Mapping[str, SampleLog], graders: Mapping[str, Grader], console: Console, name: str
+    ) -> int:
         from eval.generate import (
             batches,
             plan_draws,
@@ -160,7 +199,7 @@ class Evaluation:
             _Progress(console, name, total) as progress,
         ):
             for found in responses(engines, parts, settings.sampling(), settings.seed):
-                graded = grade(found, self.rule, scorer)
+                graded = grade(found, graders[found[0].task])
                 logs[found[0].task].append(graded)
                 progress.add(graded)
         return total
@@ -207,55 +246,72 @@ class _Progress:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """How samples came to be.
+
+    Attributes:
+        configs: of each task, as results.json has them.
+        config: of the model.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any]
+
+
+def grading_config(settings: Settings, task: str) -> dict[str, Any]:
+    """The part of a task's configuration that says how its answers are judged."""
+    return {"rule": settings.rule, "leniency": asdict(settings.leniency(task))}
+
+
+def rescored_description(
+    samples_file: Path, samples: Mapping[str, Sequence[GradedSample]], settings: Settings
+) -> Description:
+    """What the results.json beside a file of samples says about them; what it does not say is None."""
+    beside = samples_file.with_name("results.json")
+    before: dict[str, Any] = json.loads(beside.read_text()) if beside.is_file() else {}
+    unknown = dict.fromkeys(("data", "data_sha256", "generation_kwargs", "doc_to_text"))
+    return Description(
+        configs={
+            task: {"task": task, **unknown, "output_type": "generate_until", "num_fewshot": 0}
+            | before.get("configs", {}).get(task, {})
+            | {"repeats": len({sample.sample for sample in found}), **grading_config(settings, task)}
+            | {"rescored_from": str(samples_file)}
+            for task, found in samples.items()
+        },
+        config=dict.fromkeys(("model", "model_args", "limit", "seed")) | before.get("config", {}),
+    )
+
+
 def results_document(
     results: Mapping[str, Results],
-    problems: Sequence[ProblemSet],
-    settings: Settings,
-    template: str,
+    samples: Mapping[str, Sequence[GradedSample]],
+    description: Description,
     seconds: float,
-    model: Model | None,
 ) -> dict[str, Any]:
-    """What results.json holds: the layout of lm-evaluation-harness, with more keys where it has none."""
-    names = [item.name for item in problems]
-    higher = {
-        name: {"pass@1": True, f"avg@{settings.samples}": True, f"maj@{settings.samples}": True} for name in names
-    }
+    """What results.json holds: the layout of lm-evaluation-harness, with more keys where it has none.
+
+    Args:
+        results: by task.
+        samples: those that the results are about, by task.
+        description: how they came to be.
+        seconds: that it took.
+    """
+    problems = {task: len({sample.id for sample in found}) for task, found in samples.items()}
+    repeats = {task: len(found) // problems[task] for task, found in samples.items()}
     return {
-        "results": {item.name: {"alias": item.title, **results[item.name]} for item in problems},
+        "results": {task: {"alias": title(task), **found} for task, found in results.items()},
         "groups": averages(results),
-        "configs": {
-            item.name: {
-                "task": item.name,
-                "data": str(item.file),
-                "data_sha256": item.sha256,
-                "output_type": "generate_until",
-                "repeats": settings.samples,
-                "num_fewshot": 0,
-                "generation_kwargs": {
-                    "do_sample": settings.temperature > 0,
-                    "temperature": settings.temperature,
-                    "top_p": settings.top_p,
-                    "max_gen_toks": settings.max_tokens,
-                    "until": list(settings.stop),
-                },
-                "doc_to_text": template,
-                "rule": settings.rule,
-            }
-            for item in problems
+        "configs": description.configs,
+        "versions": dict.fromkeys(results, 1),
+        "n-shot": dict.fromkeys(results, 0),
+        "higher_is_better": {
+            task: {"pass@1": True, f"avg@{count}": True, f"maj@{count}": True} for task, count in repeats.items()
         },
-        "versions": dict.fromkeys(names, 1),
-        "n-shot": dict.fromkeys(names, 0),
-        "higher_is_better": higher,
         "n-samples": {
-            item.name: {"original": len(item.problems), "effective": len(item.problems), "samples": settings.samples}
-            for item in problems
+            task: {"original": count, "effective": count, "samples": repeats[task]} for task, count in problems.items()
         },
-        "config": {
-            "model": "vllm",
-            "model_args": None if model is None else {"path": str(model.folder), "dtype": model.dtype},
-            "limit": settings.limit,
-            "seed": settings.seed,
-        },
+        "config": description.config,
         "git_hash": _git_hash(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "total_evaluation_time_seconds": round(seconds, 1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from eval.samples import GradedSample, Response
 from eval.tasks import BadInput, ProblemSet
@@ -13,11 +12,23 @@ from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.rules import RewardRule, SeedRule
 
-SAME_ANSWER = f"{Path(__file__).with_name('same_answer.py')}:same_answer"
-"""The rule that compares two answers."""
-
 Same = Callable[[str, str], bool]
 """Whether an answer equals another."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grader:
+    """How the answers to one task are judged.
+
+    Attributes:
+        rule: decides what is right, with the task's leniency.
+        scorer: runs the rule.
+        comparer: compares two answers with the same leniency.
+    """
+
+    rule: RewardRule
+    scorer: RewardScorer
+    comparer: RewardScorer
 
 
 def extract(rule: RewardRule, response: str) -> str | None:
@@ -39,10 +50,10 @@ def check_rule(name: str, scorer: RewardScorer) -> None:
         )
 
 
-def grade(responses: Sequence[Response], rule: RewardRule, scorer: RewardScorer) -> list[GradedSample]:
+def grade(responses: Sequence[Response], grader: Grader) -> list[GradedSample]:
     """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so."""
-    scores = scorer.score([(item.response, item.gold, item.finish) for item in responses])
-    return [_graded(item, score, rule) for item, score in zip(responses, scores, strict=True)]
+    scores = grader.scorer.score([(item.response, item.gold, item.finish) for item in responses])
+    return [_graded(item, score, grader.rule) for item, score in zip(responses, scores, strict=True)]
 
 
 def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
@@ -58,17 +69,17 @@ def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
     )
 
 
-def same_answers(samples: Iterable[GradedSample], scorer: RewardScorer) -> Same:
+def same_answers(samples: Iterable[GradedSample], grader: Grader) -> Same:
     """Equality of the answers that samples of one problem gave, decided for all pairs at once.
 
     Args:
-        samples: of any problems.
-        scorer: runs ``SAME_ANSWER``. A pair on which it did not finish counts as different.
+        samples: of any problems of one task.
+        grader: of the task. A pair that it did not finish counts as different.
     """
-    by_problem: dict[tuple[str, str], dict[str, None]] = {}
+    by_problem: dict[str, dict[str, None]] = {}
     for sample in samples:
         if sample.extracted is not None:
-            by_problem.setdefault((sample.task, sample.id), {})[sample.extracted] = None
+            by_problem.setdefault(sample.id, {})[sample.extracted] = None
     pairs = list(
         dict.fromkeys(
             (later, first)
@@ -77,7 +88,7 @@ def same_answers(samples: Iterable[GradedSample], scorer: RewardScorer) -> Same:
             for first in list(answers)[:at]
         )
     )
-    scores = scorer.score([(later, first, Finish.STOP) for later, first in pairs])
+    scores = grader.comparer.score([(later, first, Finish.STOP) for later, first in pairs])
     equal = {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
     return lambda later, first: (later, first) in equal
 

@@ -105,7 +105,10 @@ def table(rows: Mapping[str, Mapping[str, Results]]) -> str:
     tasks = list(dict.fromkeys(task for results in rows.values() for task in results))
     columns: list[str | None] = [] if set(tasks).isdisjoint(SEED_TABLE) else [*SEED_TABLE, None]  # None: the average
     columns += [task for task in tasks if task not in SEED_TABLE]
-    lines = ["| | " + " | ".join(map(_title, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join("Avg." if task is None else title(task) for task in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name, results in rows.items():
         average = averages(results).get("seed_average")
         cells = [_percent(average if task is None else results.get(task)) for task in columns]
@@ -113,9 +116,8 @@ def table(rows: Mapping[str, Mapping[str, Results]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(task: str | None) -> str:
-    if task is None:
-        return "Avg."
+def title(task: str) -> str:
+    """A task as tables show it."""
     return TASKS[task].title if task in TASKS else task
 
 

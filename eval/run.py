@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,16 +21,17 @@ if not __package__:  # run as a program: Python then looks beside this file, not
 
 from rich.console import Console
 
-from eval.evaluation import Evaluation
-from eval.grading import SAME_ANSWER, check_rule, grade, same_answers, ungradable_golds
+from eval.evaluation import Evaluation, rescored_description, results_document
+from eval.grading import Grader, check_rule, grade, same_answers, ungradable_golds
 from eval.model import as_hf, find_checkpoints, find_model
 from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
 from eval.settings import Settings, parse
 from eval.tasks import BadInput, ProblemSet, load_tasks, load_template
 from megatron_rl.durable import replace_text
-from megatron_rl.rewards.rules import RewardRule, load_rule
+from megatron_rl.rewards.rules import AnswerRule, RewardRule, lenient, load_rule
 from megatron_rl.rewards.service import RewardService
+from megatron_rl.rewards.structure import EXACT, Leniency
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(settings: Settings) -> None:
     """Every model that is asked for, on every task."""
     problems = _limited(load_tasks(settings.tasks, settings.data), settings.limit)
-    rule = _rule(settings)
+    settings.check_lenient_tasks([item.name for item in problems])
+    _rule(settings)
     if settings.run is not None:
         folder = settings.output or settings.run / "eval"
         jobs = {
@@ -71,7 +74,7 @@ def _evaluate(settings: Settings) -> None:
         jobs = {name: (find_model(as_hf(settings.model, output / "hf"), settings.dtype), output)}
     template = load_template(settings.template, next(iter(jobs.values()))[0].folder)
     evaluations = {
-        name: Evaluation(settings=settings, model=model, template=template, rule=rule, problems=problems, output=output)
+        name: Evaluation(settings=settings, model=model, template=template, problems=problems, output=output)
         for name, (model, output) in jobs.items()
     }
     for evaluation in evaluations.values():
@@ -80,12 +83,9 @@ def _evaluate(settings: Settings) -> None:
     for note in (item.note for item in problems if item.note):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     found: dict[str, dict[str, Results]] = {}
-    with ExitStack() as stack:
-        scorer = stack.enter_context(_service(settings, rule))
-        comparer = stack.enter_context(_service(settings, SAME_ANSWER))
-        check_rule(settings.rule, scorer)
+    with _graders(settings, [item.name for item in problems]) as graders:
         for name, evaluation in evaluations.items():
-            found[name] = evaluation.run(scorer, comparer, console, name)
+            found[name] = evaluation.run(graders, console, name)
     text = table(found)
     if settings.run is not None:
         replace_text((settings.output or settings.run / "eval") / "table.md", text)
@@ -102,14 +102,32 @@ def _limited(problems: Sequence[ProblemSet], limit: int | None) -> tuple[Problem
     return tuple(replace(item, problems=item.problems[:limit]) for item in problems)
 
 
-def _rule(settings: Settings) -> RewardRule:
+def _rule(settings: Settings, leniency: Leniency = EXACT) -> RewardRule:
     try:
-        return load_rule(settings.rule)
+        return lenient(load_rule(settings.rule), leniency)
     except ValueError as error:
         raise BadInput(f"--rule: {error}") from error
 
 
-def _service(settings: Settings, rule: RewardRule | str) -> RewardService:
+@contextmanager
+def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Grader]]:
+    """How each task is judged: tasks of one leniency share their processes."""
+    rules = {leniency: _rule(settings, leniency) for leniency in map(settings.leniency, tasks)}
+    with ExitStack() as stack:
+        graders = {
+            leniency: Grader(
+                rule=rule,
+                scorer=stack.enter_context(_service(settings, rule)),
+                comparer=stack.enter_context(_service(settings, AnswerRule(leniency=leniency))),
+            )
+            for leniency, rule in rules.items()
+        }
+        for grader in graders.values():
+            check_rule(settings.rule, grader.scorer)
+        yield {task: graders[settings.leniency(task)] for task in tasks}
+
+
+def _service(settings: Settings, rule: RewardRule) -> RewardService:
     return RewardService(rule, workers=settings.reward_workers, timeout_s=settings.timeout_s)
 
 
@@ -122,18 +140,25 @@ def _rescore(settings: Settings, file: Path) -> None:
     target = output / file.name
     if target.exists():
         raise BadInput(f"--output {output}: {target} is there already; remove it or name another folder")
-    rule = _rule(settings)
-    with _service(settings, rule) as scorer, _service(settings, SAME_ANSWER) as comparer:
-        check_rule(settings.rule, scorer)
-        after = grade(before, rule, scorer)
-        same = same_answers(after, comparer)
+    started = time.monotonic()
+    tasks = list(dict.fromkeys(sample.task for sample in before))
+    settings.check_lenient_tasks(tasks)
     by_task: dict[str, list[GradedSample]] = {}
-    for sample in after:
-        by_task.setdefault(sample.task, []).append(sample)
-    results = {task: task_results(samples, same, seed=settings.seed) for task, samples in by_task.items()}
+    with _graders(settings, tasks) as graders:
+        for task, grader in graders.items():
+            by_task[task] = grade([sample for sample in before if sample.task == task], grader)
+        results = {
+            task: task_results(samples, same_answers(samples, graders[task]), seed=settings.seed)
+            for task, samples in by_task.items()
+        }
+    description = rescored_description(file, by_task, settings)
+    document = results_document(results, by_task, description, time.monotonic() - started)
     output.mkdir(parents=True, exist_ok=True)
+    graded = {(sample.task, *sample.key): sample for samples in by_task.values() for sample in samples}
+    after = [graded[sample.task, *sample.key] for sample in before]
     SampleLog(target).append(after)
-    replace_text(output / "results.json", json.dumps({"results": results, "rule": settings.rule}, indent=2) + "\n")
+    replace_text(output / "results.json", json.dumps(document, indent=2) + "\n")
+    replace_text(output / "table.md", table({file.stem: results}))
     for old, new in zip(before, after, strict=True):
         if old.correct != new.correct:
             verdict = "right" if new.correct else "wrong"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from eval.tasks import TASKS, BadInput
 from megatron_rl.config.schema import EngineConfig, RewardConfig
 from megatron_rl.dataflow import Sampling
+from megatron_rl.rewards.structure import Leniency
 
 _PROTOCOL_NAMES = ("tasks", "template", "samples", "temperature", "top_p", "max_tokens", "stop", "seed", "rule")
 PROTOCOL = Path(__file__).with_name("seed_protocol.toml")
@@ -37,6 +38,8 @@ class Settings:
     seed: int
     limit: int | None
     rule: str
+    relative_tolerance: Mapping[str, float]
+    factor_100: tuple[str, ...]
     output: Path | None
     dtype: str | None
     engines: int
@@ -44,6 +47,22 @@ class Settings:
     max_concurrent: int
     reward_workers: int
     timeout_s: float
+
+    def leniency(self, task: str) -> Leniency:
+        """What is forgiven in the numbers of a task."""
+        return Leniency(relative=self.relative_tolerance.get(task, 0.0), factor_100=task in self.factor_100)
+
+    def check_lenient_tasks(self, tasks: Collection[str]) -> None:
+        """See that leniency is for tasks that are there.
+
+        Raises:
+            BadInput: it is for another one.
+        """
+        for option, names in (("relative-tolerance", self.relative_tolerance), ("factor-100", self.factor_100)):
+            if unknown := [name for name in names if name not in tasks]:
+                raise BadInput(
+                    f"--{option} must name tasks of this evaluation ({', '.join(tasks)}), got {unknown[0]!r}"
+                )
 
     def sampling(self) -> Sampling:
         """How the engine draws."""
@@ -100,6 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--stop", type=_words, help="strings that end a response, separated by commas")
     asked.add_argument("--seed", type=int, help="of sampling and bootstrap")
     asked.add_argument("--rule", help="reward rule that decides what is right")
+    asked.add_argument(
+        "--relative-tolerance",
+        type=_tolerances,
+        default={},
+        metavar="TASK=TOLERANCE,...",
+        help="accept numbers within TOLERANCE x |gold| of the gold answer",
+    )
+    asked.add_argument(
+        "--factor-100", type=_words, default=(), metavar="TASK,...", help="accept 100 x gold and gold / 100"
+    )
     machine = parser.add_argument_group("where and how")
     machine.add_argument("--data", type=Path, help="folder of the named problem sets, NAME/test.jsonl")
     machine.add_argument("--limit", type=_positive, help="first problems of each task only")
@@ -116,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
+
+
+def _tolerances(text: str) -> dict[str, float]:
+    pairs = [word.rpartition("=") for word in _words(text)]
+    if not all(task for task, _, _ in pairs):
+        raise argparse.ArgumentTypeError(f"must be TASK=TOLERANCE,... such as minerva_math=0.01, got {text!r}")
+    return {task: float(_bounded(float, tolerance, 0, 1, open_low=True)) for task, _, tolerance in pairs}
 
 
 def _bounded(kind: type[int] | type[float], text: str, low: float, high: float, *, open_low: bool) -> Any:

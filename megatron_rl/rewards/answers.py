@@ -144,9 +144,13 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     pred, gold = plain(pred), plain(gold)
     if pred == gold:
         return bool(pred)
-    letter, chosen = _choice(gold), _choice(pred) or _choice_with_content(pred)
-    if letter is not None and chosen is not None:
-        return chosen == letter
+    letter, chosen = _choice(gold), _choice(pred)
+    if letter is not None or chosen is not None:  # one of the two may carry what it chooses
+        letter, chosen = letter or _choice_with_content(gold), chosen or _choice_with_content(pred)
+        if letter is not None and chosen is not None:
+            return chosen == letter
+    if _same_choices(pred, gold) or _same_choices(gold, pred):
+        return True
     left, right = _readings(pred), _readings(gold)
     if _DECIMAL_COMMA.fullmatch(pred) and any(_is_decimal(reading) for reading in right):
         left.extend(_readings(pred.replace(",", ".")))
@@ -160,10 +164,16 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
                 decided = False
     if decided:
         return False
-    return _SPACE.sub("", pred) == _SPACE.sub("", gold) or second_opinion(pred, gold)
+    return _bare(pred) == _bare(gold) or second_opinion(pred, gold)
+
+
+def _bare(text: str) -> str:
+    """The text without text fonts and without its spaces, but for those between digits."""
+    return _SPACE.sub("", _TEXT.sub(r"\1", text))
 
 
 _remembered = lru_cache(maxsize=1 << 14)(compare)
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 """Spaces other than between digits."""
 
@@ -191,7 +201,17 @@ def _readings(text: str) -> list[Node]:
 
 _FONT = r"(?:\\(?:text|textbf|mathrm|textrm|mathbf)\s*\{)?\s*"
 _CHOICE = re.compile(rf"(?:(?i:option|choice|answer)\s*:?\s*)?{_FONT}\(?\s*([A-Z])\s*\)?[.:]?\s*\}}?")
-_CHOICE_WITH_CONTENT = re.compile(rf"{_FONT}(?:\(([A-Z])\)|([A-Z])[).:])(?![^()]*\([A-Z]\))\s*\S.*", re.DOTALL)
+_CHOICES = re.compile(r"[A-H]{2,8}")
+_ENUMERATED_CHOICES = re.compile(r"[A-H](?:\s*(?:,\s*and|,|and)\s*[A-H]){1,7}")
+_CONTENT = r"(?:\s*\})?(?:\s+-(?=\S)|\s*(?=[^\s+*/^=<>,}-])).+"
+_CHOICE_WITH_CONTENT = re.compile(rf"{_FONT}(?:\(([A-Z])\)|([A-Z])[).:])(?![^()]*\([A-Z]\)){_CONTENT}", re.DOTALL)
+
+
+def _same_choices(word: str, enumerated: str) -> bool:
+    """Whether ``ABD`` names the letters of ``A, B, D``."""
+    if not (_CHOICES.fullmatch(word) and _ENUMERATED_CHOICES.fullmatch(enumerated)):
+        return False
+    return sorted(word) == sorted(re.findall("[A-H]", enumerated))
 
 
 def _choice(text: str) -> str | None:

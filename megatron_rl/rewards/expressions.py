@@ -6,10 +6,10 @@ nodes, and what goes beyond raises :class:`Undecided`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import comb, factorial
+from math import comb, factorial, gcd, lcm
 
 import mpmath
 
@@ -217,6 +217,10 @@ def _binomial(top: Fraction, bottom: Fraction) -> Fraction | None:
     return Fraction(comb(int(top), int(bottom)))
 
 
+def _of_integers(function: Callable[..., int], values: Sequence[Fraction]) -> Fraction | None:
+    return Fraction(function(*map(int, values))) if all(value.denominator == 1 for value in values) else None
+
+
 _RATIONAL: Mapping[str, Callable[..., Fraction | None]] = {
     "+": _sum,
     "*": _product,
@@ -231,6 +235,8 @@ _RATIONAL: Mapping[str, Callable[..., Fraction | None]] = {
     "ceil": lambda x: Fraction(x.__ceil__()),
     "max": lambda *values: max(values),
     "min": lambda *values: min(values),
+    "gcd": lambda *values: _of_integers(gcd, values),
+    "lcm": lambda *values: _of_integers(lcm, values),
 }
 
 
@@ -242,6 +248,7 @@ class _Evaluation:
     """Evaluates one scalar at one point; ``scale`` is the largest summand met, for the rounding error of sums."""
 
     point: dict[str, mpmath.mpc]
+    real: bool = False
     steps: int = 0
     scale: mpmath.mpf = field(default_factory=lambda: mpmath.mpf(0))
 
@@ -266,6 +273,8 @@ class _Evaluation:
         if function is None:
             raise Undecided(f"no value for {node.op}")
         value = function(*args)
+        if self.real and node.op in _PARTIAL and mpmath.im(value) != 0:
+            raise ValueError("outside the domain of a function of real variables")
         if not mpmath.isfinite(value):
             raise Undecided("not finite")
         return value
@@ -283,9 +292,11 @@ class _Evaluation:
 
     def _series(self, node: Apply) -> mpmath.mpc:
         variable, first, last, body = node.args
-        low, high = exact(first), exact(last)
-        if low is None or high is None or low.denominator != 1 or high.denominator != 1 or high - low > _MAX_TERMS:
-            raise Undecided("limits of a sum that are not near integers")
+        low, high = self.of(first), self.of(last)
+        if not (mpmath.isint(low) and mpmath.isint(high)):
+            raise ValueError("a sum has a value only between integers")  # outside the domain, as log(0) is
+        if high - low > _MAX_TERMS:
+            raise Undecided("a sum of too many terms")
         assert isinstance(variable, Symbol)
         outer = self.point.get(variable.name)
         value = mpmath.mpf(0 if node.op == "sum" else 1)
@@ -334,6 +345,8 @@ def _real(function: Callable[..., mpmath.mpc]) -> Callable[..., mpmath.mpc]:
 
 _ANGLE = 1e6
 _CANCELLING = frozenset({"sin", "cos", "tan", "cot", "ln", "log", "arccos", "arcsec", "floor", "ceil"})
+_PARTIAL = frozenset({"sqrt", "root", "^", "ln", "log", "arcsin", "arccos"})
+"""Real functions that some real numbers have no value of."""
 _FUNCTIONS: Mapping[str, Callable[..., mpmath.mpc]] = {
     "+": lambda *terms: mpmath.fsum(terms),
     "*": lambda *factors: mpmath.fprod(factors),
@@ -405,7 +418,7 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
         while True:
             with mpmath.workdps(digits):
                 try:
-                    evaluations = [_Evaluation(dict(point)) for _ in nodes]
+                    evaluations = [_Evaluation(dict(point), bool(names) and not complex_values) for _ in nodes]
                     values = [e.of(node) for e, node in zip(evaluations, nodes, strict=True)]
                 except (ArithmeticError, ValueError, TypeError, mpmath.libmp.libhyper.NoConvergence):
                     break

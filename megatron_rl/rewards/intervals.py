@@ -162,6 +162,8 @@ def _solution(relation: Relation) -> list[_Interval] | None:
     at = relation.terms.index(unknown)
     if any(variables(term) - {"infty"} for term in relation.terms if term is not unknown):
         return None
+    if isinstance(unknown, Apply) and unknown.op == "abs" and len(relation.ops) == 1:
+        return _absolute(unknown.args[0], relation, at)
     solved = _linear(unknown)
     if solved is None:
         return None
@@ -188,6 +190,19 @@ def _solution(relation: Relation) -> list[_Interval] | None:
     low, low_closed = below or (_MINUS_INFINITY, False)
     high, high_closed = above or (_INFINITY, False)
     return [_Interval(low, low_closed, high, high_closed)]
+
+
+def _absolute(inside: Node, relation: Relation, at: int) -> list[_Interval] | None:
+    """``|u| < c`` is ``-c < u < c``, ``c < |u|`` is ``u < -c or c < u``, for a positive c."""
+    bound, op = relation.terms[1 - at], relation.ops[0]
+    if op not in ("<", "leq", "=") or mentions(bound, "infty") or compare(bound, Number(Fraction(0))) <= 0:
+        return None
+    opposite = Apply("neg", (bound,))
+    if at == 0 and op != "=":
+        return _solution(Relation((opposite, inside, bound), (op, op)))
+    parts = [_solution(Relation((inside, opposite), (op,))), _solution(Relation((bound, inside), (op,)))]
+    known = [part for part in parts if part is not None]
+    return [interval for part in known for interval in part] if len(known) == 2 else None
 
 
 def _linear(node: Node) -> tuple[Node, Node] | None:

@@ -24,7 +24,9 @@ _UNICODE = {
     "⁄": "/",
     "∕": "/",
     "√": " sqrt ",
+    "∛": " cbrt ",
     "°": r"^\circ ",
+    "º": r"^\circ ",
     "∞": r"\infty ",
     "≤": r"\leq ",
     "⩽": r"\leq ",
@@ -50,8 +52,6 @@ _UNICODE = {
     "⌋": r"\rfloor ",
     "⌈": r"\lceil ",
     "⌉": r"\rceil ",
-    "€": "$",
-    "£": "$",
     "、": ",",
     "。": ".",
 }
@@ -71,11 +71,14 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),  # a comma that cannot be a separator of a list
-        (r"(?<=\d)\{,\}(?=\d)", "."),  # nor can this one: the decimal comma
+        (r"(?<=\d)\{[,.]\}(?=\d)", "."),  # nor can this one: the decimal comma
         (r"\{,\}", ","),
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
         (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
-        (r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|strut)(?![a-zA-Z])", " "),
+        (
+            r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
+            " ",
+        ),
         (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", " "),
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])|\\(?:h|v)space\*?\s*\{[^{}]*\}", " "),
         (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))", r" \\degree "),
@@ -85,6 +88,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
         (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\(?:bf|rm|it|sf|tt|blacksquare)(?![a-zA-Z])", " "),
+        (r"(?<=\d)\s*(?:\^\s*(?:\{\s*o\s*\}|o(?![a-zA-Z]))|\\textdegree(?![a-zA-Z]))", r" \\degree "),
+        (r"\\degree\s*(?:\\(?:text|mathrm)\s*\{\s*([CF])\s*\}|([CF])(?![a-zA-Z]))", r"\\text{ degrees \1\2}"),
+        (r"(?<![a-zA-Z])m\s*\\angle(?![a-zA-Z])", r"\\angle "),
+        (r"-\s*(?=\\\{)", r"\\setminus "),
+        (r"(?i)^\s*(?:\\text\s*\{\s*answer\s*:\s*\}|answer\s*:)", ""),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s[xX]\s(?=\d)", r" \\times "),
         (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
         (r"(?<=\.)(\d*)\\dot\s*\{?(\d)\}?", r"\1\\overline{\2}"),
@@ -92,17 +102,47 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"<=|=<", r"\\leq "),
         (r">=|=>", r"\\geq "),
         (r"!=|/=", r"\\neq "),
-        (r"\.\.\.", r"\\ldots "),
+        (r"\.\.\.|\\[cl]?dots[bc]?(?![a-zA-Z])", r"\\ldots "),
+        # Repeating decimals: 0.1(6), and digits before an ellipsis that end with one three times or several twice.
+        (r"(?<![\d.])(\d{0,20}\.\d{0,20})\((\d{1,20})\)(?![\d.(^!a-zA-Z\\])", r"\1\\overline{\2}"),
+        (
+            r"(?<![\d.])(\d{0,20}\.\d{0,20}?)(?:(\d)\2{2,20}|(\d{2,6}?)\3{1,10})\s*\\ldots(?![a-zA-Z])",
+            r"\1\\overline{\2\3}",
+        ),
+        (r"(?<![a-zA-Z])per\s+cent(?![a-zA-Z])", "percent"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|to)\s*(?=\d)", ":"),
         (r"\\\\\[[^\[\]]*\]", r"\\\\"),  # the row spacing of a matrix
         (r"\\[hc]line(?![a-zA-Z])", " "),
+        (r"\\pmod\s*(\d+)", r"\\pmod{\1}"),
+        (r"\\cr(?![a-zA-Z])", r"\\\\"),
+        (r"\\imath(?![a-zA-Z])", " i "),
+        (r"\\text\s*\{\s*\.\s*\}", " "),
+        (r"^\s*[\"`'“]([a-zA-Z][a-zA-Z ]*)[\"'”]\s*$", r"\1"),
+        (r"\((\d[\dA-F]*)\)\s*_", r"\1_"),  # bases
+        (r"_\s*\{\s*\((\d+)\)\s*\}", r"_{\1}"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*\(?\s*base\s*(\d+)\)?\s*\}|\(?\s*base\s*(\d+)\)?)", r"_{\1\2}"),
+        (r"(?<=\d)\s*\\text\s*\{\s*base\s*\}\s*(\d+)", r"_{\1}"),
         (r"\\!", ""),
         (r"(?<![a-zA-Z])([apAP])\.\s?[mM]\.?(?![a-zA-Z])", r"\1m"),
     )
 )
 
 
+_WHOLE_GROUP = re.compile(r"(?:\\(?:boxed|fbox)\s*)?\{")
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "€": "euros", "£": "pounds"}
+_AMOUNT = r"\d{1,40}(?:,\d{3}){0,20}(?:\.\d{1,40})?"
+_PRICE = re.compile(
+    rf"(?:\$\s*)?(?P<sign>-?)(?P<currency>\\\$|€|£)\s*(?P<amount>{_AMOUNT})(?:\s*\$)?"
+    rf"|(?P<bare_sign>-?)\$\s*(?P<bare_amount>{_AMOUNT})"
+)
+"""A number behind its currency; elsewhere the sign cannot be told from a delimiter of mathematics."""
+
+
 def plain(text: str) -> str:
     """The text in ASCII and without what only concerns its looks: delimiters, sizes, spacing, a final dot."""
+    if price := _PRICE.fullmatch(text):
+        sign, amount = price["sign"] or price["bare_sign"] or "", price["amount"] or price["bare_amount"]
+        text = f"{sign}{amount}\\text{{ {_CURRENCIES[price['currency'] or '$']}}}"
     if not text.isascii():
         text = _ascii(text)
     for pattern, replacement in _REWRITES:
@@ -112,8 +152,10 @@ def plain(text: str) -> str:
         text = text.strip()
         if text and text[-1] in ".;:,":
             text = text[:-1]
-        elif text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
-            text = text[1:-1]
+        elif text.endswith("\\\\"):  # a line break
+            text = text[:-2]
+        elif (opened := _WHOLE_GROUP.match(text)) and closing_brace(text, opened.end() - 1) == len(text) - 1:
+            text = text[opened.end() : -1]
         else:
             return text
 
@@ -155,7 +197,7 @@ def _decomposed(character: str) -> tuple[str, str]:
         return "", _UNICODE[character]
     if character in _GREEK_LETTERS:
         return "", rf"\{_GREEK_LETTERS[character]} "
-    if unicodedata.category(character) == "Cf":  # zero-width marks go
+    if unicodedata.category(character) in ("Cf", "Sc"):  # zero-width marks and currencies go
         return "", ""
     kind, _, codes = unicodedata.decomposition(character).partition(" ")
     parts = "".join(chr(int(code, 16)) for code in codes.split()) if kind.startswith("<") else ""
@@ -186,11 +228,12 @@ END = Token("end", "")
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc "
-    "log ln lg exp max min gcd lcm sqrt".split()
+    "log ln lg exp max min gcd lcm abs sqrt".split()
 )
 _PLAIN_FUNCTIONS = {
     **{name: name for name in FUNCTIONS},
     "sqrt": "root of",  # unlike LaTeX's, it takes a whole number: sqrt21
+    "cbrt": "cube root of",
     **{"asin": "arcsin", "acos": "arccos", "atan": "arctan", "infty": "infty", "inf": "infty", "oo": "infty"},
     **{"infinity": "infty", "Infinity": "infty"},
 }
@@ -240,7 +283,11 @@ _LEXEME = re.compile(
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?")
 _GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d ]*\d)(?!\s*/)(?:\.\d+)?")
 _ONES_BEHIND = re.compile(r"[- ](?:one|two|three|four|five|six|seven|eight|nine)(?![a-z])", re.IGNORECASE)
+_PADDED = re.compile(r"0\d")
 _GROUP = re.compile(r"\s*\{")
+_JOINT_IN_TEXT = re.compile(r",|\sand(?:\s|$)")
+_JOINT_BEHIND_VALUE = re.compile(r",|\sand$")
+_POWERED_UNIT = re.compile(r"([a-zA-Z]{1,12})\^\{?(\d)\}?")
 _LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
 _MAX_TOKENS = 1500
 
@@ -308,6 +355,8 @@ class _Lexer:
         value = found[kind]
         start, self.at = found.start(kind), found.end()
         if kind == "number":
+            if self.last == Token("mark", ",") and _PADDED.match(value) and self.text[start - 1] == ",":
+                raise Undecided("digits behind a comma that are no number: 14,0000")
             yield Token("number", self._long_number(start) or value)
         elif kind == "word":
             yield from self._word(value)
@@ -368,6 +417,11 @@ class _Lexer:
             kind: Kind = "mark" if name in _AS_MARKS or name in ("{", "}", "\\") else "command"
             yield Token(kind, name if name in _AS_MARKS else f"\\{name}")
 
+    def _powered_unit(self, words: str) -> re.Match[str] | None:
+        """``cm^2`` behind a value, in a text font."""
+        found = _POWERED_UNIT.fullmatch(words) if self._behind_value() else None
+        return found if found and known_unit(found[1]) else None
+
     def _argument(self) -> str | None:
         """The raw group behind a command, or the single letter; None where neither follows."""
         if _GROUP.match(self.text, self.at):
@@ -391,8 +445,10 @@ class _Lexer:
             yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
         elif not words:
             return
-        elif "," in words:
-            for at, part in enumerate(words.split(",")):
+        elif powered := self._powered_unit(words):
+            yield from (Token("text", powered[1]), Token("mark", "^"), Token("number", powered[2]))
+        elif len(parts := (_JOINT_BEHIND_VALUE if self._behind_value() else _JOINT_IN_TEXT).split(words)) > 1:
+            for at, part in enumerate(parts):
                 yield from (Token("mark", ","),) if at else ()
                 yield from self._wrapped(part)
         elif len(words) == 1 and words.isalpha():
@@ -431,6 +487,7 @@ degree | degree degrees deg | angle | 1
 radian | radian radians rad | | 1
 dollar | dollar dollars usd | money | 100
 cent | cent cents | money | 1
+euro | euro euros eur | | 1
 mm | mm millimeter millimeters millimetre millimetres | length | 1
 cm | cm centimeter centimeters centimetre centimetres | length | 10
 m | m meter meters metre metres | length | 1000
@@ -439,7 +496,7 @@ inch | in inch inches | foot | 1
 foot | ft foot feet | foot | 12
 yard | yd yard yards | foot | 36
 mile | mi mile miles | foot | 63360
-mph | mph | | 1
+mile/hour | mph | | 1
 second | s sec second seconds | time | 1
 minute | min minute minutes | time | 60
 hour | h hr hrs hour hours | time | 3600
@@ -481,7 +538,8 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bi
 # Words behind a number that change its meaning, so they are no unit that may be left out.
 _NOT_UNITS = frozenset(
     "not less more than if mod modulo times plus minus to by only except between for when where is are true false "
-    "from through none nor either neither".split()
+    "from through none nor either neither squared cubed factorial half halves third thirds fourths fifths sixths "
+    "sevenths eighths ninths tenths hundredths thousandths".split()
 )
 
 
@@ -501,9 +559,9 @@ def unit_name(words: str) -> str:
     Raises:
         Undecided: they say more than a unit does.
     """
-    parts = re.sub(r"[.,]", " ", words).split()
-    if not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
+    parts = re.sub(r"\s*(?:/|(?<![a-zA-Z])per(?![a-zA-Z]))\s*", " / ", re.sub(r"[.,]", " ", words)).split()
+    if parts != ["times"] and not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
         raise Undecided("words that are no unit")
     power = _AREA.get(parts[0].casefold(), "") if len(parts) > 1 else ""
     names = [unit.name if (unit := known_unit(part)) else part.casefold() for part in parts[bool(power) :]]
-    return " ".join(names) + power
+    return " ".join(names).replace(" / ", "/") + power

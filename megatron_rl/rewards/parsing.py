@@ -18,6 +18,7 @@ follows, up to the next explicit operator or function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_rl.rewards.expressions import (
@@ -47,13 +48,14 @@ _RELATIONS = {
     **{"=": "=", "<": "<", ">": ">", "\\leq": "leq", "\\geq": "geq", "\\neq": "neq", "\\approx": "approx"},
     **{"\\in": "in", "\\notin": "notin", "\\equiv": "equiv", "\\subset": "subset", "\\subseteq": "subseteq"},
 }
+_EVENTS = frozenset({*_RELATIONS, "\\cup", "\\cap", "|"})
 _COMBINATIONS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
 _ENDS_OF_LISTS = (")", "]", "\\}", "}", "\\rangle", "&", "\\\\", "\\end")
 _VERBS = ("is", "are", "equals")
 _FLOORS = {"\\lfloor": ("floor", "\\rfloor"), "\\lceil": ("ceil", "\\rceil")}
 _FUNCTION_COMMANDS = frozenset(f"\\{name}" for name in FUNCTIONS if name != "sqrt")
-_MATRICES = frozenset("matrix pmatrix bmatrix smallmatrix array".split())
+_MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _SEVERAL_ARGUMENTS = frozenset({"max", "min", "gcd", "lcm"})
 
 
@@ -157,8 +159,11 @@ class _Parser:
             return items[0]
         return Collection(tuple(items), braces=False, alternatives=self.alternatives)
 
-    def items(self) -> list[Node]:
-        r"""Items between commas; repeated commas (``, \text{and}``) count once, ``\pm`` gives two items."""
+    def items(self, *, both_signs: bool = True) -> list[Node]:
+        r"""Items between commas; repeated commas (``, \text{and}``) count once, ``\pm`` gives two items.
+
+        Inside brackets it does not (``both_signs=False``): the answer around them has two values.
+        """
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise Undecided("too deep")
@@ -168,7 +173,8 @@ class _Parser:
         french = self.at == 0 and self.at_value("]")
         while french or (not self.at_value(*_ENDS_OF_LISTS) and self.peek() is not END):
             french = False
-            found.extend(signs(self.chain()))
+            item = self.chain()
+            found.extend(signs(item) if both_signs else (item,))
             if not self.at_value(",", "or"):
                 break
             while joint := self.take(",", "or"):
@@ -190,8 +196,12 @@ class _Parser:
     def label(self) -> Node | None:
         """``f(x)`` or ``P_2(a,b)`` before an equals sign."""
         start = self.at
-        if self.peek().kind == "name":
+        if self.peek().kind in ("name", "word", "text"):
             name = self.symbol().name
+            if [token.value for token in self.stream[self.at : self.at + 5]] == ["^", "{", "-", "1", "}"]:
+                name, self.at = f"{name}^-1", self.at + 5
+            if event := self.event():
+                return Symbol(f"{name}({event})")
             if self.take("("):
                 arguments = []
                 while self.peek().kind in ("name", "number"):
@@ -201,6 +211,20 @@ class _Parser:
                 if arguments and self.take(")") and self.at_value("=", "\\approx", "\\in"):
                     return Symbol(f"{name}({','.join(arguments)})")
         self.at = start
+        return None
+
+    def event(self) -> str | None:
+        r"""The ``X>2`` or ``A \cap B`` of ``P(X>2)`` before an equals sign."""
+        depth = 0
+        for at in range(self.at, len(self.stream)):
+            value = self.stream[at].value
+            depth += (value == "(") - (value == ")")
+            if depth == 0:
+                inside = [token.value for token in self.stream[self.at + 1 : at]]
+                if _EVENTS.isdisjoint(inside) or self.stream[at + 1 : at + 2] != [Token("mark", "=")]:
+                    return None
+                self.at = at + 1
+                return "".join(inside)
         return None
 
     def combined(self) -> Node:
@@ -274,6 +298,8 @@ class _Parser:
                 node = Apply("+", (node, self.slashed_fraction(node)))
             elif isinstance(node, Scalar) and self.starts_factor():
                 right = self.power()
+                if _is_point(node) and isinstance(right, Bracketed):  # P(3,4)
+                    return Relation((node, right), ("=",))
                 mixed = _is_whole(node) and _is_proper(right)
                 if not mixed and isinstance(node, Number) and _is_quotient(right):
                     raise Undecided("a number before an improper fraction")
@@ -304,9 +330,7 @@ class _Parser:
         if token.kind == "name":
             return True
         if token.kind == "word":
-            return (
-                known_unit(token.value) is None and _letters(token.value) is not None and scale_of(token.value) is None
-            )
+            return not self.at_unit() and _letters(token.value) is not None and scale_of(token.value) is None
         if token.kind == "mark":
             if token.value == "[":  # behind it something must stand: ]1,5[ ends with one
                 return self.peek(1) is not END
@@ -316,8 +340,14 @@ class _Parser:
         return token.kind == "command" and (
             token.value in _FUNCTION_COMMANDS
             or token.value in _FLOORS
-            or token.value in ("\\frac", "\\sqrt", "\\root of", "\\binom", "\\infty", "\\sum", "\\prod")
+            or token.value
+            in ("\\frac", "\\sqrt", "\\root of", "\\cube root of", "\\binom", "\\infty", "\\sum", "\\prod")
         )
+
+    def at_unit(self) -> bool:
+        """Whether the word is a unit; ``hr^2`` and the like are letters, only lengths have powers."""
+        unit = known_unit(self.peek().value)
+        return unit is not None and (unit.kind in ("length", "foot") or self.peek(1) != Token("mark", "^"))
 
     def power(self) -> Node:
         node = self.primary()
@@ -362,6 +392,9 @@ class _Parser:
         name = self.next().value
         while self.at_value("_", "'"):
             name += "'" if self.next().value == "'" else f"_{self.raw_group()}"
+        if [token.value for token in self.stream[self.at : self.at + 3]] == ["(", "0", ")"]:  # I(0), no product
+            self.at += 3
+            name += "(0)"
         return Symbol(name)
 
     def raw_group(self) -> str:
@@ -394,15 +427,16 @@ class _Parser:
         """Words up to the next mark; a lone short word may also be a product of letters."""
         if self.peek().kind == "word" and (letters := _letters(self.peek().value)) is not None:
             first = self.next()
-            alone = self.at == 1 and self.peek() is END
             product = _times_all([Symbol(letter) for letter in letters])
-            if alone:
+            if self.at == 1 and self.peek() is END:
                 return Text(first.value.casefold(), None if first.value.isupper() else product)
+            if self.is_item(self.at - 1) and not first.value.isupper():
+                return Text(first.value.casefold(), product)
             if self.peek().kind not in ("word", "text"):
-                if self.at_value("_", "'"):  # the subscript belongs to the last letter
+                if self.at_value("_", "'", "^", "!"):  # what follows belongs to the last letter: ab^2
                     self.at -= 1
                     self.stream[self.at] = Token("name", letters[-1])
-                    return _times_all([*(Symbol(letter) for letter in letters[:-1]), self.symbol()])
+                    return _times_all([*(Symbol(letter) for letter in letters[:-1]), _scalar(self.power())])
                 return product
             self.at -= 1
         found: list[str] = []
@@ -413,6 +447,11 @@ class _Parser:
         if found[-1].split()[-1] in _VERBS and self.peek() is not END:  # the answer is 5
             return self.power()
         return Text(" ".join(" ".join(found).replace(" ' ", "'").casefold().strip(" .").split()))
+
+    def is_item(self, at: int) -> bool:
+        """Whether the token stands alone between the commas of a bare list."""
+        around = (self.stream[at - 1] if at else END, self.peek())
+        return all(token is END or token in (Token("mark", ","), Token("mark", "or")) for token in around)
 
     def at_date(self) -> bool:
         """``October 30``."""
@@ -440,7 +479,7 @@ class _Parser:
     def round_or_square(self, opening: str, closings: tuple[str, ...]) -> Node:
         bars, self.bars = self.bars, 0
         ratios, self.ratios = self.ratios, True
-        found = self.items()
+        found = self.items(both_signs=False)
         closing = self.expect(*closings)
         self.bars, self.ratios = bars, ratios
         if not found:
@@ -453,11 +492,13 @@ class _Parser:
 
     def braces(self) -> Node:
         """A TeX group; with commas inside, a set whose backslashes were forgotten."""
-        found = self.items()
+        found = self.items(both_signs=False)
         self.expect("}")
         if not found:
             raise Undecided("an empty group")
-        return found[0] if len(found) == 1 else Collection(tuple(found), braces=True)
+        if len(found) == 1:
+            return found[0]
+        return Collection(tuple(one for item in found for one in signs(item)), braces=True)
 
     def set(self) -> Node:
         r"""``\{1,2\}``, or the condition of ``\{x : x>3\}``."""
@@ -482,6 +523,8 @@ class _Parser:
             return self.root()
         if name == "\\root of":
             return Apply("sqrt", (_scalar(self.power()),))
+        if name == "\\cube root of":
+            return Apply("root", (_scalar(self.power()), Number(Fraction(3))))
         if name in _FLOORS:
             op, closing = _FLOORS[name]
             node = Apply(op, (_scalar(self.answers()),))
@@ -670,7 +713,7 @@ def _times(left: Node, right: Node) -> Node:
     return Apply("*", (*factors, right))
 
 
-def _times_all(factors: list[Symbol]) -> Node:
+def _times_all(factors: Sequence[Node]) -> Node:
     return Apply("*", tuple(factors)) if len(factors) > 1 else factors[0]
 
 
@@ -681,6 +724,10 @@ def _digit(character: str) -> int:
 
 def _is_whole(node: Node) -> bool:
     return isinstance(node, Number) and node.value.denominator == 1
+
+
+def _is_point(node: Node) -> bool:
+    return isinstance(node, Symbol) and len(node.name) == 1 and node.name.isupper()
 
 
 def _is_quotient(node: Node) -> bool:

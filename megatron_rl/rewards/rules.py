@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -147,6 +147,35 @@ class CorrectnessRule:
         prediction = extract(text, self.stops)
         correct = prediction is not None and equal(prediction, answer, self.leniency)
         return _score(self.right if correct else self.wrong, correct=correct, boxed=prediction is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRule:
+    """1 where the text, an answer and not a response, equals the reference answer, else 0: for votes of samples.
+
+    Attributes:
+        leniency: what the data set forgives in numbers.
+    """
+
+    leniency: Leniency = EXACT
+    failure_value: float = 0.0
+
+    def __call__(self, text: str, answer: str, finish: Finish) -> Score:
+        """Compare two answers; ``finish`` plays no part."""
+        return Score(value=float(equal(text, answer, self.leniency)))
+
+
+def lenient(rule: RewardRule, leniency: Leniency) -> RewardRule:
+    """The same rule with another leniency.
+
+    Raises:
+        ValueError: the rule compares in a way of its own.
+    """
+    if leniency == EXACT:
+        return rule
+    if isinstance(rule, (BoxedRule, CorrectnessRule)):
+        return replace(rule, leniency=leniency)
+    raise ValueError(f"leniency needs the rule correctness or boxed, {type(rule).__name__} compares in its own way")
 
 
 def _score(value: float, *, correct: bool, boxed: bool) -> Score:

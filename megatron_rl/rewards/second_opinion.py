@@ -24,6 +24,8 @@ _COMMAND_NAMES = """
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
 _SUBSCRIPT = re.compile(r"[\d_}]\s*_")
 """Below a number it is a base, which ``math_verify`` overlooks."""
+_POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
+_LABEL = re.compile(r"[a-zA-Z]\s*=(?!.*=)\s*")
 _SYMBOL = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[pbv]?matrix\}")
 # What grows without bound when evaluated: towers, powers of powers, large factorials and binomials.
@@ -33,8 +35,13 @@ _EXPLOSIVE_EXPONENT = re.compile(r"[\^!]|\d{4}|\\binom")
 
 def second_opinion(pred: str, gold: str) -> bool:
     """Whether ``math_verify`` calls two answers in plain text equal; False for what it must not see."""
+    pred, gold = (_LABEL.sub("", text, count=1) if _LABEL.match(text) else text for text in (pred, gold))
     if not (_is_safe_formula(pred) and _is_safe_formula(gold)):
         return False
+    if _POWER_OF_TEN.search(pred) or _POWER_OF_TEN.search(gold):
+        return False  # it reads the e of 1e11 as a number
+    if ("=" in pred) != ("=" in gold):
+        return False  # of a chain that does not hold (6/0 = 3) math_verify takes the last member
     if _SYMBOL.fullmatch(pred) and _SYMBOL.fullmatch(gold):
         return False  # two symbols that are spelt differently; math_verify ignores case
     left, right = _parse(pred), _parse(gold)

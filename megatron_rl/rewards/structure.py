@@ -43,6 +43,11 @@ _EQUALITIES = frozenset({"=", "approx", "equiv"})
 _NOTHING = frozenset(
     {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "the empty set"}
 )
+_REALS = frozenset(
+    {"all real numbers", "all reals", "any real number", "the real numbers", "the reals", "the set of real numbers"}
+    | {"the set of all real numbers"}
+)
+_ANGLE_FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +144,11 @@ class _Comparison:
 
     def same_text(self, a: Text, b: Node) -> bool:
         if isinstance(b, Text):
-            if a.words == b.words:
+            if a.words == b.words or {a.words, b.words} <= _NOTHING:
                 return True
             return a.product is not None and b.product is not None and self.same(a.product, b.product)
+        if a.words in _REALS:
+            return self.same(Symbol("reals"), b)
         if isinstance(b, Collection) and not b.items:
             return a.words in _NOTHING
         return a.product is not None and isinstance(b, Scalar) and self.same(a.product, b)
@@ -201,6 +208,9 @@ class _Comparison:
     def same_matrix(self, a: Matrix, b: Node) -> bool:
         if isinstance(b, Matrix):
             return len(a.rows) == len(b.rows) and all(map(self.all_same, a.rows, b.rows))
+        if isinstance(b, Bracketed) and all(_is_row(item) for item in (b, *b.items)):
+            rows = [item.items for item in b.items if isinstance(item, Bracketed)]
+            return len(a.rows) == len(rows) and all(map(self.all_same, a.rows, rows))
         column = [row[0] for row in a.rows]
         is_column = len(a.rows) > 1 and len(a.rows[0]) == 1
         return is_column and isinstance(b, Bracketed) and b.opening == "(" and self.all_same(column, b.items)
@@ -221,12 +231,14 @@ class _Comparison:
             left, right = _values(left) or left, _values(right) or right
             return (left, right) != (a.items, b.items) and self.match(left, right)
         if isinstance(b, Bracketed):
-            if a.braces or (b.opening, b.closing) != ("(", ")"):
+            if a.braces:
+                return len(a.items) == 1 and self.same(a.items[0], b)
+            if (b.opening, b.closing) != ("(", ")"):
                 return False
             return self.all_same(a.items, b.items) or self.all_same(_values_in_order(a.items), b.items)
         if a.braces:
             return len(a.items) == 1 and self.same(a.items[0], b)
-        return False
+        return a.alternatives and all(self.same(item, b) for item in a.items)
 
     def distinct(self, items: Sequence[Node]) -> tuple[Node, ...]:
         if len(items) > _MAX_ITEMS:
@@ -303,8 +315,8 @@ class _Comparison:
         """The same name, or ``f(x)`` beside ``y``: then only the value matters."""
         if a == b:
             return True
-        functions = [isinstance(label, Symbol) and "(" in label.name for label in (a, b)]
-        return _is_label(a) and _is_label(b) and functions[0] != functions[1]
+        functions = ["(" in label.name for label in (a, b) if isinstance(label, Symbol)]
+        return _is_label(a) and _is_label(b) and sorted(functions) == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------- labels and chains
@@ -318,9 +330,11 @@ def _is_label(node: Node) -> bool:
         return True
     if isinstance(node, Quantity):  # |AB| and the like never have units
         return False
+    if isinstance(node, Apply) and node.op == "/":  # of two lengths
+        return all(isinstance(arg, Apply) and arg.op == "*" and _is_label(arg) for arg in node.args)
     if isinstance(node, Apply) and node.op == "*":
         return all(isinstance(arg, Symbol) and arg.name[0].isupper() for arg in node.args)
-    if isinstance(node, Apply) and node.op == "abs":
+    if isinstance(node, Apply) and (node.op == "abs" or node.op in _ANGLE_FUNCTIONS):
         return _is_label(node.args[0])
     if isinstance(node, Ratio):
         return all(map(_is_label, node.parts))
@@ -332,13 +346,17 @@ def _without_label(chain: Relation, other: Node) -> tuple[tuple[Node, ...], tupl
     known = variables(other)
 
     def names(node: Node) -> bool:
-        return _is_label(node) and not (isinstance(node, Symbol) and node.name in known)
+        return _is_label(node) and known.isdisjoint(variables(node))
 
     if names(chain.terms[0]):
         return chain.terms[1:], chain.ops[1:]
     if names(chain.terms[-1]):
         return chain.terms[:-1], chain.ops[:-1]
     return chain.terms, chain.ops
+
+
+def _is_row(node: Node) -> bool:
+    return isinstance(node, Bracketed) and (node.opening, node.closing) == ("[", "]")
 
 
 def _are_conditions(collection: Collection) -> bool:
@@ -357,7 +375,10 @@ def _rounds_to(value: Node, number: Node) -> bool:
     if digits is None:
         return False
     error = Apply("abs", (Apply("+", (value, Apply("neg", (number,)))),))
-    return compare(error, Number(Fraction(1, 10**digits))) < 0
+    unit = Fraction(1, 10**digits)
+    if compare(error, Number(unit / 2)) <= 0:
+        return True
+    return compare(error, Number(unit)) < 0 and compare(Number(abs(decimal)), Apply("abs", (value,))) < 0
 
 
 def _as_two(chain: Relation, comparison: _Comparison) -> tuple[Node, Node] | None:

@@ -226,6 +226,65 @@ def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, eng
     assert main(["--rescore", str(tmp_path / "none.jsonl")]) == 2
 
 
+def test_graded_again_the_results_are_as_full_as_a_runs(tmp_path, model, task, engine):
+    engine.say = lambda prompt, seed: f"\\boxed{{{prompt.answer}.004}}"
+    assert main(command(tmp_path, model, task, "--samples", "2", "--temperature", "1", "--limit", "4")) == 0
+    before = results(tmp_path / "out")
+    assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--relative-tolerance", "sums=0.0021"]) == 0
+    after = results(tmp_path / "out" / "rescored")
+    assert after.keys() == before.keys()
+    assert after["results"]["sums"].keys() == before["results"]["sums"].keys()
+    assert (before["results"]["sums"]["avg@2,none"], after["results"]["sums"]["avg@2,none"]) == (0.0, 0.5)  # of 0..3
+    for same in ("config", "n-samples", "higher_is_better", "n-shot", "versions"):
+        assert after[same] == before[same]
+    changed = {"leniency": {"relative": 0.0021, "factor_100": False}}
+    place = {"rescored_from": str(tmp_path / "out" / "samples_sums.jsonl")}
+    assert after["configs"]["sums"] == before["configs"]["sums"] | changed | place
+    assert (
+        tmp_path / "out" / "rescored" / "table.md"
+    ).read_text() == "| | sums |\n|---|---|\n| samples_sums | 50.0 |\n"
+
+
+def test_graded_again_without_the_runs_results_what_is_unknown_is_null(tmp_path, model, task, engine):
+    assert main(command(tmp_path, model, task)) == 0
+    before = results(tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl")]) == 0
+    after = results(tmp_path / "out" / "rescored")
+    assert after.keys() == before.keys()
+    assert after["configs"]["sums"].keys() == before["configs"]["sums"].keys() | {"rescored_from"}
+    assert after["configs"]["sums"]["generation_kwargs"] is None
+    assert after["config"] == {"model": None, "model_args": None, "limit": None, "seed": None}
+    assert after["n-samples"] == before["n-samples"]
+
+
+def test_leniency_is_a_tasks_own_and_counts_in_votes(tmp_path, model, engine):
+    for name in ("strict", "near", "percent"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "Q", "answer": "50"}\n')
+    said = {}
+
+    def say(prompt, seed):
+        said[prompt.source] = said.get(prompt.source, 0) + 1
+        answers = {1: "7", 2: "50.2", 3: "50.3", 4: "0.5"}
+        return f"\\boxed{{{answers[said[prompt.source]]}}}"
+
+    engine.say = say
+    tasks = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("strict", "near", "percent"))
+    lenient = ("--relative-tolerance", "near=1e-2", "--factor-100", "percent")
+    assert main(command(tmp_path, model, tasks, "--samples", "4", "--temperature", "1", *lenient)) == 0
+    found = results(tmp_path / "out")
+    assert {task: of["avg@4,none"] for task, of in found["results"].items()} == {
+        **{"strict": 0.0, "near": 0.5, "percent": 0.25}
+    }
+    # 50.2 and 50.3 vote together only where both are near enough to 50
+    assert {task: of["maj@4,none"] for task, of in found["results"].items()} == {"strict": 0, "near": 1, "percent": 0}
+    assert {task: of["leniency"] for task, of in found["configs"].items()} == {
+        "strict": {"relative": 0.0, "factor_100": False},
+        "near": {"relative": 0.01, "factor_100": False},
+        "percent": {"relative": 0.0, "factor_100": True},
+    }
+
+
 def test_the_gold_oracle_names_what_cannot_be_earned(tmp_path, capsys):
     file = tmp_path / "g.jsonl"
     file.write_text('{"question": "Q", "answer": "\\\\frac{1}{2}"}\n{"id": "odd", "question": "Q", "answer": "}"}\n')
@@ -247,6 +306,8 @@ def test_the_gold_oracle_names_what_cannot_be_earned(tmp_path, capsys):
         (["--tasks", "math500"], "--data must say where the problem sets lie"),
         (["--template", "abelian"], "unknown template 'abelian'; did you mean abel?"),
         (["--rule", "sead"], "unknown reward rule 'sead'"),
+        (["--factor-100", "sum"], "--factor-100 must name tasks of this evaluation (sums), got 'sum'"),
+        (["--relative-tolerance", "sums=0.01", "--rule", "seed"], "leniency needs the rule correctness or boxed"),
         (["--samples", "4"], "would draw the same response 4 times"),
         (["--rule", "{folder}/rule.py:half"], "must return a Score with a part 'correct'"),
     ],
@@ -343,6 +404,8 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
         parse(["--model", "m", "--protocol", str(tmp_path / "none.toml")])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--top-p", "1.5"])
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--relative-tolerance", "0.01"])
 
 
 def test_the_quick_starts_template_is_that_of_its_configuration():
