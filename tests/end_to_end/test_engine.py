@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.dataflow import Finish, Prompt, Sampling
@@ -138,12 +139,13 @@ def named_weights(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
-def build_model(path: Path, seed: int, tied: bool) -> Path:
+def build_model(path: Path, seed: int, tied: bool, *, experts: bool = False) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    sizes: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if experts else {}
+    config = (Qwen3MoeConfig if experts else Qwen2Config)(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
@@ -155,8 +157,9 @@ def build_model(path: Path, seed: int, tied: bool) -> Path:
         tie_word_embeddings=tied,
         eos_token_id=EOS,
         initializer_range=0.15,  # wide enough that no two tokens are equally likely
+        **sizes,
     )
-    model = Qwen2ForCausalLM(config)
+    model = (Qwen3MoeForCausalLM if experts else Qwen2ForCausalLM)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -268,6 +271,15 @@ def test_a_tied_head_is_pushed_with_its_embedding(folders: dict[str, Path]) -> N
         for version in (1, 2):  # the second finds what the first has packed
             tied.push(version, iter(named_weights(model)))
             assert_greedy_by(model, tied.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+
+
+def test_experts_are_pushed(tmp_path: Path) -> None:
+    started, other = (build_model(tmp_path / name, seed, False, experts=True) for seed, name in enumerate("AB"))
+    weights = load_file(other / "model.safetensors")  # transformers has all experts of a layer in one parameter
+    with running(started) as engine:
+        for version in (1, 2):  # the second finds what the first has packed
+            engine.push(version, iter(weights.items()))
+            assert_greedy_by(hf_model(other), engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
 
 
 def test_scores_are_those_of_hugging_face_at_temperature_1(engine: RemoteEngine, folders: dict[str, Path]) -> None:
