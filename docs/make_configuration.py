@@ -13,7 +13,7 @@ HEAD = """# Settings
 
 Written by `docs/make_configuration.py` from `megatron_rl/config/schema.py`. A TOML file has one table per section
 (`[ppo]`, `[policy.optimizer]`); several files are merged left to right, and `key.path=value` on the command line wins.
-`megatron-rl show-config FILE.toml...` prints the result, or everything that is wrong with it.
+`megatron-rl show-config FILE.toml...` prints the result for `train`, or everything that is wrong with it.
 """
 
 

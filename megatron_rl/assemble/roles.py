@@ -111,7 +111,7 @@ def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequ
         sender=roles.policy,
         receiver=roles.engine,
         probe=_probe(prompts, dims),
-        probe_tolerance=config.sync.probe_tolerance,
+        probe_tolerance=config.sync.tolerance(config.model.dtype),
         phase_deadline_s=config.sync.phase_deadline_s,
     )
 
@@ -119,6 +119,8 @@ def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequ
 def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
     """A few fixed rows that trainer and engine score after every push: held-out prompts of at least two tokens."""
     rows = [prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1][:_PROBE_ROWS]
+    if not rows:
+        raise ValueError("data.heldout must hold a prompt of at least two tokens, to check pushes with; found none")
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), dims.pad_id)
     for index, row in enumerate(rows):

@@ -311,8 +311,9 @@ class SyncConfig:
 
     max_staleness: Count = 0
     """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
-    probe_tolerance: PositiveFloat = 0.05
-    """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails."""
+    probe_tolerance: PositiveFloat | None = None
+    """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
+    1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``."""
     bucket_mib: Positive = 32
     """Weights travel in buckets of this size, in MiB; two are under way at a time. On one host they lie in /dev/shm."""
     bucket_deadline_s: PositiveFloat = 120.0
@@ -327,6 +328,10 @@ class SyncConfig:
                 f"phase_deadline_s must be longer than bucket_deadline_s={self.bucket_deadline_s:g}, which tells more, "
                 f"got {self.phase_deadline_s:g}"
             )
+
+    def tolerance(self, dtype: str) -> float:
+        """The mean difference allowed at the probe with weights of this type."""
+        return self.probe_tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

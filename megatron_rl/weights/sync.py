@@ -75,20 +75,24 @@ class CheckedSync:
         """Push the weights as ``version`` and check them.
 
         Returns:
-            ``bytes`` sent; ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats); for each phase,
-            as in ``transfer_s``, its seconds.
+            ``bytes`` sent; ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats); for each phase
+            and the check, as in ``transfer_s``, its seconds.
 
         Raises:
-            WeightMismatch: the receipts differ, or the probe does by more than its tolerance.
+            WeightMismatch: the receipts differ, or the probe does by more than its tolerance; the phase is
+                ``check``, after the last that leaves the engine stale.
             Exception: what a side raised, with a note that names the phase; where both failed, the other side's error
                 is a note on it.
         """
         found: dict[str, float] = {}
         for phase in PushPhase:
             if phase is PushPhase.COMMIT:
-                found |= self._compare_probe(version)
+                started = time.monotonic()
+                with _named("check", version):
+                    found |= self._compare_probe(version)
+                found["check_s"] = time.monotonic() - started
             started = time.monotonic()
-            with _named(phase, version):
+            with _named(phase.value, version):
                 entered = {"the engine": self.receiver.advance(phase, version, self.phase_deadline_s)}
                 if phase is PushPhase.TRANSFER:
                     sending = {"the trainer": self.sender.send(version, self.phase_deadline_s)}
@@ -146,11 +150,11 @@ def _same(version: int, sent: PushReceipt, received: PushReceipt) -> float:
 
 
 @contextmanager
-def _named(phase: PushPhase, version: int) -> Iterator[None]:
+def _named(phase: str, version: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"in phase {phase.value} of the push of version {version}; the engine is stale")
+        error.add_note(f"in phase {phase} of the push of version {version}; the engine is stale")
         raise
 
 

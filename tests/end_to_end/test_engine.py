@@ -529,3 +529,17 @@ def test_workers_die_with_the_engine_even_one_that_is_stopped(folders: dict[str,
 def cut_short(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     yield from tensors[:4]
     raise RuntimeError("a training rank died")
+
+
+def test_a_push_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_one_heals_it(
+    engine: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    model = loaded(folders["A-untied"])
+    short = [(name, tensor) for name, tensor in named_weights(model) if name != "model.layers.1.mlp.down_proj.weight"]
+    engine.start_push(7)
+    engine.channel.send(7, iter(short))
+    with pytest.raises(EngineError, match="1 of .* stay as they were, the first is model.layers.1.mlp.down_proj.weight"):
+        engine.answer()
+    assert engine.call("version") is None
+    engine.push(8, iter(named_weights(model)))
+    assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))

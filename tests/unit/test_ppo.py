@@ -95,7 +95,7 @@ def test_a_gate_that_is_not_passed_ends_the_run_before_anything_is_learned(tmp_p
     run = fake_run(fake_config(tmp_path))
 
     def gate() -> dict[str, float]:
-        raise ParityFailed("they differ")
+        raise ParityFailed("1 comparison failed", "the table", "they differ")
 
     with pytest.raises(ParityFailed, match="they differ") as caught:
         train(dataclasses.replace(run, gate=gate))

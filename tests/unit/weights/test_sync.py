@@ -91,7 +91,7 @@ def test_a_good_push_tells_bytes_and_differences() -> None:
     found = sync(trainer, engine).push(4)
     seconds = {name: found.pop(name) for name in [*found] if name.endswith("_s")}
     assert found == {"bytes": 48.0, "probe_mean_abs": 0.0, "probe_max_abs": 0.0}
-    assert list(seconds) == ["drain_s", "start_s", "transfer_s", "finish_s", "reset_cache_s", "commit_s"]
+    assert list(seconds) == ["drain_s", "start_s", "transfer_s", "finish_s", "reset_cache_s", "check_s", "commit_s"]
     assert all(0 <= took < 1 for took in seconds.values())
     assert trainer.asked == [("send", 7.0), 1.0]
     assert engine.went_through == list(PushPhase)
