@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from eval.run import main
+from eval.run import _model_name, main
 from eval.samples import read_samples
 from eval.settings import parse
 from eval.tasks import BadInput
@@ -362,6 +363,64 @@ def test_a_megatron_checkpoint_is_converted_once(place, tmp_path, model, task, e
     converter.write_text("raise SystemExit('a shard is missing')")
     assert main([*asked, "--output", str(tmp_path / "other")]) == 2
     assert "convert.py could not convert it:\na shard is missing" in capsys.readouterr().err
+
+
+def make_checkpoint(folder: Path, model: Path) -> Path:
+    """A stand-in for a Megatron checkpoint, whose stand-in converter copies ``model``."""
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_text("weights")
+    return folder
+
+
+@pytest.fixture
+def converter(tmp_path, model, monkeypatch):
+    file = tmp_path / "convert.py"
+    file.write_text(f"import shutil, sys\nshutil.copytree({str(model)!r}, sys.argv[2])\n")
+    monkeypatch.setattr("eval.model.CONVERTER", file)
+
+
+def test_a_converted_model_is_not_taken_for_that_of_another_checkpoint(
+    tmp_path, model, task, engine, converter, capsys
+):
+    first, second = (make_checkpoint(tmp_path / run / "policy", model) for run in "ab")
+    assert main(command(tmp_path, first, task)) == 0
+    assert json.loads((tmp_path / "out" / "identity.json").read_text())["settings"]["source"]["path"] == str(first)
+    assert main(command(tmp_path, second, task)) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'hf'} cannot be used again: it was converted from {first}, not from {second}" in error
+    (first / "__0_0.distcp").write_text("trained on")
+    assert main(command(tmp_path, first, task)) == 2
+    assert f"was converted from {first} before its files changed" in capsys.readouterr().err
+    (tmp_path / "out" / "hf_source.json").unlink()
+    assert main(command(tmp_path, first, task)) == 2
+    assert "there is no hf_source.json beside it" in capsys.readouterr().err
+    assert len(engine.opened) == 1
+
+
+def test_a_conversion_that_was_cut_short_is_made_again(tmp_path, model, task, engine, converter):
+    first, second = (make_checkpoint(tmp_path / run / "policy", model) for run in "ab")
+    assert main(command(tmp_path, first, task)) == 0
+    for left in ("identity.json", "results.json", "samples_sums.jsonl"):
+        (tmp_path / "out" / left).unlink()
+    shutil.rmtree(tmp_path / "out" / "hf")
+    assert main(command(tmp_path, second, task)) == 0
+    assert len(engine.opened) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/a/checkpoints/step_10", "a-step_10"),
+        ("runs/a/checkpoints/step_10/hf", "a-step_10"),
+        ("runs/a/checkpoints/step_10/policy", "a-step_10"),
+        ("runs/a/checkpoints/step_10/critic", "a-step_10"),
+        ("runs/policy/checkpoints/step_10", "policy-step_10"),
+        ("models/qwen", "qwen"),
+        ("models/qwen/hf", "models-qwen"),
+    ],
+)
+def test_a_model_is_named_by_what_tells_it_from_others(path, name):
+    assert _model_name(Path(path)) == name
 
 
 def test_a_model_without_a_tokenizer_is_refused_in_seconds(tmp_path, model, task):
