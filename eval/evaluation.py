@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, same_answers
+from eval.grading import Grader, grade, rule_sha256, same_answers
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
@@ -38,7 +38,7 @@ class Evaluation:
     output: Path
 
     def identity(self) -> dict[str, Any]:
-        """What decides the samples: those of another identity do not belong in the same files."""
+        """What decides the samples and their verdicts: those of another identity do not belong in the same files."""
         sampling = asdict(self.settings.sampling())
         return {
             "model": self.model.identity(),
@@ -46,6 +46,8 @@ class Evaluation:
             "dtype": self.model.dtype,
             "template": self.template,
             "rule": self.settings.rule,
+            "rule_sha256": rule_sha256(self.settings.rule),
+            "megatron_rl": megatron_rl.__version__,
             "relative_tolerance": dict(self.settings.relative_tolerance),
             "factor_100": list(self.settings.factor_100),
             "seed": self.settings.seed,

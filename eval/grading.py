@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from eval.samples import GradedSample, Response
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
-from megatron_rl.rewards.rules import RewardRule, SeedRule
+from megatron_rl.rewards.rules import FileRule, RewardRule, SeedRule, load_rule
 
 Same = Callable[[str, str], bool]
 """Whether an answer equals another."""
@@ -48,6 +50,16 @@ def check_rule(name: str, scorer: RewardScorer) -> None:
             f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
             f"'correct'; it returned {score}"
         )
+
+
+def rule_sha256(name: str) -> str | None:
+    """Of the file of a user's own rule; None for a rule of this package, which its version names.
+
+    Raises:
+        ValueError: as :func:`megatron_rl.rewards.rules.load_rule`.
+    """
+    rule = load_rule(name)
+    return hashlib.sha256(Path(rule.path).read_bytes()).hexdigest() if isinstance(rule, FileRule) else None
 
 
 def grade(responses: Sequence[Response], grader: Grader) -> list[GradedSample]:

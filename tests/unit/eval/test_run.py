@@ -177,6 +177,24 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path, model, task, engine, 
     assert "(other model, data of sums)" in capsys.readouterr().err
 
 
+def test_verdicts_of_a_rule_that_changed_are_not_mixed(tmp_path, model, task, engine, monkeypatch, capsys):
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from megatron_rl.dataflow import Score\n\n\n"
+        "def always(text, answer, finish):\n    return Score(value=1.0, parts={'correct': 1.0})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:always")
+    assert main(asked) == 0
+    assert main(asked) == 0
+    rule.write_text(rule.read_text().replace("'correct': 1.0", "'correct': 0.0"))
+    assert main(asked) == 2
+    assert "holds samples drawn otherwise (other rule_sha256)" in capsys.readouterr().err
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 0
+    monkeypatch.setattr("megatron_rl.__version__", "0.0.1")
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 2
+    assert "(other megatron_rl)" in capsys.readouterr().err
+
+
 def test_samples_vote_by_equality_of_their_answers(tmp_path, model, engine):
     task = tmp_path / "half.jsonl"
     task.write_text('{"question": "half?", "answer": "1/2"}\n')
@@ -463,6 +481,8 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
         parse(["--model", "m", "--protocol", str(tmp_path / "none.toml")])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--top-p", "1.5"])
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--seed", "-1"])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--relative-tolerance", "0.01"])
 
