@@ -24,7 +24,9 @@ from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.durable import replace_text
+from megatron_rl.durable import locked, replace_text
+
+_LOCK_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +86,18 @@ class Evaluation:
             graders: by task.
             console: where progress is told.
             name: of the model.
+
+        Raises:
+            BadInput: as :meth:`check`.
+            BlockingIOError: another process writes to the folder.
         """
-        started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output / "lock", writing=self.output, wait_s=_LOCK_WAIT_S):
+            self.check()  # again: another process may have written here since
+            return self._run(graders, console, name)
+
+    def _run(self, graders: Mapping[str, Grader], console: Console, name: str) -> dict[str, Results]:
+        started = time.monotonic()
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
         drawn = self._draw_missing(logs, graders, console, name)

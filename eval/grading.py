@@ -23,11 +23,13 @@ class Grader:
     """How the answers to one task are judged.
 
     Attributes:
+        name: of the rule, for messages.
         rule: decides what is right, with the task's leniency.
         scorer: runs the rule.
         comparer: compares two answers with the same leniency.
     """
 
+    name: str
     rule: RewardRule
     scorer: RewardScorer
     comparer: RewardScorer
@@ -63,18 +65,28 @@ def rule_sha256(name: str) -> str | None:
 
 
 def grade(responses: Sequence[Response], grader: Grader) -> list[GradedSample]:
-    """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so."""
+    """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so.
+
+    Raises:
+        ValueError: the rule called one neither right nor wrong; names both.
+    """
     scores = grader.scorer.score([(item.response, item.gold, item.finish) for item in responses])
-    return [_graded(item, score, grader.rule) for item, score in zip(responses, scores, strict=True)]
+    return [_graded(item, score, grader) for item, score in zip(responses, scores, strict=True)]
 
 
-def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
+def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
+    verdict = score.parts.get("correct", 0.0)
+    if verdict not in (0, 1):
+        raise ValueError(
+            f"rule {grader.name}: the part 'correct' must be 0 or 1, got {verdict} for sample {item.sample} of "
+            f"{item.task} {item.id}; put partial credit into the score's value"
+        )
     fields = {name.name: getattr(item, name.name) for name in dataclasses.fields(Response)}
-    extracted = extract(rule, item.response)
+    extracted = extract(grader.rule, item.response)
     return GradedSample(
         **fields,
         extracted=extracted,
-        correct=bool(score.parts.get("correct", 0.0)),
+        correct=verdict == 1,
         boxed=bool(score.parts.get("boxed", extracted is not None)),
         score=score.value,
         outcome=score.outcome,
@@ -116,5 +128,5 @@ def ungradable_golds(problems: ProblemSet, scorer: RewardScorer) -> list[tuple[s
     return [
         (name, gold, score.outcome)
         for (name, gold), score in zip(golds, scores, strict=True)
-        if not score.parts.get("correct")
+        if score.parts.get("correct") != 1
     ]

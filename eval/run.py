@@ -120,6 +120,7 @@ def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Gra
     with ExitStack() as stack:
         graders = {
             leniency: Grader(
+                name=settings.rule,
                 rule=rule,
                 scorer=stack.enter_context(_service(settings, rule)),
                 comparer=stack.enter_context(_service(settings, AnswerRule(leniency=leniency))),
@@ -140,10 +141,13 @@ def _rescore(settings: Settings, file: Path) -> None:
     if not file.is_file():
         raise BadInput(f"--rescore {file}: no such file")
     before = read_samples(file)
-    output = settings.output or file.parent / "rescored"
+    if not before:
+        raise BadInput(f"--rescore {file}: there is no sample in it")
+    output = settings.output or file.parent / "rescored" / file.stem
     target = output / file.name
-    if target.exists():
-        raise BadInput(f"--output {output}: {target} is there already; remove it or name another folder")
+    for path in (target, output / "results.json"):
+        if path.exists():
+            raise BadInput(f"--output {output}: {path} is there already; remove it or name another folder")
     started = time.monotonic()
     tasks = list(dict.fromkeys(sample.task for sample in before))
     settings.check_lenient_tasks(tasks)

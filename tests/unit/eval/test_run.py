@@ -21,6 +21,7 @@ from eval.samples import read_samples
 from eval.settings import parse
 from eval.tasks import BadInput
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.durable import locked
 
 ROOT = Path(__file__).parents[3]
 PYTHON_BLOCK = """```python
@@ -239,7 +240,7 @@ def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, eng
     out = capsys.readouterr().out
     assert "sums 4 sample 0: now right: ' 4'" in out or "sums 4 sample 0: now right: '4'" in out
     assert "5 samples graded again with rule seed, 5 verdicts changed" in out
-    assert results(tmp_path / "out" / "rescored")["results"]["sums"]["pass@1,none"] == 1.0
+    assert results(tmp_path / "out" / "rescored" / "samples_sums")["results"]["sums"]["pass@1,none"] == 1.0
     assert len(engine.opened) == 1
     assert main(["--rescore", str(samples), "--rule", "seed"]) == 2
     assert main(["--rescore", str(tmp_path / "none.jsonl")]) == 2
@@ -250,7 +251,7 @@ def test_graded_again_the_results_are_as_full_as_a_runs(tmp_path, model, task, e
     assert main(command(tmp_path, model, task, "--samples", "2", "--temperature", "1", "--limit", "4")) == 0
     before = results(tmp_path / "out")
     assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--relative-tolerance", "sums=0.0021"]) == 0
-    after = results(tmp_path / "out" / "rescored")
+    after = results(tmp_path / "out" / "rescored" / "samples_sums")
     assert after.keys() == before.keys()
     assert after["results"]["sums"].keys() == before["results"]["sums"].keys()
     assert (before["results"]["sums"]["avg@2,none"], after["results"]["sums"]["avg@2,none"]) == (0.0, 0.5)  # of 0..3
@@ -260,7 +261,7 @@ def test_graded_again_the_results_are_as_full_as_a_runs(tmp_path, model, task, e
     place = {"rescored_from": str(tmp_path / "out" / "samples_sums.jsonl")}
     assert after["configs"]["sums"] == before["configs"]["sums"] | changed | place
     assert (
-        tmp_path / "out" / "rescored" / "table.md"
+        tmp_path / "out" / "rescored" / "samples_sums" / "table.md"
     ).read_text() == "| | sums |\n|---|---|\n| samples_sums | 50.0 |\n"
 
 
@@ -269,12 +270,59 @@ def test_graded_again_without_the_runs_results_what_is_unknown_is_null(tmp_path,
     before = results(tmp_path / "out")
     (tmp_path / "out" / "results.json").unlink()
     assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl")]) == 0
-    after = results(tmp_path / "out" / "rescored")
+    after = results(tmp_path / "out" / "rescored" / "samples_sums")
     assert after.keys() == before.keys()
     assert after["configs"]["sums"].keys() == before["configs"]["sums"].keys() | {"rescored_from"}
     assert after["configs"]["sums"]["generation_kwargs"] is None
     assert after["config"] == {"model": None, "model_args": None, "limit": None, "seed": None}
     assert after["n-samples"] == before["n-samples"]
+
+
+def test_graded_again_one_task_leaves_the_results_of_another(tmp_path, model, task, engine, capsys):
+    other = tmp_path / "more.jsonl"
+    other.write_text('{"question": "Q", "answer": "7"}\n')
+    assert main(command(tmp_path, model, f"{task},{other}")) == 0
+    sums, more = (tmp_path / "out" / f"samples_{name}.jsonl" for name in ("sums", "more"))
+    assert main(["--rescore", str(sums)]) == 0
+    assert main(["--rescore", str(more)]) == 0
+    rescored = tmp_path / "out" / "rescored"
+    assert [results(rescored / f"samples_{name}")["results"].keys() for name in ("sums", "more")] == [
+        {"sums"},
+        {"more"},
+    ]
+    before = (rescored / "samples_sums" / "results.json").read_text()
+    assert main(["--rescore", str(more), "--output", str(rescored / "samples_sums")]) == 2
+    assert "results.json is there already; remove it or name another folder" in capsys.readouterr().err
+    assert (rescored / "samples_sums" / "results.json").read_text() == before
+
+
+def test_a_file_without_samples_is_not_graded_again(tmp_path, capsys):
+    (tmp_path / "samples_x.jsonl").write_text("")
+    assert main(["--rescore", str(tmp_path / "samples_x.jsonl")]) == 2
+    assert "samples_x.jsonl: there is no sample in it" in capsys.readouterr().err
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path, model, task, engine, capsys):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / "lock", writing=tmp_path / "out", wait_s=0):
+        assert main(command(tmp_path, model, task)) == 1
+    error = capsys.readouterr().err
+    assert f"another process is writing {tmp_path / 'out'} (pid {os.getpid()}" in error
+    assert engine.opened == []
+    assert main(command(tmp_path, model, task)) == 0
+
+
+@pytest.mark.parametrize(("verdict", "shown"), [("0.3", "0.3"), ("float('nan')", "nan")])
+def test_a_verdict_between_right_and_wrong_is_refused(verdict, shown, tmp_path, model, task, engine, capsys):
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from megatron_rl.dataflow import Score\n\n\ndef part(text, answer, finish):\n"
+        f"    return Score(value=0.0, parts={{'correct': {verdict} if answer == '3' else 1.0}})\n"
+    )
+    assert main(command(tmp_path, model, task, "--rule", f"{rule}:part")) == 1
+    error = capsys.readouterr().err
+    assert f"rule.py:part: the part 'correct' must be 0 or 1, got {shown}" in error
+    assert "sample 0 of sums 3" in error
 
 
 def test_leniency_is_a_tasks_own_and_counts_in_votes(tmp_path, model, engine):
