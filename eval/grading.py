@@ -94,26 +94,26 @@ def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
 
 
 def same_answers(samples: Iterable[GradedSample], grader: Grader) -> Same:
-    """Equality of the answers that samples of one problem gave, decided for all pairs at once.
+    """Equality of the answers that samples of one problem gave, decided for every pair that a vote asks about.
+
+    A vote compares an answer with the first of each group until it joins one. So each round makes the first answer
+    that is in no group the head of one, and compares the problem's others with it; all problems share a round.
 
     Args:
         samples: of any problems of one task.
         grader: of the task. A pair that it did not finish counts as different.
     """
     by_problem: dict[str, dict[str, None]] = {}
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: sample.sample):
         if sample.extracted is not None:
             by_problem.setdefault(sample.id, {})[sample.extracted] = None
-    pairs = list(
-        dict.fromkeys(
-            (later, first)
-            for answers in by_problem.values()
-            for at, later in enumerate(answers)
-            for first in list(answers)[:at]
-        )
-    )
-    scores = grader.comparer.score([(later, first, Finish.STOP) for later, first in pairs])
-    equal = {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
+    ungrouped = [list(answers) for answers in by_problem.values()]
+    equal: set[tuple[str, str]] = set()
+    while ungrouped := [answers for answers in ungrouped if len(answers) > 1]:
+        pairs = list(dict.fromkeys((later, head) for head, *others in ungrouped for later in others))
+        scores = grader.comparer.score([(later, head, Finish.STOP) for later, head in pairs])
+        equal |= {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
+        ungrouped = [[later for later in others if (later, head) not in equal] for head, *others in ungrouped]
     return lambda later, first: (later, first) in equal
 
 
