@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -210,9 +211,10 @@ class Evaluation:
         count = min(settings.engines, len(parts))
         with (
             open_engines(spec, count, ClusterConfig(), self.output) as engines,
+            closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
             _Progress(console, name, total) as progress,
         ):
-            for found in responses(engines, parts, settings.sampling(), settings.seed):
+            for found in drawn:
                 graded = grade(found, graders[found[0].task])
                 logs[found[0].task].append(graded)
                 progress.add(graded)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -155,6 +156,42 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, model, task, engine)
     assert counted == ["1", "2", "2", "3", "3", "4", "4"]
     assert sorted(read_samples(file), key=lambda s: s.key) == whole
     assert results(tmp_path / "out")["n-samples"]["sums"]["samples"] == 2
+
+
+def test_an_interrupted_evaluation_closes_its_engines_at_once_and_asks_for_nothing_more(
+    tmp_path, model, task, monkeypatch
+):
+    import megatron_rl.assemble
+
+    busy, closed, in_time, late = threading.Event(), threading.Event(), [], []
+
+    class Engine(ScriptedEngine):
+        def generate(self, prompts, sampling, seeds):
+            if closed.is_set():
+                late.append(prompts)
+            if self.calls:
+                busy.set()
+                in_time.append(closed.wait(3))
+            return super().generate(prompts, sampling, seeds)
+
+    @contextmanager
+    def opened(spec, count, cluster, run_dir):
+        try:
+            yield [Engine(lambda prompt, seed: "no")]
+        finally:
+            closed.set()
+            time.sleep(0.5)  # for the thread that was drawing to go on, if it does
+
+    def interrupted(responses, grader):
+        assert busy.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(megatron_rl.assemble, "open_engines", opened)
+    monkeypatch.setattr("eval.evaluation.grade", interrupted)
+    many = ("--samples", "4", "--temperature", "1", "--max-concurrent", "1")  # five parts
+    assert main(command(tmp_path, model, task, *many)) == 130
+    assert in_time == [True]
+    assert late == []
 
 
 def test_more_samples_and_problems_are_added_to_those_that_are_there(tmp_path, model, task, engine):
