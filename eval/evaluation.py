@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,14 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, same_answers
+from eval.grading import Grader, grade, rule_sha256, same_answers
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.durable import replace_text
+from megatron_rl.durable import locked, replace_text
+
+_LOCK_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +41,16 @@ class Evaluation:
     output: Path
 
     def identity(self) -> dict[str, Any]:
-        """What decides the samples: those of another identity do not belong in the same files."""
+        """What decides the samples and their verdicts: those of another identity do not belong in the same files."""
         sampling = asdict(self.settings.sampling())
         return {
             "model": self.model.identity(),
+            "source": self.model.source,
             "dtype": self.model.dtype,
             "template": self.template,
             "rule": self.settings.rule,
+            "rule_sha256": rule_sha256(self.settings.rule),
+            "megatron_rl": megatron_rl.__version__,
             "relative_tolerance": dict(self.settings.relative_tolerance),
             "factor_100": list(self.settings.factor_100),
             "seed": self.settings.seed,
@@ -81,9 +87,18 @@ class Evaluation:
             graders: by task.
             console: where progress is told.
             name: of the model.
+
+        Raises:
+            BadInput: as :meth:`check`.
+            BlockingIOError: another process writes to the folder.
         """
-        started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output / "lock", writing=self.output, wait_s=_LOCK_WAIT_S):
+            self.check()  # again: another process may have written here since
+            return self._run(graders, console, name)
+
+    def _run(self, graders: Mapping[str, Grader], console: Console, name: str) -> dict[str, Results]:
+        started = time.monotonic()
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
         drawn = self._draw_missing(logs, graders, console, name)
@@ -196,9 +211,10 @@ class Evaluation:
         count = min(settings.engines, len(parts))
         with (
             open_engines(spec, count, ClusterConfig(), self.output) as engines,
+            closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
             _Progress(console, name, total) as progress,
         ):
-            for found in responses(engines, parts, settings.sampling(), settings.seed):
+            for found in drawn:
                 graded = grade(found, graders[found[0].task])
                 logs[found[0].task].append(graded)
                 progress.add(graded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -88,8 +88,10 @@ def batches(draws: Sequence[Draws], samples: int) -> list[list[Draws]]:
 
 def responses(
     engines: Sequence[RolloutEngine], parts: Sequence[Sequence[Draws]], sampling: Sampling, seed: int
-) -> Iterator[list[Response]]:
+) -> Generator[list[Response], None, None]:
     """The responses of each part, as they come: every engine has one part under way.
+
+    Close the generator before the engines: it then asks for no more, and does not wait for what is under way.
 
     A sample's seed is made of ``seed``, task, problem and number alone, so that neither the order nor a resumption
     changes it.
@@ -126,14 +128,12 @@ def responses(
             response for item, rollout in zip(part, rollouts, strict=True) for response in _responses(item, rollout)
         ]
 
-    with ThreadPoolExecutor(max(1, len(engines))) as pool:
-        waiting = [pool.submit(draw, part) for part in parts]
-        try:
-            for future in as_completed(waiting):
-                yield future.result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    pool = ThreadPoolExecutor(max(1, len(engines)))
+    try:
+        for future in as_completed([pool.submit(draw, part) for part in parts]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what is under way ends when its engine is closed
 
 
 def _responses(item: Draws, rollout: Rollout) -> Iterator[Response]:

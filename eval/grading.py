@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from eval.samples import GradedSample, Response
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
-from megatron_rl.rewards.rules import RewardRule, SeedRule
+from megatron_rl.rewards.rules import FileRule, RewardRule, SeedRule, load_rule
 
 Same = Callable[[str, str], bool]
 """Whether an answer equals another."""
@@ -21,11 +23,13 @@ class Grader:
     """How the answers to one task are judged.
 
     Attributes:
+        name: of the rule, for messages.
         rule: decides what is right, with the task's leniency.
         scorer: runs the rule.
         comparer: compares two answers with the same leniency.
     """
 
+    name: str
     rule: RewardRule
     scorer: RewardScorer
     comparer: RewardScorer
@@ -50,19 +54,39 @@ def check_rule(name: str, scorer: RewardScorer) -> None:
         )
 
 
+def rule_sha256(name: str) -> str | None:
+    """Of the file of a user's own rule; None for a rule of this package, which its version names.
+
+    Raises:
+        ValueError: as :func:`megatron_rl.rewards.rules.load_rule`.
+    """
+    rule = load_rule(name)
+    return hashlib.sha256(Path(rule.path).read_bytes()).hexdigest() if isinstance(rule, FileRule) else None
+
+
 def grade(responses: Sequence[Response], grader: Grader) -> list[GradedSample]:
-    """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so."""
+    """Judge ``responses`` in order. A rule that did not finish makes a wrong answer whose outcome says so.
+
+    Raises:
+        ValueError: the rule called one neither right nor wrong; names both.
+    """
     scores = grader.scorer.score([(item.response, item.gold, item.finish) for item in responses])
-    return [_graded(item, score, grader.rule) for item, score in zip(responses, scores, strict=True)]
+    return [_graded(item, score, grader) for item, score in zip(responses, scores, strict=True)]
 
 
-def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
+def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
+    verdict = score.parts.get("correct", 0.0)
+    if verdict not in (0, 1):
+        raise ValueError(
+            f"rule {grader.name}: the part 'correct' must be 0 or 1, got {verdict} for sample {item.sample} of "
+            f"{item.task} {item.id}; put partial credit into the score's value"
+        )
     fields = {name.name: getattr(item, name.name) for name in dataclasses.fields(Response)}
-    extracted = extract(rule, item.response)
+    extracted = extract(grader.rule, item.response)
     return GradedSample(
         **fields,
         extracted=extracted,
-        correct=bool(score.parts.get("correct", 0.0)),
+        correct=verdict == 1,
         boxed=bool(score.parts.get("boxed", extracted is not None)),
         score=score.value,
         outcome=score.outcome,
@@ -70,26 +94,26 @@ def _graded(item: Response, score: Score, rule: RewardRule) -> GradedSample:
 
 
 def same_answers(samples: Iterable[GradedSample], grader: Grader) -> Same:
-    """Equality of the answers that samples of one problem gave, decided for all pairs at once.
+    """Equality of the answers that samples of one problem gave, decided for every pair that a vote asks about.
+
+    A vote compares an answer with the first of each group until it joins one. So each round makes the first answer
+    that is in no group the head of one, and compares the problem's others with it; all problems share a round.
 
     Args:
         samples: of any problems of one task.
         grader: of the task. A pair that it did not finish counts as different.
     """
     by_problem: dict[str, dict[str, None]] = {}
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: sample.sample):
         if sample.extracted is not None:
             by_problem.setdefault(sample.id, {})[sample.extracted] = None
-    pairs = list(
-        dict.fromkeys(
-            (later, first)
-            for answers in by_problem.values()
-            for at, later in enumerate(answers)
-            for first in list(answers)[:at]
-        )
-    )
-    scores = grader.comparer.score([(later, first, Finish.STOP) for later, first in pairs])
-    equal = {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
+    ungrouped = [list(answers) for answers in by_problem.values()]
+    equal: set[tuple[str, str]] = set()
+    while ungrouped := [answers for answers in ungrouped if len(answers) > 1]:
+        pairs = list(dict.fromkeys((later, head) for head, *others in ungrouped for later in others))
+        scores = grader.comparer.score([(later, head, Finish.STOP) for later, head in pairs])
+        equal |= {pair for pair, score in zip(pairs, scores, strict=True) if score.value == 1.0}
+        ungrouped = [[later for later in others if (later, head) not in equal] for head, *others in ungrouped]
     return lambda later, first: (later, first) in equal
 
 
@@ -104,5 +128,5 @@ def ungradable_golds(problems: ProblemSet, scorer: RewardScorer) -> list[tuple[s
     return [
         (name, gold, score.outcome)
         for (name, gold), score in zip(golds, scores, strict=True)
-        if not score.parts.get("correct")
+        if score.parts.get("correct") != 1
     ]

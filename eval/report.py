@@ -73,12 +73,13 @@ def dynamics(evaluations: Samples) -> dict[str, dict[int, Behaviour]]:
     """Each task's behaviour over steps, and the plain average over the tasks of each step under ``AVERAGE``.
 
     Raises:
-        BadInput: steps were evaluated on different tasks, so that their averages would not compare.
+        BadInput: steps were evaluated on different tasks or samples, so that their averages would not compare.
     """
     sets = {step: tuple(tasks) for step, tasks in evaluations.items()}
     if len(set(sets.values())) > 1:
         listed = "; ".join(f"step {step}: {', '.join(tasks)}" for step, tasks in sets.items())
         raise BadInput(f"every checkpoint must be evaluated on the same tasks, found {listed}")
+    _check_complete(evaluations)
     found: dict[str, dict[int, Behaviour]] = {AVERAGE: {}}
     for step, tasks in evaluations.items():
         of_step = {task: behaviour(samples) for task, samples in tasks.items()}
@@ -86,6 +87,32 @@ def dynamics(evaluations: Samples) -> dict[str, dict[int, Behaviour]]:
             found.setdefault(task, {})[step] = value
         found[AVERAGE][step] = _average(list(of_step.values()))
     return found
+
+
+def _check_complete(evaluations: Samples) -> None:
+    """Refuse steps without a sample that another step has, such as an evaluation that was killed.
+
+    Raises:
+        BadInput: there are some; names them.
+    """
+    keys = {
+        (step, task): {sample.key for sample in samples}
+        for step, tasks in evaluations.items()
+        for task, samples in tasks.items()
+    }
+    every: dict[str, set[tuple[str, int]]] = {}
+    for (_, task), of_step in keys.items():
+        every.setdefault(task, set()).update(of_step)
+    lacking = [
+        f"step {step} has {len(of_step)} of {len(every[task])} samples of {task}"
+        for (step, task), of_step in keys.items()
+        if of_step != every[task]
+    ]
+    if lacking:
+        raise BadInput(
+            f"every checkpoint must have the same samples, {'; '.join(lacking)}; finish with eval/run.py what was cut "
+            "short, with the same --samples and --limit for all"
+        )
 
 
 def _average(values: Sequence[Behaviour]) -> Behaviour:

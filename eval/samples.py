@@ -83,18 +83,24 @@ def read_samples(file: Path) -> list[GradedSample]:
     """The samples of a file in the order of their writing; a last line that a kill cut short is left out.
 
     Raises:
-        BadInput: another line is not a sample; names the file and the line.
+        BadInput: another line is not a sample, or a sample that was there before; names the file and the line.
     """
     *lines, cut = file.read_bytes().split(b"\n")  # what follows the last line break was not written whole
-    found = []
+    found: dict[tuple[str, str, int], GradedSample] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse_sample(json.loads(line)))
+            sample = parse_sample(json.loads(line))
         except ValueError as error:
             raise BadInput(f"{file}:{number}: every line must be a graded sample: {error}") from error
+        if (sample.task, *sample.key) in found:
+            raise BadInput(
+                f"{file}:{number}: sample {sample.sample} of {sample.task} {sample.id} stands there already; every "
+                "sample must be there once: remove one of the two lines"
+            )
+        found[sample.task, *sample.key] = sample
     if not found and cut:
         raise BadInput(f"{file}: there is no whole line in it")
-    return found
+    return list(found.values())
 
 
 class SampleLog:

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--top-p", type=_probability)
     asked.add_argument("--max-tokens", type=_positive, help="of a response")
     asked.add_argument("--stop", type=_words, help="strings that end a response, separated by commas")
-    asked.add_argument("--seed", type=int, help="of sampling and bootstrap")
+    asked.add_argument("--seed", type=_seed, help="of sampling and bootstrap")
     asked.add_argument("--rule", help="reward rule that decides what is right")
     asked.add_argument(
         "--relative-tolerance",
@@ -163,6 +163,10 @@ def _bounded(kind: type[int] | type[float], text: str, low: float, high: float, 
 
 def _positive(text: str) -> int:
     return int(_bounded(int, text, 0, 1 << 31, open_low=True))
+
+
+def _seed(text: str) -> int:
+    return int(_bounded(int, text, 0, (1 << 63) - 1, open_low=False))
 
 
 def _positive_float(text: str) -> float:

@@ -115,3 +115,29 @@ def test_an_engine_that_fails_ends_it(tokenizer):
 
     with pytest.raises(RuntimeError, match="no more"):
         drawn(tokenizer, batches(plan(tokenizer, problem_set("x")), 1), [Failing()])
+
+
+def test_an_interrupt_does_not_wait_for_what_is_under_way(tokenizer):
+    """The engines are closed by whoever opened them, and a closed engine ends what it was asked for."""
+    started, closed, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(EchoEngine):
+        def generate(self, prompts, sampling, seeds):
+            if self.asked:
+                started.set()
+                assert closed.wait(5)
+                ended.set()
+                raise RuntimeError("closed")
+            return super().generate(prompts, sampling, seeds)
+
+    engine = Slow()
+    parts = batches(plan(tokenizer, problem_set(*"xxx"), samples=1), 1)
+    found = responses([engine], parts, Sampling(temperature=1.0, max_tokens=4), seed=5)
+    next(found)
+    assert started.wait(5)
+    with pytest.raises(KeyboardInterrupt):
+        found.throw(KeyboardInterrupt)
+    assert not ended.is_set()
+    closed.set()
+    assert ended.wait(5)
+    assert len(engine.asked) == 1  # the third part was never asked for

@@ -6,6 +6,8 @@ from itertools import combinations
 import pytest
 
 from eval.metrics import estimate, pass_at_k, powers_of_two, vote
+from eval.results import task_results
+from tests.unit.eval.builders import graded
 
 
 def same(a, b):
@@ -56,9 +58,19 @@ def test_the_standard_error_is_clustered_by_problem():
 
 
 def test_more_samples_of_the_same_problems_leave_the_standard_error():
-    assert estimate([0.0, 1.0] * 2).stderr > 0
-    one, many = estimate([0.25, 0.75]), estimate([0.25, 0.75])  # 4 or 4,000 samples each: a problem is one value
-    assert one == many
+    def of(count):
+        """Two problems with a quarter and three quarters of ``count`` samples right."""
+        shares = {"a": count // 4, "b": 3 * count // 4}
+        samples = [
+            graded(problem, n, "1" if n < right else "2") for problem, right in shares.items() for n in range(count)
+        ]
+        return task_results(samples, same, seed=0)
+
+    few, many = of(4), of(400)
+    assert few["pass@1,none"] == many["pass@1,none"] == 0.5
+    # deviations -1/4, 1/4: variance 1/8, over 2 problems
+    assert few["pass@1_stderr,none"] == many["pass@1_stderr,none"] == pytest.approx(0.25)
+    assert few["pass@1_ci95,none"] == many["pass@1_ci95,none"]
 
 
 def test_the_interval_is_that_of_resampled_problems_and_repeats():

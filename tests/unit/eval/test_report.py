@@ -83,6 +83,18 @@ def test_checkpoints_with_different_tasks_are_not_averaged(run):
         dynamics(load_evaluations(run))
 
 
+def test_an_evaluation_that_lacks_samples_of_the_others_is_refused_by_its_step(run):
+    write(run, 20, "math500", graded("a", 0, "1", task="math500"))
+    write(run, 20, "zeta", graded("a", 0, "1", task="zeta"))
+    with pytest.raises(BadInput, match=r"step 20 has 1 of 2 samples of math500.*eval/run\.py"):
+        dynamics(load_evaluations(run))
+    write(run, 20, "math500", graded("b", 0, "1", task="math500"))
+    assert list(dynamics(load_evaluations(run))["math500"]) == [4, 12, 20]
+    write(run, 4, "zeta", graded("a", 1, "1", task="zeta"))
+    with pytest.raises(BadInput, match=r"step 12 has 1 of 2 samples of zeta; step 20 has 1 of 2 samples of zeta"):
+        dynamics(load_evaluations(run))
+
+
 def test_one_evaluation_is_a_report_too_and_nothing_is_an_error(run, tmp_path, capsys):
     assert main([str(run / "step_000004"), "--output", str(tmp_path / "one")]) == 0
     assert json.loads((tmp_path / "one" / "dynamics.json").read_text())[AVERAGE].keys() == {"0"}

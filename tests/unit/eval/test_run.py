@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -15,11 +17,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from eval.run import main
+from eval.run import _model_name, main
 from eval.samples import read_samples
 from eval.settings import parse
 from eval.tasks import BadInput
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.durable import locked
 
 ROOT = Path(__file__).parents[3]
 PYTHON_BLOCK = """```python
@@ -155,6 +158,42 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, model, task, engine)
     assert results(tmp_path / "out")["n-samples"]["sums"]["samples"] == 2
 
 
+def test_an_interrupted_evaluation_closes_its_engines_at_once_and_asks_for_nothing_more(
+    tmp_path, model, task, monkeypatch
+):
+    import megatron_rl.assemble
+
+    busy, closed, in_time, late = threading.Event(), threading.Event(), [], []
+
+    class Engine(ScriptedEngine):
+        def generate(self, prompts, sampling, seeds):
+            if closed.is_set():
+                late.append(prompts)
+            if self.calls:
+                busy.set()
+                in_time.append(closed.wait(3))
+            return super().generate(prompts, sampling, seeds)
+
+    @contextmanager
+    def opened(spec, count, cluster, run_dir):
+        try:
+            yield [Engine(lambda prompt, seed: "no")]
+        finally:
+            closed.set()
+            time.sleep(0.5)  # for the thread that was drawing to go on, if it does
+
+    def interrupted(responses, grader):
+        assert busy.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(megatron_rl.assemble, "open_engines", opened)
+    monkeypatch.setattr("eval.evaluation.grade", interrupted)
+    many = ("--samples", "4", "--temperature", "1", "--max-concurrent", "1")  # five parts
+    assert main(command(tmp_path, model, task, *many)) == 130
+    assert in_time == [True]
+    assert late == []
+
+
 def test_more_samples_and_problems_are_added_to_those_that_are_there(tmp_path, model, task, engine):
     assert main(command(tmp_path, model, task, "--limit", "2", "--temperature", "1")) == 0
     assert main(command(tmp_path, model, task, "--samples", "2", "--temperature", "1")) == 0
@@ -174,6 +213,24 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path, model, task, engine, 
     (model / "model.safetensors").write_text("other weights")
     assert main(command(tmp_path, model, task)) == 2
     assert "(other model, data of sums)" in capsys.readouterr().err
+
+
+def test_verdicts_of_a_rule_that_changed_are_not_mixed(tmp_path, model, task, engine, monkeypatch, capsys):
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from megatron_rl.dataflow import Score\n\n\n"
+        "def always(text, answer, finish):\n    return Score(value=1.0, parts={'correct': 1.0})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:always")
+    assert main(asked) == 0
+    assert main(asked) == 0
+    rule.write_text(rule.read_text().replace("'correct': 1.0", "'correct': 0.0"))
+    assert main(asked) == 2
+    assert "holds samples drawn otherwise (other rule_sha256)" in capsys.readouterr().err
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 0
+    monkeypatch.setattr("megatron_rl.__version__", "0.0.1")
+    assert main([*asked, "--output", str(tmp_path / "other")]) == 2
+    assert "(other megatron_rl)" in capsys.readouterr().err
 
 
 def test_samples_vote_by_equality_of_their_answers(tmp_path, model, engine):
@@ -220,7 +277,7 @@ def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, eng
     out = capsys.readouterr().out
     assert "sums 4 sample 0: now right: ' 4'" in out or "sums 4 sample 0: now right: '4'" in out
     assert "5 samples graded again with rule seed, 5 verdicts changed" in out
-    assert results(tmp_path / "out" / "rescored")["results"]["sums"]["pass@1,none"] == 1.0
+    assert results(tmp_path / "out" / "rescored" / "samples_sums")["results"]["sums"]["pass@1,none"] == 1.0
     assert len(engine.opened) == 1
     assert main(["--rescore", str(samples), "--rule", "seed"]) == 2
     assert main(["--rescore", str(tmp_path / "none.jsonl")]) == 2
@@ -231,7 +288,7 @@ def test_graded_again_the_results_are_as_full_as_a_runs(tmp_path, model, task, e
     assert main(command(tmp_path, model, task, "--samples", "2", "--temperature", "1", "--limit", "4")) == 0
     before = results(tmp_path / "out")
     assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--relative-tolerance", "sums=0.0021"]) == 0
-    after = results(tmp_path / "out" / "rescored")
+    after = results(tmp_path / "out" / "rescored" / "samples_sums")
     assert after.keys() == before.keys()
     assert after["results"]["sums"].keys() == before["results"]["sums"].keys()
     assert (before["results"]["sums"]["avg@2,none"], after["results"]["sums"]["avg@2,none"]) == (0.0, 0.5)  # of 0..3
@@ -241,7 +298,7 @@ def test_graded_again_the_results_are_as_full_as_a_runs(tmp_path, model, task, e
     place = {"rescored_from": str(tmp_path / "out" / "samples_sums.jsonl")}
     assert after["configs"]["sums"] == before["configs"]["sums"] | changed | place
     assert (
-        tmp_path / "out" / "rescored" / "table.md"
+        tmp_path / "out" / "rescored" / "samples_sums" / "table.md"
     ).read_text() == "| | sums |\n|---|---|\n| samples_sums | 50.0 |\n"
 
 
@@ -250,12 +307,59 @@ def test_graded_again_without_the_runs_results_what_is_unknown_is_null(tmp_path,
     before = results(tmp_path / "out")
     (tmp_path / "out" / "results.json").unlink()
     assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl")]) == 0
-    after = results(tmp_path / "out" / "rescored")
+    after = results(tmp_path / "out" / "rescored" / "samples_sums")
     assert after.keys() == before.keys()
     assert after["configs"]["sums"].keys() == before["configs"]["sums"].keys() | {"rescored_from"}
     assert after["configs"]["sums"]["generation_kwargs"] is None
     assert after["config"] == {"model": None, "model_args": None, "limit": None, "seed": None}
     assert after["n-samples"] == before["n-samples"]
+
+
+def test_graded_again_one_task_leaves_the_results_of_another(tmp_path, model, task, engine, capsys):
+    other = tmp_path / "more.jsonl"
+    other.write_text('{"question": "Q", "answer": "7"}\n')
+    assert main(command(tmp_path, model, f"{task},{other}")) == 0
+    sums, more = (tmp_path / "out" / f"samples_{name}.jsonl" for name in ("sums", "more"))
+    assert main(["--rescore", str(sums)]) == 0
+    assert main(["--rescore", str(more)]) == 0
+    rescored = tmp_path / "out" / "rescored"
+    assert [results(rescored / f"samples_{name}")["results"].keys() for name in ("sums", "more")] == [
+        {"sums"},
+        {"more"},
+    ]
+    before = (rescored / "samples_sums" / "results.json").read_text()
+    assert main(["--rescore", str(more), "--output", str(rescored / "samples_sums")]) == 2
+    assert "results.json is there already; remove it or name another folder" in capsys.readouterr().err
+    assert (rescored / "samples_sums" / "results.json").read_text() == before
+
+
+def test_a_file_without_samples_is_not_graded_again(tmp_path, capsys):
+    (tmp_path / "samples_x.jsonl").write_text("")
+    assert main(["--rescore", str(tmp_path / "samples_x.jsonl")]) == 2
+    assert "samples_x.jsonl: there is no sample in it" in capsys.readouterr().err
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path, model, task, engine, capsys):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / "lock", writing=tmp_path / "out", wait_s=0):
+        assert main(command(tmp_path, model, task)) == 1
+    error = capsys.readouterr().err
+    assert f"another process is writing {tmp_path / 'out'} (pid {os.getpid()}" in error
+    assert engine.opened == []
+    assert main(command(tmp_path, model, task)) == 0
+
+
+@pytest.mark.parametrize(("verdict", "shown"), [("0.3", "0.3"), ("float('nan')", "nan")])
+def test_a_verdict_between_right_and_wrong_is_refused(verdict, shown, tmp_path, model, task, engine, capsys):
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from megatron_rl.dataflow import Score\n\n\ndef part(text, answer, finish):\n"
+        f"    return Score(value=0.0, parts={{'correct': {verdict} if answer == '3' else 1.0}})\n"
+    )
+    assert main(command(tmp_path, model, task, "--rule", f"{rule}:part")) == 1
+    error = capsys.readouterr().err
+    assert f"rule.py:part: the part 'correct' must be 0 or 1, got {shown}" in error
+    assert "sample 0 of sums 3" in error
 
 
 def test_leniency_is_a_tasks_own_and_counts_in_votes(tmp_path, model, engine):
@@ -364,6 +468,64 @@ def test_a_megatron_checkpoint_is_converted_once(place, tmp_path, model, task, e
     assert "convert.py could not convert it:\na shard is missing" in capsys.readouterr().err
 
 
+def make_checkpoint(folder: Path, model: Path) -> Path:
+    """A stand-in for a Megatron checkpoint, whose stand-in converter copies ``model``."""
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_text("weights")
+    return folder
+
+
+@pytest.fixture
+def converter(tmp_path, model, monkeypatch):
+    file = tmp_path / "convert.py"
+    file.write_text(f"import shutil, sys\nshutil.copytree({str(model)!r}, sys.argv[2])\n")
+    monkeypatch.setattr("eval.model.CONVERTER", file)
+
+
+def test_a_converted_model_is_not_taken_for_that_of_another_checkpoint(
+    tmp_path, model, task, engine, converter, capsys
+):
+    first, second = (make_checkpoint(tmp_path / run / "policy", model) for run in "ab")
+    assert main(command(tmp_path, first, task)) == 0
+    assert json.loads((tmp_path / "out" / "identity.json").read_text())["settings"]["source"]["path"] == str(first)
+    assert main(command(tmp_path, second, task)) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'hf'} cannot be used again: it was converted from {first}, not from {second}" in error
+    (first / "__0_0.distcp").write_text("trained on")
+    assert main(command(tmp_path, first, task)) == 2
+    assert f"was converted from {first} before its files changed" in capsys.readouterr().err
+    (tmp_path / "out" / "hf_source.json").unlink()
+    assert main(command(tmp_path, first, task)) == 2
+    assert "there is no hf_source.json beside it" in capsys.readouterr().err
+    assert len(engine.opened) == 1
+
+
+def test_a_conversion_that_was_cut_short_is_made_again(tmp_path, model, task, engine, converter):
+    first, second = (make_checkpoint(tmp_path / run / "policy", model) for run in "ab")
+    assert main(command(tmp_path, first, task)) == 0
+    for left in ("identity.json", "results.json", "samples_sums.jsonl"):
+        (tmp_path / "out" / left).unlink()
+    shutil.rmtree(tmp_path / "out" / "hf")
+    assert main(command(tmp_path, second, task)) == 0
+    assert len(engine.opened) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/a/checkpoints/step_10", "a-step_10"),
+        ("runs/a/checkpoints/step_10/hf", "a-step_10"),
+        ("runs/a/checkpoints/step_10/policy", "a-step_10"),
+        ("runs/a/checkpoints/step_10/critic", "a-step_10"),
+        ("runs/policy/checkpoints/step_10", "policy-step_10"),
+        ("models/qwen", "qwen"),
+        ("models/qwen/hf", "models-qwen"),
+    ],
+)
+def test_a_model_is_named_by_what_tells_it_from_others(path, name):
+    assert _model_name(Path(path)) == name
+
+
 def test_a_model_without_a_tokenizer_is_refused_in_seconds(tmp_path, model, task):
     (model / "tokenizer.json").unlink()
     started = time.monotonic()
@@ -404,6 +566,8 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
         parse(["--model", "m", "--protocol", str(tmp_path / "none.toml")])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--top-p", "1.5"])
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--seed", "-1"])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--relative-tolerance", "0.01"])
 

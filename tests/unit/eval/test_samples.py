@@ -40,3 +40,12 @@ def test_a_broken_line_before_the_last_is_an_error_with_its_number(tmp_path):
     file.write_text(file.read_text() + '{"task": "t"}\n' + graded("b", 0, "1").as_json() + "\n")
     with pytest.raises(BadInput, match=r"s\.jsonl:2: every line must be a graded sample"):
         SampleLog(file)
+
+
+def test_a_sample_that_stands_there_twice_is_an_error_with_its_number(tmp_path):
+    file = tmp_path / "s.jsonl"
+    SampleLog(file).append([graded("a", 0, "1"), graded("a", 1, "1")])
+    assert len(read_samples(file)) == 2
+    SampleLog(file).append([graded("a", 0, "2")])
+    with pytest.raises(BadInput, match=r"s\.jsonl:3: sample 0 of t a stands there already"):
+        read_samples(file)
