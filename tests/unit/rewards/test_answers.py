@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.rewards import answers
@@ -16,7 +16,8 @@ from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equa
 from megatron_rl.rewards.expressions import Undecided, exact
 from megatron_rl.rewards.notation import plain
 from megatron_rl.rewards.parsing import parse
-from megatron_rl.rewards.structure import Leniency
+from megatron_rl.rewards.seed_grader import seed_equal
+from megatron_rl.rewards.structure import EXACT, Leniency
 
 
 @pytest.mark.parametrize(
@@ -394,10 +395,40 @@ def test_any_text_is_read_or_undecided(text: str) -> None:
     assert tree == parse(plain(plain(text)))
 
 
-@given(st.text(alphabet="0123456789abx+-*/^_=<>(){}[],.!$% \\|:", max_size=30), st.sampled_from(["7", "(1,2]", "x<3"]))
-def test_comparison_never_raises_and_is_symmetric_in_kind(text: str, gold: str) -> None:
-    assert equal(text, gold) in (True, False)
-    assert equal(gold, text) in (True, False)
+_MARKS = r"""
+    0 1 2 10 0,5 0.5 1,250 x y e i A ( ) [ ] { } , = < > : | + - * / ^ _ ! % _2 x>1 and or & \{ \} \\
+    \pi \infty \emptyset \pm \cup \cap \setminus \in \leq \neq \approx \sum_{k=1}^{3} \overline{3} \mathbb{R}
+    \begin{pmatrix} \end{pmatrix} \text{cm} \langle \rangle ^\circ \% \cdot \text{million}
+"""
+_FUNCTIONS = r"\frac \sqrt \binom \max \min \gcd \lcm \log \ln \sin \exp \arcsin abs \lfloor \sqrt["
+_ARGUMENTS = r"(2) x _2(3) {1}{0} (0.5) (1,2) \{\} \emptyset 0] ^{-1}x"
+_CALLS = st.tuples(st.sampled_from(_FUNCTIONS.split()), st.sampled_from(_ARGUMENTS.split())).map("".join)
+_FORMULAS = st.lists(st.sampled_from(_MARKS.split()) | _CALLS, max_size=9).map(" ".join)
+_GOLDS = st.sampled_from(["7", "(1,2]", "x<3", r"\frac12", "1/0", "x=5", "5 cm"])
+
+
+@settings(deadline=None, max_examples=300)  # the first one imports sympy
+@given(_FORMULAS, _GOLDS | _FORMULAS, st.sampled_from([EXACT, Leniency(relative=0.01, factor_100=True)]))
+def test_no_comparison_of_formulas_raises(text: str, gold: str, leniency: Leniency) -> None:
+    assert equal(text, gold, leniency) in (True, False)
+    assert equal(gold, text, leniency) in (True, False)
+    assert seed_equal(text, gold) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\max\{\}", "7"),
+        (r"\min\emptyset", "7"),
+        (r"\gcd\emptyset", "0"),
+        ("abs_2(3)", "7"),
+        (r"\sqrt2+abs_2(3)", "7"),
+        ("0,5", "1/0"),
+    ],
+)
+def test_a_formula_without_a_value_is_wrong_on_either_side(text: str, gold: str) -> None:
+    assert not equal(text, gold)
+    assert not equal(gold, text)
 
 
 @pytest.mark.parametrize(
