@@ -403,7 +403,8 @@ _MARKS = r"""
 _FUNCTIONS = r"\frac \sqrt \binom \max \min \gcd \lcm \log \ln \sin \exp \arcsin abs \lfloor \sqrt["
 _ARGUMENTS = r"(2) x _2(3) {1}{0} (0.5) (1,2) \{\} \emptyset 0] ^{-1}x"
 _CALLS = st.tuples(st.sampled_from(_FUNCTIONS.split()), st.sampled_from(_ARGUMENTS.split())).map("".join)
-_FORMULAS = st.lists(st.sampled_from(_MARKS.split()) | _CALLS, max_size=9).map(" ".join)
+_SUMS = st.lists(_CALLS | st.sampled_from(["2", "0,5", "x"]), min_size=1, max_size=2).map("+".join)
+_FORMULAS = _SUMS | st.lists(st.sampled_from(_MARKS.split()) | _CALLS, max_size=9).map(" ".join)
 _GOLDS = st.sampled_from(["7", "(1,2]", "x<3", r"\frac12", "1/0", "x=5", "5 cm"])
 
 
