@@ -471,3 +471,42 @@ def test_a_factor_of_a_hundred_is_accepted_only_on_request() -> None:
     assert equal("0.5", "50", percentages)
     assert not equal("5", "0.5", percentages)
     assert not equal("50", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("pred", "gold"),
+    [
+        ("1", r"\frac{99}{100}"),
+        (r"x=1", r"\frac{99}{100}"),
+        (r"\frac{99}{100}", "x=0.98"),
+        ("1, 2", r"\{\frac{99}{100}, 2\}"),
+        ("1, 2", r"2, \frac{99}{100}"),
+    ],
+)
+def test_a_tolerance_is_relative_to_the_gold_whatever_the_types(pred: str, gold: str) -> None:
+    assert not equal(pred, gold, Leniency(relative=0.01))
+    assert equal(pred, gold, Leniency(relative=0.011))
+
+
+@pytest.mark.parametrize(
+    ("pred", "gold"),
+    [
+        (r"\{1\}", r"\{1,100\}"),
+        (r"\{1,100\}", r"\{1\}"),
+        (r"\{1\}", r"\{1,1.005\}"),
+        (r"1 \text{ or } 1.005", "1"),
+        ("x=1=1.005", "1"),
+        ("x=1=1.005", "x=1"),
+        ("1", "x=1=100"),
+    ],
+)
+def test_what_a_data_set_forgives_holds_between_prediction_and_gold_alone(pred: str, gold: str) -> None:
+    assert not equal(pred, gold, Leniency(relative=0.01, factor_100=True))
+
+
+def test_items_in_any_order_are_paired_even_where_the_first_partner_is_taken() -> None:
+    assert equal(r"50\%, 0.5", "0.5, 50")
+    assert equal("0.5, 50", r"0.5, 50\%")
+    assert equal(r"50\%, 50\%, 0.5", "0.5, 50, 0.5")
+    assert not equal(r"50\%, 0.5", "50, 50")
+    assert not equal(r"50\%, 0.5, 0.5", "0.5, 50, 50")
