@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, extract, last_boxed
-from megatron_rl.rewards.expressions import Undecided, exact
+from megatron_rl.rewards.expressions import Apply, Number, Undecided, exact
 from megatron_rl.rewards.notation import plain
 from megatron_rl.rewards.parsing import parse
 from megatron_rl.rewards.seed_grader import seed_equal
@@ -386,6 +386,19 @@ def test_every_fraction_is_read_exactly(numerator: int, denominator: int) -> Non
     assert equal(f"{numerator + 1}/{denominator}", f"{numerator}/{denominator}") is False
 
 
+def test_a_sum_whose_denominator_explodes_is_undecided_on_the_way() -> None:
+    primes = [p for p in range(2, 3000) if all(p % q for q in range(2, int(p**0.5) + 1))]
+    fractions = tuple(Apply("^", (Number(Fraction(p)), Number(Fraction(-3000)))) for p in primes[:100])
+    begin = time.process_time()
+    with pytest.raises(Undecided, match="too large"):
+        exact(Apply("+", fractions))
+    powers = tuple(Apply("^", (Number(Fraction(p)), Number(Fraction(3000)))) for p in primes[:100])
+    with pytest.raises(Undecided, match="too large"):
+        exact(Apply("lcm", powers))
+    assert time.process_time() - begin < 0.1
+    assert exact(Apply("lcm", tuple(Number(Fraction(number)) for number in (4, 6, -10)))) == 60
+
+
 @given(st.text(alphabet="0123456789abx+-*/^_=<>(){}[],.!$% \\\n'\"|:;", max_size=40))
 def test_any_text_is_read_or_undecided(text: str) -> None:
     try:
@@ -510,3 +523,10 @@ def test_items_in_any_order_are_paired_even_where_the_first_partner_is_taken() -
     assert equal(r"50\%, 50\%, 0.5", "0.5, 50, 0.5")
     assert not equal(r"50\%, 0.5", "50, 50")
     assert not equal(r"50\%, 0.5, 0.5", "0.5, 50, 50")
+
+
+@pytest.mark.parametrize(("pred", "gold"), [(r"x=3\frac52", r"y=3\frac52"), (r"x = 3\frac52", r"z=3\frac52")])
+def test_different_labels_are_different_where_only_the_second_opinion_reads_the_values(pred: str, gold: str) -> None:
+    assert not equal(pred, gold)
+    assert equal(pred, gold[2:])
+    assert equal(pred, "x=" + gold[2:] + "+0")
