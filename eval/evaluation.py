@@ -42,7 +42,6 @@ class Evaluation:
         sampling = asdict(self.settings.sampling())
         return {
             "model": self.model.identity(),
-            "source": self.model.source,
             "dtype": self.model.dtype,
             "template": self.template,
             "rule": self.settings.rule,

@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.tasks import BadInput
-from megatron_rl.durable import locked, replace_text
 
 CONVERTER = Path(__file__).resolve().parents[1] / "tools" / "convert_hf" / "megatron_to_hf.py"
 _DTYPES = ("float32", "bfloat16")
-_LOCK_WAIT_S = 10.0
-
-Source = dict[str, Any]
-"""A Megatron checkpoint as JSON: its ``path``, and of its ``files`` size and time of last change (ns)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +23,16 @@ class Model:
         folder: config.json, tokenizer.json and safetensors.
         dtype: ``float32`` or ``bfloat16``.
         max_positions: longest prompt and response together, in tokens.
-        source: what the folder was converted from; None where it was not.
     """
 
     folder: Path
     dtype: str
     max_positions: int
-    source: Source | None = None
 
     def identity(self) -> dict[str, list[int]]:
         """Size and time of last change (ns) of each file that decides what it answers."""
-        return _stamps([*self.folder.glob("*.json"), *self.folder.glob("*.safetensors")])
-
-
-def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+        files = [*self.folder.glob("*.json"), *self.folder.glob("*.safetensors")]
+        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
 
 
 def find_model(path: Path, dtype: str | None = None) -> Model:
@@ -86,54 +75,26 @@ def find_model(path: Path, dtype: str | None = None) -> Model:
     return Model(folder=folder.resolve(), dtype=str(found), max_positions=positions)
 
 
-def converted(path: Path, target: Path, dtype: str | None = None) -> Model:
-    """The model in ``path``, which may be a Megatron checkpoint without a Hugging Face folder.
+def as_hf(path: Path, target: Path) -> Path:
+    """``path`` itself, or what a Megatron checkpoint without a Hugging Face folder becomes in ``target``.
 
     Args:
         path: of the model; a Megatron checkpoint holds ``*.distcp``, itself or in ``policy/``.
-        target: made of a Megatron checkpoint by ``tools/convert_hf``, complete or not at all, with a note of it beside
-            (``hf_source.json``); what is there is used again if it was made of this checkpoint.
-        dtype: as in :func:`find_model`.
+        target: made by ``tools/convert_hf``, complete or not at all; what is there is used again.
 
     Raises:
-        BadInput: as :func:`find_model`, or the checkpoint cannot be converted (the message is the converter's), or
-            ``target`` was made of another one.
-        BlockingIOError: another process writes beside ``target``.
+        BadInput: the checkpoint cannot be converted; the message is the converter's.
     """
-    folder = next((folder for folder in (path, path / "policy") if any(folder.glob("*.distcp"))), None)
-    if folder is None or (path / "hf").is_dir():
-        return find_model(path, dtype)
-    source: Source = {"path": str(folder.resolve()), "files": _stamps(file for file in folder.iterdir())}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent / "lock", writing=target.parent, wait_s=_LOCK_WAIT_S):
-        note = target.with_name("hf_source.json")
-        if target.exists():
-            _check_source(target, note, source)
-        else:
-            replace_text(note, json.dumps(source, indent=2) + "\n")  # first: a folder without one is never trusted
-            _convert(path, folder, target)
-    return replace(find_model(target, dtype), source=source)
-
-
-def _check_source(target: Path, note: Path, source: Source) -> None:
-    """Refuse a folder that was converted from anything but ``source`` as it is now."""
-    if not note.is_file():
-        found = f"there is no {note.name} beside it to say what it was converted from"
-    else:
-        there: Source = json.loads(note.read_text())
-        if there == source:
-            return
-        found = f"it was converted from {there['path']} before its files changed"
-        if there["path"] != source["path"]:
-            found = f"it was converted from {there['path']}, not from {source['path']}"
-    raise BadInput(f"--output {target.parent}: {target} cannot be used again: {found}; remove it or name another folder")
-
-
-def _convert(path: Path, folder: Path, target: Path) -> None:
-    command = [sys.executable, str(CONVERTER), str(folder), str(target)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise BadInput(f"--model {path}: {CONVERTER.name} could not convert it:\n{done.stderr.strip()}")
+    source = next((folder for folder in (path, path / "policy") if any(folder.glob("*.distcp"))), None)
+    if source is None or (path / "hf").is_dir():
+        return path
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(CONVERTER), str(source), str(target)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise BadInput(f"--model {path}: {CONVERTER.name} could not convert it:\n{done.stderr.strip()}")
+    return target
 
 
 def find_checkpoints(run: Path) -> dict[str, Path]:

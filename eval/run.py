@@ -23,7 +23,7 @@ from rich.console import Console
 
 from eval.evaluation import Evaluation, rescored_description, results_document
 from eval.grading import Grader, check_rule, grade, same_answers, ungradable_golds
-from eval.model import converted, find_checkpoints, find_model
+from eval.model import as_hf, find_checkpoints, find_model
 from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
 from eval.settings import Settings, parse
@@ -33,7 +33,6 @@ from megatron_rl.rewards.rules import AnswerRule, RewardRule, lenient, load_rule
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.rewards.structure import EXACT, Leniency
 
-_PARTS_OF_A_MODEL = {"hf", "policy", "critic"}
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
@@ -72,7 +71,7 @@ def _evaluate(settings: Settings) -> None:
         assert settings.model is not None
         name = _model_name(settings.model)
         output = settings.output or Path("runs/eval") / name
-        jobs = {name: (converted(settings.model, output / "hf", settings.dtype), output)}
+        jobs = {name: (find_model(as_hf(settings.model, output / "hf"), settings.dtype), output)}
     template = load_template(settings.template, next(iter(jobs.values()))[0].folder)
     evaluations = {
         name: Evaluation(settings=settings, model=model, template=template, problems=problems, output=output)
@@ -95,11 +94,8 @@ def _evaluate(settings: Settings) -> None:
 
 def _model_name(path: Path) -> str:
     """A name that tells checkpoints of different runs apart: the last parts of the path that say something."""
-    *parts, last = [part for part in path.resolve().parts if part != "checkpoints"]
-    is_part = last in _PARTS_OF_A_MODEL
-    while last in _PARTS_OF_A_MODEL and parts:
-        *parts, last = parts
-    return f"{parts[-1]}-{last}" if parts and (is_part or last.startswith("step_")) else last
+    parts = [part for part in path.resolve().parts if part not in {"hf", "checkpoints"}]
+    return "-".join(parts[-2:]) if path.resolve().parts[-1] == "hf" or parts[-1].startswith("step_") else parts[-1]
 
 
 def _limited(problems: Sequence[ProblemSet], limit: int | None) -> tuple[ProblemSet, ...]:
