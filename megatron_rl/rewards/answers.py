@@ -184,7 +184,10 @@ _DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d{3})")
 
 def _is_decimal(node: Node) -> bool:
     """Whether the answer is one rational number and no integer: then ``0,5`` is no list."""
-    value = exact(node)
+    try:
+        value = exact(node)
+    except (Undecided, RecursionError):
+        return False
     return value is not None and value.denominator != 1
 
 

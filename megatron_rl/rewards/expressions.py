@@ -180,7 +180,11 @@ def _bounded(value: Fraction | None) -> Fraction | None:
 
 
 def _sum(*terms: Fraction) -> Fraction:
-    return sum(terms, Fraction(0))
+    total = Fraction(0)
+    for term in terms:
+        total += term
+        _bounded(total)
+    return total
 
 
 def _product(*factors: Fraction) -> Fraction | None:
@@ -217,8 +221,14 @@ def _binomial(top: Fraction, bottom: Fraction) -> Fraction | None:
     return Fraction(comb(int(top), int(bottom)))
 
 
-def _of_integers(function: Callable[..., int], values: Sequence[Fraction]) -> Fraction | None:
-    return Fraction(function(*map(int, values))) if all(value.denominator == 1 for value in values) else None
+def _of_integers(function: Callable[[int, int], int], values: Sequence[Fraction]) -> Fraction | None:
+    if any(value.denominator != 1 for value in values):
+        return None
+    result = abs(values[0])
+    for value in values[1:]:
+        result = Fraction(function(int(result), int(value)))
+        _bounded(result)
+    return result
 
 
 _RATIONAL: Mapping[str, Callable[..., Fraction | None]] = {

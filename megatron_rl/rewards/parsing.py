@@ -57,6 +57,7 @@ _FLOORS = {"\\lfloor": ("floor", "\\rfloor"), "\\lceil": ("ceil", "\\rceil")}
 _FUNCTION_COMMANDS = frozenset(f"\\{name}" for name in FUNCTIONS if name != "sqrt")
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _SEVERAL_ARGUMENTS = frozenset({"max", "min", "gcd", "lcm"})
+_WITH_BASE = frozenset({"log", "ln"})
 
 
 def parse(text: str, *, thousands: bool = False) -> Node:
@@ -577,6 +578,8 @@ class _Parser:
                 exponent = _scalar(self.exponent())
         if name in _SEVERAL_ARGUMENTS:
             return self.of_several(name)
+        if base is not None and name not in _WITH_BASE:
+            raise Undecided(f"{name} has no base")
         if exponent is not None and exponent == Apply("neg", (Number(Fraction(1)),)):
             if f"\\arc{name}" not in _FUNCTION_COMMANDS:
                 raise Undecided("an inverse function without a name")
@@ -600,6 +603,8 @@ class _Parser:
     def of_several(self, name: str) -> Node:
         node = self.primary()
         items = node.items if isinstance(node, (Bracketed, Collection)) else (node,)
+        if not items:
+            raise Undecided(f"{name} of nothing")
         return Apply(name, tuple(map(_scalar, items)))
 
     def series(self, op: str) -> Node:

@@ -25,7 +25,7 @@ _COMMANDS = frozenset(_COMMAND_NAMES.split())
 _SUBSCRIPT = re.compile(r"[\d_}]\s*_")
 """Below a number it is a base, which ``math_verify`` overlooks."""
 _POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
-_LABEL = re.compile(r"[a-zA-Z]\s*=(?!.*=)\s*")
+_LABEL = re.compile(r"([a-zA-Z])\s*=(?!.*=)\s*")
 _SYMBOL = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[pbv]?matrix\}")
 # What grows without bound when evaluated: towers, powers of powers, large factorials and binomials.
@@ -35,7 +35,10 @@ _EXPLOSIVE_EXPONENT = re.compile(r"[\^!]|\d{4}|\\binom")
 
 def second_opinion(pred: str, gold: str) -> bool:
     """Whether ``math_verify`` calls two answers in plain text equal; False for what it must not see."""
-    pred, gold = (_LABEL.sub("", text, count=1) if _LABEL.match(text) else text for text in (pred, gold))
+    label, other = _LABEL.match(pred), _LABEL.match(gold)
+    if label and other and label[1] != other[1]:
+        return False
+    pred, gold = pred[label.end() if label else 0 :], gold[other.end() if other else 0 :]
     if not (_is_safe_formula(pred) and _is_safe_formula(gold)):
         return False
     if _POWER_OF_TEN.search(pred) or _POWER_OF_TEN.search(gold):

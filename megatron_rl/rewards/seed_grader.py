@@ -223,5 +223,5 @@ def _tree(text: str) -> Node | None:
 def _same(left: Node, right: Node) -> bool:
     try:
         return same_value(left, right) or close(left, right, _RELATIVE)
-    except Undecided:
+    except (Undecided, RecursionError):
         return False

@@ -7,8 +7,9 @@ other pairs of types are different.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 
 from megatron_rl.rewards.expressions import (
     CONSTANTS,
@@ -80,15 +81,21 @@ def same(pred: Node, gold: Node, leniency: Leniency = EXACT) -> bool:
 
 @dataclass(frozen=True)
 class _Comparison:
+    """Compares a prediction and a gold, in this order; in the other one where ``gold_first``."""
+
     leniency: Leniency
+    gold_first: bool = False
 
     def same(self, a: Node, b: Node) -> bool:
         if a == b and not isinstance(a, Collection):
             return True
         if isinstance(a, Relation) and isinstance(b, Relation):
             return self.same_relations(a, b)
-        # A type that converts to many others goes first.
-        a, b = sorted((a, b), key=lambda node: _ORDER.index(type(node)))
+        if _ORDER.index(type(a)) > _ORDER.index(type(b)):  # a type that converts to many others goes first
+            return replace(self, gold_first=not self.gold_first).of_types_in_order(b, a)
+        return self.of_types_in_order(a, b)
+
+    def of_types_in_order(self, a: Node, b: Node) -> bool:
         if isinstance(a, Relation):
             return self.relation_says(a, b)
         if isinstance(a, Text):
@@ -111,22 +118,38 @@ class _Comparison:
         return len(left) == len(right) and all(self.same(a, b) for a, b in zip(left, right, strict=True))
 
     def match(self, left: Sequence[Node], right: Sequence[Node]) -> bool:
-        """Pair the items one to one in any order. Greedy is enough because equality is transitive."""
+        """Pair the items one to one in any order, by augmenting paths.
+
+        Equality is not transitive (``50%`` is 50 and 0.5), so the first partner that fits may be another item's only.
+        """
         if len(left) != len(right) or len(left) > _MAX_ITEMS:
             return False
-        remaining = list(right)
-        for item in left:
-            undecided: Undecided | None = None
-            for at, other in enumerate(remaining):
-                try:
-                    if self.same(item, other):
-                        del remaining[at]
-                        break
-                except Undecided as error:
-                    undecided = error
-            else:
-                if undecided is not None:
-                    raise undecided
+        partners: dict[int, int] = {}  # of the right items
+
+        @cache
+        def verdict(at: int, other: int) -> bool | Undecided:
+            try:
+                return self.same(left[at], right[other])
+            except Undecided as error:
+                return error
+
+        def pair(at: int, tried: set[int], doubts: list[Undecided]) -> bool:
+            for other in range(len(right)):
+                fits = verdict(at, other)
+                if isinstance(fits, Undecided):
+                    doubts.append(fits)
+                elif fits and other not in tried:
+                    tried.add(other)
+                    if other not in partners or pair(partners[other], tried, doubts):
+                        partners[other] = at
+                        return True
+            return False
+
+        for at in range(len(left)):
+            doubts: list[Undecided] = []
+            if not pair(at, set(), doubts):
+                if doubts:
+                    raise doubts[0]
                 return False
         return True
 
@@ -140,7 +163,8 @@ class _Comparison:
         factors = (Fraction(1), Fraction(100), Fraction(1, 100)) if self.leniency.factor_100 else (Fraction(1),)
         if self.leniency == EXACT:
             return False
-        return any(close(a, Apply("*", (Number(factor), b)), self.leniency.relative) for factor in factors)
+        pred, gold = (b, a) if self.gold_first else (a, b)
+        return any(close(pred, Apply("*", (Number(factor), gold)), self.leniency.relative) for factor in factors)
 
     def same_text(self, a: Text, b: Node) -> bool:
         if isinstance(b, Text):
@@ -225,7 +249,7 @@ class _Comparison:
             if left == right:
                 return True
             if a.braces and b.braces:
-                left, right = self.distinct(left), self.distinct(right)
+                left, right = _distinct(left), _distinct(right)
             if self.match(left, right):
                 return True
             left, right = _values(left) or left, _values(right) or right
@@ -238,16 +262,7 @@ class _Comparison:
             return self.all_same(a.items, b.items) or self.all_same(_values_in_order(a.items), b.items)
         if a.braces:
             return len(a.items) == 1 and self.same(a.items[0], b)
-        return a.alternatives and all(self.same(item, b) for item in a.items)
-
-    def distinct(self, items: Sequence[Node]) -> tuple[Node, ...]:
-        if len(items) > _MAX_ITEMS:
-            raise Undecided("too many elements")
-        kept: list[Node] = []
-        for item in items:
-            if not any(self.same(item, other) for other in kept):
-                kept.append(item)
-        return tuple(kept)
+        return a.alternatives and _all_agree(a.items) and all(self.same(item, b) for item in a.items)
 
     def same_sets(self, a: Combination, b: Node) -> bool:
         if isinstance(b, Combination) and a.op == b.op:
@@ -275,7 +290,7 @@ class _Comparison:
         members, approximate = terms[:rounded], terms[rounded:]
         if not members:
             members, approximate = approximate, ()
-        if not all(self.same(members[0], member) for member in members[1:]):
+        if not _all_agree(members):
             return False
         if not all(_rounds_to(members[0], number) for number in approximate):
             return False
@@ -299,7 +314,7 @@ class _Comparison:
         return scalars and self.all_same(left, right)
 
     def same_equations(self, a: Relation, b: Relation) -> bool:
-        left, right = _as_two(a, self), _as_two(b, self)
+        left, right = _as_two(a), _as_two(b)
         if left is None or right is None:
             return False
         (label, value), (other_label, other) = left, right
@@ -317,6 +332,25 @@ class _Comparison:
             return True
         functions = ["(" in label.name for label in (a, b) if isinstance(label, Symbol)]
         return _is_label(a) and _is_label(b) and sorted(functions) == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------- within one answer
+
+
+def _all_agree(nodes: Sequence[Node]) -> bool:
+    """Whether all members of one answer equal the first one, exactly: leniency is for a gold alone."""
+    return all(same(nodes[0], node) for node in nodes[1:])
+
+
+def _distinct(items: Sequence[Node]) -> tuple[Node, ...]:
+    """The elements of one set without those that equal an earlier one, exactly."""
+    if len(items) > _MAX_ITEMS:
+        raise Undecided("too many elements")
+    kept: list[Node] = []
+    for item in items:
+        if not any(same(item, other) for other in kept):
+            kept.append(item)
+    return tuple(kept)
 
 
 # ----------------------------------------------------------------------------------------------- labels and chains
@@ -381,12 +415,12 @@ def _rounds_to(value: Node, number: Node) -> bool:
     return compare(error, Number(unit)) < 0 and compare(Number(abs(decimal)), Apply("abs", (value,))) < 0
 
 
-def _as_two(chain: Relation, comparison: _Comparison) -> tuple[Node, Node] | None:
+def _as_two(chain: Relation) -> tuple[Node, Node] | None:
     """A chain as one equation: its label and the value, where all members behind the label agree."""
     first, second, *rest = chain.terms
     if len(chain.terms) == 2:
         return (second, first) if _is_label(second) and not _is_label(first) else (first, second)
-    return (first, second) if all(comparison.same(second, member) for member in rest) else None
+    return (first, second) if _all_agree((second, *rest)) else None
 
 
 def _values(items: Sequence[Node]) -> tuple[Node, ...] | None:

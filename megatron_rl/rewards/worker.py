@@ -59,9 +59,10 @@ def _score(rule: RewardRule, text: str, answer: str, finish: Finish) -> dict[str
     try:
         score = rule(text, answer, finish)
         value = float(score.value)
-        if not math.isfinite(value):
-            raise ValueError(f"a score must be finite, the rule returned {value}")
         parts = {str(key): float(part) for key, part in score.parts.items()}
+        for name, number in {"value": value, **{f"part {key!r}": part for key, part in parts.items()}}.items():
+            if not math.isfinite(number):
+                raise ValueError(f"a score must be finite, the rule returned {number} as its {name}")
         result: dict[str, Any] = {"value": value, "parts": parts, "outcome": score.outcome.value}
     except BaseException as error:  # a rule that calls sys.exit() must not end the worker
         result = {"error": f"{type(error).__name__}: {error}"[:500]}

@@ -8,15 +8,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, extract, last_boxed
-from megatron_rl.rewards.expressions import Undecided, exact
+from megatron_rl.rewards.expressions import Apply, Number, Undecided, exact
 from megatron_rl.rewards.notation import plain
 from megatron_rl.rewards.parsing import parse
-from megatron_rl.rewards.structure import Leniency
+from megatron_rl.rewards.seed_grader import seed_equal
+from megatron_rl.rewards.structure import EXACT, Leniency
 
 
 @pytest.mark.parametrize(
@@ -385,6 +386,19 @@ def test_every_fraction_is_read_exactly(numerator: int, denominator: int) -> Non
     assert equal(f"{numerator + 1}/{denominator}", f"{numerator}/{denominator}") is False
 
 
+def test_a_sum_whose_denominator_explodes_is_undecided_on_the_way() -> None:
+    primes = [p for p in range(2, 3000) if all(p % q for q in range(2, int(p**0.5) + 1))]
+    fractions = tuple(Apply("^", (Number(Fraction(p)), Number(Fraction(-3000)))) for p in primes[:100])
+    begin = time.process_time()
+    with pytest.raises(Undecided, match="too large"):
+        exact(Apply("+", fractions))
+    powers = tuple(Apply("^", (Number(Fraction(p)), Number(Fraction(3000)))) for p in primes[:100])
+    with pytest.raises(Undecided, match="too large"):
+        exact(Apply("lcm", powers))
+    assert time.process_time() - begin < 0.1
+    assert exact(Apply("lcm", tuple(Number(Fraction(number)) for number in (4, 6, -10)))) == 60
+
+
 @given(st.text(alphabet="0123456789abx+-*/^_=<>(){}[],.!$% \\\n'\"|:;", max_size=40))
 def test_any_text_is_read_or_undecided(text: str) -> None:
     try:
@@ -394,10 +408,41 @@ def test_any_text_is_read_or_undecided(text: str) -> None:
     assert tree == parse(plain(plain(text)))
 
 
-@given(st.text(alphabet="0123456789abx+-*/^_=<>(){}[],.!$% \\|:", max_size=30), st.sampled_from(["7", "(1,2]", "x<3"]))
-def test_comparison_never_raises_and_is_symmetric_in_kind(text: str, gold: str) -> None:
-    assert equal(text, gold) in (True, False)
-    assert equal(gold, text) in (True, False)
+_MARKS = r"""
+    0 1 2 10 0,5 0.5 1,250 x y e i A ( ) [ ] { } , = < > : | + - * / ^ _ ! % _2 x>1 and or & \{ \} \\
+    \pi \infty \emptyset \pm \cup \cap \setminus \in \leq \neq \approx \sum_{k=1}^{3} \overline{3} \mathbb{R}
+    \begin{pmatrix} \end{pmatrix} \text{cm} \langle \rangle ^\circ \% \cdot \text{million}
+"""
+_FUNCTIONS = r"\frac \sqrt \binom \max \min \gcd \lcm \log \ln \sin \exp \arcsin abs \lfloor \sqrt["
+_ARGUMENTS = r"(2) x _2(3) {1}{0} (0.5) (1,2) \{\} \emptyset 0] ^{-1}x"
+_CALLS = st.tuples(st.sampled_from(_FUNCTIONS.split()), st.sampled_from(_ARGUMENTS.split())).map("".join)
+_SUMS = st.lists(_CALLS | st.sampled_from(["2", "0,5", "x"]), min_size=1, max_size=2).map("+".join)
+_FORMULAS = _SUMS | st.lists(st.sampled_from(_MARKS.split()) | _CALLS, max_size=9).map(" ".join)
+_GOLDS = st.sampled_from(["7", "(1,2]", "x<3", r"\frac12", "1/0", "x=5", "5 cm"])
+
+
+@settings(deadline=None, max_examples=300)  # the first one imports sympy
+@given(_FORMULAS, _GOLDS | _FORMULAS, st.sampled_from([EXACT, Leniency(relative=0.01, factor_100=True)]))
+def test_no_comparison_of_formulas_raises(text: str, gold: str, leniency: Leniency) -> None:
+    assert equal(text, gold, leniency) in (True, False)
+    assert equal(gold, text, leniency) in (True, False)
+    assert seed_equal(text, gold) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\max\{\}", "7"),
+        (r"\min\emptyset", "7"),
+        (r"\gcd\emptyset", "0"),
+        ("abs_2(3)", "7"),
+        (r"\sqrt2+abs_2(3)", "7"),
+        ("0,5", "1/0"),
+    ],
+)
+def test_a_formula_without_a_value_is_wrong_on_either_side(text: str, gold: str) -> None:
+    assert not equal(text, gold)
+    assert not equal(gold, text)
 
 
 @pytest.mark.parametrize(
@@ -439,3 +484,49 @@ def test_a_factor_of_a_hundred_is_accepted_only_on_request() -> None:
     assert equal("0.5", "50", percentages)
     assert not equal("5", "0.5", percentages)
     assert not equal("50", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("pred", "gold"),
+    [
+        ("1", r"\frac{99}{100}"),
+        (r"x=1", r"\frac{99}{100}"),
+        (r"\frac{99}{100}", "x=0.98"),
+        ("1, 2", r"\{\frac{99}{100}, 2\}"),
+        ("1, 2", r"2, \frac{99}{100}"),
+    ],
+)
+def test_a_tolerance_is_relative_to_the_gold_whatever_the_types(pred: str, gold: str) -> None:
+    assert not equal(pred, gold, Leniency(relative=0.01))
+    assert equal(pred, gold, Leniency(relative=0.011))
+
+
+@pytest.mark.parametrize(
+    ("pred", "gold"),
+    [
+        (r"\{1\}", r"\{1,100\}"),
+        (r"\{1,100\}", r"\{1\}"),
+        (r"\{1\}", r"\{1,1.005\}"),
+        (r"1 \text{ or } 1.005", "1"),
+        ("x=1=1.005", "1"),
+        ("x=1=1.005", "x=1"),
+        ("1", "x=1=100"),
+    ],
+)
+def test_what_a_data_set_forgives_holds_between_prediction_and_gold_alone(pred: str, gold: str) -> None:
+    assert not equal(pred, gold, Leniency(relative=0.01, factor_100=True))
+
+
+def test_items_in_any_order_are_paired_even_where_the_first_partner_is_taken() -> None:
+    assert equal(r"50\%, 0.5", "0.5, 50")
+    assert equal("0.5, 50", r"0.5, 50\%")
+    assert equal(r"50\%, 50\%, 0.5", "0.5, 50, 0.5")
+    assert not equal(r"50\%, 0.5", "50, 50")
+    assert not equal(r"50\%, 0.5, 0.5", "0.5, 50, 50")
+
+
+@pytest.mark.parametrize(("pred", "gold"), [(r"x=3\frac52", r"y=3\frac52"), (r"x = 3\frac52", r"z=3\frac52")])
+def test_different_labels_are_different_where_only_the_second_opinion_reads_the_values(pred: str, gold: str) -> None:
+    assert not equal(pred, gold)
+    assert equal(pred, gold[2:])
+    assert equal(pred, "x=" + gold[2:] + "+0")

@@ -82,3 +82,8 @@ def test_the_missing_word_overrides_a_right_answer() -> None:
     assert SEED_EXACT(r"\boxed{117}", "118", Finish.STOP).value == -0.5
     assert SEED_EXACT(r"\boxed{50}", "0.5", Finish.STOP).value == 1.0
     assert RULES["seed"](r"\boxed{50}", "0.5", Finish.STOP).value == -0.5
+
+
+def test_the_seed_rejects_a_formula_that_is_too_deep_to_evaluate() -> None:
+    for length in range(50, 500, 50):
+        assert not seed_equal("x" + "^x" * length, "y")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.dataflow import Finish, Outcome, Score
+from megatron_rl.rewards.answers import _MAX_LENGTH, extract
 from megatron_rl.rewards.rules import SeedRule
 from megatron_rl.rewards.service import Request, RewardService
 
@@ -24,6 +25,8 @@ import signal
 import subprocess
 import sys
 import time
+
+from megatron_rl.dataflow import Score
 
 if os.environ.get("RULE_LOADS_ONLY_IN") not in (None, str(os.getpid())):
     if os.environ.get("RULE_SLEEPS"):
@@ -63,6 +66,8 @@ def rule(text, answer, finish):
                 hoard.append(bytearray(64 << 20))
         case "nan     ":
             return float("nan")
+        case "nan part":
+            return Score(value=1.0, parts={"correct": float("nan")})
         case "pid     ":
             return os.getpid()
         case "memory  ":
@@ -182,18 +187,23 @@ def test_every_other_answer_of_a_hostile_batch_gets_its_verdict(spec: str) -> No
 
 
 BOMBS = (
-    *("9^{9^{9^9}}", "10^{10^{10}}", "100000000!", r"\\sqrt[9^{9^9}]{2}", r"\\binom{10^9}{5\\cdot10^8}", "9**9**9**9"),
-    *("(1+x)^{(1+x)^{(1+x)^{9}}}", r"\\sum_{n=1}^{10^{12}}\\frac1n", "(" * 5000, r"\\frac{1}{" * 300, "7" * 1_000_000),
+    *("9^{9^{9^9}}", "10^{10^{10}}", "100000000!", r"\sqrt[9^{9^9}]{2}", r"\binom{10^9}{5\cdot10^8}", "9**9**9**9"),
+    *("(1+x)^{(1+x)^{(1+x)^{9}}}", r"\sum_{n=1}^{10^{12}}\frac1n", "(" * 450 + "7" + ")" * 450, "7" * 990),
+    *(r"\frac{1}{" * 90 + "7" + "}" * 90, "7" + "^7" * 400, "+".join(f"{p}^{{-3000}}" for p in range(101, 190, 2))),
 )
+TOO_LONG = ("(" * 5000, "7" * 1_000_000)
 
 
 def test_bombs_for_the_grader_are_wrong_and_cost_no_worker() -> None:
+    assert all(len(bomb) <= _MAX_LENGTH and extract(rf"\boxed{{{bomb}}}") == bomb for bomb in BOMBS)
     with RewardService("boxed", timeout_s=5.0) as service:
-        requests = [(rf"\\boxed{{{bomb}}}", gold, Finish.STOP) for bomb in BOMBS for gold in ("5", r"\\sqrt{2}", "x+1")]
-        scores = service.score([*requests, (r"\\boxed{5}", "5", Finish.STOP)])
+        texts = [rf"\boxed{{{bomb}}}" for bomb in (*BOMBS, *TOO_LONG)]
+        requests = [(text, gold, Finish.STOP) for text in texts for gold in ("5", r"\sqrt{2}", "x+1")]
+        scores = service.score([*requests, (r"\boxed{5}", "5", Finish.STOP)])
         assert {score.outcome for score in scores} == {Outcome.SCORED}
-        assert scores[-1].value == 1.0
-        assert all(score.value < 0 for score in scores[:-1])
+        assert scores[-1] == Score(value=1.0, parts={"correct": 1.0, "boxed": 1.0})
+        assert {score.parts["boxed"] for score in scores} == {1.0}
+        assert {score.value for score in scores[:-1]} == {-0.5}
 
 
 def test_too_many_errors_end_the_call_and_timeouts_do_not(spec: str) -> None:
@@ -214,13 +224,13 @@ def test_one_worker_goes_on_after_a_timeout(spec: str) -> None:
 def test_a_rule_that_raises_gives_an_error_and_is_logged(spec: str, caplog: pytest.LogCaptureFixture) -> None:
     with RewardService(spec) as service, caplog.at_level(logging.WARNING):
         scores = service.score(
-            _requests("1", "raise   ", "exit    ", "nan     ", "no number", "memory  ", "2", "pid     ")
+            _requests("1", "raise   ", "exit    ", "nan     ", "nan part", "no number", "memory  ", "2", "pid     ")
         )
-        assert scores[:-1] == [Score(value=1.0), *[FAILED] * 5, Score(value=2.0)]
+        assert scores[:-1] == [Score(value=1.0), *[FAILED] * 6, Score(value=2.0)]
         first_worker = scores[-1].value
         assert [score.value for score in service.score(_requests("pid     "))] == [first_worker]  # it survived all
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["5 of 8 samples could not be scored: the rule raised KeyError: 'a key that is missing'"]
+    assert messages == ["6 of 9 samples could not be scored: the rule raised KeyError: 'a key that is missing'"]
 
 
 def test_a_worker_that_dies_costs_one_sample(spec: str) -> None:
