@@ -39,6 +39,13 @@ def forked(work: Callable[[], object]) -> int:
     return pid
 
 
+def wait_until(happened: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < deadline, "must have happened by now"
+        time.sleep(0.002)
+
+
 def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     """Whether ``work`` was still at it when it was killed, so many seconds after its start."""
     pid = forked(work)
@@ -161,6 +168,27 @@ def test_a_killed_process_is_told_and_its_like_end_too(tmp_path: Path) -> None:
     with pytest.raises(ProcessDied, match="was killed; look for the kernel's out-of-memory killer"):
         for_each_file(4, kill_me, processes=2, progress=ignore)
     assert psutil.Process().children() == before
+
+
+def test_ctrl_c_ends_a_conversion_at_once_and_its_processes_with_it(tmp_path: Path) -> None:
+    def slow(number: int, moved: Callable[[int], None]) -> None:
+        (tmp_path / f"{number}").touch()
+        time.sleep(1.0)
+
+    def work() -> None:
+        try:
+            for_each_file(40, slow, processes=2, progress=ignore)
+        except KeyboardInterrupt:
+            os._exit(7 if not psutil.Process().children() else 8)
+
+    leader = forked(work)
+    wait_until(lambda: any(tmp_path.iterdir()))
+    os.kill(leader, signal.SIGINT)
+    began = time.monotonic()
+    status = os.waitpid(leader, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert time.monotonic() - began < 10
+    assert len(list(tmp_path.iterdir())) <= 4, "files that were not begun are left"
 
 
 def test_two_exports_never_write_to_one_target(
