@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from megatron_rl.weights.safetensors_io import (
     TensorInfo,
     copy_companions,
     file_names,
+    header_of,
     model_config,
     write_index,
     write_tensors,
@@ -220,10 +222,12 @@ def _write_file(
     partial_file = target.model / f".{name}.partial"
     partial_file.unlink(missing_ok=True)
     try:
+        given = {}
         for written in write_tensors(partial_file, infos, _tensors(plan, number)):
-            moved(written)
+            given[written.name] = written.xxh3
+            moved(written.size_bytes)
         shard = read_back(partial_file, name, moved)
-        _check_written(plan, partial_file, infos, shard)
+        _check_written(target.path / name, infos, given, shard)
     except BaseException as error:
         partial_file.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -246,11 +250,13 @@ def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
             yield from plan.form.tensors(*parts.pop(0))
 
 
-def _check_written(plan: ExportPlan, path: Path, infos: dict[str, TensorInfo], shard: ShardRecord) -> None:
-    found = {name: (record.dtype, record.shape) for name, record in shard.tensors.items()}
-    wanted = {name: (str(info.dtype).removeprefix("torch."), info.shape) for name, info in infos.items()}
-    if found != wanted:
-        raise ValueError(f"{path}: what the disk gives back is not what was written")
+def _check_written(path: Path, infos: dict[str, TensorInfo], given: dict[str, str], shard: ShardRecord) -> None:
+    found = {name: record.xxh3 for name, record in shard.tensors.items()}
+    wrong = [name for name, xxh3 in given.items() if found.get(name) != xxh3]
+    if shard.header_xxh3 != xxhash.xxh3_128_hexdigest(header_of(infos)[0]):
+        wrong.insert(0, "the header")
+    if wrong:
+        raise OSError(errno.EIO, f"{wrong[0]}: what the disk gives back is not what was written")
 
 
 def _read_record(path: Path) -> ShardRecord:

@@ -1,4 +1,8 @@
-"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk."""
+"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk.
+
+Whoever writes a safetensors file compares that with what it wrote before it records it. Of a ``torch_dist`` folder nobody
+does: its files are summed as they are found once written, so the manifest shows what changes later.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,21 +110,17 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
     return first + text, found
 
 
-def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[int]:
-    """Write a new safetensors file tensor by tensor, and flush it; the same tensors give the same bytes.
+@dataclass(frozen=True)
+class Written:
+    """A tensor that was given to the disk, and xxh3-128 over the bytes that it was given as."""
 
-    Args:
-        path: to write.
-        infos: of every tensor.
-        tensors: the same ones, in any order; each is dropped before the next is taken.
+    name: str
+    size_bytes: int
+    xxh3: str
 
-    Yields:
-        Bytes written, after each tensor.
 
-    Raises:
-        ValueError: a tensor is not as ``infos`` says, or one is missing.
-        OSError: the disk does not take it.
-    """
+def header_of(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """Everything before the first tensor of a file of such tensors, and the byte at which each of them begins."""
     # wide types first keep every tensor aligned
     order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
@@ -136,15 +133,37 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     start = _LENGTH_BYTES + len(text)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, {name: start + at for name, at in place.items()}
+
+
+def write_tensors(
+    path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[Written]:
+    """Write a new safetensors file tensor by tensor, and flush it; the same tensors give the same bytes.
+
+    Args:
+        path: to write.
+        infos: of every tensor.
+        tensors: the same ones, in any order; each is dropped before the next is taken.
+
+    Yields:
+        Each tensor, once it is written.
+
+    Raises:
+        ValueError: a tensor is not as ``infos`` says, or one is missing.
+        OSError: the disk does not take it.
+    """
+    header, place = header_of(infos)
     with path.open("xb", buffering=0) as file:
-        write_at(file.fileno(), len(text).to_bytes(_LENGTH_BYTES, "little") + text, 0)
+        write_at(file.fileno(), header, 0)
         for name, tensor in tensors:
             if name not in place or infos[name] != TensorInfo(tensor.dtype, tuple(tensor.shape)):
                 raise ValueError(
                     f"{path.name} must hold {name} once, as {infos.get(name)}, got {tensor.dtype} {list(tensor.shape)}"
                 )
-            write_at(file.fileno(), as_bytes(tensor), start + place.pop(name))
-            yield infos[name].size_bytes
+            content = as_bytes(tensor)
+            write_at(file.fileno(), content, place.pop(name))
+            yield Written(name, len(content), xxhash.xxh3_128_hexdigest(content))
         if place:
             raise ValueError(f"{path.name} must hold {', '.join(place)}, which nobody gave")
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from megatron_rl import durable
 from megatron_rl.convert.processes import ProcessDied, for_each_file
 from megatron_rl.convert.target import Target
 from megatron_rl.weights import safetensors_io
+from megatron_rl.weights.manifest import ShardRecord, read_back
 from tests.unit.convert.folders import export_plan, exported, folder_sums, ignore, imported, wide_model
 
 
@@ -145,6 +146,23 @@ def test_a_full_disk_ends_an_export_which_goes_on_when_there_is_room(
     small_disk[0] = 1 << 40
     exported(checkpoint, out, resume=True)
     assert folder_sums(out) == folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("at", ["header", "tensor"])
+def test_an_export_notices_a_byte_that_the_disk_gives_back_otherwise(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def spoiled(path: Path, name: str, read: Callable[[int], None]) -> ShardRecord:
+        content = bytearray(path.read_bytes())
+        content[content.index(b'"pt"') + 1 if at == "header" else -1] ^= 1
+        path.write_bytes(content)
+        return read_back(path, name, read)
+
+    monkeypatch.setattr("megatron_rl.convert.to_hf.read_back", spoiled)
+    told = r"model-0\S+ could not be written \(.*: what the disk gives back is not what was written\)"
+    with pytest.raises(OSError, match=told):
+        exported(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_ends_an_import_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
