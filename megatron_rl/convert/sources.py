@@ -25,6 +25,14 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+class SourceDamaged(ValueError):
+    """What a source holds cannot be a model: reading it again changes nothing."""
+
+
+class SourceUnreadable(OSError):
+    """The system could not read a source, which may be whole."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's ``config.json``.
 

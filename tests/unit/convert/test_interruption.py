@@ -13,12 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch import Tensor
 
 from megatron_rl import durable
 from megatron_rl.convert.processes import ProcessDied, for_each_file
+from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.convert.target import Target
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
+from megatron_rl.weights.weight_map import WeightEntry
 from tests.unit.convert.folders import export_plan, exported, folder_sums, ignore, imported, wide_model
 
 
@@ -87,11 +90,7 @@ def test_a_resumed_export_keeps_what_is_complete_and_writes_again_what_is_damage
 ) -> None:
     expected = folder_sums(exported(checkpoint, tmp_path / "unbroken"))
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Target, "finish", lambda self: os._exit(9))  # killed before its last act
-        assert os.waitpid(forked(lambda: exported(checkpoint, out)), 0)[1] != 0
-    model = Target(out).model
-    (model / "manifest.json").unlink()
+    model = killed_at_its_last_act(checkpoint, out, monkeypatch)
     first, second = sorted(model.glob("*.safetensors"))[:2]
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
@@ -163,6 +162,47 @@ def test_an_export_notices_a_byte_that_the_disk_gives_back_otherwise(
     with pytest.raises(OSError, match=told):
         exported(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def killed_at_its_last_act(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hidden model folder of an export of which all files are written, without its manifest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "finish", lambda self: os._exit(9))
+        assert os.waitpid(forked(lambda: exported(checkpoint, out)), 0)[1] != 0
+    model = Target(out).model
+    (model / "manifest.json").unlink()
+    return model
+
+
+def test_a_source_that_cannot_be_read_is_told_as_such_and_complete_files_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = killed_at_its_last_act(checkpoint, tmp_path / "out", monkeypatch)
+    first, second = sorted(model.glob("*.safetensors"))[:2]
+    second.unlink()
+
+    def unreadable(self: MegatronSource, entry: WeightEntry) -> list[tuple[str, Tensor]]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(checkpoint / "__0_0.distcp"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronSource, "hf_tensors", unreadable)
+        with pytest.raises(OSError, match=r"megatron/__0_0.distcp could not be read \(Input/output error\).*--resume"):
+            exported(checkpoint, tmp_path / "out", resume=True)
+    assert first.is_file()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"tensors": {"x": {}}}', "\xff"])
+def test_a_file_whose_record_cannot_be_read_is_written_anew_and_no_other_one_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    model = killed_at_its_last_act(checkpoint, tmp_path / "out", monkeypatch)
+    first, second = sorted(model.glob("*.safetensors"))[:2]
+    (Target(tmp_path / "out").work / "records" / f"{second.name}.json").write_bytes(content.encode("latin-1"))
+    before = (first.stat().st_ino, second.stat().st_ino)
+    out = exported(checkpoint, tmp_path / "out", resume=True)
+    assert folder_sums(out) == folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+    assert (out / first.name).stat().st_ino == before[0]
+    assert (out / second.name).stat().st_ino != before[1]
 
 
 def test_a_full_disk_ends_an_import_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
