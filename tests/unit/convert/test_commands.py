@@ -554,13 +554,55 @@ def test_the_padding_of_a_vocabulary_stays_behind(run: Run, tmp_path: Path) -> N
     source = write_model(tmp_path / "hf", "Llama")
     padded = write_model(tmp_path / "padded", "Llama", vocab_size=40)
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.full((8, 16), float("nan")))) for name in names}))(
-        padded
-    )
+    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.zeros(8, 16))) for name in names}))(padded)
     run(hf_to_megatron, padded, tmp_path / "megatron")
     changed_config(vocab_size=32)(tmp_path / "megatron")
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     assert same(tmp_path / "back", source)
+
+
+def test_tokens_behind_the_vocabulary_of_the_configuration_are_not_taken_for_padding(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "Llama")
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    changed_config(vocab_size=24)(tmp_path / "megatron")
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert status == 1
+    assert "the 8 rows of embedding.word_embeddings.weight behind the 24 of the vocabulary must be padding" in err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        (
+            "Qwen2",
+            {"vocab_size": 40},
+            r"word_embeddings.weight must have shape \[40, 16\], or more rows, .* \[32, 16\]",
+        ),
+        (
+            "Qwen2",
+            {"hidden_size": 32},
+            r"word_embeddings.weight must have shape \[32, 32\], or more rows, .* \[32, 16\]",
+        ),
+        ("Qwen2", {"intermediate_size": 32}, r"mlp.linear_fc1.weight must have shape \[64, 16\], .* \[48, 16\]"),
+        (
+            "Qwen3",
+            {"num_attention_heads": 6, "num_key_value_heads": 1},
+            r"linear_proj.weight must have shape \[16, 48\], .* \[16, 32\]",
+        ),
+    ],
+)
+def test_a_tensor_of_another_size_than_the_configuration_says_is_named(
+    run: Run, tmp_path: Path, family: str, changes: dict[str, int], told: str
+) -> None:
+    run(hf_to_megatron, write_model(tmp_path / "hf", family), tmp_path / "megatron")
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    changed_config(**changes)(tmp_path / "megatron")
+    for command in ((megatron_to_hf, tmp_path / "megatron", tmp_path / "back"), (verify, tmp_path / "megatron")):
+        status, _, err = run(*command)
+        assert status == 1
+        assert re.search(told, err)
+        assert f"{tmp_path / 'megatron' / 'config.json'} (--like names its folder) must belong to the checkpoint" in err
 
 
 def test_the_same_export_gives_the_same_files(run: Run, folders: tuple[Path, Path, Path]) -> None:
