@@ -91,23 +91,31 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
         listed: dict[str, Any] = json.loads(text)
         listed.pop(_METADATA, None)
         start = _LENGTH_BYTES + length
-        found = {
-            name: Stored(
-                TensorInfo(_DTYPES[item["dtype"]], tuple(item["shape"])), *(start + at for at in item["data_offsets"])
-            )
+        placed = {
+            name: (str(item["dtype"]), tuple(item["shape"]), *(start + at for at in item["data_offsets"]))
             for name, item in listed.items()
         }
+        end = max((end for _, _, _, end in placed.values()), default=start)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read ({error!r})") from error
+    if end != size:
+        raise ValueError(f"{path} is not a complete safetensors file: its header asks for {end} bytes, it has {size}")
+    found = {
+        name: Stored(TensorInfo(_dtype(path, name, dtype), shape), begin, end)
+        for name, (dtype, shape, begin, end) in placed.items()
+    }
     for name, stored in found.items():
         if stored.end - stored.begin != stored.info.size_bytes:
             raise ValueError(
                 f"{path}: {name} must take {stored.info.size_bytes} bytes, its header gives it another range"
             )
-    end = max((stored.end for stored in found.values()), default=start)
-    if end != size:
-        raise ValueError(f"{path} is not a complete safetensors file: its header asks for {end} bytes, it has {size}")
     return first + text, found
+
+
+def _dtype(path: Path, tensor: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{path}: {tensor} has type {name}; must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 @dataclass(frozen=True)

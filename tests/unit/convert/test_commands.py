@@ -29,6 +29,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command with two processes; its status, standard output, standard error."""
 
     def command(program: Any, *arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()  # of what made the folders
         status = program.main([*map(str, arguments), "--processes", "2"])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
@@ -129,7 +130,7 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
         else:
             torch.testing.assert_close(tensor, small[name], rtol=1e-6, atol=0)
     assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "bf16")[0] == 0
-    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] in {"bfloat16", "float32"}
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
 
 
 @pytest.fixture
@@ -469,6 +470,18 @@ def half_written(folder: Path) -> None:
         (changed_config(intermediate_size=32), "must have 32 rows"),
         (changed_config(vocab_size=40), r"embed_tokens.weight must have shape \[40, 16\], the vocabulary"),
         (changed_config(quantization_config={"quant_method": "awq"}), "config.json says {.quant_method.: .awq.}"),
+        *(
+            (
+                with_tensors(lambda t, to=to: t.update({"model.norm.weight": t["model.norm.weight"].to(to)})),
+                rf"model.norm.weight has type {name}; must be one of F32, BF16, ",
+            )
+            for to, name in [
+                (torch.float64, "F64"),
+                (torch.bool, "BOOL"),
+                (torch.int16, "I16"),
+                (torch.float8_e5m2, "F8_E5M2"),
+            ]
+        ),
         (cut, "not a complete safetensors file"),
         (half_written, "names files that are not there: model-00002-of-00002"),
         (with_tensors(lambda t: t.pop("model.norm.weight")), r"must hold model.norm.weight.*\(1 are missing\)"),
