@@ -160,15 +160,16 @@ def run_export(
         SourceDamaged: a file of the source is damaged; nothing is left.
         ValueError: what was interrupted was another plan.
     """
-    if not (resume and _is_complete(plan, target)):
-        target.refuse_existing()
-        if target.work.exists() and not resume:
-            raise FileExistsError(
-                f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
-            )
-        with target.open():
-            _write(plan, target, processes, progress)
-    target.discard()
+    if resume and _is_complete(plan, target):
+        target.discard()
+        return
+    target.refuse_existing()
+    if target.work.exists() and not resume:
+        raise FileExistsError(
+            f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
+        )
+    with target.open():
+        _write(plan, target, processes, progress)
 
 
 def _is_complete(plan: ExportPlan, target: Target) -> bool:

@@ -91,6 +91,23 @@ def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
     assert run(verify, tmp_path / "megatron", "--level", "values", "--against", source, "--dtype", "bfloat16")[0] == 0
 
 
+def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
+    wide, narrow = write_model(tmp_path / "wide"), write_model(tmp_path / "narrow", dtype=torch.bfloat16)
+    for folder in (wide, narrow):
+        assert run(hf_to_megatron, folder, tmp_path / f"{folder.name}-megatron")[0] == 0
+    for mine in (wide, tmp_path / "wide-megatron"):
+        for theirs in (narrow, tmp_path / "narrow-megatron"):
+            status, _, err = run(verify, mine, "--level", "values", "--against", theirs)
+            assert status == 1
+            assert "embed_tokens.weight: type torch.float32 against torch.bfloat16; give --dtype to compare" in err
+            assert run(verify, mine, "--level", "values", "--against", theirs, "--dtype", "bfloat16")[0] == 0
+            status, _, err = run(verify, mine, "--level", "values", "--against", theirs, "--dtype", "float32")
+            assert status == 1
+            assert "elements differ" in err
+
+
 def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf")
     size = sum(tensor.nbytes for tensor in tensors(source).values()) / (1 << 20)
