@@ -51,9 +51,9 @@ def for_each_file(
     before = set(multiprocessing.active_children())
     try:
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, done, os.getpid())) as pool:
-            futures = [pool.submit(_run, number) for number in range(count)]
-            waiting = set(futures)
             try:
+                futures = [pool.submit(_run, number) for number in range(count)]
+                waiting = set(futures)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
                     progress(done.value)
