@@ -81,7 +81,8 @@ def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
     is gone, however it ended.
 
     Args:
-        file: of the lock, made where it is missing; holds the pid and host of who had it last.
+        file: of the lock, made where it is missing; holds the pid and host of who had it last. Only who has it may
+            remove it.
         writing: what is written, for the message.
         wait_s: how long a holder may take to go, seconds.
 
@@ -89,9 +90,8 @@ def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
         BlockingIOError: another process holds it; the message names its pid.
         OSError: the file cannot be made.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _take(file, writing, time.monotonic() + wait_s)
     try:
-        _take(descriptor, writing, time.monotonic() + wait_s)
         os.ftruncate(descriptor, 0)
         write_at(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -99,7 +99,28 @@ def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(descriptor: int, writing: Path, deadline: float) -> None:
+def _take(file: Path, writing: Path, deadline: float) -> int:
+    """A descriptor that has the lock of what ``file`` is, also where a holder removes it when it is done."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(descriptor, writing, deadline)
+            if _is_at(descriptor, file):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -43,20 +43,29 @@ def for_each_file(
     Raises:
         Exception: of the first file that failed; files that were not begun are left.
         ProcessDied: a process was killed.
+        KeyboardInterrupt: Ctrl-C; the processes are killed at once.
     """
     context = multiprocessing.get_context("fork")
     done = context.Value(ctypes.c_int64)
     workers = min(processes, max(count, 1))
+    before = set(multiprocessing.active_children())
     try:
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, done, os.getpid())) as pool:
-            futures = [pool.submit(_run, number) for number in range(count)]
-            waiting = set(futures)
-            while waiting:
-                finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                progress(done.value)
-                if any(future.exception() for future in finished):
-                    pool.shutdown(cancel_futures=True)
-                    break
+            try:
+                futures = [pool.submit(_run, number) for number in range(count)]
+                waiting = set(futures)
+                while waiting:
+                    finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+                    progress(done.value)
+                    if any(future.exception() for future in finished):
+                        pool.shutdown(cancel_futures=True)
+                        break
+            except BaseException:
+                # leaving the pool waits for what it has begun, and what it has begun ignores Ctrl-C
+                for process in set(multiprocessing.active_children()) - before:
+                    process.kill()
+                pool.shutdown(cancel_futures=True)
+                raise
             # those that were cancelled come after the one that failed
             return [future.result() for future in futures if not future.cancelled()]
     except BrokenProcessPool as error:

@@ -17,12 +17,21 @@ from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
+from megatron_rl.weights.shapes import full_shape, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
 _BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class SourceDamaged(ValueError):
+    """What a source holds cannot be a model: reading it again changes nothing."""
+
+
+class SourceUnreadable(OSError):
+    """The system could not read a source, which may be whole."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -184,7 +193,7 @@ class MegatronSource:
 
         Raises:
             FileNotFoundError: a folder, or a part of it, is not there.
-            ValueError: metadata and configuration contradict each other, or a tensor is missing.
+            ValueError: metadata and configuration contradict each other, or a tensor is missing or has another shape.
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
@@ -212,9 +221,19 @@ class MegatronSource:
         return TensorInfo(kept.dtype, (self._rows(entry, kept), *kept.shape[1:]))
 
     def tensor(self, entry: WeightEntry) -> Tensor:
-        """Megatron's tensor."""
+        """Megatron's tensor.
+
+        Raises:
+            ValueError: its file is damaged, or rows behind the vocabulary are no padding.
+        """
         kept = self.folder.tensor(self.name(entry))
-        return kept[: self.info(entry).shape[0]]
+        rows = self.info(entry).shape[0]
+        if kept[rows:].any():
+            raise ValueError(
+                f"{self.folder.path}: the {len(kept) - rows} rows of {self.name(entry).key} behind the {rows} of the "
+                f"vocabulary must be padding, which is zero, they are not; {self._belongs()}"
+            )
+        return kept[:rows]
 
     def hf_infos(self, entry: WeightEntry) -> list[tuple[str, TensorInfo]]:
         """Names, types and shapes of the Hugging Face tensors that :meth:`tensor` is made of."""
@@ -227,17 +246,27 @@ class MegatronSource:
         return self.weights.to_hf(entry, self.tensor(entry))
 
     def _rows(self, entry: WeightEntry, kept: TensorInfo) -> int:
-        padded = entry.hf[0] in _BY_VOCABULARY
-        return min(kept.shape[0], self.dims.vocabulary) if padded else kept.shape[0]
+        return min(kept.shape[0], self.dims.vocabulary) if is_vocabulary(entry) else kept.shape[0]
 
     def _check(self, entry: WeightEntry) -> None:
         try:
-            self.hf_infos(entry)
+            found = self.folder.info(self.name(entry)).shape
         except KeyError as error:
             raise ValueError(
                 f"{error.args[0]}; it must hold every tensor of a {self.dims.architecture}, check that {self.like} "
                 "describes the same model"
             ) from error
+        wanted = full_shape(entry, self.dims)
+        padded = is_vocabulary(entry) and found[0] >= wanted[0]
+        if found[1:] != wanted[1:] or (found[0] != wanted[0] and not padded):
+            more = ", or more rows" if is_vocabulary(entry) else ""
+            raise ValueError(
+                f"{self.folder.path}: {self.name(entry).key} must have shape {list(wanted)}{more}, its metadata give "
+                f"{list(found)}; {self._belongs()}"
+            )
+
+    def _belongs(self) -> str:
+        return f"{self.like / 'config.json'} (--like names its folder) must belong to the checkpoint"
 
     def _check_keys(self) -> None:
         known = {self.name(entry).key for entry in self.weights.entries}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_rl.durable import flush, locked
@@ -42,19 +42,34 @@ class Target:
 
         Raises:
             FileNotFoundError: the folder that the target goes into is not there.
+            FileExistsError: the target is there, from whoever had the lock before.
             OSError: it cannot be written to, or another conversion writes to the same target.
         """
+        with ExitStack() as held:
+            while True:
+                self._make()
+                try:
+                    held.enter_context(locked(self.work / _LOCK, writing=self.path, wait_s=_LOCK_WAIT_S))
+                    self.model.mkdir(exist_ok=True)
+                except FileNotFoundError:
+                    continue  # whoever had the lock was done and removed the folder
+                break
+            if self.path.exists():
+                self.discard()
+            self.refuse_existing()
+            yield
+
+    def _make(self) -> None:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path} must go into a folder that exists, {self.path.parent} does not")
-        lock = self.work / _LOCK
         try:
-            self.model.mkdir(parents=True, exist_ok=True)
-            lock.touch()
+            self.work.mkdir(exist_ok=True)
+            (self.work / _LOCK).touch()
+        except FileNotFoundError:
+            return  # as above: it is made again
         except OSError as error:
             reason = error.strerror
             raise type(error)(f"{self.path.parent} must be a folder that can be written to: {reason}") from error
-        with locked(lock, writing=self.path, wait_s=_LOCK_WAIT_S):
-            yield
 
     def discard_work(self) -> None:
         """Start over: remove what an earlier conversion left in the hidden folder, which is locked."""
@@ -71,5 +86,10 @@ class Target:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the hidden folder and all that was written."""
+        """Remove the hidden folder and all that was written; the lock last, which lets the next one in."""
+        for path in self.work.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
-from megatron_rl.convert.sources import MegatronSource, keeps_type
+from megatron_rl.convert.sources import MegatronSource, SourceDamaged, SourceUnreadable, keeps_type
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import flush, read_record, replace_text
@@ -34,6 +35,7 @@ from megatron_rl.weights.safetensors_io import (
     TensorInfo,
     copy_companions,
     file_names,
+    header_of,
     model_config,
     write_index,
     write_tensors,
@@ -153,19 +155,21 @@ def run_export(
 
     Raises:
         FileExistsError: the target, or (without ``resume``) a part of it, is there.
-        OSError: it cannot be written, for instance because the disk is full. Complete files stay in the hidden folder,
-            to go on with; the target itself is not there.
-        ValueError: a file of the source is damaged (nothing is left), or what was interrupted was another plan.
+        OSError: it cannot be written, for instance because the disk is full, or the source cannot be read. Complete
+            files stay in the hidden folder, to go on with; the target itself is not there.
+        SourceDamaged: a file of the source is damaged; nothing is left.
+        ValueError: what was interrupted was another plan.
     """
-    if not (resume and _is_complete(plan, target)):
-        target.refuse_existing()
-        if target.work.exists() and not resume:
-            raise FileExistsError(
-                f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
-            )
-        with target.open():
-            _write(plan, target, processes, progress)
-    target.discard()
+    if resume and _is_complete(plan, target):
+        target.discard()
+        return
+    target.refuse_existing()
+    if target.work.exists() and not resume:
+        raise FileExistsError(
+            f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
+        )
+    with target.open():
+        _write(plan, target, processes, progress)
 
 
 def _is_complete(plan: ExportPlan, target: Target) -> bool:
@@ -185,8 +189,8 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
     try:
         shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
-    except ValueError:
-        target.discard()  # nothing can be made of a damaged source
+    except SourceDamaged:
+        target.discard()  # nothing can be made of it
         raise
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
@@ -209,8 +213,8 @@ def _write_file(
     size = sum(info.size_bytes for info in infos.values())
     path, record = target.model / name, target.work / _RECORDS / f"{name}.json"
     if record.is_file():
-        shard = _read_record(record)
         try:
+            shard = _read_record(record)
             check_shard(target.model, name, shard, lambda _: None)
         except Damaged:
             record.unlink()
@@ -220,13 +224,15 @@ def _write_file(
     partial_file = target.model / f".{name}.partial"
     partial_file.unlink(missing_ok=True)
     try:
+        given = {}
         for written in write_tensors(partial_file, infos, _tensors(plan, number)):
-            moved(written)
+            given[written.name] = written.xxh3
+            moved(written.size_bytes)
         shard = read_back(partial_file, name, moved)
-        _check_written(plan, partial_file, infos, shard)
+        _check_written(target.path / name, infos, given, shard)
     except BaseException as error:
         partial_file.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, SourceUnreadable):
             raise type(error)(
                 error.errno,
                 f"{target.path / name} could not be written ({error.strerror}); files that are complete "
@@ -241,22 +247,40 @@ def _write_file(
 
 def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
     for entry in plan.files[number]:
-        parts = plan.source.hf_tensors(entry)
+        parts = _read(plan.source, entry)
         while parts:
             yield from plan.form.tensors(*parts.pop(0))
 
 
-def _check_written(plan: ExportPlan, path: Path, infos: dict[str, TensorInfo], shard: ShardRecord) -> None:
-    found = {name: (record.dtype, record.shape) for name, record in shard.tensors.items()}
-    wanted = {name: (str(info.dtype).removeprefix("torch."), info.shape) for name, info in infos.items()}
-    if found != wanted:
-        raise ValueError(f"{path}: what the disk gives back is not what was written")
+def _read(source: MegatronSource, entry: WeightEntry) -> list[tuple[str, Tensor]]:
+    try:
+        return source.hf_tensors(entry)
+    except ValueError as error:
+        raise SourceDamaged(str(error)) from error
+    except OSError as error:
+        where = error.filename or source.folder.path
+        raise SourceUnreadable(
+            error.errno,
+            f"{where} could not be read ({error.strerror}); files that are complete are kept: go on with --resume",
+        ) from error
+
+
+def _check_written(path: Path, infos: dict[str, TensorInfo], given: dict[str, str], shard: ShardRecord) -> None:
+    found = {name: record.xxh3 for name, record in shard.tensors.items()}
+    wrong = [name for name, xxh3 in given.items() if found.get(name) != xxh3]
+    if shard.header_xxh3 != xxhash.xxh3_128_hexdigest(header_of(infos)[0]):
+        wrong.insert(0, "the header")
+    if wrong:
+        raise OSError(errno.EIO, f"{wrong[0]}: what the disk gives back is not what was written")
 
 
 def _read_record(path: Path) -> ShardRecord:
-    content = json.loads(path.read_text())
-    content["tensors"] = {name: tensor_record(item) for name, item in content["tensors"].items()}
-    return ShardRecord(**content)
+    try:
+        content = json.loads(path.read_text())
+        content["tensors"] = {name: tensor_record(item) for name, item in content["tensors"].items()}
+        return ShardRecord(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} cannot be read: {error!r}") from error
 
 
 def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...]) -> dict[str, TensorInfo]:

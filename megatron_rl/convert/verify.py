@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
-from megatron_rl.convert.sources import HfSource, MegatronSource
+from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
 from megatron_rl.mcore.torch_dist import METADATA
 from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_files, check_shard, read_manifest
 from megatron_rl.weights.safetensors_io import HfFolder
@@ -74,7 +74,8 @@ def check_values(
     Args:
         folder: of the model.
         other: of the model.
-        dtype: Hugging Face tensors are converted to it first; None: to what the other side has, where they differ.
+        dtype: both sides are converted to it first, but for tensors that keep their type (:func:`.keeps_type`) and
+            have the same one; None: nothing is converted, and a tensor of another type differs.
         processes: at most so many at a time.
         progress: told the bytes that are compared.
 
@@ -98,7 +99,7 @@ def check_values(
     def compare(number: int, moved: Callable[[int], None]) -> str | None:
         for entry in parts[number]:
             for name, mine, theirs in _pairs(left, right, entry):
-                difference = _difference(mine, theirs, exact=dtype is None)
+                difference = _difference(*_converted(name, mine, theirs, dtype))
                 if difference:
                     return f"{name}: {difference}"
                 moved(mine.nbytes)
@@ -123,14 +124,17 @@ def _hf_tensors(source: Source, entry: WeightEntry) -> list[tuple[str, Tensor]]:
     return [(name, source.hf_tensor(name)) for name in entry.hf]
 
 
-def _difference(mine: Tensor, theirs: Tensor, *, exact: bool) -> str | None:
+def _converted(name: str, mine: Tensor, theirs: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    if dtype is None or (keeps_type(name) and mine.dtype == theirs.dtype):
+        return mine, theirs
+    return mine.to(dtype), theirs.to(dtype)
+
+
+def _difference(mine: Tensor, theirs: Tensor) -> str | None:
     if mine.shape != theirs.shape:
         return f"shape {list(mine.shape)} against {list(theirs.shape)}"
     if mine.dtype != theirs.dtype:
-        if exact:
-            return f"type {mine.dtype} against {theirs.dtype}; give --dtype to compare after conversion"
-        narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-        mine, theirs = mine.to(narrow), theirs.to(narrow)
+        return f"type {mine.dtype} against {theirs.dtype}; give --dtype to compare after conversion"
     integer = {4: torch.int32, 2: torch.int16}[mine.dtype.itemsize]
     differs = mine.contiguous().view(integer) != theirs.contiguous().view(integer)
     count = int(differs.sum())

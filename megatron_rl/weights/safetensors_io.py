@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,40 +91,44 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
         listed: dict[str, Any] = json.loads(text)
         listed.pop(_METADATA, None)
         start = _LENGTH_BYTES + length
-        found = {
-            name: Stored(
-                TensorInfo(_DTYPES[item["dtype"]], tuple(item["shape"])), *(start + at for at in item["data_offsets"])
-            )
+        placed = {
+            name: (str(item["dtype"]), tuple(item["shape"]), *(start + at for at in item["data_offsets"]))
             for name, item in listed.items()
         }
+        end = max((end for _, _, _, end in placed.values()), default=start)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read ({error!r})") from error
+    if end != size:
+        raise ValueError(f"{path} is not a complete safetensors file: its header asks for {end} bytes, it has {size}")
+    found = {
+        name: Stored(TensorInfo(_dtype(path, name, dtype), shape), begin, end)
+        for name, (dtype, shape, begin, end) in placed.items()
+    }
     for name, stored in found.items():
         if stored.end - stored.begin != stored.info.size_bytes:
             raise ValueError(
                 f"{path}: {name} must take {stored.info.size_bytes} bytes, its header gives it another range"
             )
-    end = max((stored.end for stored in found.values()), default=start)
-    if end != size:
-        raise ValueError(f"{path} is not a complete safetensors file: its header asks for {end} bytes, it has {size}")
     return first + text, found
 
 
-def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[int]:
-    """Write a new safetensors file tensor by tensor, and flush it; the same tensors give the same bytes.
+def _dtype(path: Path, tensor: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{path}: {tensor} has type {name}; must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
-    Args:
-        path: to write.
-        infos: of every tensor.
-        tensors: the same ones, in any order; each is dropped before the next is taken.
 
-    Yields:
-        Bytes written, after each tensor.
+@dataclass(frozen=True)
+class Written:
+    """A tensor that was given to the disk, and xxh3-128 over the bytes that it was given as."""
 
-    Raises:
-        ValueError: a tensor is not as ``infos`` says, or one is missing.
-        OSError: the disk does not take it.
-    """
+    name: str
+    size_bytes: int
+    xxh3: str
+
+
+def header_of(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """Everything before the first tensor of a file of such tensors, and the byte at which each of them begins."""
     # wide types first keep every tensor aligned
     order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
@@ -136,15 +141,37 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     start = _LENGTH_BYTES + len(text)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, {name: start + at for name, at in place.items()}
+
+
+def write_tensors(
+    path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[Written]:
+    """Write a new safetensors file tensor by tensor, and flush it; the same tensors give the same bytes.
+
+    Args:
+        path: to write.
+        infos: of every tensor.
+        tensors: the same ones, in any order; each is dropped before the next is taken.
+
+    Yields:
+        Each tensor, once it is written.
+
+    Raises:
+        ValueError: a tensor is not as ``infos`` says, or one is missing.
+        OSError: the disk does not take it.
+    """
+    header, place = header_of(infos)
     with path.open("xb", buffering=0) as file:
-        write_at(file.fileno(), len(text).to_bytes(_LENGTH_BYTES, "little") + text, 0)
+        write_at(file.fileno(), header, 0)
         for name, tensor in tensors:
             if name not in place or infos[name] != TensorInfo(tensor.dtype, tuple(tensor.shape)):
                 raise ValueError(
                     f"{path.name} must hold {name} once, as {infos.get(name)}, got {tensor.dtype} {list(tensor.shape)}"
                 )
-            write_at(file.fileno(), as_bytes(tensor), start + place.pop(name))
-            yield infos[name].size_bytes
+            content = as_bytes(tensor)
+            write_at(file.fileno(), content, place.pop(name))
+            yield Written(name, len(content), xxhash.xxh3_128_hexdigest(content))
         if place:
             raise ValueError(f"{path.name} must hold {', '.join(place)}, which nobody gave")
         os.fsync(file.fileno())

@@ -6,6 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,29 @@ def test_a_lock_names_the_process_that_holds_it_and_is_free_when_that_is_killed(
         assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
     with locked(tmp_path / "lock", writing=tmp_path, wait_s=0):
         pass
+
+
+def test_a_lock_whose_file_its_holder_removes_is_still_given_to_one_at_a_time(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    waiting, second_has_it, may_go = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        waiting.set()
+        with locked(file, writing=tmp_path, wait_s=30):
+            second_has_it.set()
+            may_go.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        with locked(file, writing=tmp_path, wait_s=0):
+            second = pool.submit(wait_for_it)
+            assert waiting.wait(30)
+            time.sleep(0.3)  # it has opened the file by now
+            assert not second_has_it.is_set()
+            file.unlink()
+        try:
+            assert second_has_it.wait(30)
+            with pytest.raises(BlockingIOError), locked(file, writing=tmp_path, wait_s=0):
+                pytest.fail("two have the lock")
+        finally:
+            may_go.set()
+        second.result()

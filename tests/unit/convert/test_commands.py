@@ -29,6 +29,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command with two processes; its status, standard output, standard error."""
 
     def command(program: Any, *arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()  # of what made the folders
         status = program.main([*map(str, arguments), "--processes", "2"])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
@@ -90,6 +91,23 @@ def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
     assert run(verify, tmp_path / "megatron", "--level", "values", "--against", source, "--dtype", "bfloat16")[0] == 0
 
 
+def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
+    wide, narrow = write_model(tmp_path / "wide"), write_model(tmp_path / "narrow", dtype=torch.bfloat16)
+    for folder in (wide, narrow):
+        assert run(hf_to_megatron, folder, tmp_path / f"{folder.name}-megatron")[0] == 0
+    for mine in (wide, tmp_path / "wide-megatron"):
+        for theirs in (narrow, tmp_path / "narrow-megatron"):
+            status, _, err = run(verify, mine, "--level", "values", "--against", theirs)
+            assert status == 1
+            assert "embed_tokens.weight: type torch.float32 against torch.bfloat16; give --dtype to compare" in err
+            assert run(verify, mine, "--level", "values", "--against", theirs, "--dtype", "bfloat16")[0] == 0
+            status, _, err = run(verify, mine, "--level", "values", "--against", theirs, "--dtype", "float32")
+            assert status == 1
+            assert "elements differ" in err
+
+
 def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf")
     size = sum(tensor.nbytes for tensor in tensors(source).values()) / (1 << 20)
@@ -129,7 +147,7 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
         else:
             torch.testing.assert_close(tensor, small[name], rtol=1e-6, atol=0)
     assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "bf16")[0] == 0
-    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] in {"bfloat16", "float32"}
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
 
 
 @pytest.fixture
@@ -469,6 +487,18 @@ def half_written(folder: Path) -> None:
         (changed_config(intermediate_size=32), "must have 32 rows"),
         (changed_config(vocab_size=40), r"embed_tokens.weight must have shape \[40, 16\], the vocabulary"),
         (changed_config(quantization_config={"quant_method": "awq"}), "config.json says {.quant_method.: .awq.}"),
+        *(
+            (
+                with_tensors(lambda t, to=to: t.update({"model.norm.weight": t["model.norm.weight"].to(to)})),
+                rf"model.norm.weight has type {name}; must be one of F32, BF16, ",
+            )
+            for to, name in [
+                (torch.float64, "F64"),
+                (torch.bool, "BOOL"),
+                (torch.int16, "I16"),
+                (torch.float8_e5m2, "F8_E5M2"),
+            ]
+        ),
         (cut, "not a complete safetensors file"),
         (half_written, "names files that are not there: model-00002-of-00002"),
         (with_tensors(lambda t: t.pop("model.norm.weight")), r"must hold model.norm.weight.*\(1 are missing\)"),
@@ -554,13 +584,55 @@ def test_the_padding_of_a_vocabulary_stays_behind(run: Run, tmp_path: Path) -> N
     source = write_model(tmp_path / "hf", "Llama")
     padded = write_model(tmp_path / "padded", "Llama", vocab_size=40)
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.full((8, 16), float("nan")))) for name in names}))(
-        padded
-    )
+    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.zeros(8, 16))) for name in names}))(padded)
     run(hf_to_megatron, padded, tmp_path / "megatron")
     changed_config(vocab_size=32)(tmp_path / "megatron")
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     assert same(tmp_path / "back", source)
+
+
+def test_tokens_behind_the_vocabulary_of_the_configuration_are_not_taken_for_padding(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "Llama")
+    run(hf_to_megatron, source, tmp_path / "megatron")
+    changed_config(vocab_size=24)(tmp_path / "megatron")
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert status == 1
+    assert "the 8 rows of embedding.word_embeddings.weight behind the 24 of the vocabulary must be padding" in err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        (
+            "Qwen2",
+            {"vocab_size": 40},
+            r"word_embeddings.weight must have shape \[40, 16\], or more rows, .* \[32, 16\]",
+        ),
+        (
+            "Qwen2",
+            {"hidden_size": 32},
+            r"word_embeddings.weight must have shape \[32, 32\], or more rows, .* \[32, 16\]",
+        ),
+        ("Qwen2", {"intermediate_size": 32}, r"mlp.linear_fc1.weight must have shape \[64, 16\], .* \[48, 16\]"),
+        (
+            "Qwen3",
+            {"num_attention_heads": 6, "num_key_value_heads": 1},
+            r"linear_proj.weight must have shape \[16, 48\], .* \[16, 32\]",
+        ),
+    ],
+)
+def test_a_tensor_of_another_size_than_the_configuration_says_is_named(
+    run: Run, tmp_path: Path, family: str, changes: dict[str, int], told: str
+) -> None:
+    run(hf_to_megatron, write_model(tmp_path / "hf", family), tmp_path / "megatron")
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    changed_config(**changes)(tmp_path / "megatron")
+    for command in ((megatron_to_hf, tmp_path / "megatron", tmp_path / "back"), (verify, tmp_path / "megatron")):
+        status, _, err = run(*command)
+        assert status == 1
+        assert re.search(told, err)
+        assert f"{tmp_path / 'megatron' / 'config.json'} (--like names its folder) must belong to the checkpoint" in err
 
 
 def test_the_same_export_gives_the_same_files(run: Run, folders: tuple[Path, Path, Path]) -> None:
