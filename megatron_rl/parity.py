@@ -33,7 +33,7 @@ class ParityFailed(RuntimeError):
 
     Attributes:
         table: of all differences, a line per pair.
-        cause: of the first: one line that names the pair, the place and the tensor.
+        cause: of the first: the pair, and the place and the tensor or why they are not known.
     """
 
     def __init__(self, failed: str, table: str, cause: str) -> None:
