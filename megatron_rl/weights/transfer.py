@@ -409,16 +409,17 @@ class _Messages:
             wait()
 
     def receive(self, source: int, into: Tensor, where: str) -> Tensor:
-        group = self.open(where)
-        self.start(lambda: group.recv([into], source, 0), source, where)()
+        self.start(lambda: self.open(where).recv([into], source, 0), source, where)()
         return into
 
     def start_send(self, to: int, tensor: Tensor, where: str) -> Callable[[], None]:
-        group = self.open(where)
-        return self.start(lambda: group.send([tensor], to, 0), to, where)
+        return self.start(lambda: self.open(where).send([tensor], to, 0), to, where)
 
     def start(self, begin: Callable[[], Any], peer: int | None, where: str) -> Callable[[], None]:
-        """Begin some work; what comes back waits for it. A peer that is known to be gone fails it at the beginning."""
+        """Begin some work; what comes back waits for it. A peer that is known to be gone fails it at the beginning.
+
+        ``begin`` must not hold the group: an error would, and with it a channel that was closed.
+        """
         with self._named(peer, where):
             work = begin()
 
@@ -433,6 +434,8 @@ class _Messages:
         started = time.monotonic()
         try:
             yield
+        except TransferError:
+            raise
         except RuntimeError as error:
             waited = time.monotonic() - started
             whom = {0: "rank 0, the sender", None: f"the receivers, ranks 1 to {self.receivers[-1]}"}

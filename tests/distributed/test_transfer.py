@@ -294,6 +294,21 @@ def test_a_receiver_that_is_known_to_be_dead_is_named(transport: Transport) -> N
                 channel.send(1, LARGE)
 
 
+def test_an_error_that_is_still_handled_does_not_keep_a_closed_channel_open(
+    receivers: list[ProcessPoolExecutor], transport: Transport
+) -> None:
+    with pool_of(1) as pool:
+        channel = connected([receivers[0], pool], transport)
+        pending = receivers[0].submit(reason_of_failure, 1)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(die).result(timeout=TIMEOUT_S)
+        with pytest.raises(TransferError, match="for rank 2, a receiver") as caught:
+            channel.send(1, LARGE)
+        channel.close()
+        assert "for rank 0, the sender" in pending.result(timeout=TIMEOUT_S / 2)
+        assert caught.value.__traceback__ is not None
+
+
 def test_what_the_source_raised_is_told_though_the_receivers_are_gone(transport: Transport) -> None:
     with pool_of(1) as pool:
         channel = connected([pool], transport)
