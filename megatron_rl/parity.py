@@ -33,7 +33,7 @@ class ParityFailed(RuntimeError):
 
     Attributes:
         table: of all differences, a line per pair.
-        cause: of the first: one line that names the pair, the place and the tensor.
+        cause: of the first: the pair, and the place and the tensor or why they are not known.
     """
 
     def __init__(self, failed: str, table: str, cause: str) -> None:
@@ -84,7 +84,7 @@ def check_parity(
 
     Raises:
         ParityFailed: a pair is too far apart.
-        Exception: what a scorer raised.
+        Exception: what a scorer raised when it scored.
     """
     scorers = {scorer.name: scorer for pair in pairs for scorer in (pair.tested, pair.against)}
     scores = results({name: scorer.score(rows) for name, scorer in scorers.items()})
@@ -93,8 +93,13 @@ def check_parity(
     failed = [pair for pair, gap in zip(pairs, gaps, strict=True) if not _within(gap, tolerance)]
     if failed:
         scored = scores[failed[0].tested.name], scores[failed[0].against.name]
-        cause = locate(failed[0], rows, scored, tolerance.eps)
-        raise ParityFailed(f"{len(failed)} of {len(pairs)} comparisons failed", table, f"{failed[0]}: {cause}")
+        told = f"{len(failed)} of {len(pairs)} comparisons failed"
+        try:
+            cause = locate(failed[0], rows, scored, tolerance.eps)
+        except Exception as error:
+            unknown = f"where is not known: {type(error).__name__}: {error}"
+            raise ParityFailed(told, table, f"{failed[0]}: {unknown}") from error
+        raise ParityFailed(told, table, f"{failed[0]}: {cause}")
     tell(table)
     return {
         f"{str(pair).replace(' ', '_')}/{name}": value

@@ -12,20 +12,26 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_rl.batches import TokenRows
 from megatron_rl.interfaces import Pending
+from megatron_rl.lifetime import die_with_parent
 from megatron_rl.weights.rules import Head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PROGRAM = "from megatron_rl.hf_reference.process import serve; serve()"
+_END_S = 10.0
+"""Bound on the end of a process that has hung up or was killed."""
 
 
 class ReferenceFailed(RuntimeError):
@@ -33,7 +39,10 @@ class ReferenceFailed(RuntimeError):
 
 
 class HfProcess:
-    """A Hugging Face model in a process of its own, which starts to load at once; calls are answered in their order."""
+    """A Hugging Face model in a process of its own, which starts to load at once; calls are answered in their order.
+
+    The thread that makes it must live as long as it.
+    """
 
     def __init__(
         self, folder: Path, head: Head, *, environment: Mapping[str, str], scratch: Path, log: Path, deadline_s: float
@@ -50,6 +59,7 @@ class HfProcess:
         """
         self._deadline_s = deadline_s
         self._answers: list[Any] = []
+        self._ended: str | None = None
         self._asked = itertools.count()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
@@ -63,7 +73,7 @@ class HfProcess:
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -72,14 +82,20 @@ class HfProcess:
                 start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
             )
         self._pipe: Connection[Any, Any] = Connection(ours.detach())
-        self._pipe.send_bytes(pickle.dumps((folder, head)))
+        self._calls: SimpleQueue[bytes | None] = SimpleQueue()
+        self._arrived: SimpleQueue[bytes | None] = SimpleQueue()
+        # what does not fit into the socket blocks, and the process may be just as busy telling an answer
+        self._threads = [
+            Thread(target=_send_all, args=(self._calls, self._pipe), daemon=True),
+            Thread(target=_receive_all, args=(self._pipe, self._arrived), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._calls.put(pickle.dumps((folder, head)))
 
     def call(self, verb: str, *args: Any) -> Pending[Any]:
         """Ask for a method of :class:`~megatron_rl.hf_reference.model.HfReference`."""
-        try:
-            self._pipe.send_bytes(pickle.dumps((verb, args)))
-        except OSError:
-            raise ReferenceFailed(self._end()) from None
+        self._calls.put(pickle.dumps((verb, args)))
         return _Answer(self, next(self._asked), verb, time.monotonic() + self._deadline_s)
 
     def answer(self, number: int, verb: str, deadline: float) -> Any:
@@ -89,22 +105,28 @@ class HfProcess:
             ReferenceFailed: the process raised, ended, or did not answer in time.
         """
         while len(self._answers) <= number:
-            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise ReferenceFailed(f"the Hugging Face reference did not answer {verb} within {self._deadline_s:g} s")
             try:
-                self._answers.append(pickle.loads(self._pipe.recv_bytes()))
-            except (EOFError, OSError):
-                raise ReferenceFailed(self._end()) from None
+                answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                raise ReferenceFailed(
+                    f"the Hugging Face reference did not answer {verb} within {self._deadline_s:g} s"
+                ) from None
+            if answer is None:
+                self._arrived.put(None)  # for the next one that asks
+                self._ended = self._ended or self._end()
+                raise ReferenceFailed(self._ended)
+            self._answers.append(pickle.loads(answer))
         good, found = self._answers[number]
         if not good:
             raise ReferenceFailed(f"the Hugging Face reference failed in {verb}:\n{found}")
         return found
 
     def _end(self) -> str:
-        status = self._process.wait()
-        how = (
-            f"was killed by signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"ended with {status}"
-        )
+        try:
+            how = _ending(self._process.wait(_END_S))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            how = f"hung up, did not end within {_END_S:g} s and was killed"
         return (
             f"the Hugging Face reference {how}; {self._log} may say why. It holds the model in float32: parity."
             "reference_max_parameters bounds it"
@@ -112,9 +134,12 @@ class HfProcess:
 
     def close(self) -> None:
         """End the process; a second call does nothing."""
-        self._pipe.close()
         self._process.kill()
-        self._process.wait()
+        self._process.wait(_END_S)
+        self._calls.put(None)
+        for thread in self._threads:
+            thread.join(_END_S)
+        self._pipe.close()
 
     def __enter__(self) -> Self:
         """The process itself."""
@@ -125,6 +150,25 @@ class HfProcess:
     ) -> None:
         """End it."""
         self.close()
+
+
+def _ending(status: int) -> str:
+    return f"was killed by signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"ended with {status}"
+
+
+def _send_all(messages: SimpleQueue[bytes | None], pipe: Connection[Any, Any]) -> None:
+    """Until a None, or nobody is at the other end, which the answers tell."""
+    with suppress(OSError):
+        while (message := messages.get()) is not None:
+            pipe.send_bytes(message)
+
+
+def _receive_all(pipe: Connection[Any, Any], messages: SimpleQueue[bytes | None]) -> None:
+    """Until the other end is closed: a None."""
+    with suppress(EOFError, OSError):
+        while True:
+            messages.put(pipe.recv_bytes())
+    messages.put(None)
 
 
 @dataclass(frozen=True)
@@ -174,6 +218,7 @@ class HfScorer:
 
 def serve() -> None:
     """Load the model that the driver names, then answer its calls until it closes its end."""
+    die_with_parent(parent=int(sys.argv[2]))
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     failure, model = "", None
     try:

@@ -72,8 +72,7 @@ def _watched(chunks: Sequence[Any]) -> Iterator[Mapping[str, list[Tensor]]]:
 
     def keep(place: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            seen[place].append(hidden.detach()[:, 0].float().cpu())
+            seen[place].append(_hidden(output).detach()[:, 0].float().cpu())
 
         return hook
 
@@ -85,6 +84,14 @@ def _watched(chunks: Sequence[Any]) -> Iterator[Mapping[str, list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hidden(output: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+    """What a module gives: an attention leaves its output bias to the layer, a layer has no second output here."""
+    if isinstance(output, Tensor):
+        return output
+    hidden, bias = output
+    return hidden if bias is None else hidden + bias
 
 
 def _places(chunk: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from enum import Enum, IntEnum
@@ -401,22 +401,41 @@ class _Messages:
         return cls(group, rank, world_size, timeout_s)
 
     def send(self, to: int, tensor: Tensor, where: str) -> None:
-        self.wait(self.open(where).send([tensor], to, 0), to, where)
+        self.start_send(to, tensor, where)()
 
     def send_all(self, tensor: Tensor, where: str) -> None:
         """To each receiver, at the same time."""
-        works = [(rank, self.open(where).send([tensor], rank, 0)) for rank in self.receivers]
-        for rank, work in works:
-            self.wait(work, rank, where)
+        for wait in [self.start_send(rank, tensor, where) for rank in self.receivers]:
+            wait()
 
     def receive(self, source: int, into: Tensor, where: str) -> Tensor:
-        self.wait(self.open(where).recv([into], source, 0), source, where)
+        self.start(lambda: self.open(where).recv([into], source, 0), source, where)()
         return into
 
-    def wait(self, work: Any, peer: int | None, where: str) -> None:
+    def start_send(self, to: int, tensor: Tensor, where: str) -> Callable[[], None]:
+        return self.start(lambda: self.open(where).send([tensor], to, 0), to, where)
+
+    def start(self, begin: Callable[[], Any], peer: int | None, where: str) -> Callable[[], None]:
+        """Begin some work; what comes back waits for it. A peer that is known to be gone fails it at the beginning.
+
+        ``begin`` must not hold the group: an error would, and with it a channel that was closed.
+        """
+        with self._named(peer, where):
+            work = begin()
+
+        def wait() -> None:
+            with self._named(peer, where):
+                work.wait(timedelta(seconds=self.timeout_s))
+
+        return wait
+
+    @contextmanager
+    def _named(self, peer: int | None, where: str) -> Iterator[None]:
         started = time.monotonic()
         try:
-            work.wait(timedelta(seconds=self.timeout_s))
+            yield
+        except TransferError:
+            raise
         except RuntimeError as error:
             waited = time.monotonic() - started
             whom = {0: "rank 0, the sender", None: f"the receivers, ranks 1 to {self.receivers[-1]}"}
@@ -462,17 +481,16 @@ class _Taken:
     def __init__(self, messages: _Messages) -> None:
         self._messages = messages
         self._token = torch.zeros(1, dtype=torch.int64)
-        self._under_way: list[tuple[Any, str]] = []
+        self._under_way: list[Callable[[], None]] = []
 
     def confirm(self, where: str) -> None:
         self.wait(_AHEAD - 1)
-        self._under_way.append((self._messages.open(where).send([self._token], 0, 0), where))
+        self._under_way.append(self._messages.start_send(0, self._token, where))
 
     def wait(self, most: int) -> None:
         """Until at most so many are under way."""
         while len(self._under_way) > most:
-            work, where = self._under_way.pop(0)
-            self._messages.wait(work, 0, where)
+            self._under_way.pop(0)()
 
 
 class _Buckets(Protocol):
@@ -565,7 +583,8 @@ class _NcclBuckets:
     def send(self, content: Tensor, where: str) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._messages.wait(self._group.broadcast([content], options), 0 if self._messages.rank else None, where)
+        peer = 0 if self._messages.rank else None
+        self._messages.start(lambda: self._group.broadcast([content], options), peer, where)()
 
     receive = send  # a broadcast is the same call at both ends
 

@@ -42,7 +42,7 @@ reference = cache(hugging_face)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", ["qwen2", "deepseek"])
+@pytest.mark.parametrize("name", ["qwen2", "llama-biases", "deepseek"])
 def test_every_place_of_a_model_is_that_of_hugging_face(
     ranks: Ranks, models: dict[str, Path], name: str, layout: ParallelLayout
 ) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -281,6 +282,56 @@ def test_a_receiver_that_dies_stops_the_sender_at_once(transport: Transport) -> 
         with pytest.raises(TransferError, match=r"version 1: large: rank 0 waited .* for rank 1, a receiver"):
             channel.send(1, LARGE)
         assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_a_receiver_that_is_known_to_be_dead_is_named(transport: Transport) -> None:
+    with pool_of(1) as pool:
+        channel = connected([pool], transport)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(die).result(timeout=TIMEOUT_S)
+        for _ in range(3):  # gloo learns of it at the latest from the first
+            with pytest.raises(TransferError, match=r"version 1: large: rank 0 waited .* for rank 1, a receiver"):
+                channel.send(1, LARGE)
+
+
+def test_an_error_that_is_still_handled_does_not_keep_a_closed_channel_open(
+    receivers: list[ProcessPoolExecutor], transport: Transport
+) -> None:
+    with pool_of(1) as pool:
+        channel = connected([receivers[0], pool], transport)
+        pending = receivers[0].submit(reason_of_failure, 1)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(die).result(timeout=TIMEOUT_S)
+        with pytest.raises(TransferError, match="for rank 2, a receiver") as caught:
+            channel.send(1, LARGE)
+        channel.close()
+        assert "for rank 0, the sender" in pending.result(timeout=TIMEOUT_S / 2)
+        assert caught.value.__traceback__ is not None
+
+
+def test_what_the_source_raised_is_told_though_the_receivers_are_gone(transport: Transport) -> None:
+    with pool_of(1) as pool:
+        channel = connected([pool], transport)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(die).result(timeout=TIMEOUT_S)
+        with pytest.raises(TransferError):
+            channel.send(1, LARGE)
+        with pytest.raises(ValueError, match="must be one of float32"):
+            channel.send(2, [("z", torch.zeros(2, dtype=torch.complex64))])
+
+
+def test_a_sender_that_is_known_to_be_dead_is_named(receivers: list[ProcessPoolExecutor], transport: Transport) -> None:
+    with pool_of(1) as pool:
+        port = pool.submit(start_to_listen).result(timeout=TIMEOUT_S)
+        opening = pool.submit(open_as_sender, transport)
+        receivers[0].submit(join, port, 1, 2, TIMEOUT_S).result(timeout=TIMEOUT_S)
+        opening.result(timeout=TIMEOUT_S)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(die).result(timeout=TIMEOUT_S)
+        for _ in range(2):
+            reason = receivers[0].submit(reason_of_failure, 1).result(timeout=TIMEOUT_S)
+            assert reason.startswith("version 1: the first tensor: rank 1 waited")
+            assert "for rank 0, the sender" in reason
 
 
 def test_a_killed_sender_is_named_at_once_and_leaves_no_memory_behind(

@@ -162,6 +162,18 @@ def test_a_model_that_cannot_be_watched_says_so() -> None:
     assert told.endswith("where is not known: engine runs compiled, so that its layers cannot be watched")
 
 
+def test_a_failure_to_locate_keeps_the_table_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(rows: TokenRows) -> Ready:
+        raise OSError("the worker is gone")
+
+    policy = Model("policy", WRONG)
+    monkeypatch.setattr(policy, "activations", gone)
+    with pytest.raises(ParityFailed, match=r"1 of 1 comparisons failed\nparity on 3 tokens.*\n.* FAILED\n") as caught:
+        check_parity([Pair(policy, RIGHT)], ROWS, TOLERANCE, print)
+    assert caught.value.cause == "policy against hf: where is not known: OSError: the worker is gone"
+    assert isinstance(caught.value.__cause__, OSError)
+
+
 def test_the_first_failing_pair_is_located() -> None:
     policy = Model("policy", WRONG, wrong_from="model.norm", weights=weights())
     engine = Model("engine", WRONG)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import megatron_rl.hf_reference.process
+from megatron_rl.batches import TokenRows
 from megatron_rl.hf_reference.model import HfReference
 from megatron_rl.hf_reference.process import HfProcess, HfScorer, ReferenceFailed
 from megatron_rl.parity import parity_rows
@@ -42,14 +47,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(folder: Path, run_dir: Path) -> Iterator[HfProcess]:
+def running(folder: Path, run_dir: Path, deadline_s: float = 60) -> Iterator[HfProcess]:
     with HfProcess(
         folder,
         Head.TOKEN,
         environment={"OMP_NUM_THREADS": "1"},
         scratch=run_dir / "scratch",
         log=run_dir / "logs" / "hugging_face.log",
-        deadline_s=60,
+        deadline_s=deadline_s,
     ) as process:
         yield process
 
@@ -94,3 +99,68 @@ def test_a_folder_that_lacks_a_tensor_is_refused_instead_of_filled_with_random_n
         pytest.raises(ReferenceFailed, match=r"it lacks \['model.layers.1.self_attn.q_proj.bias'\]"),
     ):
         process.call("logprobs", ROWS).result()
+
+
+def test_calls_and_answers_larger_than_the_socket_pass_each_other(model: Path, tmp_path: Path) -> None:
+    mask = torch.zeros(128, 1024, dtype=torch.bool)
+    mask[:, 1:4] = True
+    rows = TokenRows(  # 1 MiB there, 0.5 MiB back
+        tokens=torch.ones(128, 1024, dtype=torch.int64), lengths=torch.full((128,), 4), response_mask=mask
+    )
+    with running(model, tmp_path) as process:
+        scorer = HfScorer(process=process, head=Head.TOKEN)
+        answers = [scorer.score(rows) for _ in range(3)]
+        first, *others = [answer.result() for answer in answers]
+    assert first.shape == (128, 1024)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("time.sleep(60)", "did not answer logprobs within 2 s"),
+        ("pipe.send(4096 .to_bytes(4) + b'half'); time.sleep(60)", "did not answer logprobs within 2 s"),
+        ("pipe.close(); time.sleep(60)", "hung up, did not end within 0.5 s and was killed"),
+        ("sys.exit(3)", "ended with 3; "),
+    ],
+    ids=["takes no call", "half an answer", "hangs up", "ends"],
+)
+def test_a_process_that_stops_anywhere_is_told_within_the_deadline(
+    program: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = "import socket, sys, time; pipe = socket.socket(fileno=int(sys.argv[1])); "
+    monkeypatch.setattr(megatron_rl.hf_reference.process, "_PROGRAM", begin + program)
+    monkeypatch.setattr(megatron_rl.hf_reference.process, "_END_S", 0.5)
+    started = time.monotonic()
+    with running(tmp_path, tmp_path, deadline_s=2) as process:
+        answers = [process.call("logprobs", torch.zeros(1 << 20)) for _ in range(2)]
+        for answer in answers:
+            with pytest.raises(ReferenceFailed, match=told):
+                answer.result()
+    assert time.monotonic() - started < 30
+
+
+def test_it_dies_with_its_driver_even_while_it_computes(model: Path, tmp_path: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import drive; drive()", str(model), str(tmp_path)],
+        stdout=subprocess.PIPE,
+    )
+    with driver:
+        assert driver.stdout is not None
+        child = psutil.Process(int(driver.stdout.readline()))
+        child.suspend()  # it does not see that its driver hung up
+        driver.kill()
+    try:
+        child.wait(timeout=10)
+    finally:
+        if child.is_running():
+            child.kill()
+
+
+def drive() -> None:
+    """What the driver of the test above does."""
+    with running(Path(sys.argv[1]), Path(sys.argv[2])) as process:
+        process.call("tensors", ["lm_head."]).result()
+        sys.stdout.write(f"{process._process.pid}\n")
+        sys.stdout.flush()
+        time.sleep(60)
