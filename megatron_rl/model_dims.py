@@ -88,6 +88,11 @@ class ModelDims:
     further_layers: int = 0
     """Behind the last layer, to predict more than the next token: in files alone, nobody here computes them."""
 
+    @property
+    def group_rows(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values in one query group of the fused matrix."""
+        return self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim
+
     def layout_problems(self, layout: ParallelLayout) -> list[str]:
         """Why this model cannot be laid out so, one sentence each with the nearest legal values; empty when it can."""
         found = layout.problems()

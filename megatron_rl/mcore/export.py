@@ -19,7 +19,7 @@ from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.coverage import check_coverage, further_layers, head_of
-from megatron_rl.weights.plan import HfFiles, Region, holders, shards_on, transfer_plan
+from megatron_rl.weights.plan import HfFiles, Region, TransferPlan, shards_on, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head, WeightMap
 
@@ -98,17 +98,16 @@ def _part(tensor: Tensor, region: Region) -> Tensor:
 
 @torch.no_grad()
 def full_tensors(
-    mine: Mapping[str, Tensor], weights: WeightMap, dims: ModelDims, layout: ParallelLayout, rank: int
+    mine: Mapping[str, Tensor], plan: TransferPlan, layout: ParallelLayout, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole model, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
+    """What ``plan`` moves, whole, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
 
     The first holder of each shard sends it to rank 0 once, straight; nobody else receives anything, and padding stays
     where it is.
 
     Args:
         mine: this rank's shards, as :func:`local_parameters` names them (the parameters, or something of their shapes).
-        weights: of the model.
-        dims: of the model.
+        plan: from ``layout`` to the files.
         layout: of the model.
         rank: of this process.
 
@@ -117,15 +116,17 @@ def full_tensors(
     """
     dtypes: list[Any] = [None] * layout.world_size
     dist.gather_object({name: tensor.dtype for name, tensor in mine.items()}, dtypes if rank == 0 else None)
-    for tensor in transfer_plan(weights, layout, HfFiles()).tensors:
+    for tensor in plan.tensors:
         name = tensor.entry.megatron
         parts: dict[int | None, Iterator[Tensor]] = {}
-        for holder in holders(tensor.entry, layout, dims):
-            regions = [move.source for move in tensor.moves if move.source.rank == holder]
-            if rank == 0 and holder != 0:
-                parts[holder] = iter(_receive(holder, regions, dtypes[holder][name]))
-            elif rank == holder:
-                parts[holder] = iter([_part(mine[name], region) for region in regions])
+        regions: dict[int | None, list[Region]] = {}
+        for move in tensor.moves:
+            regions.setdefault(move.source.rank, []).append(move.source)
+        for holder, theirs in regions.items():
+            if holder == rank:
+                parts[holder] = iter([_part(mine[name], region) for region in theirs])
+            elif rank == 0 and holder is not None:
+                parts[holder] = iter(_receive(holder, theirs, dtypes[holder][name]))
         if rank == 0:
             pieces = [(move.target, next(parts[move.source.rank])) for move in tensor.moves]
             for hf, group in groupby(pieces, key=lambda piece: piece[0].name):
@@ -135,17 +136,14 @@ def full_tensors(
 
 
 def _send(parts: Sequence[Tensor]) -> None:
-    """To rank 0, in one message one behind the other; nothing where a shard is padding alone."""
-    if parts:
-        flat = [part.reshape(-1) for part in parts]
-        dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
+    """To rank 0, in one message one behind the other."""
+    flat = [part.reshape(-1) for part in parts]
+    dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
 
 
 def _receive(holder: int, regions: Sequence[Region], dtype: torch.dtype) -> list[Tensor]:
     """What ``holder`` sends."""
     sizes = [region.elements for region in regions]
-    if not sizes:
-        return []
     message = torch.empty(sum(sizes), dtype=dtype, device=device())
     dist.recv(message, src=holder)
     return [part.view(region.region_shape) for part, region in zip(message.split(sizes), regions, strict=True)]

@@ -9,8 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
 from megatron_rl.mcore.spec import WorkerSpec
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
+from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.safetensors_io import save_hf_folder
 from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
-from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
+from megatron_rl.weights.weight_map import Head, weight_map
 
 
 class Worker:
@@ -130,10 +130,10 @@ class Worker:
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
         """Whole weights whose Hugging Face name starts with one of ``prefixes``, in the map's order; rank 0 answers."""
         asked = tuple(prefixes)
-        entries = tuple(e for e in self._weights.entries if any(name.startswith(asked) for name in e.hf))
+        moved = tuple(t for t in self._plan.tensors if any(name.startswith(asked) for name in t.entry.hf))
         found = {
             name: tensor.to("cpu", copy=True)
-            for name, tensor in self._full_tensors(replace(self._weights, entries=entries))
+            for name, tensor in self._full_tensors(TransferPlan(moved))
             if name.startswith(asked)
         }
         if self._rank != 0:
@@ -249,10 +249,15 @@ class Worker:
         finally:
             _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken
 
-    def _full_tensors(self, weights: WeightMap | None = None) -> Any:
+    @cached_property
+    def _plan(self) -> TransferPlan:
+        """Of every push and export."""
+        return transfer_plan(self._weights, self._layout, HfFiles())
+
+    def _full_tensors(self, plan: TransferPlan | None = None) -> Any:
         gather_parameters(self._training)
         mine = local_parameters([chunk.module for chunk in self._training.chunks])
-        return full_tensors(mine, weights or self._weights, self._spec.dims, self._layout, self._rank)
+        return full_tensors(mine, plan or self._plan, self._layout, self._rank)
 
     def close(self) -> None:
         """Leave the groups and free the model."""

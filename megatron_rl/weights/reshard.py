@@ -97,9 +97,9 @@ def hf_pieces(entry: WeightEntry, dims: ModelDims) -> tuple[tuple[Piece, ...], .
     if entry.op is Op.GATE_UP:
         half = whole // 2
         return (Piece(0, 0, half),), (Piece(0, half, half),)
-    queries = dims.heads // dims.kv_heads * dims.head_dim
-    group = queries + 2 * dims.head_dim
-    rows = ((0, queries), (queries, dims.head_dim), (queries + dims.head_dim, dims.head_dim))
+    queries, keys, values = dims.group_rows
+    group = queries + keys + values
+    rows = ((0, queries), (queries, keys), (queries + keys, values))
     return tuple(
         tuple(Piece(index * length, index * group + start, length) for index in range(dims.kv_heads))
         for start, length in rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.weights.rules import Ffn, Split
+from megatron_rl.weights.rules import Split
 from megatron_rl.weights.weight_map import WeightEntry
 
 
@@ -45,9 +45,9 @@ def _shapes(entry: WeightEntry, dims: ModelDims) -> dict[str, tuple[int, ...]]:
         "linear_proj.weight": (hidden, heads * dims.head_dim),
         "linear_proj.bias": (hidden,),
         "pre_mlp_layernorm.weight": (hidden,),
-        "linear_fc1.weight": (2 * _width(entry, dims), hidden),
-        "linear_fc1.bias": (2 * _width(entry, dims),),
-        "linear_fc2.weight": (hidden, _width(entry, dims)),
+        "linear_fc1.weight": (2 * entry.ffn_hidden(dims), hidden),
+        "linear_fc1.bias": (2 * entry.ffn_hidden(dims),),
+        "linear_fc2.weight": (hidden, entry.ffn_hidden(dims)),
         "linear_fc2.bias": (hidden,),
         "final_layernorm.weight": (hidden,),
         "output_layer.weight": (dims.vocabulary if is_vocabulary(entry) else 1, hidden),
@@ -77,11 +77,3 @@ def _shapes(entry: WeightEntry, dims: ModelDims) -> dict[str, tuple[int, ...]]:
                 "linear_q_up_proj.weight": (query_width, latent.query_rank),
             }
     return shapes
-
-
-def _width(entry: WeightEntry, dims: ModelDims) -> int:
-    """Of the feed-forward block that the tensor belongs to."""
-    experts = dims.experts
-    if entry.ffn is Ffn.DENSE or experts is None:
-        return dims.ffn_hidden
-    return experts.ffn_hidden if entry.ffn is Ffn.EXPERT else experts.shared_ffn_hidden

@@ -49,6 +49,12 @@ class WeightEntry:
     expert: int | None = None
     ffn: Ffn = Ffn.DENSE
 
+    def ffn_hidden(self, dims: ModelDims) -> int:
+        """Width of the feed-forward block that the tensor belongs to."""
+        if self.ffn is Ffn.DENSE or dims.experts is None:
+            return dims.ffn_hidden
+        return dims.experts.ffn_hidden if self.ffn is Ffn.EXPERT else dims.experts.shared_ffn_hidden
+
 
 @dataclass(frozen=True)
 class WeightMap:
@@ -78,10 +84,10 @@ class WeightMap:
             return hf_tensors[0]
         if entry.op is Op.GATE_UP:
             for name, tensor in zip(entry.hf, hf_tensors, strict=True):
-                self._check_rows(name, tensor, self._ffn_hidden(entry))
+                self._check_rows(name, tensor, entry.ffn_hidden(self.dims))
             return torch.cat(tuple(hf_tensors))
         groups, blocks = self.dims.kv_heads, []
-        for name, tensor, rows in zip(entry.hf, hf_tensors, self._group_rows(), strict=True):
+        for name, tensor, rows in zip(entry.hf, hf_tensors, self.dims.group_rows, strict=True):
             self._check_rows(name, tensor, groups * rows)
             blocks.append(tensor.reshape(groups, rows, *tensor.shape[1:]))
         return torch.cat(blocks, dim=1).flatten(0, 1)
@@ -95,26 +101,15 @@ class WeightMap:
         if entry.op is Op.COPY:
             parts: Sequence[Tensor] = (full,)
         elif entry.op is Op.GATE_UP:
-            width = self._ffn_hidden(entry)
+            width = entry.ffn_hidden(self.dims)
             self._check_rows(entry.megatron, full, 2 * width)
             parts = full.split(width)
         else:
-            rows = self._group_rows()
+            rows = self.dims.group_rows
             self._check_rows(entry.megatron, full, self.dims.kv_heads * sum(rows))
             grouped = full.reshape(self.dims.kv_heads, sum(rows), *full.shape[1:])
             parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
         return list(zip(entry.hf, parts, strict=True))
-
-    def _ffn_hidden(self, entry: WeightEntry) -> int:
-        experts = self.dims.experts
-        if entry.ffn is Ffn.DENSE or experts is None:
-            return self.dims.ffn_hidden
-        return experts.ffn_hidden if entry.ffn is Ffn.EXPERT else experts.shared_ffn_hidden
-
-    def _group_rows(self) -> list[int]:
-        """Rows of queries, keys and values in one query group."""
-        dims = self.dims
-        return [dims.heads // dims.kv_heads * dims.head_dim, dims.head_dim, dims.head_dim]
 
     def _check_rows(self, name: str, tensor: Tensor, rows: int) -> None:
         if tensor.dim() == 0 or tensor.shape[0] != rows:

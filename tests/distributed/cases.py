@@ -264,7 +264,7 @@ def gradient_tensors(worker: Any) -> Iterator[tuple[str, Tensor]]:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
     found = local_parameters([chunk.module for chunk in chunks])
     mine = {name: getattr(p, "main_grad", torch.zeros_like(p)) for name, p in found.items()}  # buffers have none
-    return full_tensors(mine, worker._weights, worker._spec.dims, worker._layout, worker._rank)
+    return full_tensors(mine, worker._plan, worker._layout, worker._rank)
 
 
 def loss_metrics(result: UpdateResult) -> dict[str, float]:

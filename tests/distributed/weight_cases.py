@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
+from megatron_rl.weights.plan import HfFiles, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder, save_hf_folder
 from megatron_rl.weights.weight_map import Head, weight_map
 from tests.distributed.cases import Reinforce, Setup, minibatch, start
@@ -79,7 +80,7 @@ def _round_trip(rank: int, layout: ParallelLayout, trip: Trip) -> Traffic:
     HfFolder.slice, dist.send = counted_slice, counted_send  # type: ignore[method-assign]
     try:
         load_hf(chunks, trip.folder, weights, dims, layout, rank)
-        tensors = full_tensors(mine, weights, dims, layout, rank)
+        tensors = full_tensors(mine, transfer_plan(weights, layout, HfFiles()), layout, rank)
         if rank == 0:
             save_hf_folder(trip.back, tensors, like=trip.folder)
         else:
