@@ -27,6 +27,7 @@ if not __package__:  # run as a program: Python then looks beside this file, not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.behaviour import Behaviour, behaviour
+from eval.results import title
 from eval.samples import GradedSample, read_samples
 from eval.tasks import TASKS, BadInput
 
@@ -176,7 +177,7 @@ def _line(axes: Axes, steps: Mapping[int, Behaviour], name: str, label: str, fac
 
 
 def _title(task: str) -> str:
-    return "Average" if task == AVERAGE else TASKS[task].title if task in TASKS else task
+    return "Average" if task == AVERAGE else title(task)
 
 
 def page(title: str, found: Dynamics, figure: bytes, evaluations: Samples, problems: int) -> str:
