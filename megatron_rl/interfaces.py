@@ -162,7 +162,7 @@ class ReferenceModel(Protocol):
     """Scores tokens."""
 
     def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32 log-probs of the response tokens at the sampling temperature, 0 elsewhere."""
+        """[B, T] f32 log-probs of the response tokens at the temperature of training, 0 elsewhere."""
 
 
 class PolicyModel(ReferenceModel, Protocol):

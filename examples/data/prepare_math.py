@@ -43,13 +43,14 @@ _BARE_BOX = re.compile(r"\\boxed\s+([^\s$.{}]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A MATH problem; subject and level are None where the source does not say."""
+    """A MATH problem; subject, level and solution are None where the source does not say."""
 
     place: str
     question: str
     answer: str
     subject: str | None
     level: int | None
+    solution: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ def parse(row: Row) -> Problem:
         answer=_answer(row),
         subject=None if subject is None else str(subject),
         level=None if matched is None else int(matched[1]),
+        solution=fields.get("solution"),
     )
 
 
@@ -241,6 +243,24 @@ def check_seed_row(row: Row) -> None:
         raise SourceError(f"{row.place}: 'input' must be the seed's template with the question in it")
 
 
+def supervised_pairs(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    """A supervised stage's rows: the evaluation's prompt and MATH's own solution.
+
+    Raises:
+        SourceError: a problem comes without a solution; names its place.
+    """
+    without = [problem.place for problem in problems if not problem.solution]
+    if without:
+        raise SourceError(
+            f"--pairs needs a 'solution' in every row that is kept, {len(without)} have none: {without[0]}"
+        )
+    template = TEMPLATES["qwen25-math-cot"]
+    return [
+        {"prompt": template.replace("{question}", problem.question), "response": str(problem.solution)}
+        for problem in problems
+    ]
+
+
 def dump(rows: Sequence[dict[str, Any]], output: Path) -> str:
     """The file's text: one row a line, or with ``.json`` one indented list, as the seed's."""
     if output.suffix == ".json":
@@ -271,6 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="PLACE", help="keep only problems that stand here too")
     parser.add_argument("--levels", type=_levels, default="3-5", help="a range, or 'any' for sources without levels")
     parser.add_argument("--output", type=Path, help=".jsonl for training, or .json as the seed has it")
+    parser.add_argument(
+        "--pairs", type=Path, help="write the same problems with their solutions too, for megatron-rl sft"
+    )
     parser.add_argument("--check", metavar="FILE", help="check the rows of a file of this schema, and nothing else")
     asked = parser.parse_args(arguments)
     try:
@@ -290,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if not selection.kept:
             raise SourceError(f"no row is left:\n{explain(selection)}")
+        pairs = supervised_pairs(selection.kept) if asked.pairs else []
     except SourceError as error:
         sys.stderr.write(f"prepare_math: {error}\n")
         return 2
@@ -304,6 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "selection": explained.splitlines(),
     }
     asked.output.parent.mkdir(parents=True, exist_ok=True)
+    if asked.pairs:
+        asked.pairs.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(asked.pairs, dump(pairs, asked.pairs))
     replace_text(asked.output, dump(rows_out, asked.output))
     replace_text(asked.output.with_name(asked.output.name + ".about.json"), json.dumps(about, indent=2) + "\n")
     sys.stdout.write(f"{explained}{asked.output}\n{LICENCE}\n")

@@ -81,7 +81,7 @@ def start_trainer(
         trainer, temperature, keep_reference = config.trainer, 1.0, False
     else:
         trainer = config.trainers[group.name]
-        temperature, keep_reference = config.rollout.temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
+        temperature, keep_reference = config.trainer_temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
     spec = WorkerSpec(
         role=group.name,
         head=head,

@@ -74,7 +74,10 @@ class RolloutConfig:
 
     samples_per_prompt: Positive = 8
     temperature: PositiveFloat = 1.0
-    """The trainer divides its logits by the same number."""
+    """The trainer divides its logits by the same number, unless ``trainer_temperature`` says otherwise."""
+    trainer_temperature: PositiveFloat | None = None
+    """Log-probs in the loss and in the KL are taken at this temperature instead of that of sampling, which makes them
+    those of another policy than the one that sampled (the seed recipe samples at 0.6 and trains at 1)."""
     max_response_tokens: Positive = 3000
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the model's end-of-sequence tokens."""
@@ -256,6 +259,9 @@ class OptimizerConfig:
     """Share of all updates with a linear warm-up (at least one update when above 0)."""
     min_lr_fraction: Fraction = 0.1
     """The cosine ends at this share of ``lr``; 1 keeps it constant."""
+    schedule_updates: Positive | None = None
+    """Updates over which warm-up and cosine are spread, where a run is meant to end before its schedule does. Unset:
+    all updates of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,6 +448,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def trainer_temperature(self) -> float:
+        """What the policy's logits are divided by in training."""
+        chosen = self.rollout.trainer_temperature
+        return self.rollout.temperature if chosen is None else chosen
 
     @property
     def samples_per_step(self) -> int:

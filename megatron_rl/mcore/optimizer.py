@@ -40,7 +40,7 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
     Args:
         models: this rank's pieces of the model, which share one configuration.
         trainer: how they are trained.
-        total_updates: optimizer steps of the whole run, for the schedule.
+        total_updates: optimizer steps of the whole run, for a schedule that does not say itself how long it is.
     """
     config = models[0].config
     overlap = trainer.overlap_communication
@@ -112,6 +112,7 @@ def _schedule(optimizer: Any, chosen: OptimizerConfig, total_updates: int) -> Op
 
     Update k of the warm-up (from 1) uses ``lr * k / (W + 1)``: the first one moves already, update W + 1 has ``lr``.
     """
+    total_updates = chosen.schedule_updates or total_updates
     warmup = math.ceil(chosen.warmup_fraction * total_updates)
     return OptimizerParamScheduler(
         optimizer,

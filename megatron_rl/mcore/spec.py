@@ -25,7 +25,7 @@ class WorkerSpec:
             and their type.
         dims: of that model.
         trainer: layout, optimizer, memory.
-        temperature: of sampling; the policy's logits are divided by it.
+        temperature: the policy's logits are divided by it.
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
         seed: of the random states.
         keep_reference: keep a frozen copy of the initial weights beside the model.

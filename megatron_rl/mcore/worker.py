@@ -80,7 +80,7 @@ class Worker:
 
         Args:
             batch: the same on all ranks; each data replica does its share.
-            temperature: None: that of sampling.
+            temperature: None: that of training.
             reference: by the frozen copy instead of the model.
             packed: else each row makes a micro-batch of its own.
 

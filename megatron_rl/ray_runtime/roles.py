@@ -91,7 +91,7 @@ class RemotePolicy(RemoteTrainer):
     """The policy: scores tokens, learns, and sends its weights."""
 
     def logprobs(self, batch: TokenRows, temperature: float | None = None, packed: bool = True) -> Pending[Tensor]:
-        """[B, T] f32; at the sampling temperature unless another is given."""
+        """[B, T] f32; at the temperature of training unless another is given."""
         return self._scored("logprobs", batch, temperature, False, packed)
 
     def update(self, minibatch: Minibatch[Any], loss: TokenLoss | SupervisedTokenLoss) -> Pending[UpdateResult]:
@@ -107,7 +107,7 @@ class RemoteReference(RemoteTrainer):
     """The frozen copy of the first policy that the policy's workers keep."""
 
     def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32 at the sampling temperature."""
+        """[B, T] f32 at the temperature of training."""
         return self._scored("logprobs", batch, None, True)
 
 

@@ -387,12 +387,14 @@ def unwritable(rank: int, port: int, model: Path, folder: Path) -> str:
     return "it was written"
 
 
-def learning_rates(rank: int, port: int, model: Path, lr: float, warmup: float, updates: int) -> list[float]:
+def learning_rates(
+    rank: int, port: int, model: Path, lr: float, warmup: float, updates: int, spread: int | None = None
+) -> list[float]:
     """The rate of each update of a short run."""
     from megatron_rl.mcore.optimizer import prepare_training
 
     worker = start(rank, port, model, Setup())
-    optimizer = OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1)
+    optimizer = OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1, schedule_updates=spread)
     training = prepare_training(worker._load_chunks(), TrainerConfig(optimizer=optimizer), updates)
     rates = []
     for _ in range(updates):

@@ -177,3 +177,8 @@ def test_learning_rate_warms_up_and_ends_at_its_floor(ranks: Ranks, models: dict
     assert rates == [0.5]
     [rates] = ranks.run(1, learning_rates, models["qwen2"], 0.0, 0.03, 3)
     assert rates == [0, 0, 0]
+
+
+def test_a_schedule_may_be_longer_than_the_run(ranks: Ranks, models: dict[str, Path]) -> None:
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.15, 4, 11)
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.1 + 0.45 * (1 + math.cos(math.pi / 8))])

@@ -133,6 +133,12 @@ def test_an_engine_whose_workers_cannot_share_the_heads_is_refused(folder):
     ]
 
 
+def test_log_probs_are_taken_at_the_temperature_of_sampling_unless_another_is_set(folder):
+    assert load(RunConfig, [Path("ppo.toml")], ["rollout.temperature=0.6"]).trainer_temperature == 0.6
+    apart = ["rollout.temperature=0.6", "rollout.trainer_temperature=1.0"]
+    assert load(RunConfig, [Path("ppo.toml")], apart).trainer_temperature == 1.0
+
+
 def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("ppo.clip_lo=0.1") == ["ppo.clip_lo: unknown key; did you mean ppo.clip_low?"]
     assert problems("policy.layout.tensr=1") == ["policy.layout.tensr: unknown key; did you mean policy.layout.tensor?"]

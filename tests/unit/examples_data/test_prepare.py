@@ -94,6 +94,20 @@ def test_sources_without_levels_are_taken_whole_when_asked(tmp_path, capsys):
     assert (row["level"], row["subject"], row["target"]) == (None, None, "3")
 
 
+def test_solutions_become_pairs_for_the_supervised_stage(tmp_path, capsys):
+    rows = [{"problem": "1+1?", "solution": r"It is $\boxed{2}$.", "level": "Level 3", "type": "Algebra"}]
+    output, pairs = tmp_path / "train.jsonl", tmp_path / "pairs.jsonl"
+    arguments = ["--output", str(output), "--pairs", str(pairs), "--source"]
+    assert prepare_math.main([*arguments, write(tmp_path / "math.jsonl", rows)]) == 0
+    [pair] = map(json.loads, pairs.read_text().splitlines())
+    assert pair["response"] == r"It is $\boxed{2}$."
+    assert pair["prompt"].endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
+
+    without = write(tmp_path / "limr.jsonl", [{"problem": "Q", "answer": "3", "level": 3}])
+    assert prepare_math.main([*arguments, without]) == 2
+    assert "needs a 'solution' in every row that is kept, 1 have none" in capsys.readouterr().err
+
+
 def problems(count, **changes):
     fields = {"place": "p", "answer": "1", "subject": None, "level": 3} | changes
     return [Problem(question=f"{changes}{number}", **fields) for number in range(count)]
