@@ -28,13 +28,14 @@ from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
 from eval.settings import Settings, parse
 from eval.tasks import BadInput, ProblemSet, load_tasks, load_template
-from megatron_rl.durable import replace_text
+from megatron_rl.durable import locked, replace_text
 from megatron_rl.rewards.rules import AnswerRule, RewardRule, lenient, load_rule
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.rewards.structure import EXACT, Leniency
 
 _PARTS_OF_A_MODEL = {"hf", "policy", "critic"}
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+_LOCK_WAIT_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +145,12 @@ def _rescore(settings: Settings, file: Path) -> None:
     if not before:
         raise BadInput(f"--rescore {file}: there is no sample in it")
     output = settings.output or file.parent / "rescored" / file.stem
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / "lock", writing=output, wait_s=_LOCK_WAIT_S):
+        _grade_again(settings, file, before, output)
+
+
+def _grade_again(settings: Settings, file: Path, before: Sequence[GradedSample], output: Path) -> None:
     target = output / file.name
     for path in (target, output / "results.json"):
         if path.exists():
@@ -161,7 +168,6 @@ def _rescore(settings: Settings, file: Path) -> None:
         }
     description = rescored_description(file, by_task, settings)
     document = results_document(results, by_task, description, time.monotonic() - started)
-    output.mkdir(parents=True, exist_ok=True)
     graded = {(sample.task, *sample.key): sample for samples in by_task.values() for sample in samples}
     after = [graded[sample.task, *sample.key] for sample in before]
     SampleLog(target).append(after)
@@ -182,10 +188,11 @@ def _gold_oracle(settings: Settings) -> int:
     """Grade each reference answer against itself; 1 where one is not its own equal."""
     problems = _limited(load_tasks(settings.tasks, settings.data), settings.limit)
     status = 0
-    with _service(settings, _rule(settings)) as scorer:
-        check_rule(settings.rule, scorer)
+    names = [item.name for item in problems]
+    settings.check_lenient_tasks(names)
+    with _graders(settings, names) as graders:
         for item in problems:
-            bad = ungradable_golds(item, scorer)
+            bad = ungradable_golds(item, graders[item.name].scorer)
             _print(
                 f"{item.name}: {len(item.problems) - len(bad)} of {len(item.problems)} gold answers equal themselves"
             )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from megatron_rl.rewards.expressions import Node, Undecided, exact
-from megatron_rl.rewards.notation import has_thousands, plain
+from megatron_rl.rewards.notation import closing_braces, has_thousands, plain
 from megatron_rl.rewards.parsing import parse
 from megatron_rl.rewards.second_opinion import second_opinion
 from megatron_rl.rewards.structure import EXACT, Leniency, same
@@ -71,7 +71,7 @@ def last_boxed(text: str, *, closed: bool = False) -> str | None:
         closed: ignore boxes that are empty or whose brace is never closed (a truncated response). By default such a
             box counts, and an unclosed one gives all that follows it.
     """
-    closing = _closing_braces(text)
+    closing = closing_braces(text)
     for box in reversed(list(_BOX.finditer(text))):
         end = closing.get(box.end() - 1)
         content = text[box.end() : end].strip()
@@ -85,7 +85,7 @@ _JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """Start, end and content of every box that is closed and not empty; of nested ones the inner one."""
-    closing = _closing_braces(text)
+    closing = closing_braces(text)
     found: list[tuple[int, int, str]] = []
     for box in _BOX.finditer(text):
         end = closing.get(box.end() - 1)
@@ -104,20 +104,8 @@ def after_last_word_boxed(text: str) -> str:
     """
     tail = text.rpartition("boxed")[2]
     if tail.startswith("{"):
-        return tail[1 : _closing_braces(tail).get(0)].strip()
+        return tail[1 : closing_braces(tail).get(0)].strip()
     return tail.partition("$")[0].strip()
-
-
-def _closing_braces(text: str) -> dict[int, int]:
-    """Map the index of each unescaped ``{`` that is closed to the index of its ``}``, in one pass."""
-    closing: dict[int, int] = {}
-    opened: list[int] = []
-    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if token.group() == "{":
-            opened.append(token.start())
-        elif token.group() == "}" and opened:
-            closing[opened.pop()] = token.start()
-    return closing
 
 
 # ------------------------------------------------------------------------------------------------------ equality

@@ -148,16 +148,21 @@ def plain(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text += "}" * _open_braces(text)  # of a truncated response
-    while True:
-        text = text.strip()
-        if text and text[-1] in ".;:,":
-            text = text[:-1]
-        elif text.endswith("\\\\"):  # a line break
-            text = text[:-2]
-        elif (opened := _WHOLE_GROUP.match(text)) and closing_brace(text, opened.end() - 1) == len(text) - 1:
-            text = text[opened.end() : -1]
+    closing = closing_braces(text)  # once: peeling off nested groups must not cost their depth times the length
+    start, end = 0, len(text)
+    while start < end:
+        last = text[end - 1]
+        if text[start].isspace():
+            start += 1
+        elif last.isspace() or last in ".;:,":
+            end -= 1
+        elif text.endswith("\\\\", start, end):  # a line break
+            end -= 2
+        elif (opened := _WHOLE_GROUP.match(text, start, end)) and closing.get(opened.end() - 1) == end - 1:
+            start, end = opened.end(), end - 1
         else:
-            return text
+            break
+    return text[start:end]
 
 
 def _open_braces(text: str) -> int:
@@ -466,6 +471,18 @@ class _Lexer:
             yield from _Lexer(words, self.thousands).run()
         else:
             yield Token("text", words)
+
+
+def closing_braces(text: str) -> dict[int, int]:
+    """Map the index of each unescaped ``{`` that is closed to the index of its ``}``, in one pass."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if token.group() == "{":
+            opened.append(token.start())
+        elif token.group() == "}" and opened:
+            closing[opened.pop()] = token.start()
+    return closing
 
 
 def closing_brace(text: str, start: int) -> int | None:

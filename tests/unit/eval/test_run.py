@@ -400,6 +400,28 @@ def test_the_gold_oracle_names_what_cannot_be_earned(tmp_path, capsys):
     assert main(["--gold-oracle", "--tasks", str(file)]) == 0
 
 
+def test_the_gold_oracle_judges_with_the_leniency_of_the_task(tmp_path, capsys):
+    file = tmp_path / "g.jsonl"
+    file.write_text('{"question": "Q", "answer": "5"}\n')
+    oracle = ["--gold-oracle", "--tasks", str(file)]
+    assert main([*oracle, "--factor-100", "other"]) == 2
+    assert "--factor-100 must name tasks of this evaluation (g), got 'other'" in capsys.readouterr().err
+    assert main([*oracle, "--factor-100", "g", "--rule", "seed"]) == 2
+    assert "leniency needs the rule correctness or boxed" in capsys.readouterr().err
+    assert main([*oracle, "--factor-100", "g"]) == 0
+
+
+def test_a_folder_that_another_process_rescores_to_is_left_alone(tmp_path, model, task, engine, capsys):
+    assert main(command(tmp_path, model, task)) == 0
+    target = tmp_path / "again"
+    target.mkdir()
+    capsys.readouterr()
+    with locked(target / "lock", writing=target, wait_s=0):
+        assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--output", str(target)]) == 1
+    assert "another process is writing" in capsys.readouterr().err
+    assert [file.name for file in target.iterdir()] == ["lock"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

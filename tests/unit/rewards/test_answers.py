@@ -530,3 +530,8 @@ def test_different_labels_are_different_where_only_the_second_opinion_reads_the_
     assert not equal(pred, gold)
     assert equal(pred, gold[2:])
     assert equal(pred, "x=" + gold[2:] + "+0")
+
+
+def test_nested_braces_are_peeled_off_in_one_pass():
+    depth = 500_000  # a pass for each level would be 10^11 steps
+    assert plain("{" * depth + "1" + "}" * depth) == "1"
