@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -88,6 +89,12 @@ class _Lines:
         left = max(0.0, (self._total - done_bytes) / rate)
         done = done_bytes / self._total
         sys.stderr.write(f"{self._what}: {done:.0%}, {rate / 1e9:.2f} GB/s, {left:.0f} s left\n")
+
+
+def print_written(target: Path, size_bytes: int, began_s: float) -> None:
+    """A conversion's last line: what it wrote, in what time since ``began_s`` of the monotonic clock, at what rate."""
+    took = time.monotonic() - began_s
+    print(f"wrote {target} in {took:.2f} s, {size_bytes / took / 1e9:.2f} GB/s")  # noqa: T201
 
 
 def run(command: Callable[[], None]) -> int:

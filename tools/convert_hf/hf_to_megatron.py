@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, progress_bar, run
+from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, print_written, progress_bar, run
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_megatron import plan_import, run_import
 
@@ -41,8 +41,7 @@ def _convert(asked: argparse.Namespace) -> None:
         return
     with progress_bar("import", summary.written_bytes) as progress:
         run_import(plan, target, processes=asked.processes, progress=progress)
-    took = time.monotonic() - began
-    print(f"wrote {asked.target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
+    print_written(asked.target, summary.written_bytes, began)
 
 
 if __name__ == "__main__":

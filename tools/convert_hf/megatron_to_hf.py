@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, progress_bar, run, size_bytes
+from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, print_written, progress_bar, run, size_bytes
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
 
@@ -55,8 +55,7 @@ def _convert(asked: argparse.Namespace) -> None:
         return
     with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
         run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
-    took = time.monotonic() - began
-    print(f"wrote {asked.target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s")
+    print_written(asked.target, summary.written_bytes, began)
 
 
 if __name__ == "__main__":
