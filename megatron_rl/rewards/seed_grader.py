@@ -62,7 +62,7 @@ _UNIT = re.compile(rf"(^|\W)(?:{'|'.join(sorted({*_UNITS, *(f'{u}s' for u in _UN
 
 _BEFORE_UNITS = (
     (r"\n", ""),
-    (r"\.+$", ""),
+    (r"(?<!\.)\.+$", ""),
     (r"\\!", ""),
     (r"\\begin\{array\}\{[^{}]*\}", r"\\begin{pmatrix}"),
     (r"\\end\{array\}", r"\\end{pmatrix}"),
@@ -79,7 +79,6 @@ _AFTER_UNITS = (
     (r"\\\$|\$|\\\(|\\\)", ""),
 )
 _LAST = (
-    (r"\\text\{(.*?)\}", r"\1"),
     (r"[xyz](?:=|\\in|\\to)", ""),
     (r"\\emptyset", "{}"),
     (r"\(-\\infty,\s*\\infty\)", r"\\mathbb{R}"),
@@ -88,24 +87,24 @@ _LAST = (
     (r"\{\.", "{0."),
     (r"(?<!\\)infinity|(?<!\\)\binf\b", r"\\infty"),
     (r"and|\\mathbf", ""),
-    (r"\\mbox\{.*?\}", ""),
 )
 
 
 def strip(text: str) -> str:
-    """One spelling of a prediction, as the seed's ``strip_string`` makes it."""
+    """One spelling of a prediction, as the seed's ``strip_string`` makes it; in linear time, which its patterns are not."""
     text = _rewritten(text.strip(), _BEFORE_UNITS)
-    without_text = re.sub(r"\\text\{.*?\}$", "", text).strip()
-    text = without_text or text
+    if text.endswith("}"):
+        text = text.partition(r"\text{")[0].strip() or text
     for _ in range(2):
         text = _UNIT.sub(r"\1\2", text) or text
     text = _rewritten(text, _AFTER_UNITS)
     number = number_word(text)
-    text = _rewritten(text if number is None else str(number), _LAST)
+    text = _in_closed_braces(r"\\text\{([^}]*)\}", r"\1", text if number is None else str(number))
+    text = _in_closed_braces(r"\\mbox\{[^}]*\}", "", _rewritten(text, _LAST)).strip()
     if "j" in text and "i" not in text:
         text = text.replace("j", "i")
-    text = re.sub(r"(\d+)\.0*([^\d])", r"\1\2", text)
-    text = re.sub(r"(\d+)\.0*$", r"\1", text)
+    text = re.sub(r"(?<!\d)(\d+)\.0*([^\d])", r"\1\2", text)
+    text = re.sub(r"(?<!\d)(\d+)\.0*$", r"\1", text)
     if text.startswith("."):
         text = f"0{text}"
     if text.count("=") == 1 and len(text.partition("=")[0].strip()) <= 2:
@@ -115,6 +114,12 @@ def strip(text: str) -> str:
     text = re.sub(r"\\frac(\w)(\{)", r"\\frac{\1}\2", text)
     text = re.sub(r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}", text)
     return re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", text)
+
+
+def _in_closed_braces(pattern: str, replacement: str, text: str) -> str:
+    """Without what follows the last brace, where each command that is never closed would be searched to the end."""
+    head, brace, tail = text.rpartition("}")
+    return re.sub(pattern, replacement, head + brace) + tail
 
 
 def _rewritten(text: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.dataflow import Finish, Outcome, Score
+from megatron_rl.rewards.answers import extract
 from megatron_rl.rewards.rules import RULES, BoxedRule, CorrectnessRule, SeedRule, load_rule
 from megatron_rl.rewards.structure import Leniency
 
@@ -204,3 +206,35 @@ def test_what_cannot_be_loaded_is_explained(
     monkeypatch.chdir(user_file.parent)
     with pytest.raises(ValueError, match=message):
         load_rule(spec)
+
+
+LONG = 1_000_000
+HOSTILE = {
+    "digits": "1" * LONG,
+    "zeros": "\\boxed{1." + "0" * LONG + "1}",
+    "dots": "\\boxed{" + "." * LONG + "1}",
+    "texts that are never closed": "\\boxed{5" + "\\text{" * (LONG // 6),
+    "boxes that are never closed": "\\boxed{5" + "\\mbox{" * (LONG // 6),
+    "boxes in boxes": "\\boxed{" * (LONG // 7),
+    "spaces": "\\boxed{" + " " * LONG + "}",
+    "units": "\\boxed{" + "5 cm " * (LONG // 5) + "}",
+    "phrases": "the answer is " * (LONG // 14),
+}
+
+
+@pytest.mark.parametrize("name", ["seed", "seed_exact"])
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_an_answer_is_found_in_linear_time_in_whatever_a_model_writes(name: str, text: str) -> None:
+    """An evaluation looks for it outside the workers that have a limit; a quadratic search would take hours."""
+    rule = RULES[name]
+    assert isinstance(rule, SeedRule)
+    before = time.process_time()
+    rule.prediction(text)
+    assert time.process_time() - before < 10
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_so_it_is_by_every_other_rule(text: str) -> None:
+    before = time.process_time()
+    extract(text)
+    assert time.process_time() - before < 10
