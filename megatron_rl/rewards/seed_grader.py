@@ -91,7 +91,7 @@ _LAST = (
 
 
 def strip(text: str) -> str:
-    """One spelling of a prediction, as the seed's ``strip_string`` makes it; in linear time, which its patterns are not."""
+    """One spelling of a prediction, as the seed's ``strip_string`` makes it, but in linear time."""
     text = _rewritten(text.strip(), _BEFORE_UNITS)
     if text.endswith("}"):
         text = text.partition(r"\text{")[0].strip() or text
