@@ -13,7 +13,7 @@ UV := $(BIN)/uv pip$(if $(CI), --quiet)
 REQUIREMENTS := requirements/cpu.lock requirements/dev.lock requirements/cpu-overrides.txt
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 PYTORCH_CPU := https://download.pytorch.org/whl/cpu
-SHELL_FILES = .ci/run $(shell find . -name '*.sh' -not -path './.venv*' -not -path './.git/*')
+SHELL_FILES = .ci/run $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './.venv*' -not -path './.git/*')
 
 # Caches of byte code make every start of torch, vLLM and Ray seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
@@ -86,7 +86,7 @@ lock: $(STAMP) ## resolve the lock files anew (UPGRADE=--upgrade moves every ver
 	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
 	  --override requirements/cpu-overrides.txt requirements/cpu.in -o requirements/cpu.lock
 	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
-	  requirements/dev.in -o requirements/dev.lock
+	  --constraints requirements/cpu.lock requirements/dev.in -o requirements/dev.lock
 	$(UV) compile --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
 	  $(UPGRADE) requirements/gpu.in -o requirements/gpu.lock
 

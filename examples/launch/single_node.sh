@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One machine, no cluster to start: Ray comes and goes with the run.  single_node.sh FILE.toml... [key=value...]
+set -euo pipefail
+if [ $# -eq 0 ]; then
+  echo >&2 "single_node.sh: no configuration; usage: single_node.sh FILE.toml... [key=value...]"
+  exit 2
+fi
+[ -z "${DRY_RUN:-}" ] || exec megatron-rl show-config "$@"
+exec megatron-rl train "$@"

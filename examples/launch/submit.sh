@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Run a command on the cluster as a Ray job, from this folder:  submit.sh [--dashboard URL] -- megatron-rl train FILE.toml...
+# The package and this folder must be there on every node (a shared file system, or the same checkout at the same place).
+# With DRY_RUN=1 the command is printed and nothing starts.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=examples/launch/token.sh
+source "$here/token.sh"
+
+dashboard=http://127.0.0.1:8265
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dashboard) dashboard=${2:?"--dashboard needs a URL"} && shift 2 ;;
+    --) shift && break ;;
+    *) echo >&2 "submit.sh: unknown option $1; usage: submit.sh [--dashboard URL] -- COMMAND..." && exit 2 ;;
+  esac
+done
+if [ $# -eq 0 ]; then
+  echo >&2 "submit.sh: no command; usage: submit.sh [--dashboard URL] -- megatron-rl train FILE.toml..."
+  exit 2
+fi
+
+# the job's shell gets the command word by word, and its own folder and PATH
+# shellcheck disable=SC2016 # it is that shell which expands them
+job=(ray job submit --address="$dashboard" -- env "PATH=$PATH" bash -c 'cd "$1" && shift && exec "$@"' job "$PWD"
+  "$@" cluster.address=auto)
+if [ -n "${DRY_RUN:-}" ]; then
+  printf '%q ' "${job[@]}"
+  echo
+  exit 0
+fi
+need_token
+exec "${job[@]}"
