@@ -101,6 +101,7 @@ def rank_parameters(
     )
 
 
+@cache  # a search asks for the same rank more than once
 def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, dtype: str) -> StateBytes:
     """What ``rank`` keeps of a model in training.
 
@@ -142,6 +143,7 @@ def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, 
     )
 
 
+@cache
 def total_parameters(dims: ModelDims, head: Head) -> int:
     """Elements of the whole model."""
     return sum(p.elements for piece in rank_parameters(dims, ParallelLayout(), head, 0) for p in piece)
@@ -150,9 +152,9 @@ def total_parameters(dims: ModelDims, head: Head) -> int:
 @cache
 def _by_layer(dims: ModelDims, head: Head) -> dict[int | None, tuple[WeightEntry, ...]]:
     groups: dict[int | None, list[WeightEntry]] = {}
-    for entry in sorted(weight_entries(dims, head), key=_order):
-        if not is_float32(entry):  # a buffer, not a parameter
-            groups.setdefault(entry.layer, []).append(entry)
+    trained = (entry for entry in weight_entries(dims, head) if not is_float32(entry))  # the others are buffers
+    for entry in sorted(trained, key=_order):
+        groups.setdefault(entry.layer, []).append(entry)
     return {layer: tuple(entries) for layer, entries in groups.items()}
 
 
@@ -180,20 +182,26 @@ def _piece_parameters(
     if first_piece:
         found += [_parameter(e, dims, layout, tied=tied) for e in outside if e.stage is Stage.FIRST]
     per_piece = dims.layers // layout.virtual_pipeline
-    experts = 0 if dims.experts is None else dims.experts.count // layout.expert
-    mine = range(expert_group * experts, (expert_group + 1) * experts)
+    axes = (layout.tensor, layout.expert_tensor, layout.expert, expert_group)
     for layer in range(piece * per_piece, (piece + 1) * per_piece):
         if layout.stage_of_layer(layer, dims.layers) == stage:
-            found += [
-                _parameter(e, dims, layout)
-                for e in _by_layer(dims, head)[layer]
-                if e.expert is None or e.expert in mine
-            ]
+            found += _layer_parameters(dims, head, layer, *axes)
     if last_piece:
         found += [_parameter(e, dims, layout) for e in outside if e.stage is Stage.LAST]
         if tied:
             found += [_parameter(e, dims, layout, tied=True) for e in outside if e.stage is Stage.FIRST]
     return tuple(found)
+
+
+@cache  # other stages and replicas of a search hold the same layers
+def _layer_parameters(
+    dims: ModelDims, head: Head, layer: int, tensor: int, expert_tensor: int, expert: int, expert_group: int
+) -> tuple[Parameter, ...]:
+    layout = ParallelLayout(tensor=tensor, expert_tensor=expert_tensor, expert=expert)
+    experts = 0 if dims.experts is None else dims.experts.count // expert
+    mine = range(expert_group * experts, (expert_group + 1) * experts)
+    held = (e for e in _by_layer(dims, head)[layer] if e.expert is None or e.expert in mine)
+    return tuple(_parameter(e, dims, layout) for e in held)
 
 
 def _parameter(entry: WeightEntry, dims: ModelDims, layout: ParallelLayout, *, tied: bool = False) -> Parameter:
