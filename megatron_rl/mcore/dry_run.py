@@ -107,7 +107,7 @@ def dry_run(
 @contextlib.contextmanager
 def _alone(layout: ParallelLayout, rank: int) -> Iterator[None]:
     """A process group in which this is ``rank``, and nobody else is there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     tracker = random_states.CudaRNGStatesTracker
     fork, gather = tracker.fork, dist.all_gather_object
     try:
@@ -115,7 +115,7 @@ def _alone(layout: ParallelLayout, rank: int) -> Iterator[None]:
         # fake tensors hold no random state that could be compared and put back
         tracker.fork = lambda self, name=None: contextlib.nullcontext()
         # the optimizer asks which parameter groups others have
-        dist.all_gather_object = _echo
+        dist.all_gather_object = _echo  # type: ignore[assignment]
         yield
     finally:
         tracker.fork, dist.all_gather_object = fork, gather
@@ -148,14 +148,15 @@ def _optimizer_bytes(training: Training) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 class _Live(TorchDispatchMode):
     """Counts the bytes of storages that were made while it was on and are still held."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 

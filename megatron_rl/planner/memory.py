@@ -36,10 +36,12 @@ def activation_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: s
     """What one layer keeps for its backward pass, in bytes per token of a rank; the mean over dense and sparse layers.
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equations 1, 2 and 4,
-    with the tensors that this architecture keeps in place of GPT's: two norms and their inputs (4 h); queries, keys and
-    values as projected and as rotated, what attention gives; gate, up, silu(gate) and their product (4 f). Without
-    sequence parallelism every tensor rank keeps the 4 h whole. ``selective`` keeps nothing that attention gives,
-    ``full`` the input of the layer alone.
+    with the tensors of this architecture in place of GPT's. With h, a (query heads x width), k (key heads x width) and
+    f, a dense layer keeps 3 a + 3 k + 5 f elements, two norms and what enters them (6 h; 10 h in bfloat16, whose norms
+    compute in float32), four rows of angles and the softmax's float32 sums. Sequence parallelism shares the h over
+    tensor ranks. ``selective`` leaves out the sums, since the rows of this attention hold no scores; ``full`` keeps the
+    layer's input alone. For dense layers a test holds this against the real model; experts and latent attention are
+    counted likewise and not tested.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
@@ -47,23 +49,38 @@ def activation_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: s
         return size * hidden
     latent = dims.latent
     if latent is None:
-        attended = dims.heads * dims.head_dim
-        heads = 2 * (attended + dims.kv_heads * dims.head_dim) + 2 * dims.kv_heads * dims.head_dim
-        low = 0
+        heads = 3 * (dims.heads + dims.kv_heads) * dims.head_dim
+        alone = 4 * dims.head_dim
     else:
-        attended = dims.heads * latent.value_head_dim
-        wide = dims.heads * (latent.plain_head_dim + latent.rotary_head_dim)
-        heads = 4 * wide + 2 * attended
-        low = 2 * ((latent.query_rank or 0) + latent.kv_rank + latent.rotary_head_dim)
-    heads += 0 if trainer.recompute == "selective" else attended
+        heads = dims.heads * (4 * (latent.plain_head_dim + latent.rotary_head_dim) + 3 * latent.value_head_dim)
+        alone = 2 * ((latent.query_rank or 0) + latent.kv_rank + 3 * latent.rotary_head_dim)
     experts = dims.experts
     sparse = 0 if experts is None else len(experts.layers)
-    ffn = 4 * dims.ffn_hidden / layout.tensor * (dims.layers - sparse)
+    ffn = 5 * dims.ffn_hidden / layout.tensor * (dims.layers - sparse)
     if experts is not None:
-        routed = experts.per_token * (4 * experts.ffn_hidden / layout.expert_tensor + 3 * dims.hidden)
+        routed = experts.per_token * (5 * experts.ffn_hidden / layout.expert_tensor + 3 * dims.hidden)
         share = 1 / layout.tensor if layout.sequence_parallel else 1.0
-        ffn += sparse * (routed * share + 4 * experts.shared_ffn_hidden / layout.tensor)
-    return size * (4 * hidden + heads / layout.tensor + low + ffn / dims.layers)
+        ffn += sparse * (routed * share + 5 * experts.shared_ffn_hidden / layout.tensor)
+    sums = 0.0 if trainer.recompute == "selective" else 4 * dims.heads / layout.tensor
+    return size * (_norms(size) * hidden + heads / layout.tensor + alone + ffn / dims.layers) + sums + 8
+
+
+def _norms(size: int) -> int:
+    """Elements of width h that a layer's two norms keep, their inputs included."""
+    return 10 if size == 2 else 6
+
+
+def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
+    """The most that a pass holds beyond what layers keep: the last norm and the head, or one layer's gradients on their
+    way, and with ``full`` that layer computed again.
+    """
+    layout, size = trainer.layout, DTYPE_BYTES[dtype]
+    hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    gradients = hidden + 2 * dims.ffn_hidden / layout.tensor
+    if trainer.recompute == "full":
+        again = replace(trainer, recompute="none")
+        return activation_bytes_per_token(dims, again, dtype) + size * gradients
+    return size * max((_norms(size) + 2 if size == 2 else 6) * hidden, gradients)
 
 
 def trainer_cells(
@@ -96,15 +113,11 @@ def _stage_cells(
     layers = dims.layers / layout.pipeline
     flying = pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage)
     each = activation_bytes_per_token(dims, trainer, dtype)
-    kept = tokens * layers * flying * each
+    passing = passing_bytes_per_token(dims, trainer, dtype)
     formula = (
-        f"{tokens} tokens x {layers:g} layers x {flying:g} micro-batches in flight x {each:,.0f} B "
-        f"(recompute={trainer.recompute})"
+        f"{tokens} tokens x ({layers:g} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
+        f"in passing) (recompute={trainer.recompute})"
     )
-    if trainer.recompute == "full":
-        whole = activation_bytes_per_token(dims, _without_recompute(trainer), dtype)
-        kept += tokens * whole
-        formula += f" + {tokens} x {whole:,.0f} B of the layer that is computed again"
     cells = [
         Cell(name=f"{role}.weights", value=states.weights, unit="B", formula=f"{count} x {size} B, padding included"),
         Cell(name=f"{role}.gradients", value=states.gradients, unit="B", formula=f"{count} x 4 B, padding included"),
@@ -115,7 +128,7 @@ def _stage_cells(
             formula="on the host" if trainer.optimizer_on_host else f"{count} x {12 if size == 2 else 8} B{sharded}",
         ),
         Cell(name=f"{role}.host_optimizer", value=states.host_optimizer, unit="B", formula=f"{count} x 12 B{sharded}"),
-        Cell(name=f"{role}.activations", value=kept, unit="B", formula=formula),
+        Cell(name=f"{role}.activations", value=tokens * (layers * flying * each + passing), unit="B", formula=formula),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         rows = padded_vocabulary(dims.vocabulary, layout.tensor) // layout.tensor
@@ -134,10 +147,6 @@ def _stage_cells(
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
     return cells
-
-
-def _without_recompute(trainer: TrainerConfig) -> TrainerConfig:
-    return replace(trainer, recompute="none")
 
 
 def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:

@@ -102,4 +102,5 @@ def _ranked(found: list[Choice]) -> Iterator[str]:
         others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
         yield f"  no: {alike[0].layout}{others}: {problem}"
     if len(refused) > _SHOWN:
-        yield f"  {sum(map(len, list(refused.values())[_SHOWN:]))} more cannot be, for {len(refused) - _SHOWN} other reasons"
+        left = list(refused.values())[_SHOWN:]
+        yield f"  {sum(map(len, left))} more cannot be, for {len(left)} other reasons"

@@ -9,6 +9,7 @@ from megatron_rl.config.schema import RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells
+from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 
@@ -205,9 +206,19 @@ def _judged(
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
     trainer = replace(config.trainers[role], layout=layout)
+    room = machine.device.memory - machine.device.reserved
+    least = _least_bytes(dims, layout, head_of(role), config.model.dtype)
+    if least > room:
+        problem = f"needs at least {least / 1e9:.0f} GB of a device's {room / 1e9:.1f} GB"
+        return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
     cells = trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
     held = device_bytes(cells)
     seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
-    room = machine.device.memory - machine.device.reserved
     problem = f"needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB" if held > room else ""
     return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)
+
+
+def _least_bytes(dims: ModelDims, layout: ParallelLayout, head: Head, dtype: str) -> float:
+    """Weights and gradients if all were shared as far as the experts are: what spares counting parameters one by one."""
+    most = max(layout.tensor, layout.expert * layout.expert_tensor) * layout.pipeline
+    return total_parameters(dims, head) * (4 + DTYPE_BYTES[dtype]) / most

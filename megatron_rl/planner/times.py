@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.schema import EngineConfig, TrainerConfig
@@ -75,8 +76,8 @@ def pass_time(
 
     Products: :meth:`ModelDims.row_flops`. Element-wise work reads and writes about twice what a layer would keep for
     its backward pass. Tensor ranks exchange four times a layer and pass (Korthikanti et al. 2022, section 4.2.2),
-    experts twice (Lepikhin et al., "GShard", 2020, section 3.2), context ranks gather keys and values once. A pipeline waits
-    ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section 2.2).
+    experts twice (Lepikhin et al., "GShard", 2020, section 3.2), context ranks gather keys and values once. A
+    pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section 2.2).
     """
     layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
     share = layout.tensor * layout.pipeline * layout.context
@@ -173,8 +174,8 @@ def rollout_time(
 
     Pope et al. 2022, section 2: a step reads all weights once (of experts those that some token chose) and the keys and
     values of every sequence; it lasts as long as the larger of that and its products, and two all-reduces a layer.
-    While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow; the longest sample
-    goes on alone after that, from the mean length to the limit.
+    While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow; the longest
+    sample goes on alone after that, from the mean length to the limit.
     """
     device, size = machine.device, DTYPE_BYTES[dtype]
     mine = samples / engine.count
@@ -209,7 +210,7 @@ def _touched(dims: ModelDims, tokens: float) -> float:
         return 1.0
     routed = 3 * dims.hidden * experts.ffn_hidden * experts.count * len(experts.layers)
     share = routed / total_parameters(dims, Head.TOKEN)
-    missed = (1 - experts.per_token / experts.count) ** tokens
+    missed = math.pow(1 - experts.per_token / experts.count, tokens)
     return 1 - share * missed
 
 

@@ -86,21 +86,21 @@ def test_predicted_bytes_are_those_of_the_real_model(case: str, process: Ranks) 
                 assert vars(said) == {name: getattr(found, name) for name in vars(said)}, (dtype, flags, head, rank)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
-    recompute: Literal["none", "selective", "full"], tensor: int, process: Ranks
+    dtype: str, recompute: Literal["none", "selective", "full"], tensor: int, process: Ranks
 ) -> None:
     sizes = dims("Qwen2ForCausalLM", num_hidden_layers=12, hidden_size=256, intermediate_size=704, vocab_size=128)
     layout = ParallelLayout(tensor=tensor, sequence_parallel=tensor > 1)
     trainer = TrainerConfig(
         optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=4096, recompute=recompute
     )
-    found = process.run(1, _answer, sizes, trainer, Head.VALUE, 0, "float32", 256)[0]
-    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, "float32", reference=False)
+    found = process.run(1, _answer, sizes, trainer, Head.VALUE, 0, dtype, 256)[0]
+    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
-    print("RATIO", recompute, tensor, said / found.activations)
-    assert said == pytest.approx(found.activations, rel=0.15)
+    assert said == pytest.approx(found.activations, rel=0.05)
 
 
 def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: Ranks) -> None:
