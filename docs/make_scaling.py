@@ -62,9 +62,9 @@ def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
-        "GB of the fullest device.\n"
+        "GB of the fullest device; the last column is GPU-hours of 120 steps.\n"
     )
-    yield "| recipe | GPUs | policy | critic | engine | rollout s | scoring s | updates s | push s | step s | GPU-hours, 120 steps |"
+    yield "| recipe | GPUs | policy | critic | engine | rollout s | scoring s | updates s | push s | step s | GPU-h, 120 |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
         found = plan(config, dims_of(name), machine("h100"), LENGTHS)
@@ -95,8 +95,8 @@ def grown(config: RunConfig, times: int, *, weak: bool) -> RunConfig:
 def scaling_rows() -> Iterator[str]:
     yield "\n## Strong and weak scaling\n"
     yield (
-        "The recipe on 1, 2, 4 and 8 times its devices: more replicas and engines, the same step (strong) or a step, and "
-        "a minibatch, as many times larger (weak). Efficiency against the recipe.\n"
+        "The recipe on 1, 2, 4 and 8 times its devices: more replicas and engines, the same step (strong) or a step, "
+        "and a minibatch, as many times larger (weak). Efficiency against the recipe.\n"
     )
     yield "| recipe | | x1 | x2 | x4 | x8 |\n| --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
@@ -120,10 +120,10 @@ def trainer(layout: ParallelLayout, **changes: object) -> TrainerConfig:
 def seed_rows() -> Iterator[str]:
     yield "\n## The seed's recipes\n"
     yield (
-        "Qwen2.5-Math-7B, 1,024 prompts x 8 samples, 64 updates of 128 a step. 32 GPUs: policy and critic TP4 DP2 each, "
-        "16 engines; 6 GPUs: TP2 each, 2 engines, optimizer states in host memory. The seed reports less than one day for "
-        "60 steps and 1.5 days for 120 on 32 GPUs, and calls 6 GPUs untested. Its figure is of another program, which "
-        "scores answers one after the other.\n"
+        "Qwen2.5-Math-7B, 1,024 prompts x 8 samples, 64 updates of 128 a step. 32 GPUs: policy and critic TP4 DP2 "
+        "each, 16 engines; 6 GPUs: TP2 each, 2 engines, optimizer states in host memory. The seed reports less than "
+        "one day for 60 steps and 1.5 days for 120 on 32 GPUs, and calls 6 GPUs untested. Its figure is of another "
+        "program, which scores answers one after the other.\n"
     )
     yield "| GPUs | device | policy GB | critic GB | engine GB | step s | 60 steps, days | 120 steps, days | fits |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -147,10 +147,12 @@ def seed_rows() -> Iterator[str]:
 def aligner_rows() -> Iterator[str]:
     yield "\n## Against what others published\n"
     yield (
-        "**NeMo-Aligner** (docs/user-guide/rlhf.rst): Llama-3 70B policy and 70B critic, 1,024 samples, minibatches of 128, "
-        "about 330 tokens generated. Policy nodes generate and then train, critic nodes train beside them. Layouts, prompts "
-        "and limits are not published; assumed here: TP8 PP8, engines TP8 on the policy's GPUs, 400 tokens a prompt, at "
-        "most 1,024 a response, no recompute.\n"
+        "**NeMo-Aligner** (docs/user-guide/rlhf.rst): Llama-3 70B policy and 70B critic, 1,024 samples, minibatches of "
+        "128, about 330 tokens generated. Policy nodes generate and then train, critic nodes train beside them. "
+        "Assumed here, since we have no source for it: TP8 PP8, engines TP8 on the policy's GPUs, 400 tokens a "
+        "prompt, at most 1,024 a response, no recompute. The prediction misses these points by far: it says what the "
+        "devices would allow, of which that program used a fraction; where a step is short, the tail of the longest "
+        "response, which does not scale, weighs more than it did there.\n"
     )
     yield "| nodes | predicted s | published s | error | predicted speed-up | published |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -181,9 +183,11 @@ def aligner_rows() -> Iterator[str]:
 
 def bridge_rows() -> Iterator[str]:
     yield (
-        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second and GPU. "
-        f"Products are taken {FP8_GAIN} times as fast as in BF16. Of the layouts only that of 70B is known; rows of 8,192 "
-        "(Qwen3 4,096) tokens and steps of 128 rows (256 from 256 GPUs on, 1,024 from 1,024) are assumed.\n"
+        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second and "
+        f"GPU. Products are taken {FP8_GAIN} times as fast as in BF16. Of the layouts we know that of 70B alone; the "
+        "others, rows of 8,192 tokens (Qwen3: 4,096) and steps of 128 rows (405B 1,024, Qwen3 512 and 2,048) are "
+        "assumed. Experts miss in both directions: nothing here knows that products of many small experts are slower, "
+        "or that dispatchers send a token to a node once.\n"
     )
     yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
     moe = {"expert": 8}

@@ -72,14 +72,15 @@ def _norms(size: int) -> int:
 
 def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
     """The most that a pass holds beyond what layers keep: the last norm and the head, or one layer's gradients on their
-    way, and with ``full`` that layer computed again.
+    way, and with ``full`` that layer computed again and what its products gather from other tensor ranks.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
     gradients = hidden + 2 * dims.ffn_hidden / layout.tensor
     if trainer.recompute == "full":
         again = replace(trainer, recompute="none")
-        return activation_bytes_per_token(dims, again, dtype) + size * gradients
+        gathered = dims.hidden if layout.sequence_parallel else 0
+        return activation_bytes_per_token(dims, again, dtype) + size * (gradients + gathered)
     return size * max((_norms(size) + 2 if size == 2 else 6) * hidden, gradients)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
+from megatron_rl.config.load import parse
+from megatron_rl.config.schema import OptimizerConfig, RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.memory import trainer_cells
 from megatron_rl.planner.states import state_bytes
 from megatron_rl.weights.rules import Head
 from tests.distributed.ranks import Ranks
 from tests.unit.weights.models import EXTRA, dims
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"num_hidden_layers": 8, "hidden_size": 48, "intermediate_size": 40, "vocab_size": 400}
 EIGHT = {"num_experts": 8, "n_routed_experts": 8}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
@@ -101,6 +105,19 @@ def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
     cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
     assert said == pytest.approx(found.activations, rel=0.05)
+
+
+RECIPES = sorted((ROOT / "examples" / "beyond_7b").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_a_rank_of_every_recipe_is_built_as_planned(file: Path, process: Ranks) -> None:
+    config = parse(RunConfig, [file])
+    sizes = read_model_dims(ROOT / config.model.path)
+    last = config.policy.layout.world_size - 1
+    found = process.run(1, _answer, sizes, config.policy, Head.TOKEN, last, "bfloat16", timeout_s=120)[0]
+    said = state_bytes(sizes, config.policy, Head.TOKEN, last, "bfloat16")
+    assert vars(said) == {name: getattr(found, name) for name in vars(said)}
 
 
 def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: Ranks) -> None:

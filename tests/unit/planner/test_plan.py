@@ -170,3 +170,9 @@ def test_any_cell_explains_itself_with_its_numbers():
         explained("policy.x")
     with pytest.raises(ValueError, match="--device must be one of a100-80g, h100, h200, b200, cpu, got tpu"):
         explained("policy.weights", device="tpu")
+
+
+def test_the_page_on_scaling_is_what_the_planner_says():
+    script = ROOT / "docs" / "make_scaling.py"
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, "run python docs/make_scaling.py"
