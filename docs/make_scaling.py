@@ -64,7 +64,8 @@ def recipe_rows() -> Iterator[str]:
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
         "GB of the fullest device; the last column is GPU-hours of 120 steps.\n"
     )
-    yield "| recipe | GPUs | policy | critic | engine | rollout s | scoring s | updates s | push s | step s | GPU-h, 120 |"
+    columns = "recipe, GPUs, policy, critic, engine, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
+    yield f"| {columns.replace(', ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
         found = plan(config, dims_of(name), machine("h100"), LENGTHS)
@@ -183,8 +184,8 @@ def aligner_rows() -> Iterator[str]:
 
 def bridge_rows() -> Iterator[str]:
     yield (
-        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second and "
-        f"GPU. Products are taken {FP8_GAIN} times as fast as in BF16. Of the layouts we know that of 70B alone; the "
+        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second "
+        f"and GPU. Products are taken {FP8_GAIN} times as fast as in BF16. Of the layouts we know that of 70B alone; the "
         "others, rows of 8,192 tokens (Qwen3: 4,096) and steps of 128 rows (405B 1,024, Qwen3 512 and 2,048) are "
         "assumed. Experts miss in both directions: nothing here knows that products of many small experts are slower, "
         "or that dispatchers send a token to a node once.\n"

@@ -1,4 +1,4 @@
-"""``megatron-rl train|sft|check-parity|plan|dry-run|show-config FILE.toml... key=value...``."""
+"""``megatron-rl train|sft|check-parity|plan|dry-run|scale|show-config FILE.toml... key=value...``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("check-parity", "hold Hugging Face, the trainer and the engine side by side on the same tokens; no training"),
         ("plan", "memory and time of every role from sizes alone; needs no torch, no GPU and no weights"),
         ("dry-run", "build the real model of one rank of any world, without memory"),
+        ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
         ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
     ):
         command = commands.add_parser(name, help=text)
+        if name == "scale":
+            command.add_argument("action", choices=("plan", "run"))
         command.add_argument("settings", nargs="+", metavar="FILE.toml|key=value")
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
@@ -62,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_parity(load(RunConfig, files, overrides))
         elif asked.command == "plan":
             _plan(parse(RunConfig, files, overrides), asked)
+        elif asked.command == "scale":
+            _scale(files, measure=asked.action == "run")
         elif asked.command == "dry-run":
             _dry_run(parse(RunConfig, files, overrides), asked)
         else:
@@ -157,6 +163,28 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     stages = stage_parameters(dims, trainer, head)
     lines.append("  parameters of each stage: " + ", ".join(f"{count:,}" for count in stages))
     _print("\n".join(lines))
+
+
+def _scale(files: Sequence[Path], *, measure: bool) -> None:
+    from megatron_rl.planner.study import plot_study, read_study, study_rows, study_table
+
+    if len(files) != 1:
+        raise ConfigError([f"scale: takes one study and no settings, got {len(files)} files"])
+    study = read_study(files[0])
+    study_rows(study)  # all that is wrong with any run, before the first one starts
+    for run in study.runs if measure else ():
+        if (study.folder / run.name / "summary.json").is_file():
+            continue  # the same command goes on where it stopped
+        command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
+        if status := subprocess.run(command, check=False).returncode:
+            raise RuntimeError(
+                f"run {run.name} of the study ended with status {status}; the same command tries it again"
+            )
+    rows = study_rows(study)
+    if measure:
+        (study.folder / "study.md").write_text(study_table(rows))
+        plot_study(rows, study.folder / "study.png")
+    _print(study_table(rows))
 
 
 class _Termination:

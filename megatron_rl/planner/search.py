@@ -219,6 +219,6 @@ def _judged(
 
 
 def _least_bytes(dims: ModelDims, layout: ParallelLayout, head: Head, dtype: str) -> float:
-    """Weights and gradients if all were shared as far as the experts are: what spares counting parameters one by one."""
+    """Weights and gradients if all were shared as far as the experts are: which spares counting them one by one."""
     most = max(layout.tensor, layout.expert * layout.expert_tensor) * layout.pipeline
     return total_parameters(dims, head) * (4 + DTYPE_BYTES[dtype]) / most
