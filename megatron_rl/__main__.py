@@ -1,4 +1,4 @@
-"""``megatron-rl train|sft|check-parity|show-config FILE.toml... key=value...``."""
+"""``megatron-rl train|sft|check-parity|plan|dry-run|scale|show-config FILE.toml... key=value...``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rl.config.load import ConfigError, dump, load
+from megatron_rl.config.load import ConfigError, dump, load, parse
 from megatron_rl.config.schema import RunConfig, SFTConfig
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
@@ -28,12 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("train", "PPO from a base model"),
         ("sft", "supervised stage"),
         ("check-parity", "hold Hugging Face, the trainer and the engine side by side on the same tokens; no training"),
+        ("plan", "memory and time of every role from sizes alone; needs no torch, no GPU and no weights"),
+        ("dry-run", "build the real model of one rank of any world, without memory"),
+        ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
         ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
     ):
         command = commands.add_parser(name, help=text)
+        if name == "scale":
+            command.add_argument("action", choices=("plan", "run"))
         command.add_argument("settings", nargs="+", metavar="FILE.toml|key=value")
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
+        elif name == "plan":
+            command.add_argument("--nodes", type=int, help="default: as many as the recipe takes")
+            command.add_argument("--gpus-per-node", type=int, default=8)
+            command.add_argument("--device", default="h100", help="a100-80g, h100, h200, b200 or cpu (default: h100)")
+            command.add_argument("--prompt-tokens", type=float, help="mean; default: a quarter of the limit")
+            command.add_argument("--response-tokens", type=float, help="mean; default: a third of the limit")
+            command.add_argument(
+                "--explain", metavar="CELL", help="print one number's formula, such as policy.gradients"
+            )
+        elif name == "dry-run":
+            command.add_argument("--rank", type=int, default=0)
+            command.add_argument("--role", choices=("policy", "critic"), default="policy")
+            command.add_argument("--row-tokens", type=int, help="count activations too, with rows of so many tokens")
     asked = parser.parse_args(arguments)
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
@@ -45,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _sft(load(SFTConfig, files, overrides))
         elif asked.command == "check-parity":
             _check_parity(load(RunConfig, files, overrides))
+        elif asked.command == "plan":
+            _plan(parse(RunConfig, files, overrides), asked)
+        elif asked.command == "scale":
+            _scale(files, measure=asked.action == "run")
+        elif asked.command == "dry-run":
+            _dry_run(parse(RunConfig, files, overrides), asked)
         else:
             _print(dump(load(RunConfig, files, overrides)))
     except ConfigError as error:
@@ -93,6 +118,73 @@ def _check_parity(config: RunConfig) -> None:
 
     with open_parity(config, _print) as gate:
         gate()
+
+
+def _plan(config: RunConfig, asked: argparse.Namespace) -> None:
+    from megatron_rl.model_dims import read_model_dims
+    from megatron_rl.planner.report import plan_text
+    from megatron_rl.planner.search import Lengths
+
+    lengths = Lengths(
+        prompt=asked.prompt_tokens or config.data.max_prompt_tokens / 4,
+        response=asked.response_tokens or config.rollout.max_response_tokens / 3,
+    )
+    _print(
+        plan_text(
+            config,
+            read_model_dims(config.model.path),
+            device=asked.device,
+            per_node=asked.gpus_per_node,
+            nodes=asked.nodes,
+            lengths=lengths,
+            explain=asked.explain,
+        )
+    )
+
+
+def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
+    from megatron_rl.device import prepare_megatron
+    from megatron_rl.model_dims import read_model_dims
+    from megatron_rl.planner.memory import stage_parameters
+    from megatron_rl.planner.search import head_of
+
+    if asked.role not in config.trainers:
+        raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
+    prepare_megatron()
+    from megatron_rl.mcore.dry_run import dry_run
+
+    trainer, dims = config.trainers[asked.role], read_model_dims(config.model.path)
+    head = head_of(asked.role)
+    found = dry_run(dims, trainer, head, asked.rank, config.model.dtype, asked.row_tokens)
+    lines = [f"{asked.role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]
+    lines += [f"  {name:16}{value:>22,}" for name, value in vars(found).items() if isinstance(value, int)]
+    if found.uncounted:
+        lines.append(f"  activations     not counted: {found.uncounted}")
+    stages = stage_parameters(dims, trainer, head)
+    lines.append("  parameters of each stage: " + ", ".join(f"{count:,}" for count in stages))
+    _print("\n".join(lines))
+
+
+def _scale(files: Sequence[Path], *, measure: bool) -> None:
+    from megatron_rl.planner.study import plot_study, read_study, study_rows, study_table
+
+    if len(files) != 1:
+        raise ConfigError([f"scale: takes one study and no settings, got {len(files)} files"])
+    study = read_study(files[0])
+    study_rows(study)  # all that is wrong with any run, before the first one starts
+    for run in study.runs if measure else ():
+        if (study.folder / run.name / "summary.json").is_file():
+            continue  # the same command goes on where it stopped
+        command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
+        if status := subprocess.run(command, check=False).returncode:
+            raise RuntimeError(
+                f"run {run.name} of the study ended with status {status}; the same command tries it again"
+            )
+    rows = study_rows(study)
+    if measure:
+        (study.folder / "study.md").write_text(study_table(rows))
+        plot_study(rows, study.folder / "study.png")
+    _print(study_table(rows))
 
 
 class _Termination:

@@ -31,6 +31,20 @@ def load(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = (
         ConfigError: with all problems together: unknown keys (and the nearest known one), wrong types, files that are
             missing, sizes that do not divide.
     """
+    config = parse(root, files, overrides)
+    problems = list(config.problems())
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def parse(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
+    """The same with the types checked alone: sections may contradict each other, and files that they name may be
+    missing, as where a run is planned on another machine.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, configuration files that are missing.
+    """
     merged: dict[str, Any] = {}
     for file in files:
         try:
@@ -45,9 +59,6 @@ def load(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = (
         config = TypeAdapter(root).validate_python(merged)
     except ValidationError as error:
         raise ConfigError(list(_described(error, root))) from None
-    problems = list(config.problems())
-    if problems:
-        raise ConfigError(problems)
     return config
 
 

@@ -39,18 +39,7 @@ def start_groups(
     timeout = timedelta(seconds=timeout_s)
     store = _meet(host, port, layout.world_size, rank, timeout)
     dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=layout.world_size, timeout=timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        order="tp-cp-ep-dp-pp",
-        distributed_timeout_minutes=timeout_s / 60,
-        # a second, CPU-only set of groups beside NCCL's: each costs polling threads, and nothing here asks for one
-        create_gloo_process_groups=False,
-    )
+    build_parallel_groups(layout, timeout_s)
     at = layout.coordinates(rank)
     found = Coordinates(
         tensor=parallel_state.get_tensor_model_parallel_rank(),
@@ -62,6 +51,24 @@ def start_groups(
         raise RuntimeError(f"rank {rank} of {layout} must be at {at}, but megatron-core placed it at {found}")
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return at
+
+
+def build_parallel_groups(layout: ParallelLayout, timeout_s: float | None = None) -> None:
+    """megatron-core's groups of a layout, within the process group of all its ranks; ``timeout_s`` bounds each
+    collective, None leaves it as torch has it.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        order="tp-cp-ep-dp-pp",
+        distributed_timeout_minutes=30 if timeout_s is None else timeout_s / 60,
+        # a second, CPU-only set of groups beside NCCL's: each costs polling threads, and nothing here asks for one
+        create_gloo_process_groups=False,
+    )
 
 
 def _meet(host: str, port: int, world_size: int, rank: int, timeout: timedelta) -> dist.TCPStore:

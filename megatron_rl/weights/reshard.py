@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.entries import WeightEntry
 from megatron_rl.weights.rules import Op, Split
 from megatron_rl.weights.shapes import full_shape, is_vocabulary
-from megatron_rl.weights.weight_map import WeightEntry
 
 
 @dataclass(frozen=True)

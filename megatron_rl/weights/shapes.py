@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.entries import WeightEntry
 from megatron_rl.weights.rules import Split
-from megatron_rl.weights.weight_map import WeightEntry
 
 
 def full_shape(entry: WeightEntry, dims: ModelDims) -> tuple[int, ...]:

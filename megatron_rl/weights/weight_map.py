@@ -1,59 +1,18 @@
-"""Every tensor of a model under both its names, and the change of form between them, in both directions."""
+"""The tensors of a model and the change of form between Megatron's and Hugging Face's, in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-from megatron_rl.model_dims import ModelDims, UnknownArchitecture
-from megatron_rl.weights.families import EMBEDDING, FAMILIES, HEADS
-from megatron_rl.weights.rules import Ffn, Head, Layers, Op, Split, WeightRule
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.entries import Stage, WeightEntry, weight_entries
+from megatron_rl.weights.rules import Head, Op, Split, WeightRule
 
 __all__ = ["Head", "Op", "Split", "Stage", "WeightEntry", "WeightMap", "WeightRule", "weight_map"]
-
-
-class Stage(Enum):
-    """Which pipeline stage holds a tensor."""
-
-    FIRST = "first"
-    LAYER = "layer"
-    """The one that holds the tensor's layer."""
-    LAST = "last"
-
-
-@dataclass(frozen=True)
-class WeightEntry:
-    """A rule for one layer of the whole model, or for a tensor outside the layers.
-
-    Attributes:
-        megatron: name with the global number of the layer.
-        hf: names of the Hugging Face tensors.
-        op: how they make the Megatron tensor.
-        split: how that is cut over tensor-parallel ranks.
-        layer: global, from 0; None outside the layers.
-        stage: which pipeline stage holds it.
-        expert: global, from 0; None where all ranks of a stage have a part or a copy.
-        ffn: whose width its gate and up projections have.
-    """
-
-    megatron: str
-    hf: tuple[str, ...]
-    op: Op
-    split: Split
-    layer: int | None
-    stage: Stage
-    expert: int | None = None
-    ffn: Ffn = Ffn.DENSE
-
-    def ffn_hidden(self, dims: ModelDims) -> int:
-        """Width of the feed-forward block that the tensor belongs to."""
-        if self.ffn is Ffn.DENSE or dims.experts is None:
-            return dims.ffn_hidden
-        return dims.experts.ffn_hidden if self.ffn is Ffn.EXPERT else dims.experts.shared_ffn_hidden
 
 
 @dataclass(frozen=True)
@@ -120,44 +79,5 @@ class WeightMap:
 
 
 def weight_map(dims: ModelDims, head: Head) -> WeightMap:
-    """The tensors of the model that ``dims`` describes, under ``head``.
-
-    A critic has an output layer of its own and so never shares its embedding.
-
-    Raises:
-        UnknownArchitecture: there is no table for the model's family.
-    """
-    if dims.architecture not in FAMILIES:
-        raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
-    rules = [rule for rule in FAMILIES[dims.architecture] if rule.when(dims)]
-    if head is Head.VALUE or not dims.tied_embeddings:
-        rules += HEADS[head]
-    layered = [rule for rule in rules if "{layer}" in rule.megatron]
-    single = [rule for rule in rules if "{layer}" not in rule.megatron and rule is not EMBEDDING]
-    sparse = () if dims.experts is None else dims.experts.layers
-    return WeightMap(
-        dims,
-        (
-            _entry(EMBEDDING, Stage.FIRST),
-            *(
-                _entry(rule, Stage.LAYER, layer, expert)
-                for layer in range(dims.layers)
-                for rule in layered
-                if rule.layers is Layers.ALL or (rule.layers is Layers.SPARSE) == (layer in sparse)
-                for expert in _experts(dims, rule)
-            ),
-            *(_entry(rule, Stage.LAST) for rule in single),
-        ),
-    )
-
-
-def _experts(dims: ModelDims, rule: WeightRule) -> Iterable[int | None]:
-    if "{expert}" not in rule.megatron or dims.experts is None:
-        return (None,)
-    return range(dims.experts.count)
-
-
-def _entry(rule: WeightRule, stage: Stage, layer: int | None = None, expert: int | None = None) -> WeightEntry:
-    hf = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
-    name = rule.megatron.format(layer=layer, expert=expert)
-    return WeightEntry(name, hf, rule.op, rule.split, layer, stage, expert, rule.ffn)
+    """The tensors of the model that ``dims`` describes, under ``head``; errors as :func:`.entries.weight_entries`."""
+    return WeightMap(dims, weight_entries(dims, head))

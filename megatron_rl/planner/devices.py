@@ -1,0 +1,97 @@
+"""Devices and links: the only place with figures of hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One GPU and its share of its machine. Rates are peaks, per second and direction.
+
+    Attributes:
+        memory: bytes.
+        flops: dense bfloat16.
+        bandwidth: of its memory, in bytes.
+        link: to the other GPUs of its node, in bytes.
+        network: to GPUs of other nodes, in bytes.
+        host_link: to the memory of its host, in bytes.
+        reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
+        source: of these figures.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    host_link: float
+    reserved: float
+    source: str
+
+
+DEVICES: Mapping[str, Device] = {
+    "a100-80g": Device(
+        memory=80e9,
+        flops=312e12,
+        bandwidth=2.039e12,
+        link=300e9,
+        network=25e9,
+        host_link=31.5e9,
+        reserved=2e9,
+        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR InfiniBand 200 Gb/s per GPU (DGX A100)",
+    ),
+    "h100": Device(
+        memory=80e9,
+        flops=989e12,
+        bandwidth=3.35e12,
+        link=450e9,
+        network=50e9,
+        host_link=63e9,
+        reserved=2e9,
+        source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H100)",
+    ),
+    "h200": Device(
+        memory=141e9,
+        flops=989e12,
+        bandwidth=4.8e12,
+        link=450e9,
+        network=50e9,
+        host_link=63e9,
+        reserved=2e9,
+        source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H200)",
+    ),
+    "b200": Device(
+        memory=180e9,
+        flops=2250e12,
+        bandwidth=8e12,
+        link=900e9,
+        network=50e9,
+        host_link=63e9,
+        reserved=2e9,
+        source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s per GPU",
+    ),
+    "cpu": Device(
+        memory=4e9,
+        flops=50e9,
+        bandwidth=10e9,
+        link=2e9,
+        network=1e9,
+        host_link=10e9,
+        reserved=0.4e9,
+        source="one core of a small machine; an order of magnitude, not a measurement",
+    ),
+}
+
+MATMUL_SHARE = 0.7
+"""Of the peak that the products of a transformer reach. 0.81 was measured for one of 8,192^3 on an H100; smaller ones
+reach less. One figure for all devices, models and layouts."""
+MEMORY_SHARE = 0.8
+"""Of the bandwidth of memory that element-wise work reaches (3.0 of 3.35 TB/s was measured for a copy)."""
+LINK_SHARE = 0.75
+"""Of the bandwidth of links that collectives of large messages reach."""
+LAUNCH_S = 12e-6
+"""For one all-reduce of a few bytes inside a node."""
+DECODE_STEP_S = 3e-3
+"""What one step of an engine takes besides its arithmetic: scheduling, sampling, launching."""

@@ -1,0 +1,106 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.memory import Cell, device_bytes
+from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan
+from megatron_rl.planner.times import Machine
+
+_SHOWN = 5
+
+
+def plan_text(
+    config: RunConfig,
+    dims: ModelDims,
+    *,
+    device: str,
+    per_node: int,
+    nodes: int | None,
+    lengths: Lengths,
+    explain: str | None,
+) -> str:
+    """What ``megatron-rl plan`` prints.
+
+    Args:
+        config: the recipe.
+        dims: of its model.
+        device: a key of :data:`DEVICES`.
+        per_node: GPUs of a node.
+        nodes: as many as there are; None: as many as the recipe takes.
+        lengths: mean tokens.
+        explain: the name of a cell, to print its formula alone.
+
+    Raises:
+        ValueError: there is no such device or cell.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device}")
+    machine = Machine(device=DEVICES[device], per_node=per_node)
+    found = plan(config, dims, machine, lengths)
+    if explain is not None:
+        return _explained(found, explain)
+    needed = -(-found.devices // per_node)
+    lines = [f"{found.devices} x {device} ({needed} nodes of {per_node}); {machine.device.source}"]
+    if nodes is not None and nodes < needed:
+        lines.append(
+            f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
+        )
+    lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
+    lines += _memory(found, [*config.trainers, "engine"])
+    lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
+    if found.times:
+        hours = found.step_seconds * config.steps / 3600
+        lines.append(f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours")
+    lines.append(f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}")
+    spare = 0 if nodes is None else max(0, nodes * per_node - found.devices)
+    for role, trainer in config.trainers.items():
+        ranks = trainer.layout.world_size
+        lines += ["", f"{role} on {ranks} devices (recipe: {trainer.layout})"]
+        lines += _ranked(choices(config, dims, machine, lengths, role, ranks))
+    if spare:
+        lines.append(f"{spare} devices are left over: give them to engine.count or a role's layout.data")
+    return "\n".join(lines) + "\n"
+
+
+def _explained(found: Plan, name: str) -> str:
+    cells = {cell.name: cell for cell in (*found.memory, *found.times)}
+    if name not in cells:
+        raise ValueError(
+            f"--explain must name one of {', '.join(cells) or 'no cell: ' + '; '.join(found.problems)}, got {name}"
+        )
+    return f"{name} = {_amount(cells[name])} = {cells[name].formula}\n"
+
+
+def _amount(cell: Cell) -> str:
+    return f"{cell.value / 1e9:.3f} GB" if cell.unit == "B" else f"{cell.value:.3f} s"
+
+
+def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
+    for role in roles:
+        cells = [c for c in found.memory if c.name.startswith(f"{role}.") and c.value]
+        if not cells:
+            continue
+        yield ""
+        yield f"{role + ', fullest device':32}{'GB':>8}"
+        yield from (f"  {c.name.split('.')[1]:30}{c.value / 1e9:8.2f}" for c in cells)
+        yield f"  {'all on the device':30}{device_bytes(cells) / 1e9:8.2f}"
+
+
+def _ranked(found: list[Choice]) -> Iterator[str]:
+    for choice in [c for c in found if not c.problem][:_SHOWN]:
+        yield f"  {choice.layout!s:28}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
+    refused: dict[str, list[Choice]] = {}
+    for choice in found:
+        if choice.problem:
+            refused.setdefault(choice.problem, []).append(choice)
+    for problem, alike in list(refused.items())[:_SHOWN]:
+        others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        yield f"  no: {alike[0].layout}{others}: {problem}"
+    if len(refused) > _SHOWN:
+        left = list(refused.values())[_SHOWN:]
+        yield f"  {sum(map(len, left))} more cannot be, for {len(left)} other reasons"

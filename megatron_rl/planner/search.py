@@ -1,0 +1,224 @@
+"""A plan of a recipe: what it needs, how long a step takes, and which other layouts the same devices allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_rl.config.schema import RunConfig, TrainerConfig
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells
+from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
+from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
+from megatron_rl.weights.rules import Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Mean tokens of a prompt and of a response."""
+
+    prompt: float
+    response: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One layout of one model: bytes on the fullest device, seconds of its part of a step, and why it cannot be."""
+
+    layout: ParallelLayout
+    bytes: float
+    seconds: float
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe needs and how long a step takes.
+
+    Attributes:
+        memory: what the fullest device of each role holds.
+        times: seconds of each phase; those that run side by side stand in ``step`` once.
+        problems: what does not divide or does not fit; empty when the recipe can run.
+        devices: that it takes.
+    """
+
+    memory: tuple[Cell, ...]
+    times: tuple[Cell, ...]
+    problems: tuple[str, ...]
+    devices: int
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        return next(cell.value for cell in self.times if cell.name == "time.step")
+
+
+def head_of(role: str) -> Head:
+    """What sits on top of a role's model."""
+    return Head.VALUE if role == "critic" else Head.TOKEN
+
+
+def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
+    """Plan the recipe as it stands."""
+    dtype, engine = config.model.dtype, config.engine
+    problems = [
+        f"{role}.layout: {p}" for role, trainer in config.trainers.items() for p in dims.layout_problems(trainer.layout)
+    ]
+    if dims.heads % engine.tensor:
+        problems.append(f"engine.tensor: must divide the model's {dims.heads} attention heads, got {engine.tensor}")
+    if config.samples_per_step % config.ppo.minibatch_samples:
+        legal = [n for n in legal_minibatches(config) if n]
+        problems.append(f"ppo.minibatch_samples: must divide {config.samples_per_step}; legal: {legal}")
+    devices = sum(t.layout.world_size for t in config.trainers.values()) + engine.count * engine.tensor
+    if problems:
+        return Plan(memory=(), times=(), problems=tuple(problems), devices=devices)
+    memory = list(engine_cells(dims, engine, dtype))
+    for role, trainer in config.trainers.items():
+        memory += trainer_cells(role, dims, trainer, head_of(role), dtype, reference=_keeps(config, role))
+    room = machine.device.memory - machine.device.reserved
+    for role in [*config.trainers, "engine"]:
+        held = device_bytes(c for c in memory if c.name.startswith(f"{role}."))
+        if held > room:
+            problems.append(f"{role}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
+    return Plan(
+        memory=tuple(memory),
+        times=tuple(_times(config, dims, machine, lengths)),
+        problems=tuple(problems),
+        devices=devices,
+    )
+
+
+def legal_minibatches(config: RunConfig) -> list[int]:
+    """Sizes of an optimizer step that divide the samples of a step and give each replica at least one."""
+    least = max(trainer.layout.data for trainer in config.trainers.values())
+    samples = config.samples_per_step
+    return [n for n in range(least, samples + 1) if samples % n == 0]
+
+
+def _keeps(config: RunConfig, role: str) -> bool:
+    return role == "policy" and config.ppo.kl_coef > 0
+
+
+def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
+    dtype, engine = config.model.dtype, config.engine
+    rollout = rollout_time(
+        dims,
+        engine,
+        machine,
+        dtype,
+        samples=config.samples_per_step,
+        prompt_tokens=lengths.prompt,
+        response_tokens=lengths.response,
+        longest=config.rollout.max_response_tokens,
+    )
+    yield Cell(
+        name="time.rollout",
+        value=rollout.total,
+        unit="s",
+        formula=f"prefill {rollout.prefill:.2f} s + decode {rollout.decode:.2f} s of {config.samples_per_step} samples "
+        f"of {lengths.prompt:g} + {lengths.response:g} tokens on {engine.count} engines",
+    )
+    scored, updated = [], []
+    for role, trainer in config.trainers.items():
+        passes, update = role_seconds(config, dims, machine, lengths, role, trainer)
+        scored.append(passes.value)
+        updated.append(update.value)
+        yield passes
+        yield update
+    push = push_time(dims, config.policy, engine, machine, dtype)
+    yield Cell(
+        name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
+    )
+    step = rollout.total + max(scored) + max(updated) + push
+    yield Cell(
+        name="time.step",
+        value=step,
+        unit="s",
+        formula=f"rollout {rollout.total:.2f} + scoring {max(scored):.2f} + updates {max(updated):.2f} + push "
+        f"{push:.2f}; policy and critic side by side",
+    )
+
+
+def role_seconds(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
+) -> tuple[Cell, Cell]:
+    """A model's part of a step: passes over the rollout (twice where a reference is kept), and its updates."""
+    dtype = config.model.dtype
+    row = lengths.prompt + lengths.response
+    whole = Work(rows=config.samples_per_step, row_tokens=row)
+    part = Work(rows=config.ppo.minibatch_samples, row_tokens=row)
+    forward = pass_time(dims, trainer, machine, whole, dtype, backward=False)
+    times = 2 if _keeps(config, role) else 1
+    update = update_time(dims, trainer, head_of(role), machine, part, dtype)
+    count = config.updates_per_step
+    return (
+        Cell(
+            name=f"time.{role}.scoring",
+            value=times * forward.total,
+            unit="s",
+            formula=f"{times} passes x (arithmetic {forward.arithmetic:.2f} + exchanges {forward.tensor:.2f} + bubble "
+            f"{forward.bubble:.2f} s) over {whole.tokens:,.0f} tokens",
+        ),
+        Cell(
+            name=f"time.{role}.updates",
+            value=count * update.total,
+            unit="s",
+            formula=f"{count} updates x (arithmetic {update.arithmetic:.3f} + exchanges {update.tensor:.3f} + bubble "
+            f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
+            f"{part.tokens:,.0f} tokens",
+        ),
+    )
+
+
+def choices(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
+) -> list[Choice]:
+    """Every layout of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot."""
+    found = [
+        _judged(config, dims, machine, lengths, role, layout) for layout in _layouts(dims, ranks, machine.per_node)
+    ]
+    return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.layout.pipeline, c.layout.tensor))
+
+
+def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLayout]:
+    for tensor in (n for n in (1, 2, 4, 8) if n <= per_node and ranks % n == 0):
+        for pipeline in (n for n in range(1, min(32, dims.layers) + 1) if ranks % (tensor * n) == 0):
+            data = ranks // (tensor * pipeline)
+            shares = [1] if dims.experts is None else [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= tensor * data]
+            for expert in shares:
+                yield ParallelLayout(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    data=data,
+                    expert=expert,
+                    expert_tensor=tensor if dims.experts is not None and expert == 1 else 1,
+                    sequence_parallel=tensor > 1,
+                )
+
+
+def _judged(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+) -> Choice:
+    if problems := dims.layout_problems(layout):
+        return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
+    if config.ppo.minibatch_samples < layout.data:
+        problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
+        return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
+    trainer = replace(config.trainers[role], layout=layout)
+    room = machine.device.memory - machine.device.reserved
+    least = _least_bytes(dims, layout, head_of(role), config.model.dtype)
+    if least > room:
+        problem = f"needs at least {least / 1e9:.0f} GB of a device's {room / 1e9:.1f} GB"
+        return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
+    cells = trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
+    held = device_bytes(cells)
+    seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
+    problem = f"needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB" if held > room else ""
+    return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)
+
+
+def _least_bytes(dims: ModelDims, layout: ParallelLayout, head: Head, dtype: str) -> float:
+    """Weights and gradients if all were shared as far as the experts are: which spares counting them one by one."""
+    most = max(layout.tensor, layout.expert * layout.expert_tensor) * layout.pipeline
+    return total_parameters(dims, head) * (4 + DTYPE_BYTES[dtype]) / most

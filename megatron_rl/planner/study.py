@@ -1,0 +1,187 @@
+"""A study: one recipe under several settings, each run predicted and measured."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.load import ConfigError, parse
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.memory import device_bytes
+from megatron_rl.planner.search import Lengths, plan
+from megatron_rl.planner.times import Machine
+from megatron_rl.report import summarise
+
+_KEYS = {"recipe", "folder", "device", "gpus_per_node", "runs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One run: its name, which is also its folder's, and what it changes in the recipe (``key=value``)."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One recipe under several settings.
+
+    Attributes:
+        recipe: a configuration file.
+        folder: where each run gets a folder of its own, and the table and the picture go.
+        machine: for the prediction.
+        runs: at least one; the first one calibrates the times of the others.
+    """
+
+    recipe: Path
+    folder: Path
+    machine: Machine
+    runs: tuple[StudyRun, ...]
+
+    def settings(self, run: StudyRun) -> list[str]:
+        """What ``run`` changes, its folder included."""
+        return [*run.settings, f"run_dir={self.folder / run.name}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRow:
+    """What is known of one run; seconds are those of a step, GiB those of all roles together.
+
+    Attributes:
+        name: of the run.
+        devices: that it takes.
+        raw_seconds: predicted from the devices' figures.
+        predicted_seconds: the same times what the first run took beyond its own prediction.
+        predicted_gib: of the devices' memory.
+        measured_seconds, measured_gib, accuracy: None where it has not run.
+    """
+
+    name: str
+    devices: int
+    raw_seconds: float
+    predicted_seconds: float
+    predicted_gib: float
+    measured_seconds: float | None
+    measured_gib: float | None
+    accuracy: float | None
+
+
+def read_study(file: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ConfigError: keys are unknown or missing, a name occurs twice, there is no such device.
+        OSError: the file cannot be read.
+    """
+    try:
+        table = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{file}: not valid TOML: {error}"]) from error
+    problems = [f"{key}: unknown key; known: {', '.join(sorted(_KEYS))}" for key in sorted(table.keys() - _KEYS)]
+    problems += [f"{key}: required, not set" for key in ("recipe", "folder", "runs") if not table.get(key)]
+    device = table.get("device", "h100")
+    if device not in DEVICES:
+        problems.append(f"device: must be one of {', '.join(DEVICES)}, got {device}")
+    runs: list[Mapping[str, Any]] = table.get("runs", [])
+    names = [run.get("name", "") for run in runs]
+    problems += [f"runs: needs a name of its own, got {name!r}" for name in names if not name or names.count(name) > 1]
+    problems += [f"runs.{key}: unknown key" for run in runs for key in run.keys() - {"name", "settings"}]
+    if problems:
+        raise ConfigError(problems)
+    return Study(
+        recipe=Path(table["recipe"]),
+        folder=Path(table["folder"]),
+        machine=Machine(device=DEVICES[device], per_node=int(table.get("gpus_per_node", 8))),
+        runs=tuple(StudyRun(name=run["name"], settings=tuple(run.get("settings", ()))) for run in runs),
+    )
+
+
+def study_rows(study: Study) -> list[StudyRow]:
+    """What is predicted of each run, and what was measured of those that have a ``metrics.jsonl``.
+
+    Raises:
+        ConfigError: a run's settings are wrong, or its layouts cannot be.
+    """
+    found: list[StudyRow] = []
+    factor: float | None = None
+    for run in study.runs:
+        config = parse(RunConfig, [study.recipe], study.settings(run))
+        dims = read_model_dims(config.model.path)
+        measured = _measured(config.run_dir / "metrics.jsonl")
+        lengths = Lengths(
+            prompt=config.data.max_prompt_tokens / 4,
+            response=measured.get("rollout_length_last", config.rollout.max_response_tokens / 3),
+        )
+        planned = plan(config, dims, study.machine, lengths)
+        if not planned.times:
+            raise ConfigError([f"{run.name}: {problem}" for problem in planned.problems])
+        seconds = measured.get("seconds_per_step_median")
+        if factor is None:
+            factor = 1.0 if seconds is None else seconds / planned.step_seconds
+        memory: Mapping[str, float] = measured.get("peak_rss_gib", {})
+        found.append(
+            StudyRow(
+                name=run.name,
+                devices=planned.devices,
+                raw_seconds=planned.step_seconds,
+                predicted_seconds=planned.step_seconds * factor,
+                predicted_gib=device_bytes(planned.memory) / 2**30,
+                measured_seconds=seconds,
+                measured_gib=sum(memory.values()) if memory else None,
+                accuracy=measured.get("accuracy_after"),
+            )
+        )
+    return found
+
+
+def _measured(metrics: Path) -> Mapping[str, Any]:
+    return summarise(metrics) if metrics.is_file() else {}
+
+
+def study_table(rows: Sequence[StudyRow]) -> str:
+    """The rows as Markdown. Efficiency is that of the first run's device-seconds."""
+    lines = [
+        "| run | devices | predicted s | measured s | error | efficiency | predicted GiB | measured GiB | accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    first = rows[0]
+    base = (first.measured_seconds or first.predicted_seconds) * first.devices
+    for row in rows:
+        error = (
+            "" if row.measured_seconds is None else f"{100 * (row.predicted_seconds / row.measured_seconds - 1):+.0f} %"
+        )
+        seconds = row.measured_seconds or row.predicted_seconds
+        lines.append(
+            f"| {row.name} | {row.devices} | {row.predicted_seconds:.2f} | {_shown(row.measured_seconds)} | {error} | "
+            f"{100 * base / seconds / row.devices:.0f} % | {row.predicted_gib:.2f} | {_shown(row.measured_gib)} | "
+            f"{_shown(row.accuracy)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def plot_study(rows: Sequence[StudyRow], png: Path) -> None:
+    """Draw predicted beside measured seconds of a step."""
+    os.environ.setdefault("MPLCONFIGDIR", str(png.parent.resolve() / "scratch"))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state, and slow to load
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    axes.bar([p - 0.2 for p in places], [row.predicted_seconds for row in rows], 0.4, label="predicted")
+    axes.bar([p + 0.2 for p in places], [row.measured_seconds or 0.0 for row in rows], 0.4, label="measured")
+    axes.set_xticks(list(places), [row.name for row in rows])
+    axes.set_ylabel("seconds of a step")
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(png))

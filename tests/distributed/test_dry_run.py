@@ -1,0 +1,129 @@
+"""What the planner predicts is what the real model of megatron-core holds, to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from megatron_rl.config.load import parse
+from megatron_rl.config.schema import OptimizerConfig, RunConfig, TrainerConfig
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.planner.memory import trainer_cells
+from megatron_rl.planner.states import state_bytes
+from megatron_rl.weights.rules import Head
+from tests.distributed.ranks import Ranks
+from tests.unit.weights.models import EXTRA, dims
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"num_hidden_layers": 8, "hidden_size": 48, "intermediate_size": 40, "vocab_size": 400}
+EIGHT = {"num_experts": 8, "n_routed_experts": 8}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
+    "dense": ("Qwen2", {}, {}, [0]),
+    "dense TP4 SP": ("Qwen2", {}, {"tensor": 4, "sequence_parallel": True, "data": 3}, [0, 7]),
+    "dense PP4": ("Qwen2", {}, {"pipeline": 4}, [0, 1, 3]),
+    "dense PP2 VPP2": ("Qwen2", {}, {"pipeline": 2, "virtual_pipeline": 2, "data": 2}, [0, 3]),
+    "dense uneven PP3": (
+        "Qwen2",
+        {},
+        {"pipeline": 3, "first_stage_layers": 2, "last_stage_layers": 2},
+        [0, 1, 2],
+    ),
+    "tied PP2": ("Qwen2", {"tie_word_embeddings": True}, {"pipeline": 2, "data": 2}, [0, 1, 2, 3]),
+    "tied": ("Qwen2", {"tie_word_embeddings": True}, {"tensor": 2}, [0]),
+    "qk-norm CP4": ("Qwen3", {}, {"context": 4, "tensor": 2, "data": 2}, [0, 5, 15]),
+    "4096 ranks": ("Qwen3", {}, {"tensor": 2, "pipeline": 4, "data": 512}, [0, 2047, 4095]),
+    "experts EP4": ("Qwen3Moe", {}, {"expert": 4, "data": 8}, [0, 5]),
+    "experts TP2 EP2 ETP2": (
+        "Qwen2Moe",
+        {},
+        {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2, "data": 4},
+        [0, 5],
+    ),
+    "latent TP2 PP2": (
+        "DeepseekV3",
+        {},
+        {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "expert": 4, "data": 4},
+        [0, 9],
+    ),
+    "latent without query rank": (
+        "DeepseekV2",
+        {},
+        {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
+        [0, 3],
+    ),
+}
+
+
+def _answer(rank: int, port: int, *case: Any) -> Any:
+    from megatron_rl.mcore.dry_run import dry_run
+
+    return dry_run(*case)
+
+
+@pytest.fixture(scope="module")
+def process() -> Any:
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_bytes_are_those_of_the_real_model(case: str, process: Ranks) -> None:
+    family, changes, axes, chosen = CASES[case]
+    sizes = dims(
+        f"{family}ForCausalLM", **(SIZES | EXTRA.get(family, {}) | (EIGHT if family in EXTRA else {}) | changes)
+    )
+    settings = [
+        ("bfloat16", {"distributed_optimizer": True}),
+        ("float32", {}),
+        ("bfloat16", {"distributed_optimizer": True, "overlap_communication": True, "optimizer_on_host": True}),
+    ]
+    for dtype, flags in settings:
+        trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), layout=ParallelLayout(**axes), **flags)
+        for head in Head:
+            for rank in chosen:
+                found = process.run(1, _answer, sizes, trainer, head, rank, dtype)[0]
+                said = state_bytes(sizes, trainer, head, rank, dtype)
+                assert vars(said) == {name: getattr(found, name) for name in vars(said)}, (dtype, flags, head, rank)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
+    dtype: str, recompute: Literal["none", "selective", "full"], tensor: int, process: Ranks
+) -> None:
+    sizes = dims("Qwen2ForCausalLM", num_hidden_layers=12, hidden_size=256, intermediate_size=704, vocab_size=128)
+    layout = ParallelLayout(tensor=tensor, sequence_parallel=tensor > 1)
+    trainer = TrainerConfig(
+        optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=4096, recompute=recompute
+    )
+    found = process.run(1, _answer, sizes, trainer, Head.VALUE, 0, dtype, 256)[0]
+    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False)
+    said = next(cell.value for cell in cells if cell.name == "critic.activations")
+    assert said == pytest.approx(found.activations, rel=0.05)
+
+
+RECIPES = sorted((ROOT / "examples" / "beyond_7b").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_a_rank_of_every_recipe_is_built_as_planned(file: Path, process: Ranks) -> None:
+    config = parse(RunConfig, [file])
+    sizes = read_model_dims(ROOT / config.model.path)
+    last = config.policy.layout.world_size - 1
+    found = process.run(1, _answer, sizes, config.policy, Head.TOKEN, last, "bfloat16", timeout_s=120)[0]
+    said = state_bytes(sizes, config.policy, Head.TOKEN, last, "bfloat16")
+    assert vars(said) == {name: getattr(found, name) for name in vars(said)}
+
+
+def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: Ranks) -> None:
+    sizes = dims("Qwen3MoeForCausalLM", **EXTRA["Qwen3Moe"])
+    found = process.run(
+        1, _answer, sizes, TrainerConfig(optimizer=OptimizerConfig(lr=1e-6)), Head.TOKEN, 0, "float32", 32
+    )[0]
+    assert found.activations is None
+    assert found.uncounted.startswith("how many tokens each expert gets depends on values")

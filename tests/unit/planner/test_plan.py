@@ -1,0 +1,178 @@
+"""Plans of the recipes, and the formulas by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import parse
+from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainerConfig
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.memory import CHUNK_BYTES, kv_bytes_per_token, pieces_in_flight
+from megatron_rl.planner.report import plan_text
+from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan
+from megatron_rl.planner.states import total_parameters
+from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
+from megatron_rl.weights.rules import Head
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "examples" / "beyond_7b").glob("*.toml"))
+H100 = Machine(device=DEVICES["h100"], per_node=8)
+LENGTHS = Lengths(prompt=100, response=800)
+
+
+def recipe(name):
+    config = parse(RunConfig, [ROOT / "examples" / "beyond_7b" / f"{name}.toml"])
+    return config, read_model_dims(ROOT / config.model.path)
+
+
+def model(name):
+    return read_model_dims(ROOT / "examples" / "beyond_7b" / "models" / name)
+
+
+def trainer(**changes):
+    return TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), layout=ParallelLayout(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama3_8b", 8.03),
+        ("llama3_70b", 70.55),
+        ("llama3.1_405b", 405.85),
+        ("qwen2.5_14b", 14.77),
+        ("qwen2.5_32b", 32.76),
+        ("qwen2.5_72b", 72.71),
+        ("qwen3_30b_a3b", 30.53),
+        ("qwen3_235b_a22b", 235.09),
+        ("deepseek_v3", 671.03),
+    ],
+)
+def test_models_have_as_many_parameters_as_published(name, billions):
+    assert total_parameters(model(name), Head.TOKEN) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_every_recipe_fits_the_devices_it_asks_for(file):
+    config, dims = recipe(file.stem)
+    found = plan(config, dims, H100, LENGTHS)
+    assert found.problems == ()
+    assert found.step_seconds > 0
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) == 6
+
+
+def test_the_plan_needs_no_torch_and_takes_seconds():
+    script = (
+        "import sys; from megatron_rl.__main__ import main; "
+        "status = main(['plan', 'examples/beyond_7b/qwen3_235b_a22b.toml']); "
+        "sys.exit(status or ('torch' in sys.modules))"
+    )
+    started = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started[1] < 30  # 5 s where the machine is not shared
+    assert "time.step" in done.stdout
+
+
+def test_the_chunk_of_logits_is_the_one_of_the_trainer():
+    text = (ROOT / "megatron_rl" / "mcore" / "logprobs.py").read_text()
+    assert "CHUNK_BYTES = 256 * 2**20" in text
+    assert CHUNK_BYTES == 256 * 2**20
+
+
+def test_a_pipeline_holds_micro_batches_as_its_schedule_says():
+    assert [pieces_in_flight(4, 1, stage) for stage in range(4)] == [4, 3, 2, 1]
+    # warm-up of 2 (4 - 0 - 1) + (2 - 1) 4 = 10 pieces and one more, of two to a model
+    assert pieces_in_flight(4, 2, 0) == 5.5
+
+
+def test_keys_and_values_by_hand():
+    # 80 layers x (key + value) x 8 heads / 8 workers x 128 x 2 B
+    assert kv_bytes_per_token(model("llama3_70b"), 8, "bfloat16") == 80 * 2 * 128 * 2
+    # DeepSeek-V3: 61 layers x (512 + 64) x 2 B on every worker
+    assert kv_bytes_per_token(model("deepseek_v3"), 8, "bfloat16") == 61 * 576 * 2
+
+
+def test_a_bubble_is_the_published_share_of_a_pipelines_time():
+    work = Work(rows=64, row_tokens=1024)
+    flat = trainer(pipeline=4, data=1)
+    folded = trainer(pipeline=4, virtual_pipeline=2, data=1)
+    batches = 64 * 1024 / 8192
+    for chosen, virtual in ((flat, 1), (folded, 2)):
+        found = pass_time(model("llama3_8b"), chosen, H100, work, "bfloat16", backward=True)
+        assert found.bubble == pytest.approx(found.arithmetic * 3 / virtual / batches)
+
+
+def test_full_recompute_costs_one_more_forward_pass():
+    work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
+    kept = pass_time(dims, trainer(), H100, work, "bfloat16", backward=True)
+    again = pass_time(dims, replace(trainer(), recompute="full"), H100, work, "bfloat16", backward=True)
+    assert again.arithmetic == pytest.approx(kept.arithmetic * 4 / 3)
+
+
+def test_products_take_their_flops_at_the_devices_share():
+    work, dims = Work(rows=8, row_tokens=1024), model("llama3_8b")
+    slow = replace(H100, device=replace(H100.device, bandwidth=1e30))
+    found = pass_time(dims, trainer(), slow, work, "bfloat16", backward=False)
+    assert found.total == pytest.approx(8 * dims.row_flops(1024) / (0.7 * 989e12))
+
+
+def test_more_replicas_shorten_an_update_and_pay_for_the_exchange():
+    work, dims = Work(rows=128, row_tokens=1024), model("llama3_8b")
+    one = update_time(dims, trainer(tensor=4, data=1), Head.TOKEN, H100, work, "bfloat16")
+    two = update_time(dims, trainer(tensor=4, data=2), Head.TOKEN, H100, work, "bfloat16")
+    assert two.arithmetic == pytest.approx(one.arithmetic / 2)
+    assert one.replicas == 0
+    # float32 both ways without a distributed optimizer: 8 B x parameters / 4 x 1/2 over 0.75 x 450 GB/s
+    assert two.replicas == pytest.approx(8 * 2.0080e9 / 2 / (0.75 * 450e9), rel=1e-3)
+
+
+def test_a_step_of_an_engine_reads_all_weights_once():
+    dims = model("llama3_8b")
+    free = replace(H100, device=replace(H100.device, flops=1e30))
+    engine = EngineConfig(count=1, tensor=1, max_concurrent=1)
+    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, response_tokens=100, longest=100)
+    weights, cache = 8.0303e9 * 2, 51 * 2 * 32 * 8 * 128 * 2
+    assert found.decode == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
+
+
+def test_what_does_not_fit_says_how_much_is_missing():
+    config, dims = recipe("qwen2.5_14b")
+    found = choices(config, dims, H100, LENGTHS, "policy", 16)
+    assert [c.problem == "" for c in found] == sorted((c.problem == "" for c in found), reverse=True)
+    refused = {str(c.layout): c.problem for c in found if c.problem}
+    assert "GB of a device's 78.0 GB" in refused["TP1 PP1 DP16"]
+
+
+def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
+    config, _ = recipe("qwen3_30b_a3b")
+    assert legal_minibatches(config) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+
+
+def explained(cell, device="h100"):
+    config, dims = recipe("qwen2.5_14b")
+    return plan_text(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell)
+
+
+def test_any_cell_explains_itself_with_its_numbers():
+    assert explained("engine.kv_cache").startswith("engine.kv_cache = 17.180 GB = engine.kv_cache_mib=16384: ")
+    with pytest.raises(ValueError, match=r"--explain must name one of engine\.weights, .*, got policy\.x"):
+        explained("policy.x")
+    with pytest.raises(ValueError, match="--device must be one of a100-80g, h100, h200, b200, cpu, got tpu"):
+        explained("policy.weights", device="tpu")
+
+
+def test_the_page_on_scaling_is_what_the_planner_says():
+    script = ROOT / "docs" / "make_scaling.py"
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, "run python docs/make_scaling.py"

@@ -1,0 +1,77 @@
+"""A study predicts every run, and measures those that have run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.__main__ import main
+from megatron_rl.config.load import ConfigError
+from megatron_rl.planner.study import StudyRow, plot_study, read_study, study_rows, study_table
+
+ROOT = Path(__file__).parents[3]
+RECIPE = ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml"
+MODEL = ROOT / "examples" / "beyond_7b" / "models" / "qwen2.5_14b"
+
+
+def written(folder, extra="", names=("one", "two")):
+    runs = "".join(
+        f"""
+[[runs]]
+name = "{name}"
+settings = ["model.path={MODEL}", "prompts_per_step={1024 * (index + 1)}"]
+"""
+        for index, name in enumerate(names)
+    )
+    file = folder / "study.toml"
+    file.write_text(f'recipe = "{RECIPE}"\nfolder = "{folder}"\n{extra}{runs}')
+    return file
+
+
+def finished(folder, seconds):
+    folder.mkdir()
+    record = {"step": 0, "kind": "step", "nonfinite": 0, "seconds/step": seconds, "peak_rss_gib/policy": 2.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record | {"rollout/length_mean": 800.0}) + "\n")
+
+
+def test_without_runs_a_study_is_the_plan_of_each(tmp_path, capsys):
+    assert main(["scale", "plan", str(written(tmp_path))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one", "| two"]
+
+
+def test_the_first_run_calibrates_the_others(tmp_path):
+    study = read_study(written(tmp_path))
+    finished(tmp_path / "one", 500.0)
+    finished(tmp_path / "two", 1100.0)
+    one, two = study_rows(study)
+    assert one.predicted_seconds == pytest.approx(500.0)
+    assert two.predicted_seconds == pytest.approx(two.raw_seconds * 500 / one.raw_seconds)
+    assert (two.measured_seconds, two.measured_gib) == (1100.0, 2.0)
+
+
+def test_a_table_gives_error_and_efficiency(tmp_path):
+    row = {"raw_seconds": 1.0, "predicted_gib": 1.0, "measured_gib": None, "accuracy": 0.5}
+    rows = [
+        StudyRow(name="one", devices=2, predicted_seconds=10.0, measured_seconds=10.0, **row),
+        StudyRow(name="two", devices=4, predicted_seconds=6.0, measured_seconds=8.0, **row),
+    ]
+    assert study_table(rows).splitlines()[-1] == "| two | 4 | 6.00 | 8.00 | -25 % | 62 % | 1.00 |  | 0.50 |"
+    plot_study(rows, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_all_that_is_wrong_with_a_study_is_told_together(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_study(written(tmp_path, extra='device = "tpu"\nspeed = 1\n', names=("one", "one")))
+    text = str(caught.value)
+    assert "speed: unknown key" in text
+    assert "device: must be one of" in text
+    assert text.count("needs a name of its own, got 'one'") == 2
+
+
+def test_a_run_that_fails_ends_the_study(tmp_path, capsys):
+    assert main(["scale", "run", str(written(tmp_path, names=("one",)))]) == 1  # it has no weights to train
+    assert "run one of the study ended with status 2" in capsys.readouterr().err
