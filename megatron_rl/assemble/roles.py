@@ -73,6 +73,12 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
 
 
+def capability_line(roles: Roles) -> str:
+    """What the policy's rank 0 computes with, in one line."""
+    asked = roles.groups["policy"].call("capabilities", finish=lambda answers: answers[0], ranks=[0])
+    return "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
+
+
 def start_trainer(
     group: WorkerGroup, config: RunConfig | SFTConfig, head: Head, dims: ModelDims, total_updates: int
 ) -> Pending[None]:

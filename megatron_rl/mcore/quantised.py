@@ -1,0 +1,31 @@
+"""Parameters that Transformer Engine keeps in FP8: they look like bfloat16 tensors, of which no view can be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def by_transformer_engine(thing: object) -> bool:
+    """Whether a module or tensor is of a class of Transformer Engine's, or one derived from it."""
+    return any(kind.__module__.split(".")[0] == "transformer_engine" for kind in type(thing).__mro__)
+
+
+def store(parameter: Any, values: Tensor) -> None:
+    """Fill an FP8 parameter. The optimizer's main weight, which is made later, starts from ``values`` and not from what
+    is left of them in FP8.
+    """
+    parameter.data.copy_(values)
+    parameter.get_high_precision_init_val = lambda: values
+    parameter.clear_high_precision_init_val = lambda: None
+
+
+def plain_values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with FP8 parameters as numbers of their nominal type."""
+    return {name: _plain(parameter) for name, parameter in parameters.items()}
+
+
+def _plain(parameter: Any) -> Any:
+    return parameter.dequantize() if by_transformer_engine(parameter) else parameter
