@@ -275,9 +275,9 @@ def _straddle(case: FP8Case) -> str | None:
     if case.fp8.recipe != "blockwise" or dims is None or dims.latent is not None or dims.head_dim % 128 == 0:
         return None
     return (
-        f"blocks of 128 rows straddle queries, keys and values, which Megatron interleaves by groups of heads "
-        f"{dims.head_dim} wide: the engine, which stacks them, quantises these matrices otherwise, and log-probs differ "
-        "more; recipe='tensorwise' has no blocks"
+        "blocks of 128 rows straddle queries, keys and values, which Megatron interleaves by groups of heads "
+        f"{dims.head_dim} wide: the engine, which stacks them, quantises these matrices otherwise, and log-probs "
+        "differ more; recipe='tensorwise' has no blocks"
     )
 
 

@@ -86,9 +86,7 @@ def load_hf(
         if new_head and not set(tensor.entry.hf) & source.names:
             continue
         quantised = by_transformer_engine(parameter)
-        values = (
-            torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device) if quantised else parameter
-        )
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device()) if quantised else parameter
         for move in tensor.moves:
             if move.target.rank == holder:
                 there = move.source

@@ -5,12 +5,13 @@ reaches 448 in steps of 1/8 relative; E5M2 reaches 57,344 in steps of 1/4. Weigh
 and take E4M3; gradients may need the range: ``tensorwise`` gives them E5M2 (``hybrid``), finer scales need no range and
 keep E4M3 throughout (Micikevicius et al. 2022, FP8 Formats for Deep Learning, section 3).
 
-**Scales.** A tensor is multiplied before it is cast so that its largest magnitude, the *amax*, becomes the largest number
-of the format (scale = 448 / amax), and the product of two such tensors is divided by both scales afterwards; sums run in
-float32. One outlier pushes all that shares its scale towards zero, so the recipes differ in how much shares one:
+**Scales.** A tensor is multiplied before it is cast so that its largest magnitude, the *amax*, becomes the largest
+number of the format (scale = 448 / amax), and the product of two such tensors is divided by both scales afterwards;
+sums run in float32. One outlier pushes all that shares its scale towards zero, so the recipes differ in how much shares
+one:
 
-- ``tensorwise`` (current scaling): all of a tensor, by the amax that it has now. One more pass over each tensor, fastest
-  multiplication.
+- ``tensorwise`` (current scaling): all of a tensor, by the amax that it has now. One more pass over each tensor,
+  fastest multiplication.
 - ``blockwise`` (DeepSeek-V3, 2024, section 3.3): 128 x 128 of a weight, 1 x 128 of an activation or gradient, so an
   outlier harms its own block alone. What engines of today roll out with.
 - ``mxfp8``: 32 neighbours, with a scale of 8 bits that is a power of two; Blackwell's tensor cores apply it by
@@ -20,16 +21,16 @@ float32. One outlier pushes all that shares its scale towards zero, so the recip
   each pushes its amaxes into the history that the next update scales by. Refused.
 
 Transformer Engine keeps scales of blocks to powers of two unless told otherwise (the multiplication is then exact, the
-range used only to a half); engines divide by 448 as it comes. Both sides must do the same for the same weights to become
-the same FP8 numbers: ``FP8Config.environment`` says so to Transformer Engine.
+range used only to a half); engines divide by 448 as it comes. Both sides must do the same for the same weights to
+become the same FP8 numbers: ``FP8Config.environment`` says so to Transformer Engine.
 
-**What stays.** Master weights, gradients' sums and Adam are float32 as ever; embedding, norms, attention, the router, the
-heads of policy and critic are bfloat16. Weights stay bfloat16 too and are cast when they are used (``parameters=false``),
-so export, checkpoints and pushes are those of bfloat16 training.
+**What stays.** Master weights, gradients' sums and Adam are float32 as ever; embedding, norms, attention, the router,
+the heads of policy and critic are bfloat16. Weights stay bfloat16 too and are cast when they are used
+(``parameters=false``), so export, checkpoints and pushes are those of bfloat16 training.
 
 **Cached weights.** A weight is cast once per optimizer step, at the first micro-batch, and kept in FP8 for the others.
-megatron-core's schedules say which micro-batch is the first; whoever calls a model around them computes with the weights
-of an earlier step. Everything here goes through :func:`~megatron_rl.mcore.step.train_step` or
+megatron-core's schedules say which micro-batch is the first; whoever calls a model around them computes with the
+weights of an earlier step. Everything here goes through :func:`~megatron_rl.mcore.step.train_step` or
 :func:`~megatron_rl.mcore.step.forward_rows`, which use the schedules. The copies are neither parameters nor buffers:
 :func:`clear_cached_weights` frees them where a GPU is handed to the engine.
 """

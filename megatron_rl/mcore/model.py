@@ -300,7 +300,8 @@ def _exchange(spec: Any, classes: _Classes, by_field: _Fields) -> Any:
     Args:
         spec: of a layer, or a part of it.
         classes: by the class that they replace.
-        by_field: what depends on its place, by the dataclass and field that hold it: from what is there to what shall be.
+        by_field: what depends on its place, by the dataclass and field that hold it: from what is there to what shall
+            be.
     """
     if isinstance(spec, type) or spec is None:
         return classes.get(spec, spec)

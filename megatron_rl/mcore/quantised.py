@@ -1,4 +1,4 @@
-"""Parameters that Transformer Engine keeps in FP8: they look like bfloat16 tensors, of which no view can be written to."""
+"""Parameters that Transformer Engine keeps in FP8: they look like bfloat16 tensors, but views of them are copies."""
 
 from __future__ import annotations
 

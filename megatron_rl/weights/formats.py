@@ -58,8 +58,8 @@ def check_formats(owner: str, expected: Sequence[LinearFormat], found: Sequence[
     Raises:
         ValueError: one of them multiplies otherwise; the message names the first, in the order of ``expected``.
     """
-    there = {format.weight: format for format in found}
-    if unknown := there.keys() - {format.weight for format in expected}:
+    there = {linear.weight: linear for linear in found}
+    if unknown := there.keys() - {linear.weight for linear in expected}:
         raise ValueError(f"{owner}: nothing is expected of {min(unknown)}, which is a linear here")
     differ = [wanted for wanted in expected if there.get(wanted.weight, wanted) != wanted]
     if differ:
@@ -71,9 +71,9 @@ def check_formats(owner: str, expected: Sequence[LinearFormat], found: Sequence[
         )
 
 
-def _described(format: LinearFormat) -> str:
-    if format.block is None:
-        return format.dtype
-    rows, columns = format.block
+def _described(linear: LinearFormat) -> str:
+    if linear.block is None:
+        return linear.dtype
+    rows, columns = linear.block
     each = f"{rows}x{columns} weights" if rows else "tensor"
-    return f"{format.dtype} with one {format.scale} scale per {each}"
+    return f"{linear.dtype} with one {linear.scale} scale per {each}"
