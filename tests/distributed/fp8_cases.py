@@ -126,9 +126,11 @@ def stand_ins() -> dict[str, Any]:
 
         def grouped_mlp_modules(self, *args: Any) -> Any:
             from megatron.core.transformer.mlp import MLPSubmodules
-            from megatron.core.transformer.moe.experts import SequentialMLP
 
-            return SequentialMLP, MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+            experts = super().grouped_mlp_modules(*args)
+            linears = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+            # newer releases name the linears inside
+            return (experts[0], linears) if isinstance(experts, tuple) else partial(experts.func, submodules=linears)
 
     return {"provider": Provider, "norm": _Norm, "attention": TEDotProductAttention}
 
@@ -178,7 +180,7 @@ def one_step(
 def padded_step(
     rank: int, port: int, model: Path, setup: Setup, role: str, multiple: int
 ) -> tuple[Any, UpdateResult | None, dict[str, Tensor], int]:
-    """Scores, an update's result and gradients with micro-batches padded to ``multiple``; positions that were packed."""
+    """Scores, an update's result and gradients, micro-batches padded to ``multiple``; positions that were packed."""
     from megatron_rl.mcore import step
     from tests.distributed.cases import SquaredError
 

@@ -117,7 +117,7 @@ def test_the_start_notices_scales_of_another_kind(ranks: Ranks, models: dict[str
 
 def test_fp8_without_a_gpu_is_refused_before_anything_is_built(ranks: Ranks, models: dict[str, Path]) -> None:
     said = ranks.run(1, cases.without_gpu, models["qwen2"])[0]
-    assert "fp8: recipe='blockwise' needs a GPU of compute capability 9.0 or higher" in said
+    assert "fp8: recipe='blockwise' needs a GPU of compute capability 9.x" in said
     assert "found no GPU" in said
 
 
