@@ -50,18 +50,27 @@ def _half(error: Exception) -> str:
     )
 
 
-def uses_transformer_engine(layers: str) -> bool:
-    """Whether the layers are made of Transformer Engine's modules under this ``model.layers``.
+def uses_transformer_engine(layers: str, dtype: str) -> bool:
+    """Whether the layers are made of Transformer Engine's modules under these ``model.layers`` and ``model.dtype``; its
+    fused attention takes no float32.
 
     Raises:
         BrokenLibrary: see :func:`transformer_engine_version`.
         ValueError: they are to be, and cannot.
     """
-    version, cuda = transformer_engine_version(), has_cuda()
-    if layers == "transformer_engine" and not (version and cuda):
-        lacks = "it is not installed" if version is None else "there is no GPU"
-        raise ValueError(f"model.layers='transformer_engine' needs Transformer Engine and a GPU: {lacks}; take 'auto'")
-    return layers != "local" and version is not None and cuda
+    lacks = _lacks(dtype)
+    if layers == "transformer_engine" and lacks:
+        raise ValueError(f"model.layers='transformer_engine' cannot be: {lacks}; take 'auto'")
+    return layers != "local" and lacks is None
+
+
+def _lacks(dtype: str) -> str | None:
+    """What Transformer Engine's layers want of this machine and do not get."""
+    if transformer_engine_version() is None:
+        return "Transformer Engine is not installed"
+    if not has_cuda():
+        return "there is no GPU"
+    return "model.dtype is not bfloat16" if dtype != "bfloat16" else None
 
 
 @functools.cache
@@ -73,18 +82,13 @@ def _has_apex() -> bool:
     return True
 
 
-def capabilities(layers: str = "auto") -> list[Capability]:
+def capabilities(layers: str = "auto", dtype: str = "bfloat16") -> list[Capability]:
     """What each part of training is done with, in the order in which a layer meets them; errors as
     :func:`uses_transformer_engine`.
     """
-    engine, version = uses_transformer_engine(layers), transformer_engine_version()
+    engine, version = uses_transformer_engine(layers, dtype), transformer_engine_version()
     named = f"Transformer Engine {version}"
-    if engine:
-        why = "it is installed and there is a GPU"
-    elif version is None:
-        why = "Transformer Engine is not installed"
-    else:
-        why = "model.layers='local'" if layers == "local" else "there is no GPU"
+    why = "it is installed and there is a GPU" if engine else _lacks(dtype) or f"model.layers={layers!r}"
     return [
         Capability("linear layers", f"{named}, FP8 possible" if engine else "megatron-core, no FP8", why),
         Capability("norm", f"{named}, fused with the linear after it" if engine else "torch RMSNorm", why),

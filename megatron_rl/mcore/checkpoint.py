@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
+from megatron_rl.mcore.quantised import by_transformer_engine, store
 
 _OPTIMIZER, _FORMAT = "optimizer_tensors", "metadata.json"
 _EXTRA = "_extra_state"
@@ -193,7 +194,11 @@ def load_weights(folder: Path, models: Sequence[Any]) -> None:
         FileNotFoundError: the folder is not a complete checkpoint.
         CheckpointingException: it lacks a tensor, or has it in another shape.
     """
-    _load_models(folder, models, _models(models))
+    state = _load_models(folder, models, _models(models))
+    for name, model in _named(models):
+        for key, parameter in model.named_parameters():
+            if by_transformer_engine(parameter):
+                store(parameter, state[name][key])
 
 
 def _load_models(folder: Path, models: Sequence[Any], wanted: dict[str, Any]) -> dict[str, Any]:

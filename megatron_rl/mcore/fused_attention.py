@@ -18,12 +18,19 @@ from megatron_rl.mcore.attention import PackedRows
 def thd(rows: PackedRows) -> PackedSeqParams:
     """The rows as Transformer Engine takes them: bounds of whole rows, of which context ranks hold pieces r and
     2 x size - 1 - r, as :func:`~megatron_rl.experience.packing.context_positions` deals them. Empty rows are left out.
+    The same bounds say where rows lie: what pads a row counts as its last tokens, which no other token sees.
     """
     assert rows.positions is not None
     bounds = torch.tensor(rows.starts, dtype=torch.int32, device=rows.positions.device)
     longest = int(rows.max_seqlen_q)
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,21 @@ def store(parameter: Any, values: Tensor) -> None:
     """Fill an FP8 parameter. The optimizer's main weight, which is made later, starts from ``values`` and not from what
     is left of them in FP8.
     """
+    kept = values.detach().cpu()
+
+    def clear() -> None:
+        parameter.get_high_precision_init_val = lambda: None
+
     parameter.data.copy_(values)
-    parameter.get_high_precision_init_val = lambda: values
-    parameter.clear_high_precision_init_val = lambda: None
+    parameter.get_high_precision_init_val = lambda: kept
+    parameter.clear_high_precision_init_val = clear
+
+
+def forget_values(chunks: Sequence[Any]) -> None:
+    """Drop what :func:`store` keeps in host memory, where no optimizer is made that would."""
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if by_transformer_engine(parameter):
+            parameter.clear_high_precision_init_val()
 
 
 def plain_values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
 from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
-from megatron_rl.mcore.quantised import plain_values
+from megatron_rl.mcore.quantised import forget_values, plain_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
@@ -67,13 +67,14 @@ class Worker:
         self._at = start_groups(self._layout, rank=rank, host=host, port=port, timeout_s=timeout_s, seed=spec.seed)
         self._training = prepare_training(self._load_chunks(), spec.trainer, spec.total_updates)
         self._reference = self._load_chunks() if spec.keep_reference else None
+        forget_values(self._reference or ())
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
         spec = self._spec
-        engine = uses_transformer_engine(spec.model.layers)
+        engine = uses_transformer_engine(spec.model.layers, spec.model.dtype)
         chunks = build_chunks(spec.dims, spec.trainer, dtype(spec.model.dtype), spec.head, transformer_engine=engine)
         expected = expected_formats(self._weights, spec.trainer.fp8, spec.model.dtype)
         check_formats(f"{spec.role} at rank {self._rank}", expected, linear_formats(chunks, self._weights))
@@ -277,7 +278,7 @@ class Worker:
 
     def capabilities(self) -> list[Capability]:
         """What the parts of training are done with here."""
-        return capabilities(self._spec.model.layers)
+        return capabilities(self._spec.model.layers, self._spec.model.dtype)
 
     def close(self) -> None:
         """Leave the groups and free the model."""

@@ -90,6 +90,7 @@ def stand_ins() -> dict[str, Any]:
             self, query: Tensor, key: Tensor, value: Tensor, mask: None, *, packed_seq_params: Any, **_: Any
         ) -> Tensor:
             assert packed_seq_params.qkv_format == "thd"
+            assert packed_seq_params.cu_seqlens_kv_padded is packed_seq_params.cu_seqlens_kv
             rows = []
             sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
             assert max(sizes) == packed_seq_params.max_seqlen_q
@@ -154,7 +155,7 @@ def engine_layers(recipe: Any = None) -> Iterator[None]:
             (specs, "HAVE_TE", True),
             (latent, "Linear", Linear),  # as layer_spec does for the local modules
             (extension, "TEDotProductAttention", found["attention"]),
-            (worker, "uses_transformer_engine", lambda layers: True),
+            (worker, "uses_transformer_engine", lambda layers, dtype: True),
             (worker, "fp8_faults", lambda spec: []),
             (worker, "linear_formats", partial(linear_formats, recipe_of=partial(recipe_of, recipe))),
         ):
@@ -328,6 +329,7 @@ def accepted_fields(rank: int, port: int, model: Path) -> dict[str, Any]:
 def fp8_parameter(rank: int, port: int, model: Path) -> dict[str, Any]:
     """A rank whose first output projection is kept in FP8: what the load put in it, and what an export reads."""
     import megatron_rl.mcore.worker as module
+    from megatron_rl.mcore.quantised import forget_values
 
     class Quantised(torch.nn.Parameter):
         """Reads as zeros until it is dequantised; views of it are copies."""
@@ -350,8 +352,28 @@ def fp8_parameter(rank: int, port: int, model: Path) -> dict[str, Any]:
     with patch.object(module, "build_chunks", quantise):
         worker = start(rank, port, model, Setup())
         exported = named(worker._full_tensors())["model.layers.0.self_attn.o_proj.weight"]
+        first = worker._training.chunks[0].module.decoder.layers[0].self_attention.linear_proj.weight
+        quantised = first.data.clone()
+        forget_values([chunk.module for chunk in worker._training.chunks])
+        forgotten = first.get_high_precision_init_val() is None
         worker.close()
-    return {"exported": exported}
+    return {"exported": exported, "quantised": quantised, "forgotten": forgotten}
+
+
+def fp8_parameter_from_checkpoint(rank: int, port: int, model: Path, folder: Path) -> Tensor:
+    """What a main weight would start from after weights of a checkpoint were loaded into a parameter in FP8."""
+    from megatron_rl.mcore.checkpoint import load_weights
+
+    worker = start(rank, port, model, Setup())
+    chunks = [chunk.module for chunk in worker._training.chunks]
+    linear = chunks[0].decoder.layers[0].self_attention.linear_proj
+    kind = type("Quantised", (torch.nn.Parameter,), {"__module__": "transformer_engine.pytorch.tensor.stand_in"})
+    linear.weight = kind(torch.zeros_like(linear.weight))
+    vars(linear.weight).update(allreduce=True, tensor_model_parallel=True, partition_dim=1, partition_stride=1)
+    load_weights(folder, chunks)
+    values: Tensor = linear.weight.get_high_precision_init_val()
+    worker.close()
+    return values
 
 
 def formats_here(rank: int, port: int, model: Path, setup: Setup) -> list[LinearFormat]:

@@ -135,7 +135,19 @@ def test_an_fp8_parameter_is_loaded_whole_and_exported_as_plain_numbers(ranks: R
 
     found = ranks.run(1, cases.fp8_parameter, models["qwen2"])[0]
     name = "model.layers.0.self_attn.o_proj.weight"
-    assert torch.equal(found["exported"], load_file(models["qwen2"] / "model.safetensors")[name])
+    values = load_file(models["qwen2"] / "model.safetensors")[name]
+    assert torch.equal(found["exported"], values)
+    assert torch.equal(found["quantised"], values)
+    assert found["forgotten"]
+
+
+def test_the_main_weight_of_an_fp8_parameter_starts_from_the_checkpoint(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    wrote = ranks.run(1, cases.saved, models["qwen2"], Setup(), False, folder)[0]
+    values = ranks.run(1, cases.fp8_parameter_from_checkpoint, models["qwen2"], folder)[0]
+    assert torch.equal(values, wrote["model.layers.0.self_attn.o_proj.weight"])
 
 
 def test_stages_and_experts_answer_for_their_own_linears(ranks: Ranks, models: dict[str, Path]) -> None:

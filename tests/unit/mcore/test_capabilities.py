@@ -69,7 +69,7 @@ def test_transformer_engine_is_used_where_there_is_a_gpu(machine: Installed) -> 
         "Adam": "Transformer Engine 2.20.2 FusedAdam",
     }
     assert used("local")["linear layers"] == "megatron-core, no FP8"
-    assert not uses_transformer_engine("local")
+    assert not uses_transformer_engine("local", "bfloat16")
 
 
 def test_apex_serves_the_optimizer_alone(machine: Installed) -> None:
@@ -78,12 +78,22 @@ def test_apex_serves_the_optimizer_alone(machine: Installed) -> None:
     assert used()["norm"] == "torch RMSNorm"
 
 
-@pytest.mark.parametrize(("engine", "cuda", "lacks"), [(None, True, "not installed"), ("2.20.2", False, "no GPU")])
-def test_asking_for_what_is_not_there_is_an_error(machine: Installed, engine: Any, cuda: bool, lacks: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "cuda", "dtype", "lacks"),
+    [
+        (None, True, "bfloat16", "Transformer Engine is not installed"),
+        ("2.20.2", False, "bfloat16", "there is no GPU"),
+        ("2.20.2", True, "float32", "model.dtype is not bfloat16"),
+    ],
+)
+def test_asking_for_what_is_not_there_is_an_error(
+    machine: Installed, engine: Any, cuda: bool, dtype: str, lacks: str
+) -> None:
     machine(engine=engine, cuda=cuda)
-    assert not uses_transformer_engine("auto")
-    with pytest.raises(ValueError, match=rf"needs Transformer Engine and a GPU: .*{lacks}"):
-        uses_transformer_engine("transformer_engine")
+    assert not uses_transformer_engine("auto", dtype)
+    assert capabilities("auto", dtype)[0].why == lacks
+    with pytest.raises(ValueError, match=f"model.layers='transformer_engine' cannot be: {lacks}"):
+        uses_transformer_engine("transformer_engine", dtype)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +107,4 @@ def test_asking_for_what_is_not_there_is_an_error(machine: Installed, engine: An
 def test_a_half_installed_transformer_engine_is_one_clear_error(machine: Installed, error: Exception) -> None:
     machine(engine=error)
     with pytest.raises(BrokenLibrary, match=r"must import or be absent, found it in part: \w+: .*uninstall"):
-        uses_transformer_engine("auto")
+        uses_transformer_engine("auto", "bfloat16")
