@@ -73,10 +73,11 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
 
 
-def capability_line(roles: Roles) -> str:
-    """What the policy's rank 0 computes with, in one line."""
-    asked = roles.groups["policy"].call("capabilities", finish=lambda answers: answers[0], ranks=[0])
-    return "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
+def capability_line(trainer: WorkerGroup) -> str:
+    """What a model's rank 0 computes with, in one line."""
+    asked = trainer.call("capabilities", finish=lambda answers: answers[0], ranks=[0])
+    parts = "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
+    return f"{trainer.name}: {parts}"
 
 
 def start_trainer(

@@ -121,7 +121,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         )
         receivers = config.engine.count * config.engine.tensor
         metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
-        metrics.note(f"policy: {capability_line(roles)}")
+        metrics.note(capability_line(roles.groups["policy"]))
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -189,6 +189,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
                 wandb_project=config.logging.wandb_project,
             )
         )
+        metrics.note(capability_line(group))
         yield SupervisedRun(
             batches=batches,
             model=model,

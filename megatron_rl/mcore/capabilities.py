@@ -58,14 +58,16 @@ def uses_transformer_engine(layers: str, dtype: str) -> bool:
         BrokenLibrary: see :func:`transformer_engine_version`.
         ValueError: they are to be, and cannot.
     """
-    lacks = _lacks(dtype)
+    lacks = lacking(dtype)
     if layers == "transformer_engine" and lacks:
         raise ValueError(f"model.layers='transformer_engine' cannot be: {lacks}; take 'auto'")
     return layers != "local" and lacks is None
 
 
-def _lacks(dtype: str) -> str | None:
-    """What Transformer Engine's layers want of this machine and do not get."""
+def lacking(dtype: str) -> str | None:
+    """What Transformer Engine's layers want of this machine and do not get; None: nothing. Errors as
+    :func:`transformer_engine_version`.
+    """
     if transformer_engine_version() is None:
         return "Transformer Engine is not installed"
     if not has_cuda():
@@ -88,7 +90,7 @@ def capabilities(layers: str = "auto", dtype: str = "bfloat16") -> list[Capabili
     """
     engine, version = uses_transformer_engine(layers, dtype), transformer_engine_version()
     named = f"Transformer Engine {version}"
-    why = "it is installed and there is a GPU" if engine else _lacks(dtype) or f"model.layers={layers!r}"
+    why = "it is installed and there is a GPU" if engine else lacking(dtype) or f"model.layers={layers!r}"
     return [
         Capability("linear layers", f"{named}, FP8 possible" if engine else "megatron-core, no FP8", why),
         Capability("norm", f"{named}, fused with the linear after it" if engine else "torch RMSNorm", why),

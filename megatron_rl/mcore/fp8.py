@@ -135,17 +135,13 @@ def linear_formats(chunks: Sequence[Any], weights: WeightMap, recipe_of: Recipe 
         weights: of the model.
         recipe_of: see :func:`layer_recipe`.
     """
-    modules: dict[str, tuple[Any, Any]] = {}
-    for chunk in chunks:
-        owners = {id(module.weight): module for module in chunk.modules() if _has_weight(module)}
-        for name, parameter in local_parameters([chunk]).items():
-            if id(parameter) in owners:
-                modules[name] = (chunk.config, owners[id(parameter)])
+    owners = {id(module.weight): module for chunk in chunks for module in chunk.modules() if _has_weight(module)}
+    mine = local_parameters(chunks)
     return [
         found
         for entry in weights.entries
-        if is_linear(entry) and entry.megatron in modules
-        for found in _formats(entry, *modules[entry.megatron], recipe_of)
+        if is_linear(entry) and entry.megatron in mine
+        for found in _formats(entry, chunks[0].config, owners[id(mine[entry.megatron])], recipe_of)
     ]
 
 
@@ -154,7 +150,8 @@ def _has_weight(module: Any) -> bool:
 
 
 def _formats(entry: WeightEntry, config: Any, module: Any, recipe_of: Recipe) -> Iterator[LinearFormat]:
-    recipe = recipe_of(config, entry.layer or 0) if by_transformer_engine(module) else None
+    assert entry.layer is not None
+    recipe = recipe_of(config, entry.layer) if by_transformer_engine(module) else None
     if recipe is not None and not getattr(module, "will_execute_quantized", lambda enabled: enabled)(True):
         recipe = None
     plain = str(module.weight.dtype).removeprefix("torch.")

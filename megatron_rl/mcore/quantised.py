@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +23,8 @@ def store(parameter: Any, values: Tensor) -> None:
     def clear() -> None:
         parameter.get_high_precision_init_val = lambda: None
 
-    parameter.data.copy_(values)
+    with torch.no_grad():
+        parameter.copy_(values)
     parameter.get_high_precision_init_val = lambda: kept
     parameter.clear_high_precision_init_val = clear
 

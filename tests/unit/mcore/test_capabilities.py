@@ -2,14 +2,33 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_rl.config.precision import FP8Config
+from megatron_rl.config.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from megatron_rl.mcore import capabilities as module
+from megatron_rl.mcore import spec as spec_module
 from megatron_rl.mcore.capabilities import BrokenLibrary, capabilities, uses_transformer_engine
+from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
+from megatron_rl.model_dims import dims_from_config
+from megatron_rl.weights.weight_map import Head
 
+SIZES = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 3,
+}
 Installed = Callable[..., None]
 
 
@@ -108,3 +127,25 @@ def test_a_half_installed_transformer_engine_is_one_clear_error(machine: Install
     machine(engine=error)
     with pytest.raises(BrokenLibrary, match=r"must import or be absent, found it in part: \w+: .*uninstall"):
         uses_transformer_engine("auto", "bfloat16")
+
+
+@pytest.mark.parametrize(("engine", "says"), [(None, ["fp8: needs Transformer Engine's layers"]), ("2.20.2", [])])
+def test_fp8_on_the_right_gpu_still_needs_transformer_engine(
+    machine: Installed, monkeypatch: pytest.MonkeyPatch, engine: Any, says: list[str]
+) -> None:
+    machine(engine=engine, cuda=True)
+    monkeypatch.setattr(spec_module, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(spec_module, "cuda_version", lambda: (13, 0))
+    trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1.0), fp8=FP8Config())
+    spec = WorkerSpec(
+        role="policy",
+        head=Head.TOKEN,
+        model=ModelConfig(path=Path("model")),
+        dims=dims_from_config(SIZES),
+        trainer=trainer,
+        temperature=1.0,
+        total_updates=1,
+        seed=0,
+        keep_reference=False,
+    )
+    assert [fault.partition(": Transformer")[0] for fault in fp8_faults(spec)] == says
