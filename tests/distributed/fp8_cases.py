@@ -20,7 +20,17 @@ from megatron_rl.config.precision import FP8Config
 from megatron_rl.interfaces import UpdateResult
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.linear_formats import LinearFormat
-from tests.distributed.cases import POLICY, Reinforce, Setup, gradient_tensors, minibatch, named, start, token_rows
+from tests.distributed.cases import (
+    POLICY,
+    Reinforce,
+    Setup,
+    SquaredError,
+    gradient_tensors,
+    minibatch,
+    named,
+    start,
+    token_rows,
+)
 
 RECIPES = {
     "blockwise": SimpleNamespace(
@@ -183,7 +193,6 @@ def padded_step(
 ) -> tuple[Any, UpdateResult | None, dict[str, Tensor], int]:
     """Scores, an update's result and gradients, micro-batches padded to ``multiple``; positions that were packed."""
     from megatron_rl.mcore import step
-    from tests.distributed.cases import SquaredError
 
     worker = start(rank, port, model, setup, role)
     placement, pack, packed = worker._placement, step.pack, []
@@ -233,22 +242,23 @@ def loaded(
     return before, after
 
 
-def fp8_trained(rank: int, port: int, model: Path, setup: Setup, fp8: FP8Config, recipe: str) -> Any:
-    """Formats; how often scoring found FP8 on; how many cached weights were dropped, twice. Passes and updates take
-    turns, and the stand-ins fail where a cached weight is stale.
+def fp8_trained(rank: int, port: int, model: Path, setup: Setup, role: str, fp8: FP8Config) -> Any:
+    """Formats; in which passes a layer found FP8 on; how many cached weights were dropped, twice. Scoring and updates
+    take turns, and the stand-ins fail where a cached weight is stale.
     """
     from megatron_rl.mcore.fp8 import clear_cached_weights
 
-    with engine_layers(RECIPES[recipe]):
-        worker = start(rank, port, model, setup, fp8=fp8)
+    with engine_layers(RECIPES["blockwise"]):
+        worker = start(rank, port, model, setup, role, fp8=fp8)
+        score, loss = (worker.logprobs, Reinforce()) if role == POLICY else (worker.values, SquaredError())
         seen = []
         block = worker._training.chunks[0].module.decoder
         block.register_forward_pre_hook(lambda *_: seen.append((torch.is_grad_enabled(), block.config.fp8)))
         for _ in range(2):
-            worker.logprobs(token_rows())
-            worker.update(minibatch(), Reinforce())
+            score(token_rows())
+            worker.update(minibatch(), loss)
         dropped = [clear_cached_weights(worker._training.chunks) for _ in range(2)]
-        worker.update(minibatch(), Reinforce())
+        worker.update(minibatch(), loss)
         formats = worker.formats()
         worker.close()
     return formats, set(seen), dropped

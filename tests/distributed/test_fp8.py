@@ -90,18 +90,20 @@ def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(
 
 
 @pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize(("role", "layout"), [(POLICY, ParallelLayout()), (CRITIC, TP2)], ids=str)
 def test_fp8_computes_what_the_settings_say_and_never_with_stale_weights(
-    ranks: Ranks, models: dict[str, Path], logprobs: bool
+    ranks: Ranks, models: dict[str, Path], role: str, layout: ParallelLayout, logprobs: bool
 ) -> None:
     fp8 = FP8Config(logprobs=logprobs, first_last_layers_bf16=1)
-    setup = Setup(budget=100, dtype="bfloat16")
-    formats, seen, dropped = ranks.run(1, cases.fp8_trained, models["qwen2"], setup, fp8, "blockwise")[0]
+    setup = Setup(layout=layout, budget=100, dtype="bfloat16")
+    answers = ranks.run(layout.world_size, cases.fp8_trained, models["qwen2"], setup, role, fp8)
     weights = weight_map(read_model_dims(models["qwen2"]), Head.TOKEN)
-    assert formats == expected_formats(weights, fp8, "bfloat16")
-    assert {f.dtype for f in formats if ".0." in f.weight or ".3." in f.weight} == {"bfloat16"}
-    assert {f.dtype for f in formats if ".1." in f.weight or ".2." in f.weight} == {"float8_e4m3fn"}
-    assert seen == {(True, "e4m3"), (False, "e4m3" if logprobs else None)}
-    assert dropped == [4 * 4, 0]
+    for formats, seen, dropped in answers:
+        assert formats == expected_formats(weights, fp8, "bfloat16")
+        assert {f.dtype for f in formats if ".0." in f.weight or ".3." in f.weight} == {"bfloat16"}
+        assert {f.dtype for f in formats if ".1." in f.weight or ".2." in f.weight} == {"float8_e4m3fn"}
+        assert seen == {(True, "e4m3"), (False, "e4m3" if logprobs else None)}
+        assert dropped == [4 * 4, 0]
 
 
 def test_the_start_names_the_layer_that_was_left_in_bfloat16(ranks: Ranks, models: dict[str, Path]) -> None:
