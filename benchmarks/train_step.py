@@ -143,7 +143,7 @@ def main() -> None:
         dims = read_model_dims(model)
     many = long_tailed(1024, seed=2).tolist()
     for name, costs in (("FLOPs", [dims.row_flops(n) for n in many]), ("tokens", [float(n) for n in many])):
-        plan = plan_rows(many, costs, ParallelLayout(data=REPLICAS), 8192)
+        plan = plan_rows(many, costs, ParallelLayout(data=REPLICAS), 8192, multiple=1)
         work = [sum(dims.row_flops(many[row]) for part in share for row in part) for share in plan.parts]
         spread = max(work) / min(work) - 1
         print(f"{len(many)} rows dealt out to {REPLICAS} replicas by {name}: FLOPs spread {spread:.2%}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "megatron_rl" / "config" / "schema.py"
+PRECISION = ROOT / "megatron_rl" / "config" / "precision.py"
 LAYOUT = ROOT / "megatron_rl" / "layout.py"
 
 HEAD = """# Settings
@@ -42,7 +43,10 @@ def rows(section: ast.ClassDef) -> list[tuple[str, str, str, str]]:
 def document() -> str:
     """The whole page."""
     parts = [HEAD]
-    known = sections(SCHEMA) | {"ParallelLayout": sections(LAYOUT)["ParallelLayout"]}
+    known = sections(SCHEMA) | {
+        "ParallelLayout": sections(LAYOUT)["ParallelLayout"],
+        "FP8Config": sections(PRECISION)["FP8Config"],
+    }
     for name in ("RunConfig", "SFTConfig", *(name for name in known if name not in {"RunConfig", "SFTConfig"})):
         parts.append(f"## {name}\n\n{ast.get_docstring(known[name], clean=True)}\n")
         parts.append("| key | type | default | meaning |\n| --- | --- | --- | --- |")

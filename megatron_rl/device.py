@@ -34,6 +34,17 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if has_cuda() else 0
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, such as (9, 0); (0, 0) where there is none."""
+    return torch.cuda.get_device_capability() if has_cuda() else (0, 0)
+
+
+def cuda_version() -> tuple[int, int]:
+    """That torch was built with; (0, 0) where it was built without."""
+    major, _, minor = (torch.version.cuda or "0.0").partition(".")
+    return int(major), int(minor)
+
+
 def worker_environment() -> dict[str, str]:
     """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise."""
     return {} if has_cuda() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

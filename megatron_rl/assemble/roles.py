@@ -73,6 +73,13 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
 
 
+def capability_line(trainer: WorkerGroup) -> str:
+    """What a model's rank 0 computes with, in one line."""
+    asked = trainer.call("capabilities", finish=lambda answers: answers[0], ranks=[0])
+    parts = "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
+    return f"{trainer.name}: {parts}"
+
+
 def start_trainer(
     group: WorkerGroup, config: RunConfig | SFTConfig, head: Head, dims: ModelDims, total_updates: int
 ) -> Pending[None]:

@@ -11,7 +11,15 @@ from tokenizers import Tokenizer
 
 from megatron_rl import device
 from megatron_rl.assemble.gate import References, parity_gate, start_references
-from megatron_rl.assemble.roles import checked_sync, engine_role, engine_spec, processes, start_roles, start_trainer
+from megatron_rl.assemble.roles import (
+    capability_line,
+    checked_sync,
+    engine_role,
+    engine_spec,
+    processes,
+    start_roles,
+    start_trainer,
+)
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
@@ -113,6 +121,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         )
         receivers = config.engine.count * config.engine.tensor
         metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
+        metrics.note(capability_line(roles.groups["policy"]))
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -180,6 +189,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
                 wandb_project=config.logging.wandb_project,
             )
         )
+        metrics.note(capability_line(group))
         yield SupervisedRun(
             batches=batches,
             model=model,

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from megatron_rl.config.precision import FP8Case, FP8Config, fp8_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
 
@@ -40,6 +41,9 @@ class ModelConfig:
     """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in training and in the engine; bfloat16 keeps float32 main weights in the optimizer."""
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose modules the trainer's layers are made of; ``auto``: Transformer Engine's where it is installed and there is
+    a GPU, megatron-core's own elsewhere. Names of weights and checkpoints are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +287,23 @@ class TrainerConfig:
     saves 12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
+    fp8: FP8Config | None = None
+    """Train in FP8, where there is a table ``fp8``; without one in ``model.dtype``."""
+
+    def fp8_case(self, model: ModelConfig, dims: ModelDims | None) -> FP8Case | None:
+        """What the rules of FP8 look at; None without FP8."""
+        if self.fp8 is None:
+            return None
+        return FP8Case(
+            fp8=self.fp8,
+            layout=self.layout,
+            dtype=model.dtype,
+            layers=model.layers,
+            distributed_optimizer=self.distributed_optimizer,
+            optimizer_on_host=self.optimizer_on_host,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            dims=dims,
+        )
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
@@ -518,6 +539,8 @@ class RunConfig:
                 )
         dims, found = model_problems(self.model.path, {role: trainer.layout for role, trainer in self.trainers.items()})
         yield from found
+        for role, trainer in self.trainers.items():
+            yield from _fp8_problems(role, trainer.fp8_case(self.model, dims))
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -555,7 +578,13 @@ class SFTConfig:
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())
         if self.samples_per_step < self.trainer.layout.data:
             yield f"trainer.layout.data: {self.trainer.layout.data} replicas need as many samples a step"
-        yield from model_problems(self.model.path, {"trainer": self.trainer.layout})[1]
+        dims, found = model_problems(self.model.path, {"trainer": self.trainer.layout})
+        yield from found
+        yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims))
+
+
+def _fp8_problems(role: str, case: FP8Case | None) -> list[str]:
+    return [] if case is None else [f"{role}.fp8: {problem}" for problem in fp8_problems(case)]
 
 
 def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[ModelDims | None, list[str]]:

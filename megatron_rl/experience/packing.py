@@ -76,7 +76,9 @@ class PackingPlan:
     imbalance: float
 
 
-def plan_rows(lengths: Sequence[int], costs: Sequence[float], layout: ParallelLayout, budget: int) -> PackingPlan:
+def plan_rows(
+    lengths: Sequence[int], costs: Sequence[float], layout: ParallelLayout, budget: int, multiple: int
+) -> PackingPlan:
     """Deal rows out to the replicas by cost, and cut each share into micro-batches.
 
     Args:
@@ -84,6 +86,7 @@ def plan_rows(lengths: Sequence[int], costs: Sequence[float], layout: ParallelLa
         costs: of each row, such as FLOPs.
         layout: of the model.
         budget: tokens of a micro-batch on one rank; context ranks share one.
+        multiple: to which each micro-batch is padded.
     """
     shares = split_rows(costs, range(len(lengths)), layout.data)
     parts = [micro_batches(lengths, share, budget * layout.context) for share in shares]
@@ -100,7 +103,7 @@ def plan_rows(lengths: Sequence[int], costs: Sequence[float], layout: ParallelLa
         for rows in part:
             steps = [max(0, lengths[row] - 1) for row in rows]
             used += sum(steps)
-            taken += _padded_size(steps, layout.row_multiple, layout.batch_multiple)
+            taken += _padded_size(steps, layout.row_multiple, multiple)
     return PackingPlan(
         parts=tuple(tuple(tuple(rows) for rows in part) for part in parts),
         padding=1 - used / taken if taken else 0.0,
@@ -164,7 +167,7 @@ def pack_rows(
         source: the batch.
         rows: indices into it.
         multiple: the number of positions is padded to a multiple of this by a last row outside the loss, as sequence
-            parallelism needs it (never to none at all: no rows make ``multiple`` dummy positions).
+            parallelism and FP8 need it (never to none at all: no rows make ``multiple`` dummy positions).
         loss_weight: [len(rows), T] f32; None: 1.
         row_multiple: each row is padded at its end to a multiple of this, as context parallelism needs it; divides
             ``multiple``.

@@ -25,6 +25,7 @@ def layer_outputs(
     layout: ParallelLayout,
     at: Coordinates,
     budget: int,
+    multiple: int,
     cost: Callable[[int], float],
 ) -> dict[str, tuple[Tensor, Tensor]] | None:
     """Run the rows through the model and keep what leaves its embedding, each attention, each layer, the final norm.
@@ -37,14 +38,14 @@ def layer_outputs(
         reading each [m, h] f32, on the CPU. None on a tensor rank that holds the same as the first.
     """
     with _watched(chunks) as seen:
-        forward_rows(chunks, source, _no_numbers, layout=layout, at=at, budget=budget, cost=cost)
+        forward_rows(chunks, source, _no_numbers, layout=layout, at=at, budget=budget, multiple=multiple, cost=cost)
     if at.tensor and not layout.sequence_parallel:
         return None
     lengths = source.lengths.tolist()
-    parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget).parts[at.data]
+    parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget, multiple).parts[at.data]
     if not parts:
         return None
-    which = torch.cat([_tokens(source, rows, layout, at) for rows in parts])
+    which = torch.cat([_tokens(source, rows, layout, at, multiple) for rows in parts])
     kept = which >= 0
     return {place: (which[kept], torch.cat(outputs)[kept]) for place, outputs in seen.items()}
 
@@ -53,9 +54,9 @@ def _no_numbers(_: Any, output: Tensor, batch: PackedTokens) -> Tensor:
     return output.new_zeros(len(batch.targets))
 
 
-def _tokens(source: TokenRows, rows: Sequence[int], layout: ParallelLayout, at: Coordinates) -> Tensor:
+def _tokens(source: TokenRows, rows: Sequence[int], layout: ParallelLayout, at: Coordinates, multiple: int) -> Tensor:
     """Which token, as row * T + column, is read at each position that this rank holds; -1: padding."""
-    batch = pack_rows(source, rows, layout.batch_multiple, row_multiple=layout.row_multiple)
+    batch = pack_rows(source, rows, multiple, row_multiple=layout.row_multiple)
     sizes = batch.cu_seqlens.diff().long()
     row = torch.arange(len(sizes)).repeat_interleave(sizes)
     owner = torch.tensor([*rows, 0])  # the last one is the padding of the whole micro-batch

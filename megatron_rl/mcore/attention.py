@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -65,17 +66,43 @@ class ContextPlan:
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
     """What the layers must know of a packed micro-batch; megatron-core hands it through unchanged.
 
-    ``qkv_format`` stays unset, so that megatron-core treats the rows as one plain sequence.
+    ``qkv_format`` stays unset, so that megatron-core treats the rows as one plain sequence. How the rows are grouped is
+    planned when it is first asked for: Transformer Engine's attention never asks.
 
     Attributes:
         positions: [N] int64, of each token of this rank in its row.
-        groups: rows computed together, in order; empty rows are left out.
-        context: where context ranks share the rows.
+        starts: of the rows and, last, where they end; empty rows are left out.
+        shares: where several context ranks share each row, which positions each of them holds.
     """
 
     positions: Tensor | None = None
-    groups: list[RowGroup] = field(default_factory=list)
-    context: ContextPlan | None = None
+    starts: list[int] = field(default_factory=list)
+    shares: Sequence[Tensor] = ()
+
+    @cached_property
+    def _cuts(self) -> list[tuple[int, int]]:
+        return _group_bounds(self.starts)
+
+    @cached_property
+    def groups(self) -> list[RowGroup]:
+        """Rows computed together, in order."""
+        assert self.positions is not None
+        size, device = max(1, len(self.shares)), self.positions.device
+        return [_group([start // size for start in self.starts[a : b + 1]], device) for a, b in self._cuts]
+
+    @cached_property
+    def context(self) -> ContextPlan | None:
+        """Where context ranks share the rows."""
+        if not self.shares:
+            return None
+        assert self.positions is not None
+        device = self.positions.device
+        whole = [_group(self.starts[a : b + 1], device) for a, b in self._cuts]
+        return ContextPlan(
+            order=torch.cat([*self.shares]).argsort().to(device),
+            groups=whole,
+            mask=[_visible(self.positions, mine, full) for mine, full in zip(self.groups, whole, strict=True)],
+        )
 
 
 def packed_rows(batch: PackedTokens, shares: Sequence[Tensor] = ()) -> PackedRows:
@@ -85,27 +112,16 @@ def packed_rows(batch: PackedTokens, shares: Sequence[Tensor] = ()) -> PackedRow
         batch: what this rank holds of it; ``cu_seqlens`` bounds whole rows.
         shares: where several context ranks share each row, which positions each of them holds.
     """
-    context_size = max(1, len(shares))
-    bounds, device = batch.cu_seqlens.tolist(), batch.inputs.device
+    bounds = batch.cu_seqlens.tolist()
     starts = [start for start, stop in pairwise(bounds) if stop > start] + [bounds[-1]]
-    cuts = _group_bounds(starts)
-    groups = [_group([start // context_size for start in starts[a : b + 1]], device) for a, b in cuts]
-    context = None
-    if shares:
-        whole = [_group(starts[a : b + 1], device) for a, b in cuts]
-        context = ContextPlan(
-            order=torch.cat([*shares]).argsort().to(device),
-            groups=whole,
-            mask=[_visible(batch.positions, mine, full) for mine, full in zip(groups, whole, strict=True)],
-        )
     return PackedRows(
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_length,
         max_seqlen_kv=batch.max_length,
         positions=batch.positions,
-        groups=groups,
-        context=context,
+        starts=starts,
+        shares=shares,
     )
 
 

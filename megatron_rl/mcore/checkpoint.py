@@ -31,8 +31,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
+from megatron_rl.mcore.quantised import by_transformer_engine, store
 
 _OPTIMIZER, _FORMAT = "optimizer_tensors", "metadata.json"
+_EXTRA = "_extra_state"
+"""What modules keep beside their tensors: scales of ``delayed``, nothing otherwise. Which modules do differs between
+Transformer Engine's and megatron-core's, so it is written for others and not read."""
 
 
 class _HostMemory(FileSystemBase):
@@ -190,16 +194,23 @@ def load_weights(folder: Path, models: Sequence[Any]) -> None:
         FileNotFoundError: the folder is not a complete checkpoint.
         CheckpointingException: it lacks a tensor, or has it in another shape.
     """
-    _load_models(folder, models, _models(models))
+    state = _load_models(folder, models, _models(models))
+    for name, model in _named(models):
+        for key, parameter in model.named_parameters():
+            if by_transformer_engine(parameter):
+                store(parameter, state[name][key])
 
 
 def _load_models(folder: Path, models: Sequence[Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Fill the models; all that was read."""
     if not holds_weights(folder):
         raise FileNotFoundError(f"a checkpoint folder needs a {_FORMAT}, found none in {folder}")
-    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    tensors = {name: {key: part for key, part in each.items() if _EXTRA not in key} for name, each in wanted.items()}
+    state: dict[str, Any] = dist_checkpointing.load(tensors, str(folder))
     for name, model in _named(models):
-        model.load_state_dict(state[name])
+        lacking = model.load_state_dict(state[name], strict=False)
+        if found := [key for key in (*lacking.missing_keys, *lacking.unexpected_keys) if _EXTRA not in key]:
+            raise ValueError(f"{folder}: the checkpoint and the model must name the same tensors, differ in {found}")
     return state
 
 

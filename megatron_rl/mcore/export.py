@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.mcore.quantised import by_transformer_engine, store
+from megatron_rl.mcore.sharded_names import PLAIN_NORMS
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.coverage import check_coverage, further_layers, head_of
 from megatron_rl.weights.plan import HfFiles, Region, TransferPlan, shards_on, transfer_plan
@@ -27,13 +29,16 @@ _log = logging.getLogger(__name__)
 
 
 def local_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """The parameters of this rank's pieces of the model, by global name: layers are numbered over the whole model."""
+    """The parameters of this rank's pieces of the model, by global name: layers are numbered over the whole model, and
+    norms are called the same whether they stand by themselves or in the linear after them.
+    """
     found: dict[str, Tensor] = {}
     for chunk in chunks:
         biases = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("router.expert_bias"))
         for name, parameter in (*chunk.named_parameters(), *biases):
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
+                parts[3:] = PLAIN_NORMS.get(".".join(parts[3:]), ".".join(parts[3:])).split(".")
                 parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
             if "local_experts" in parts:
                 place = parts.index("local_experts") + 1
@@ -80,13 +85,17 @@ def load_hf(
         tensor, holder = tensors[shards[name].name], shards[name].rank
         if new_head and not set(tensor.entry.hf) & source.names:
             continue
+        quantised = by_transformer_engine(parameter)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device()) if quantised else parameter
         for move in tensor.moves:
             if move.target.rank == holder:
                 there = move.source
-                _part(parameter, move.target).copy_(source.slice(there.name, there.index, shape=there.shape))
+                _part(values, move.target).copy_(source.slice(there.name, there.index, shape=there.shape))
         for region in tensor.padding:
             if region.rank == holder:
-                _part(parameter, region).zero_()
+                _part(values, region).zero_()
+        if quantised:
+            store(parameter, values)
 
 
 def _part(tensor: Tensor, region: Region) -> Tensor:

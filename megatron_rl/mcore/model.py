@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -21,6 +21,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_rl.batches import PackedTokens, TokenOutputs, ValueOutputs
@@ -28,6 +29,8 @@ from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.device import device
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
+from megatron_rl.mcore.fp8 import model_fields
+from megatron_rl.mcore.fused_attention import packed_attention
 from megatron_rl.mcore.logprobs import linear_logprobs
 from megatron_rl.mcore.output_layer import TokenHead, output_weight, real_vocabulary
 from megatron_rl.mcore.rotary import inverse_frequencies
@@ -36,8 +39,13 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.rope_scaling import YarnScaling
 from megatron_rl.weights.weight_map import Head
 
+_Classes = dict[Any, Any]
+_Fields = dict[type, dict[str, Callable[[Any], Any]]]
 
-def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype) -> TransformerConfig:
+
+def transformer_config(
+    dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, *, transformer_engine: bool = False
+) -> TransformerConfig:
     """Megatron-core's configuration of a model; weights are left unset for :mod:`.export` to fill."""
     layout = trainer.layout
     interleaved = layout.virtual_pipeline > 1
@@ -82,6 +90,8 @@ def transformer_config(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dty
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_RECOMPUTE[trainer.recompute],
+        **model_fields(trainer.fp8),
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         # micro-batches are cut by tokens, so their lengths differ and pipeline stages must tell each other
         variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # with experts or without: the default is refused with variable lengths
@@ -161,13 +171,15 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def build_chunks(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, head: Head) -> list[GPTModel]:
+def build_chunks(
+    dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, head: Head, *, transformer_engine: bool = False
+) -> list[GPTModel]:
     """This rank's pieces of the model, with uninitialised weights (and the value head at zero); one, but for virtual
     pipelines.
 
     A critic never ties its embeddings: it has no output projection to tie them to.
     """
-    config = transformer_config(dims, trainer, dtype)
+    config = transformer_config(dims, trainer, dtype, transformer_engine=transformer_engine)
     pieces = trainer.layout.virtual_pipeline
     return [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
 
@@ -205,33 +217,54 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
 
 
 def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = None) -> Any:
-    """The modules that a piece's layers are made of: megatron-core's local ones, with a few exchanges."""
+    """The modules that a piece's layers are made of: Transformer Engine's or megatron-core's local ones, as the
+    configuration says, with a few exchanges.
+    """
+    engine = config.transformer_impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=piece
+        config, use_transformer_engine=engine, normalization=config.normalization, vp_stage=piece
     )
-    # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in the
-    # gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
-    exchange: _Fields = {MLASelfAttentionSubmodules: {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}}
-    multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
+    by_field: _Fields = {}
+    if engine:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        exchange = {TEDotProductAttention: packed_attention(TEDotProductAttention), MLASelfAttention: _LatentAttention}
+        names = _FUSED_KEYS if dims.latent is None else _LATENT_FUSED_KEYS
+        by_field[TransformerLayerSubmodules] = {"sharded_state_dict_keys_map": lambda _: names}
+    else:
+        exchange = _LOCAL
+        # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in
+        # the gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
+        down = {"linear_q_down_proj": lambda _: Linear, "linear_kv_down_proj": lambda _: Linear}
+        by_field[MLASelfAttentionSubmodules] = down
+        multi_latent_attention.Linear = Linear  # which newer releases bind only where Transformer Engine is installed
     if dims.projection_bias:
-        exchange[SelfAttentionSubmodules] = {"linear_proj": _BiasedRows}
+        by_field[SelfAttentionSubmodules] = {"linear_proj": _biased}
     if dims.mlp_bias:
-        exchange[MLPSubmodules] = {"linear_fc1": _BiasedColumns, "linear_fc2": _BiasedRows}
-    return _exchange(spec, exchange)
+        by_field[MLPSubmodules] = {"linear_fc1": _biased, "linear_fc2": _biased}
+    return _exchange(spec, exchange, by_field)
 
 
-class _BiasedColumns(ColumnParallelLinear):  # type: ignore[misc]
-    """With a bias whatever ``add_bias_linear`` says, which switches those of attention and MLP together."""
+_FUSED_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""From the names of a layer's norms to those in checkpoints, which are the same whatever made the layers."""
+_LATENT_FUSED_KEYS = {
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+}
 
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
 
+def _biased(linear: type) -> type:
+    """The same with a bias whatever ``add_bias_linear`` says, which switches those of attention and MLP together."""
 
-class _BiasedRows(RowParallelLinear):  # type: ignore[misc]
-    """The same for a layer whose input is split."""
+    class Biased(linear):  # type: ignore[misc]
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
 
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
+    return Biased
 
 
 class _Norm:
@@ -254,34 +287,34 @@ class _LatentAttention(MLASelfAttention):  # type: ignore[misc]
         return {name: getattr(submodules, name) for name in names}
 
 
-_EXCHANGE: dict[Any, Any] = {
+_LOCAL: _Classes = {
     WrappedTorchNorm: _Norm,
     DotProductAttention: PackedAttention,
     MLASelfAttention: _LatentAttention,
 }
 
 
-_Fields = dict[type, dict[str, Any]]
-
-
-def _exchange(spec: Any, by_field: _Fields) -> Any:
+def _exchange(spec: Any, classes: _Classes, by_field: _Fields) -> Any:
     """Replace classes everywhere in a nested layer spec (ModuleSpec, dataclasses; ``partial`` from 0.18 on).
 
     Args:
         spec: of a layer, or a part of it.
-        by_field: classes that depend on their place, by the dataclass and field that hold them.
+        classes: by the class that they replace.
+        by_field: what depends on its place, by the dataclass and field that hold it: from what is there to what shall
+            be.
     """
     if isinstance(spec, type) or spec is None:
-        return _EXCHANGE.get(spec, spec)
+        return classes.get(spec, spec)
     if isinstance(spec, functools.partial):
-        keywords = {key: _exchange(value, by_field) for key, value in spec.keywords.items()}
-        return functools.partial(_exchange(spec.func, by_field), *spec.args, **keywords)
+        keywords = {key: _exchange(value, classes, by_field) for key, value in spec.keywords.items()}
+        return functools.partial(_exchange(spec.func, classes, by_field), *spec.args, **keywords)
     if isinstance(spec, list):
-        return [_exchange(item, by_field) for item in spec]
+        return [_exchange(item, classes, by_field) for item in spec]
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         fields = [f.name for f in dataclasses.fields(spec) if f.init]
-        found = {name: _exchange(getattr(spec, name), by_field) for name in fields}
-        return dataclasses.replace(spec, **found | by_field.get(type(spec), {}))
+        found = {name: _exchange(getattr(spec, name), classes, by_field) for name in fields}
+        placed = {name: change(found[name]) for name, change in by_field.get(type(spec), {}).items()}
+        return dataclasses.replace(spec, **found | placed)
     return spec
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
+from megatron_rl.mcore.fp8 import ddp_fields, optimizer_fields
 from megatron_rl.mcore.host_optimizer import start_moments
 
 
@@ -49,6 +50,7 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
         use_distributed_optimizer=trainer.distributed_optimizer,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and trainer.distributed_optimizer,
+        **ddp_fields(trainer.fp8),
     )
     chunks = [
         # the first piece's gradients come last: only its buckets are worth overlapping with the backward pass
@@ -78,6 +80,7 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
             optimizer_offload_fraction=float(trainer.optimizer_on_host),
             # main weights belong to the inner optimizer, which then reads gradients where they are
             use_precision_aware_optimizer=trainer.optimizer_on_host,
+            **optimizer_fields(trainer.fp8),
         ),
         chunks,
         use_gloo_process_groups=False,

@@ -20,6 +20,11 @@ _FUSED_NORMS = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 """Norms that Transformer Engine's modules hold, whose names the checkpoints of all modules share."""
+PLAIN_NORMS = {fused: plain for plain, fused in _FUSED_NORMS.items()} | {
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+}
+"""From the names of norms inside Transformer Engine's linears to those of norms by themselves."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def train_step(
     layout: ParallelLayout,
     at: Coordinates,
     budget: int,
+    multiple: int,
     cost: Callable[[int], float],
 ) -> UpdateResult | None:
     """One optimizer step on all rows of a minibatch; called on every rank of the layout with the same minibatch.
@@ -51,6 +52,7 @@ def train_step(
         layout: of the model.
         at: place of this rank.
         budget: tokens of a micro-batch on one rank.
+        multiple: to which each micro-batch is padded, see :func:`~megatron_rl.config.precision.token_multiple`.
         cost: of a row of so many tokens; replicas get rows of like cost.
 
     Returns:
@@ -67,10 +69,8 @@ def train_step(
     lengths = token_rows.lengths[minibatch.rows].tolist()
     if len(lengths) < layout.data:
         raise ValueError(f"{layout} needs at least {layout.data} rows in a minibatch, got {len(lengths)}")
-    plan = plan_rows(lengths, [cost(length) for length in lengths], layout, budget)
-    packed = [
-        pack(minibatch, rows, layout.batch_multiple, row_multiple=layout.row_multiple) for rows in plan.parts[at.data]
-    ]
+    plan = plan_rows(lengths, [cost(length) for length in lengths], layout, budget, multiple)
+    packed = [pack(minibatch, rows, multiple, row_multiple=layout.row_multiple) for rows in plan.parts[at.data]]
     batches = [_placed(batch, _shares(batch, layout), at) for batch in packed]
 
     def loss_sums(stage: Any, output: Tensor, batch: PackedTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -109,6 +109,7 @@ def forward_rows(
     layout: ParallelLayout,
     at: Coordinates,
     budget: int,
+    multiple: int,
     cost: Callable[[int], float],
 ) -> tuple[Tensor, Tensor] | None:
     """One number per response token of this replica's share of the rows; called on every rank with the same rows.
@@ -120,6 +121,7 @@ def forward_rows(
         layout: of the model.
         at: place of this rank.
         budget: tokens of a micro-batch on one rank.
+        multiple: to which each micro-batch is padded, see :func:`~megatron_rl.config.precision.token_multiple`.
         cost: of a row of so many tokens; replicas get rows of like cost.
 
     Returns:
@@ -128,8 +130,8 @@ def forward_rows(
     """
     lengths = source.lengths.tolist()
     width = source.tokens.shape[1]
-    parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget).parts[at.data]
-    packed = [pack_rows(source, rows, layout.batch_multiple, row_multiple=layout.row_multiple) for rows in parts]
+    parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget, multiple).parts[at.data]
+    packed = [pack_rows(source, rows, multiple, row_multiple=layout.row_multiple) for rows in parts]
     shares = [_shares(batch, layout) for batch in packed]
     batches = [_placed(batch, share, at) for batch, share in zip(packed, shares, strict=True)]
     outputs = _run_schedule(chunks, batches, read, forward_only=True) if batches else []

@@ -16,18 +16,24 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
+from megatron_rl.config.precision import token_multiple
 from megatron_rl.device import dtype, limit_threads
 from megatron_rl.durable import FileRecord
 from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
+from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
+from megatron_rl.mcore.capabilities import Capability, capabilities, uses_transformer_engine
 from megatron_rl.mcore.checkpoint import holds_weights, load_checkpoint, load_weights, stage_checkpoint
 from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
+from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
 from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
-from megatron_rl.mcore.spec import WorkerSpec
+from megatron_rl.mcore.quantised import forget_values, plain_values
+from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
+from megatron_rl.weights.formats import check_formats, expected_formats
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.safetensors_io import save_hf_folder
 from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
@@ -48,10 +54,11 @@ class Worker:
             timeout_s: bound on joining and on every collective.
 
         Raises:
-            ValueError: the model cannot be laid out so, or the folder does not fit it.
+            ValueError: the model cannot be laid out or trained so here, a linear does not multiply in the format that
+                it should, or the folder does not fit the model.
         """
         self._layout = spec.trainer.layout
-        if problems := spec.dims.layout_problems(self._layout):
+        if problems := spec.dims.layout_problems(self._layout) + fp8_faults(spec):
             raise ValueError(f"{spec.role}: " + "; ".join(problems))
         limit_threads()
         self._spec = spec
@@ -60,13 +67,17 @@ class Worker:
         self._at = start_groups(self._layout, rank=rank, host=host, port=port, timeout_s=timeout_s, seed=spec.seed)
         self._training = prepare_training(self._load_chunks(), spec.trainer, spec.total_updates)
         self._reference = self._load_chunks() if spec.keep_reference else None
+        forget_values(self._reference or ())
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
         spec = self._spec
-        chunks = build_chunks(spec.dims, spec.trainer, dtype(spec.model.dtype), spec.head)
+        engine = uses_transformer_engine(spec.model.layers, spec.model.dtype)
+        chunks = build_chunks(spec.dims, spec.trainer, dtype(spec.model.dtype), spec.head, transformer_engine=engine)
+        expected = expected_formats(self._weights, spec.trainer.fp8, spec.model.dtype)
+        check_formats(f"{spec.role} at rank {self._rank}", expected, linear_formats(chunks, self._weights))
         if holds_weights(spec.model.path):
             load_weights(spec.model.path, chunks)
         else:
@@ -113,13 +124,15 @@ class Worker:
     def _forward(
         self, chunks: Sequence[Any], batch: TokenRows, read: Any, packed: bool = True
     ) -> tuple[Tensor, Tensor] | None:
-        return forward_rows(chunks, batch, read, **self._placement(packed))
+        with scoring_precision(chunks, self._spec.trainer.fp8):
+            return forward_rows(chunks, batch, read, **self._placement(packed))
 
     def _placement(self, packed: bool = True) -> dict[str, Any]:
         return {
             "layout": self._layout,
             "at": self._at,
             "budget": self._spec.trainer.tokens_per_microbatch if packed else 1,
+            "multiple": token_multiple(self._layout, self._spec.trainer.fp8),
             "cost": self._spec.dims.row_flops,
         }
 
@@ -256,8 +269,16 @@ class Worker:
 
     def _full_tensors(self, plan: TransferPlan | None = None) -> Any:
         gather_parameters(self._training)
-        mine = local_parameters([chunk.module for chunk in self._training.chunks])
+        mine = plain_values(local_parameters([chunk.module for chunk in self._training.chunks]))
         return full_tensors(mine, plan or self._plan, self._layout, self._rank)
+
+    def formats(self) -> list[LinearFormat]:
+        """What each linear of this rank's layers multiplies in."""
+        return linear_formats([chunk.module for chunk in self._training.chunks], self._weights)
+
+    def capabilities(self) -> list[Capability]:
+        """What the parts of training are done with here."""
+        return capabilities(self._spec.model.layers, self._spec.model.dtype)
 
     def close(self) -> None:
         """Leave the groups and free the model."""

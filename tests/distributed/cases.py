@@ -22,6 +22,7 @@ from megatron_rl.batches import (
     TokenRows,
     ValueOutputs,
 )
+from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from megatron_rl.interfaces import TokenLoss, UpdateResult
 from megatron_rl.layout import ParallelLayout
@@ -148,7 +149,7 @@ class Setup:
         return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
 
 
-def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -> Any:
+def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, fp8: FP8Config | None = None) -> Any:
     """A worker. Megatron-core is imported here and not above, so that the test process itself never loads it."""
     from megatron_rl.mcore.worker import Worker, WorkerSpec
     from megatron_rl.weights.weight_map import Head
@@ -175,6 +176,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
             overlap_communication=setup.overlap_communication,
             optimizer_on_host=setup.on_host,
             recompute=setup.recompute,
+            fp8=fp8,
         ),
         temperature=TEMPERATURE,
         total_updates=10,

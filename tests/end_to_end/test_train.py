@@ -55,6 +55,7 @@ def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
     assert max(gaps.values()) < 1e-3
     assert gaps["parity/critic_against_Hugging_Face_critic/max"] > 0, "the zero value head is not what was compared"
     assert "  engine against Hugging Face         mean" in done.stdout
+    assert "policy: linear layers by megatron-core, no FP8 (Transformer Engine is not installed)" in done.stdout
     steps = [record for record in records(run) if "rollout/score" in record]
     assert [step["step"] for step in steps] == [0, 1]
     for step in steps:

@@ -175,16 +175,23 @@ def test_positions_are_taken_from_every_tensor_but_the_bounds() -> None:
 
 def test_replicas_get_rows_of_like_cost_and_count_their_padding() -> None:
     lengths = [9, 5, 5, 5]
-    plan = plan_rows(lengths, [length**2 for length in lengths], ParallelLayout(data=2, context=2), budget=4)
+    plan = plan_rows(
+        lengths, [length**2 for length in lengths], ParallelLayout(data=2, context=2), budget=4, multiple=4
+    )
     assert plan.parts == (((0,),), ((1,), (2,), (3,)))
     assert plan.imbalance == pytest.approx(81 / 78 - 1)
     assert plan.padding == 0
-    assert plan_rows([4, 2], [1, 1], ParallelLayout(context=2), budget=100).padding == pytest.approx(1 - 4 / 8)
+    assert plan_rows([4, 2], [1, 1], ParallelLayout(context=2), budget=100, multiple=4).padding == pytest.approx(
+        1 - 4 / 8
+    )
 
 
 def test_micro_batches_without_rows_keep_ranks_in_step() -> None:
     interleaved = ParallelLayout(pipeline=2, virtual_pipeline=2)
-    assert plan_rows([9, 9, 9], [1.0] * 3, interleaved, budget=9).parts == (((0,), (1,), (2,), ()),)
-    experts = plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2, expert=2), budget=9)
+    assert plan_rows([9, 9, 9], [1.0] * 3, interleaved, budget=9, multiple=1).parts == (((0,), (1,), (2,), ()),)
+    experts = plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2, expert=2), budget=9, multiple=1)
     assert experts.parts == (((0,), (2,)), ((1,), ()))
-    assert plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2), budget=9).parts == (((0,), (2,)), ((1,),))
+    assert plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2), budget=9, multiple=1).parts == (
+        ((0,), (2,)),
+        ((1,),),
+    )
