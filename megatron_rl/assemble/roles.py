@@ -111,7 +111,7 @@ def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequ
         sender=roles.policy,
         receiver=roles.engine,
         probe=_probe(prompts, dims),
-        probe_tolerance=config.sync.tolerance(config.model.dtype),
+        probe_tolerance=config.sync.tolerance(config.model.dtype, config.engine),
         phase_deadline_s=config.sync.phase_deadline_s,
     )
 
@@ -144,11 +144,13 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
     """An engine for this run; with a ``version`` it may generate from the weights it loads."""
     return EngineSpec(
         model=model.resolve(),
-        dtype=config.model.dtype,
+        dtype=config.engine.dtype(config.model.dtype),
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
         tensor=config.engine.tensor,
         on_cpu=not device.has_cuda(),
         version=version,
+        quantization=config.engine.quantization if config.engine.quantised else None,
+        kv_cache_dtype=config.engine.kv_cache_dtype,
     )

@@ -59,6 +59,9 @@ class EngineSpec:
         on_cpu: leave out compiling, which would take longer than it saves.
         tensor: tensor-parallel workers; with more than one, each is a process of its own.
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
+        quantization: vLLM's name of the format that linears quantise their weights to, of those in ``model`` and of
+            those pushed; None: not at all.
+        kv_cache_dtype: of keys and values: ``auto`` (that of the weights) or ``fp8``.
     """
 
     model: Path
@@ -69,6 +72,8 @@ class EngineSpec:
     on_cpu: bool
     tensor: int = 1
     version: int | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
 
 class WorkerError(RuntimeError):
@@ -114,6 +119,8 @@ class Engine:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            quantization=spec.quantization,
+            kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
             distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
             enforce_eager=spec.on_cpu,
