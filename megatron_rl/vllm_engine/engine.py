@@ -24,6 +24,7 @@ import psutil
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.device import limit_threads
 from megatron_rl.interfaces import PushPhase, PushReceipt
+from megatron_rl.linear_formats import LinearFormat, first_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,6 +236,21 @@ class Engine:
 
         found: dict[str, Tensor] = self._on_workers(inside.tensors, tuple(prefixes))[0]
         return found
+
+    def linear_formats(self) -> list[LinearFormat]:
+        """See :func:`megatron_rl.vllm_engine.inside.linear_formats`.
+
+        Raises:
+            RuntimeError: tensor-parallel workers differ.
+        """
+        from megatron_rl.vllm_engine import inside
+
+        first, *others = self._on_workers(inside.linear_formats)
+        for rank, other in enumerate(others, 1):
+            if (difference := first_difference(first, other)) is not None:
+                raise RuntimeError(f"worker rank {rank} must hold its linears as rank 0 does: {difference}")
+        formats: list[LinearFormat] = first
+        return formats
 
     def join(self, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         """Join the channel that weights will be pushed through.
