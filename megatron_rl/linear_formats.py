@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +21,38 @@ class LinearFormat:
     dtype: str
     block: tuple[int, int] | None = None
     scale: str | None = None
+
+
+def first_difference(expected: Iterable[LinearFormat], found: Iterable[LinearFormat]) -> str | None:
+    """The first linear, in the order of ``expected``, that is not as it must be: a sentence; None: all are.
+
+    Args:
+        expected: what the configuration asks for.
+        found: what a live model multiplies with, in any order.
+    """
+    wanted, there = ({linear.weight: linear for linear in formats} for formats in (expected, found))
+    for name in [*wanted, *(name for name in there if name not in wanted)]:
+        if wanted.get(name) != there.get(name):
+            return f"{name} must be {_told(wanted.get(name))}, found {_told(there.get(name))}"
+    return None
+
+
+def summary(formats: Iterable[LinearFormat]) -> str:
+    """How many linears have which format, in a line."""
+    counts = Counter(_told(linear) for linear in formats)
+    return ", ".join(f"{count} linears in {told}" for told, count in counts.items())
+
+
+def write_table(path: Path, formats: Iterable[LinearFormat]) -> None:
+    """A line per linear: the name of its weight, and its format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{linear.weight}\t{_told(linear)}\n" for linear in formats))
+
+
+def _told(linear: LinearFormat | None) -> str:
+    if linear is None:
+        return "no linear"
+    if linear.block is None:
+        return linear.dtype
+    rows, columns = (size or "all" for size in linear.block)
+    return f"{linear.dtype} with a {linear.scale} scale per {rows} x {columns}"

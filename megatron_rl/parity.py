@@ -25,6 +25,8 @@ OUTPUT = "output"
 _ULPS, _STANDS_OUT = 4, 4
 _ROUNDING = 1e-6
 """What float32 sums of a layer come to, relative."""
+_SUBNORMAL = 2.0**-17
+"""Half a step of e4m3 below its smallest normal number, relative to its largest: 2^-10 / 448, rounded up."""
 _LAYER = re.compile(r"model\.layers\.(\d+)(\.self_attn)?$")
 
 
@@ -49,19 +51,22 @@ class Tolerance:
         mean: of the absolute difference per token, in nats (of values: in their own unit).
         largest: of the same, at the worst token.
         eps: machine epsilon of the type that they compute in.
+        weights: how far their weights may be apart, relative to the larger: 0 unless one of them has quantised its own.
     """
 
     mean: float
     largest: float
     eps: float
+    weights: float = 0.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two that must agree: ``tested`` is held against ``against``."""
+    """Two that must agree: ``tested`` is held against ``against``, by its own ``tolerance`` or by that of the check."""
 
     tested: ScoresTokens
     against: ScoresTokens
+    tolerance: Tolerance | None = None
 
     def __str__(self) -> str:
         """Both names."""
@@ -76,7 +81,7 @@ def check_parity(
     Args:
         pairs: from the reference outwards, so that the first that fails is the nearest to the cause.
         rows: the same for all; the response mask says which tokens count.
-        tolerance: the same for all pairs.
+        tolerance: of the pairs that have none of their own.
         tell: gets the table of differences, where all are within it.
 
     Returns:
@@ -90,12 +95,12 @@ def check_parity(
     scores = results({name: scorer.score(rows) for name, scorer in scorers.items()})
     gaps = [logprob_gap(scores[pair.tested.name], scores[pair.against.name], rows.response_mask) for pair in pairs]
     table = _table(pairs, gaps, rows, tolerance)
-    failed = [pair for pair, gap in zip(pairs, gaps, strict=True) if not _within(gap, tolerance)]
+    failed = [pair for pair, gap in zip(pairs, gaps, strict=True) if not _within(gap, pair.tolerance or tolerance)]
     if failed:
         scored = scores[failed[0].tested.name], scores[failed[0].against.name]
         told = f"{len(failed)} of {len(pairs)} comparisons failed"
         try:
-            cause = locate(failed[0], rows, scored, tolerance.eps)
+            cause = locate(failed[0], rows, scored, failed[0].tolerance or tolerance)
         except Exception as error:
             unknown = f"where is not known: {type(error).__name__}: {error}"
             raise ParityFailed(told, table, f"{failed[0]}: {unknown}") from error
@@ -119,20 +124,25 @@ def _table(pairs: Sequence[Pair], gaps: Sequence[LogprobGap], rows: TokenRows, t
     )
     lines = [
         f"  {pair!s:<{width}}  mean {gap.mean_abs:.2e}  max {gap.max_abs:.2e}  "
-        f"{'ok' if _within(gap, tolerance) else 'FAILED'}"
+        f"{'ok' if _within(gap, pair.tolerance or tolerance) else 'FAILED'}{_own_bounds(pair)}"
         for pair, gap in zip(pairs, gaps, strict=True)
     ]
     return "\n".join([head, *lines])
 
 
-def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], eps: float) -> str:
+def _own_bounds(pair: Pair) -> str:
+    own = pair.tolerance
+    return "" if own is None else f" (allowed: mean {own.mean:g}, max {own.largest:g})"
+
+
+def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], tolerance: Tolerance) -> str:
     """Where two first differ: a sentence that names the place and, if one differs, the tensor.
 
     Args:
         pair: the two.
         rows: what they scored.
         scored: [B, T] each, what they said.
-        eps: see :class:`Tolerance`.
+        tolerance: of the pair.
     """
     both = {side.name: side for side in (pair.tested, pair.against)}
     seen = results({name: side.activations(rows) for name, side in both.items()})
@@ -141,7 +151,7 @@ def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], eps: floa
             return f"where is not known: {name} runs compiled, so that its layers cannot be watched"
     distances = place_distances(seen[pair.tested.name], seen[pair.against.name])
     distances[OUTPUT] = distance(scored[0][rows.response_mask], scored[1][rows.response_mask])
-    place = first_divergence(distances, max(eps, _ROUNDING))
+    place = first_divergence(distances, max(tolerance.eps, _ROUNDING))
     if place is None:
         return (
             f"no place stands out, distances grow to {max(distances.values()):.2g} of the norm as rounding lets them; "
@@ -150,12 +160,12 @@ def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], eps: floa
     before = max((found for name, found in distances.items() if _depth(name) < _depth(place)), default=0.0)
     text = f"the first place that differs is {place}, by {distances[place]:.2g} of its norm (before it: {before:.2g}); "
     weights = results({name: side.tensors(_prefixes(place)) for name, side in both.items()})
-    return text + _tensor_told(pair, weights[pair.tested.name], weights[pair.against.name])
+    return text + _tensor_told(pair, weights[pair.tested.name], weights[pair.against.name], tolerance.weights)
 
 
-def _tensor_told(pair: Pair, tested: Mapping[str, Tensor], against: Mapping[str, Tensor]) -> str:
+def _tensor_told(pair: Pair, tested: Mapping[str, Tensor], against: Mapping[str, Tensor], relative: float) -> str:
     for name in (name for name in tested if name in against):
-        if (difference := tensor_difference(tested[name], against[name])) is not None:
+        if (difference := tensor_difference(tested[name], against[name], relative)) is not None:
             return f"the first tensor that differs there is {name}: {difference}"
     for ours, theirs, (there, missing) in (
         (against, tested, (pair.against.name, pair.tested.name)),
@@ -207,16 +217,20 @@ def first_divergence(distances: Mapping[str, float], noise: float) -> str | None
     return place if growth[place] > _STANDS_OUT else None
 
 
-def tensor_difference(tested: Tensor, against: Tensor) -> str | None:
+def tensor_difference(tested: Tensor, against: Tensor, relative: float = 0.0) -> str | None:
     """How two tensors differ element by element once both are rounded to the coarser of their types; None: not at all.
 
-    Differences of a few float32 roundings are none: rotary frequencies are computed, not copied.
+    Differences of a few float32 roundings are none: rotary frequencies are computed, not copied. Where one has been
+    quantised, ``relative`` is its rounding; numbers that are tiny beside the others lose more, which counts as none.
     """
     if tested.shape != against.shape:
         return f"shape {tuple(tested.shape)}, must be {tuple(against.shape)}"
     coarser = max((tested.dtype, against.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     ours, theirs = tested.to(coarser).double(), against.to(coarser).double()
-    allowed = _ULPS * torch.finfo(torch.float32).eps * torch.maximum(ours.abs(), theirs.abs())
+    larger = torch.maximum(ours.abs(), theirs.abs())
+    allowed = max(_ULPS * torch.finfo(torch.float32).eps, relative) * larger
+    if relative:
+        allowed += larger.amax() * _SUBNORMAL
     differs = ~((ours - theirs).abs() <= allowed)
     if not bool(differs.any()):
         return None

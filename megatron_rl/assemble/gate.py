@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_rl import device
+from megatron_rl.assemble.audit import check_engine
 from megatron_rl.assemble.roles import Roles, checked_sync, processes, start_ranks, start_roles
 from megatron_rl.config.schema import (
     ClusterConfig,
@@ -56,6 +57,7 @@ def open_parity(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Gate
     run_dir = config.run_dir.with_name(f"{config.run_dir.name}-parity")
     gpus = device.gpu_count()
     check_machine(processes(config), gpus, config.cluster)
+    check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
@@ -128,14 +130,15 @@ def parity_gate(
 ) -> Gate:
     """The gate of a run: from the reference outwards to the engine."""
     policy, engine = _scorer(roles.policy, packed=True), EngineScorer(roles.engine)
-    pairs = [Pair(_scorer(roles.policy, packed=False), policy), Pair(engine, policy)]
+    rounded = _fp8_tolerance(config.parity) if config.engine.rounds else None
+    pairs = [Pair(_scorer(roles.policy, packed=False), policy), Pair(engine, policy, rounded)]
     if roles.critic is not None:
         critic, alone = (_scorer(roles.critic, packed, references.through) for packed in (True, False))
         pairs.insert(1, Pair(alone, critic))
         if references.critic is not None:
             pairs.insert(1, Pair(critic, references.critic))
     if references.policy is not None:
-        pairs = [Pair(policy, references.policy), *pairs, Pair(engine, references.policy)]
+        pairs = [Pair(policy, references.policy), *pairs, Pair(engine, references.policy, rounded)]
     rows = parity_rows(
         (prompt.token_ids for prompt in prompts),
         vocabulary=dims.vocabulary,
@@ -252,3 +255,9 @@ def _scorer(ranks: RemotePolicy | RemoteCritic, packed: bool, through: Tensor | 
 def _tolerance(parity: ParityConfig, dtype: str) -> Tolerance:
     mean, largest = parity.tolerance(dtype)
     return Tolerance(mean=mean, largest=largest, eps=torch.finfo(device.dtype(dtype)).eps)
+
+
+def _fp8_tolerance(parity: ParityConfig) -> Tolerance:
+    """Of an engine in FP8: its weights are half a step of e4m3 away at most, and bfloat16 rounds them again."""
+    eps = torch.finfo(torch.float8_e4m3fn).eps
+    return Tolerance(mean=parity.fp8_mean_tolerance, largest=parity.fp8_max_tolerance, eps=eps, weights=0.55 * eps)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl import device
+from megatron_rl.assemble.audit import audit_engines
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
@@ -28,17 +29,26 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``."""
+    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``.
+
+    ``engine_linears``: what the audit of the engines found, in a line; None: there was none.
+    """
 
     groups: Mapping[str, WorkerGroup]
     policy: RemotePolicy
     critic: RemoteCritic | None
     engine: RemoteEngine
     transport: Transport
+    engine_linears: str | None
 
 
 def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
-    """Start policy, critic and engine side by side."""
+    """Start policy, critic and engine side by side, and audit the engine.
+
+    Raises:
+        AuditFailed: the engine's linears are not as the configuration asks.
+        Exception: what starting them raised.
+    """
     groups = cluster.start(
         [
             *(
@@ -61,6 +71,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
     policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
+    engine_linears = audit_engines(engine, config, dims)
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     transport = connect(
         policy,
@@ -70,7 +81,9 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         cuda=device.has_cuda(),
         timeout_s=config.cluster.start_deadline_s,
     )
-    return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
+    return Roles(
+        groups=groups, policy=policy, critic=critic, engine=engine, transport=transport, engine_linears=engine_linears
+    )
 
 
 def capability_line(trainer: WorkerGroup) -> str:
@@ -118,7 +131,7 @@ def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequ
         sender=roles.policy,
         receiver=roles.engine,
         probe=_probe(prompts, dims),
-        probe_tolerance=config.sync.tolerance(config.model.dtype),
+        probe_tolerance=config.sync.tolerance(config.model.dtype, config.engine),
         phase_deadline_s=config.sync.phase_deadline_s,
     )
 
@@ -151,11 +164,13 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
     """An engine for this run; with a ``version`` it may generate from the weights it loads."""
     return EngineSpec(
         model=model.resolve(),
-        dtype=config.model.dtype,
+        dtype=config.engine.dtype(config.model.dtype),
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
         tensor=config.engine.tensor,
         on_cpu=not device.has_cuda(),
         version=version,
+        quantization=config.engine.quantization if config.engine.quantised else None,
+        kv_cache_dtype=config.engine.kv_cache_dtype,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from megatron_rl import device
+from megatron_rl.assemble.audit import audit_engines, check_engine
 from megatron_rl.assemble.gate import References, parity_gate, start_references
 from megatron_rl.assemble.roles import (
     capability_line,
@@ -61,6 +62,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     """
     gpus = device.gpu_count()
     check_machine(processes(config), gpus, config.cluster)
+    check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
     prompts = load_prompts(config.data.train, tokenizer, config.data)
@@ -122,6 +124,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         receivers = config.engine.count * config.engine.tensor
         metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
         metrics.note(capability_line(roles.groups["policy"]))
+        if roles.engine_linears is not None:
+            metrics.note(roles.engine_linears)
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -206,6 +210,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     """
     gpus = device.gpu_count()
     check_machine(config.engine.count * config.engine.tensor, gpus, config.cluster)
+    check_engine(config.engine, gpus)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
@@ -214,7 +219,9 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     ):
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
         group.build(start_engine, [(engine_spec(config, model, version=0),)] * config.engine.count).result()
-        yield RemoteEngine(group), rewards, heldout.prompts[: config.evaluation.prompts]
+        engine = RemoteEngine(group)
+        audit_engines(engine, config, read_model_dims(model))
+        yield engine, rewards, heldout.prompts[: config.evaluation.prompts]
 
 
 @contextmanager

@@ -328,6 +328,33 @@ class EngineConfig:
     """Memory for keys and values, in MiB; fixed, so that it never depends on what else runs."""
     max_concurrent: Positive = 256
     """Sequences generated at the same time."""
+    quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
+    """FP8 (e4m3) for the layers' linears: the engine quantises what is pushed, with a scale per output row, tensor or
+    128 x 128 block. The rest is bfloat16 then, whatever ``model.dtype`` says. A CPU has ``fp8_per_channel``."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of keys and values: that of the engine's weights, or FP8 (e4m3, unscaled), half of bfloat16's memory."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linears are in FP8."""
+        return self.quantization != "none"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the engine computes in fewer bits than the trainer."""
+        return self.quantised or self.kv_cache_dtype != "auto"
+
+    def dtype(self, model_dtype: str) -> str:
+        """Type of what is not quantised, for a model of this type."""
+        return "bfloat16" if self.quantised else model_dtype
+
+    def cpu_problems(self) -> Iterator[str]:
+        """What an engine without a GPU cannot do."""
+        if self.quantization not in {"none", "fp8_per_channel"}:
+            yield (
+                f"engine.quantization: without a GPU vLLM has no kernel for {self.quantization!r}: "
+                "choose 'fp8_per_channel' or 'none'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +367,7 @@ class SyncConfig:
     """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat | None = None
     """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
-    1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``."""
+    1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 with an engine in FP8."""
     bucket_mib: Positive = 32
     """Weights travel in buckets of this size, in MiB; two are under way at a time. On one host they lie in /dev/shm."""
     bucket_deadline_s: PositiveFloat = 120.0
@@ -356,9 +383,9 @@ class SyncConfig:
                 f"got {self.phase_deadline_s:g}"
             )
 
-    def tolerance(self, dtype: str) -> float:
-        """The mean difference allowed at the probe with weights of this type."""
-        return self.probe_tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+    def tolerance(self, dtype: str, engine: EngineConfig) -> float:
+        """The mean difference allowed at the probe with weights of this type in such an engine."""
+        return self.probe_tolerance or (0.45 if engine.rounds else {"float32": 1e-3, "bfloat16": 0.05}[dtype])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +410,10 @@ class ParityConfig:
     ``model.dtype="float32"``, 0.05 with ``"bfloat16"``."""
     max_tolerance: PositiveFloat | None = None
     """The same at the worst token. Unset: 2e-3 and 1.5."""
+    fp8_mean_tolerance: PositiveFloat = 0.45
+    """In place of ``mean_tolerance`` where one of the two is an engine in FP8."""
+    fp8_max_tolerance: PositiveFloat = 4.0
+    """The same at the worst token."""
 
     def tolerance(self, dtype: str) -> tuple[float, float]:
         """The mean and the largest difference allowed with weights of this type."""
@@ -543,6 +574,11 @@ class RunConfig:
             yield from _fp8_problems(role, trainer.fp8_case(self.model, dims))
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
+        if dims is not None and self.engine.quantised and (dims.experts or dims.latent) is not None:
+            yield (
+                f"engine.quantization: FP8 engines are for models without experts and latent attention, which "
+                f"{dims.architecture} has: set 'none', got {self.engine.quantization!r}"
+            )
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:
             yield (

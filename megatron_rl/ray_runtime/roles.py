@@ -28,6 +28,7 @@ from megatron_rl.interfaces import (
     ValueLoss,
     results,
 )
+from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.weights.transfer import Transport, choose_transport
 
@@ -190,6 +191,10 @@ class RemoteEngine:
     def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
         """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`; of the first engine."""
         return self.group.call("tensors", tuple(prefixes), finish=_only, ranks=[0])
+
+    def linear_formats(self) -> Pending[list[list[LinearFormat]]]:
+        """By each engine: how its linears multiply."""
+        return self.group.call("linear_formats", finish=list)
 
 
 @dataclass(frozen=True, kw_only=True)

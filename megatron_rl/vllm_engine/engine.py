@@ -24,6 +24,7 @@ import psutil
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.device import limit_threads
 from megatron_rl.interfaces import PushPhase, PushReceipt
+from megatron_rl.linear_formats import LinearFormat, first_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,9 @@ class EngineSpec:
         on_cpu: leave out compiling, which would take longer than it saves.
         tensor: tensor-parallel workers; with more than one, each is a process of its own.
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
+        quantization: vLLM's name of the format that linears quantise their weights to, of those in ``model`` and of
+            those pushed; None: not at all.
+        kv_cache_dtype: of keys and values: ``auto`` (that of the weights) or ``fp8``.
     """
 
     model: Path
@@ -69,6 +73,8 @@ class EngineSpec:
     on_cpu: bool
     tensor: int = 1
     version: int | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
 
 class WorkerError(RuntimeError):
@@ -114,6 +120,8 @@ class Engine:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            quantization=spec.quantization,
+            kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
             distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
             enforce_eager=spec.on_cpu,
@@ -228,6 +236,21 @@ class Engine:
 
         found: dict[str, Tensor] = self._on_workers(inside.tensors, tuple(prefixes))[0]
         return found
+
+    def linear_formats(self) -> list[LinearFormat]:
+        """See :func:`megatron_rl.vllm_engine.inside.linear_formats`.
+
+        Raises:
+            RuntimeError: tensor-parallel workers differ.
+        """
+        from megatron_rl.vllm_engine import inside
+
+        first, *others = self._on_workers(inside.linear_formats)
+        for rank, other in enumerate(others, 1):
+            if (difference := first_difference(first, other)) is not None:
+                raise RuntimeError(f"worker rank {rank} must hold its linears as rank 0 does: {difference}")
+        formats: list[LinearFormat] = first
+        return formats
 
     def join(self, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         """Join the channel that weights will be pushed through.

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from megatron_rl.linear_formats import LinearFormat
 
 _WATCHED = re.compile(r"model\.(embed_tokens|layers\.\d+(\.self_attn)?|norm)$")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Hugging Face tensors that vLLM lays one below the other."""
+_SCALES = ("weight_scale", "weight_scale_inv")
 
 
 class _Watch:
@@ -63,6 +66,33 @@ def unwatch(worker: Any) -> None:
     del worker._watch
 
 
+def linear_formats(worker: Any) -> list[LinearFormat]:
+    """What each linear of a model without experts computes with, by the Hugging Face names of its weights; an output
+    layer that is tied to the embedding is none.
+    """
+    return [
+        LinearFormat(weight=name, dtype=str(module.weight.dtype).removeprefix("torch."), **_scaling(module))
+        for module_name, module in worker.get_model().named_modules()
+        if isinstance(module, LinearBase | ParallelLMHead)
+        for name in _names(module_name, "weight")
+    ]
+
+
+def _scaling(module: Any) -> dict[str, Any]:
+    scale = next((getattr(module, name) for name in _SCALES if getattr(module, name, None) is not None), None)
+    if scale is None:
+        return {}
+    if block := getattr(module, "weight_block_size", None):
+        sizes = tuple(block)
+    elif scale.numel() == 1:
+        sizes = 0, 0
+    elif scale.numel() == module.output_size_per_partition:
+        sizes = 1, 0
+    else:
+        raise ValueError(f"scales of {module.prefix} must be one, one per output row or per block, got {scale.shape}")
+    return {"block": sizes, "scale": str(scale.dtype).removeprefix("torch.")}
+
+
 @torch.no_grad()
 def tensors(worker: Any, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Weights whose Hugging Face name starts with one of ``prefixes``, as the model computes with them.
@@ -97,9 +127,11 @@ def _tensors_of(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(name: str, kind: str, module: Any, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+    names = _names(name, kind)
+    yield from zip(names, [whole] if len(names) == 1 else whole.split(module.output_sizes), strict=True)
+
+
+def _names(name: str, kind: str) -> list[str]:
+    """Of the Hugging Face tensors that one of vLLM's is made of."""
     parent, _, last = name.rpartition(".")
-    if last not in _FUSED:
-        yield f"{name}.{kind}", whole
-        return
-    for part, tensor in zip(_FUSED[last], whole.split(module.output_sizes), strict=True):
-        yield f"{parent}.{part}.{kind}", tensor
+    return [f"{parent}.{part}.{kind}" for part in _FUSED[last]] if last in _FUSED else [f"{name}.{kind}"]

@@ -88,11 +88,11 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         """
         self.receipt = None
         self._joined()
-        self._expected = {name for name, _ in self.model.named_parameters()}
         # linear weights are packed for the CPU's kernels, and their parameters are left empty: plain loading would fail
         if self.device.type == "cpu":
             self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
+        self._expected = {name for name, _ in self.model.named_parameters()}  # without what quantising adds
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one whole push; errors as :meth:`receive_weights`."""
@@ -120,7 +120,7 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         """Why: a layer that gets nothing, or a part of its tensors, keeps the old ones, which is no error of vLLM's;
         a small step is far below what scores can show.
         """
-        if loaded is None or self.model_config.quantization is not None:  # has scales of its own, which nobody sends
+        if loaded is None:
             return
         if stale := sorted(self._expected - loaded):
             raise ValueError(

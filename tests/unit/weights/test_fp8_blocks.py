@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_rl.weights.fp8_blocks import dequantise, quantise, scale_shape
+from megatron_rl.weights.fp8_blocks import (
+    PER_BLOCK,
+    PER_CHANNEL,
+    PER_TENSOR,
+    Scaling,
+    dequantise,
+    quantise,
+    scale_shape,
+)
 
 
 def test_each_block_is_multiplied_by_its_own_scale() -> None:
@@ -49,3 +62,64 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         dequantise(torch.zeros(129, 2).to(torch.float8_e4m3fn), torch.ones(1, 1), torch.float32)
     with pytest.raises(ValueError, match="only a matrix has blocks"):
         scale_shape((3,))
+
+
+SHAPES = [(128, 128), (1, 1), (300, 129), (256, 640), (100, 3)]
+SCALINGS = [
+    replace(scaling, power_of_two=power_of_two)
+    for scaling in (PER_BLOCK, PER_TENSOR, PER_CHANNEL, Scaling(block=(192, 32)))
+    for power_of_two in (False, True)
+]
+
+
+def block_by_block(weight: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """The definition: a block is divided by its scale and cast, one at a time, with scales by NumPy."""
+    height, width = (size or whole for size, whole in zip(scaling.block, weight.shape, strict=True))
+    small = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(scale_shape(tuple(weight.shape), scaling))
+    for row, column in itertools.product(range(scales.shape[0]), range(scales.shape[1])):
+        place = slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+        block = weight[place].float()
+        scale = np.float32(block.abs().max()) / np.float32(448)
+        if scaling.power_of_two:
+            scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
+        scales[row, column] = float(scale)
+        small[place] = (block / scales[row, column]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return small, scales
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantising_is_a_cast_of_each_block_by_its_scale(
+    shape: tuple[int, int], scaling: Scaling, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    small, scales = quantise(weight, scaling)
+    wanted, wanted_scales = block_by_block(weight, scaling)
+    assert torch.equal(scales, wanted_scales)
+    assert torch.equal(small.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_scaling_stays_within_half_a_step_and_comes_back(shape: tuple[int, int], scaling: Scaling) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    small, scales = quantise(weight, scaling)
+    back = dequantise(small, scales, torch.float32, scaling)
+    step = torch.maximum(weight.abs() / 16, scales.max() * 2.0**-10)
+    assert ((back - weight).abs() <= step * 1.0001).all()
+    again, again_scales = quantise(back, scaling)
+    torch.testing.assert_close(dequantise(again, again_scales, torch.float32, scaling), back, rtol=1e-6, atol=0)
+
+
+def test_scales_that_are_powers_of_two_are_rounded_up() -> None:
+    weight = torch.tensor([[448.0], [449.0], [900.0], [0.0]])
+    small, scales = quantise(weight, Scaling(block=(1, 0), power_of_two=True))
+    assert scales.flatten().tolist() == [1.0, 2.0, 4.0, 1.0]
+    assert small.flatten().tolist() == [448.0, 224.0, 224.0, 0.0]
+
+
+def test_a_row_of_zeros_has_the_smallest_scale_where_there_is_one() -> None:
+    assert quantise(torch.zeros(2, 3), PER_CHANNEL)[1].flatten().tolist() == pytest.approx([1 / (448 * 512)] * 2)
+    assert quantise(torch.zeros(2, 3), PER_TENSOR)[1].tolist() == [[1.0]]

@@ -1,0 +1,73 @@
+"""The audit of the engines: what their linears multiply with, against what the configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_rl.config.schema import EngineConfig, RunConfig
+from megatron_rl.linear_formats import LinearFormat, first_difference, summary, write_table
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.ray_runtime.cluster import ClusterProblem
+from megatron_rl.ray_runtime.roles import RemoteEngine
+from megatron_rl.weights.safetensors_io import HfFolder
+
+_BLOCKS = {"fp8_per_tensor": (0, 0), "fp8_per_channel": (1, 0), "fp8_per_block": (128, 128)}
+
+
+class AuditFailed(RuntimeError):
+    """A linear is not in the format that the configuration asks for."""
+
+
+def check_engine(engine: EngineConfig, gpus: int) -> None:
+    """Check that the engine can do on this machine what is asked of it.
+
+    Raises:
+        ClusterProblem: it cannot; the message says what it can.
+    """
+    if not gpus and (problems := list(engine.cpu_problems())):
+        raise ClusterProblem("; ".join(problems))
+
+
+def audit_engines(engine: RemoteEngine, config: RunConfig, dims: ModelDims) -> str | None:
+    """Hold every linear of every engine against the configuration, and write the table to the run's folder.
+
+    Returns:
+        a line for the console. None: models with experts or latent attention, which are never quantised, are not looked
+        at.
+
+    Raises:
+        AuditFailed: one differs; the message names the first.
+    """
+    if dims.experts is not None or dims.latent is not None:
+        return None
+    infos = HfFolder(config.model.path).infos()
+    wanted = engine_formats(infos, config.engine, config.model.dtype, tied=dims.tied_embeddings)
+    by_engine = engine.linear_formats().result()
+    for index, found in enumerate(by_engine):
+        if (difference := first_difference(wanted, found)) is not None:
+            raise AuditFailed(
+                f"engine {index}: {difference}; the linears must be as engine.quantization="
+                f"{config.engine.quantization!r} asks"
+            )
+    table = config.run_dir / "logs" / "engine_linears.tsv"
+    write_table(table, wanted)
+    return f"engine: {summary(wanted)}; keys and values: {config.engine.kv_cache_dtype}; {table}"
+
+
+def engine_formats(names: Iterable[str], engine: EngineConfig, model_dtype: str, *, tied: bool) -> list[LinearFormat]:
+    """What the configuration asks of the linears of a model without experts.
+
+    Args:
+        names: of the tensors in its Hugging Face folder.
+        engine: what it asks.
+        model_dtype: type of the weights in training.
+        tied: whether the output layer is the embedding.
+    """
+    plain = engine.dtype(model_dtype)
+    heads = [] if tied else [LinearFormat(weight="lm_head.weight", dtype=plain)]
+    layers = (name for name in sorted(names) if name.startswith("model.layers.") and name.endswith("_proj.weight"))
+    if not engine.quantised:
+        return [*(LinearFormat(weight=name, dtype=plain) for name in layers), *heads]
+    block = _BLOCKS[engine.quantization]
+    scaled = (LinearFormat(weight=name, dtype="float8_e4m3fn", block=block, scale="float32") for name in layers)
+    return [*scaled, *heads]

@@ -1,0 +1,137 @@
+"""An engine that quantises what is pushed, and keeps keys and values in FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.assemble.audit import engine_formats
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.linear_formats import first_difference
+from megatron_rl.vllm_engine.engine import EngineSpec
+from megatron_rl.weights.fp8_blocks import PER_CHANNEL, quantise
+from megatron_rl.weights.safetensors_io import HfFolder
+from tests.end_to_end.test_engine import (
+    GREEDY,
+    PROMPTS,
+    EngineError,
+    RemoteEngine,
+    build_model,
+    loaded,
+    named_weights,
+)
+
+FP8 = EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8")
+ROWS = [tuple(range(5 + index, 45 + index)) for index in range(4)]
+
+
+def quantised_tensors(worker: Any) -> dict[str, Tensor]:
+    """Every parameter as the model computes with it: in FP8, nothing is packed."""
+    return {name: parameter.detach().clone() for name, parameter in worker.get_model().named_parameters()}
+
+
+def leave_one_unquantised(worker: Any) -> None:
+    """The fault that the audit is for: one linear goes back to bfloat16."""
+    layer = worker.get_model().model.layers[1].mlp.down_proj
+    whole = (layer.weight.float() * layer.weight_scale.T).T.bfloat16()
+    layer.weight = torch.nn.Parameter(whole, requires_grad=False)
+    layer.weight_scale = None
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: build_model(root / name, seed, False) for seed, name in enumerate("AB")}
+
+
+@contextmanager
+def running(model: Path, version: int | None = None) -> Iterator[RemoteEngine]:
+    spec = EngineSpec(
+        model=model,
+        dtype="bfloat16",
+        max_model_len=64,
+        kv_cache_mib=16,
+        max_concurrent=8,
+        on_cpu=True,
+        version=version,
+        quantization=FP8.quantization,
+        kv_cache_dtype=FP8.kv_cache_dtype,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        engine = RemoteEngine(spec)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def pushed(folders: dict[str, Path]) -> Iterator[RemoteEngine]:
+    """Started on A, then given B in float32, twice, with use in between."""
+    with running(folders["A"]) as engine:
+        engine.push(1, iter(named_weights(loaded(folders["A"]))))
+        engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+        for version in (2, 3):
+            engine.push(version, iter(named_weights(loaded(folders["B"]))))
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: dict[str, Path]) -> Iterator[RemoteEngine]:
+    """Started on B."""
+    with running(folders["B"], version=3) as engine:
+        yield engine
+
+
+def test_a_push_quantises_to_the_bits_of_a_fresh_load(pushed: RemoteEngine, fresh: RemoteEngine) -> None:
+    ours, theirs = (engine.call("_on_workers", quantised_tensors)[0] for engine in (pushed, fresh))
+    assert ours.keys() == theirs.keys()
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in ours.values()) == 8  # four fused linears a layer
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+    assert pushed.call("generate", PROMPTS, GREEDY, [[0]] * 4) == fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+    assert pushed.call("score", ROWS) == fresh.call("score", ROWS)
+
+
+def test_our_quantiser_gives_the_bits_of_the_engine(fresh: RemoteEngine, folders: dict[str, Path]) -> None:
+    engine = fresh.call("_on_workers", quantised_tensors)[0]
+    weights = dict(named_weights(loaded(folders["B"])))
+    for layer in range(2):
+        inside = f"model.layers.{layer}."
+        small, scale = quantise(weights[f"{inside}mlp.down_proj.weight"].bfloat16(), PER_CHANNEL)
+        assert torch.equal(engine[f"{inside}mlp.down_proj.weight"].T.float(), small.float())
+        assert torch.equal(engine[f"{inside}mlp.down_proj.weight_scale"], scale)
+
+
+def test_the_audit_finds_every_linear_as_asked_and_names_one_that_is_not(
+    pushed: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    wanted = engine_formats(HfFolder(folders["B"]).infos(), FP8, "float32", tied=False)
+    assert len(wanted) == 2 * 7 + 1
+    assert first_difference(wanted, pushed.call("linear_formats")) is None
+    with running(folders["A"]) as faulty:
+        faulty.call("_on_workers", leave_one_unquantised)
+        assert first_difference(wanted, faulty.call("linear_formats")) == (
+            "model.layers.1.mlp.down_proj.weight must be float8_e4m3fn with a float32 scale per 1 x all, found bfloat16"
+        )
+
+
+def test_a_push_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_one_heals_it(
+    pushed: RemoteEngine, fresh: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    whole = named_weights(loaded(folders["B"]))
+    pushed.start_push(4)
+    pushed.channel.send(4, (item for item in whole if item[0] != "model.layers.1.mlp.down_proj.weight"))
+    with pytest.raises(EngineError, match=r"1 of .* stay as they were, the first is model\.layers\.1\.mlp\.down_proj"):
+        pushed.answer()
+    assert pushed.call("version") is None
+    pushed.push(5, iter(whole))
+    assert pushed.call("score", ROWS) == fresh.call("score", ROWS)
