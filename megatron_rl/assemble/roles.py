@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +29,16 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``."""
+    """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``.
+    ``restart_engines`` makes those of the given ranks anew.
+    """
 
     groups: Mapping[str, WorkerGroup]
     policy: RemotePolicy
     critic: RemoteCritic | None
     engine: RemoteEngine
     transport: Transport
+    restart_engines: Callable[[Sequence[int]], None]
 
 
 def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
@@ -51,18 +55,18 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     )
     critic_updates = config.steps * config.updates_per_step
     policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
+    spec = engine_spec(config, config.model.path)
     starting = {
         "policy": start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-        "engine": groups["engine"].build(
-            start_engine, [(engine_spec(config, config.model.path),)] * config.engine.count
-        ),
+        "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count),
     }
     if config.critic is not None:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
     policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
-    transport = connect(
+    open_channel = partial(
+        connect,
         policy,
         engine,
         config.sync,
@@ -70,7 +74,21 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         cuda=device.has_cuda(),
         timeout_s=config.cluster.start_deadline_s,
     )
-    return Roles(groups=groups, policy=policy, critic=critic, engine=engine, transport=transport)
+
+    def restart_engines(ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            cluster.restart(groups["engine"], rank)
+        groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
+        open_channel()  # it has as many ends as there were at its opening
+
+    return Roles(
+        groups=groups,
+        policy=policy,
+        critic=critic,
+        engine=engine,
+        transport=open_channel(),
+        restart_engines=restart_engines,
+    )
 
 
 def start_trainer(
@@ -137,7 +155,12 @@ def processes(config: RunConfig) -> int:
 
 def engine_role(config: RunConfig) -> Role:
     """How many engines a run has, and how large."""
-    return Role(name="engine", workers=config.engine.count, devices=config.engine.tensor)
+    return Role(
+        name="engine",
+        workers=config.engine.count,
+        devices=config.engine.tensor,
+        restartable=config.engine.restarts > 0,
+    )
 
 
 def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:

@@ -28,6 +28,7 @@ from megatron_rl.metrics import MetricLog
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
+from megatron_rl.ray_runtime.engines import Engines
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.overlong import OverlongPenalty
@@ -75,7 +76,14 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             )
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
-        policy, critic, engine = roles.policy, roles.critic, roles.engine
+        policy, critic = roles.policy, roles.critic
+        engines = Engines(
+            roles.engine,
+            checked_sync(config, dims, roles, heldout.prompts),
+            restarts=config.engine.restarts,
+            restart=roles.restart_engines,
+            tell=lambda text: metrics.note(text),
+        )
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
         checkpoints = stack.enter_context(
@@ -92,7 +100,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         start_step = checkpoints.start(saved)
         fresh = FreshRollouts(
             prompts=stream,
-            engine=engine,
+            engine=engines,
             rewards=rewards,
             config=config.rollout,
             seed=config.seed,
@@ -127,7 +135,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             config=config,
             start_step=start_step,
             collect=fresh if sampling is None else sampling,
-            engine=engine,
+            engine=engines,
             rewards=rewards,
             policy=policy,
             reference=RemoteReference(roles.groups["policy"]) if config.ppo.kl_coef > 0 else None,
@@ -137,7 +145,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             value_loss=ValueLoss(clip=config.ppo.value_clip),
             loss_mean=loss_mean(config),
             kl_control=kl_control,
-            weights=checked_sync(config, dims, roles, heldout.prompts),
+            weights=engines,
             gate=parity_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
             checkpoints=checkpoints,
             stop=stop,

@@ -301,6 +301,9 @@ class EngineConfig:
     """Memory for keys and values, in MiB; fixed, so that it never depends on what else runs."""
     max_concurrent: Positive = 256
     """Sequences generated at the same time."""
+    restarts: Count = 0
+    """How often each engine that died is started anew, given the weights and has its unfinished prompts drawn again
+    with the same seeds; 0: its death ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

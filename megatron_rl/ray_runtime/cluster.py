@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,13 +38,14 @@ class ClusterProblem(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Role:
     """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
-    shares of the CPU.
+    shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`.
     """
 
     name: str
     workers: int
     held_types: tuple[type[Any], ...] = ()
     devices: int = 1
+    restartable: bool = False
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -89,6 +91,7 @@ class Cluster:
         self._group: PlacementGroup | None = None
         self._groups: list[WorkerGroup] = []
         self._births: list[Birth] = []
+        self._processes: dict[str, dict[str, Any]] = {}
         self.watch = Watch()
 
     @property
@@ -153,41 +156,59 @@ class Cluster:
             for _ in range(role.workers)
         ]
         self._place(bundles)
-        loopback = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
-        actor, index, groups, processes = ray.remote(Supervisor), 0, {}, []
+        first, groups = 0, {}
         for role in roles:
-            supervisors = []
-            for rank in range(role.workers):
-                log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
-                supervisors.append(
-                    actor.options(
-                        num_cpus=bundles[index]["CPU"],
-                        num_gpus=bundles[index].get("GPU", 0.0),
-                        max_concurrency=8,
-                        max_restarts=0,
-                        scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-                    ).remote(
-                        role.name if role.workers == 1 else f"{role.name} rank {rank}",
-                        str(log),
-                        str(self._scratch),
-                        {**loopback, **environment},
-                    )
-                )
-                index += 1
             groups[role.name] = WorkerGroup(
                 role.name,
-                supervisors,
+                partial(self._spawn, role, bundles, first, {**self._loopback(), **environment}),
+                role.workers,
                 watch=self.watch,
                 deadline_s=self._config.call_deadline_s,
                 held_types=role.held_types,
+                restartable=role.restartable,
             )
+            first += role.workers
             self._groups.append(groups[role.name])
         for group in self._groups:
-            births = group.births(self._config.start_deadline_s)
-            self._births += births
-            processes += [{"worker": name, **asdict(birth)} for name, birth in zip(group.names, births, strict=True)]
-        (self._log_dir / "processes.json").write_text(json.dumps(processes, indent=2) + "\n")
+            self._note_births(group, range(len(group.names)))
         return groups
+
+    def _loopback(self) -> dict[str, str]:
+        return {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
+
+    def _spawn(
+        self,
+        role: Role,
+        bundles: Sequence[Mapping[str, float]],
+        first: int,
+        environment: Mapping[str, str],
+        rank: int,
+    ) -> Any:
+        """The supervisor of one rank, in the bundle at ``first + rank``."""
+        log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
+        options = {
+            "num_cpus": bundles[first + rank]["CPU"],
+            "num_gpus": bundles[first + rank].get("GPU", 0.0),
+            "max_concurrency": 8,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, first + rank),
+        }
+        worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
+        return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))
+
+    def restart(self, group: WorkerGroup, rank: int) -> None:
+        """Start a new process in the place of a dead one, on the same device."""
+        group.restart(rank)
+        self._note_births(group, [rank])
+
+    def _note_births(self, group: WorkerGroup, ranks: Sequence[int]) -> None:
+        births = group.births(self._config.start_deadline_s, ranks)
+        self._births += births
+        self._processes |= {
+            group.names[rank]: {"worker": group.names[rank], **asdict(birth)}
+            for rank, birth in zip(ranks, births, strict=True)
+        }
+        (self._log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
 
     def _place(self, bundles: list[dict[str, float]]) -> None:
         asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}

@@ -137,23 +137,22 @@ class RemoteEngine:
         ]
         dealt = split_rows(costs, range(len(prompts)), len(self.group.names))
         pending = {
-            engine: self.group.call(
-                "generate",
-                [prompts[row] for row in rows],
-                sampling,
-                [seeds[row] for row in rows],
-                finish=_only,
-                ranks=[engine],
-            )
-            for engine, rows in enumerate(dealt)
+            rank: self.draw(rank, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+            for rank, rows in enumerate(dealt)
             if rows
         }
         rollouts = {
             row: rollout
-            for engine, drawn in results(pending).items()
-            for row, rollout in zip(dealt[engine], drawn, strict=True)
+            for rank, drawn in results(pending).items()
+            for row, rollout in zip(dealt[rank], drawn, strict=True)
         }
         return [rollouts[row] for row in range(len(prompts))]
+
+    def draw(
+        self, rank: int, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Pending[list[Rollout]]:
+        """One sample per prompt and seed, by one of the engines."""
+        return self.group.call("generate", prompts, sampling, seeds, finish=_only, ranks=[rank])
 
     def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
         """Take every engine through the next phase of a push; all must have received the same."""
