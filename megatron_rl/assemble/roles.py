@@ -13,9 +13,10 @@ from megatron_rl import device
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
-from megatron_rl.interfaces import Pending, results
+from megatron_rl.interfaces import Pending, PushPhase, PushReceipt, results
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.phases import OwnDevices, TakingTurns
 from megatron_rl.ray_runtime.cluster import Cluster, Role
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, connect
 from megatron_rl.ray_runtime.workers import WorkerGroup
@@ -42,7 +43,7 @@ class Roles:
 
 
 def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
-    """Start policy, critic and engine side by side."""
+    """Start policy, critic and engine side by side; where they share devices, first the engine, which then sleeps."""
     groups = cluster.start(
         [
             *(
@@ -56,14 +57,18 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     critic_updates = config.steps * config.updates_per_step
     policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
     spec = engine_spec(config, config.model.path)
-    starting = {
-        "policy": start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-        "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count),
+    engine = RemoteEngine(groups["engine"])
+    starting: dict[str, Pending[None]] = {
+        "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
     }
+    if config.cluster.colocate:
+        results(starting)
+        engine.sleep(keep_weights=False).result()
+    starting["policy"] = start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates)
     if config.critic is not None:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
-    policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
+    policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     open_channel = partial(
         connect,
@@ -72,6 +77,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         config.sync,
         tensor=config.engine.tensor,
         cuda=device.has_cuda(),
+        shared=config.cluster.colocate,
         timeout_s=config.cluster.start_deadline_s,
     )
 
@@ -123,11 +129,36 @@ def start_ranks(group: WorkerGroup, spec: WorkerSpec, cluster: ClusterConfig) ->
     return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in ranks])
 
 
-def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequence[Prompt]) -> CheckedSync:
+def take_turns(config: RunConfig, roles: Roles) -> OwnDevices | TakingTurns:
+    """Who is on the devices when."""
+    if not config.cluster.colocate:
+        return OwnDevices()
+    trainers = {"policy": roles.policy} if roles.critic is None else {"policy": roles.policy, "critic": roles.critic}
+    return TakingTurns(trainers, roles.engine)
+
+
+@dataclass(frozen=True)
+class _VerifiedInTurn:
+    """The engines, which get the policy's place on the device when they are to compute with what they received."""
+
+    engine: RemoteEngine
+    turns: TakingTurns
+
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+        return self.engine.advance(phase, version, deadline_s)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
+        self.turns.verifying()  # what the policy was asked before is done before it goes
+        return self.engine.score(rows)
+
+
+def checked_sync(
+    config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequence[Prompt], turns: OwnDevices | TakingTurns
+) -> CheckedSync:
     """The push from policy to engine, probed with the first of ``prompts``."""
     return CheckedSync(
         sender=roles.policy,
-        receiver=roles.engine,
+        receiver=_VerifiedInTurn(roles.engine, turns) if isinstance(turns, TakingTurns) else roles.engine,
         probe=_probe(prompts, dims),
         probe_tolerance=config.sync.tolerance(config.model.dtype),
         phase_deadline_s=config.sync.phase_deadline_s,
@@ -148,9 +179,10 @@ def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
 
 
 def processes(config: RunConfig) -> int:
-    """Of all models of a run; each has a device of its own."""
-    ranks = sum(trainer.layout.world_size for trainer in config.trainers.values())
-    return ranks + config.engine.count * config.engine.tensor
+    """Of all models of a run that need a device of their own: all, or as many as the largest where they share."""
+    of_roles = [trainer.layout.world_size for trainer in config.trainers.values()]
+    of_roles.append(config.engine.count * config.engine.tensor)
+    return max(of_roles) if config.cluster.colocate else sum(of_roles)
 
 
 def engine_role(config: RunConfig) -> Role:
@@ -172,6 +204,7 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
         tensor=config.engine.tensor,
+        sleeps=config.cluster.colocate,
         on_cpu=not device.has_cuda(),
         version=version,
     )

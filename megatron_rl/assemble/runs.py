@@ -11,7 +11,15 @@ from tokenizers import Tokenizer
 
 from megatron_rl import device
 from megatron_rl.assemble.gate import References, parity_gate, start_references
-from megatron_rl.assemble.roles import checked_sync, engine_role, engine_spec, processes, start_roles, start_trainer
+from megatron_rl.assemble.roles import (
+    checked_sync,
+    engine_role,
+    engine_spec,
+    processes,
+    start_roles,
+    start_trainer,
+    take_turns,
+)
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
@@ -24,8 +32,9 @@ from megatron_rl.experience.supervised import supervised_batches
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
-from megatron_rl.metrics import MetricLog
+from megatron_rl.metrics import MetricLog, Source
 from megatron_rl.model_dims import read_model_dims
+from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
 from megatron_rl.ray_runtime.engines import Engines
@@ -77,9 +86,10 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
         policy, critic = roles.policy, roles.critic
+        turns = take_turns(config, roles)
         engines = Engines(
             roles.engine,
-            checked_sync(config, dims, roles, heldout.prompts),
+            checked_sync(config, dims, roles, heldout.prompts, turns),
             restarts=config.engine.restarts,
             restart=roles.restart_engines,
             tell=lambda text: metrics.note(text),
@@ -108,6 +118,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         )
         rounds = config.rollout.sampling_rounds
         sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
+        sources: list[Source] = [turns.take_ledger] if isinstance(turns, TakingTurns) else []
         machine = _MachineMetrics(roles.groups, rewards, config.ppo.epochs)
         metrics = stack.enter_context(
             MetricLog(
@@ -115,7 +126,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                sources=[machine] if sampling is None else [sampling.take_metrics, machine],
+                sources=[*sources, machine] if sampling is None else [*sources, sampling.take_metrics, machine],
                 start_step=start_step,
             )
         )
@@ -150,6 +161,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             checkpoints=checkpoints,
             stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
+            phases=turns,
             forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
             metrics=metrics,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -46,6 +47,48 @@ class Role:
     held_types: tuple[type[Any], ...] = ()
     devices: int = 1
     restartable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which workers share a bundle of resources, that is a device.
+
+    Attributes:
+        bundles: what each reserves, by kind of resource.
+        bundle_of: index of the bundle of each (role, rank).
+        asked: what each worker of a role takes of its bundle.
+    """
+
+    bundles: tuple[Mapping[str, float], ...]
+    bundle_of: Mapping[tuple[str, int], int]
+    asked: Mapping[str, Mapping[str, float]]
+
+
+def place(roles: Sequence[Role], device: Mapping[str, float], *, shared: bool) -> Placement:
+    """A bundle for each worker; ``shared``: one for rank 0 of all roles, one for their ranks 1, and so on.
+
+    Where workers share a bundle of one GPU, each asks for a fraction of it: Ray then shows all of them that GPU.
+
+    Args:
+        roles: who is to be placed.
+        device: what one device reserves, by kind of resource.
+        shared: whether ranks of different roles share.
+    """
+    workers = [(role, rank) for role in roles for rank in range(role.workers)]
+    if not shared:
+        asked = {role.name: {kind: size * role.devices for kind, size in device.items()} for role in roles}
+        return Placement(
+            bundles=tuple(asked[role.name] for role, _ in workers),
+            bundle_of={(role.name, rank): index for index, (role, rank) in enumerate(workers)},
+            asked=asked,
+        )
+    # rounded down to what Ray resolves, so that they never add up to more than there is
+    share = {kind: math.floor(size / len(roles) * 1e4) / 1e4 for kind, size in device.items()}
+    return Placement(
+        bundles=(device,) * max(role.workers for role in roles),
+        bundle_of={(role.name, rank): rank for role, rank in workers},
+        asked={role.name: share for role in roles},
+    )
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -150,24 +193,19 @@ class Cluster:
             ClusterProblem: the cluster has not the resources, at all or within the deadline.
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
-        bundles = [
-            {kind: share * role.devices for kind, share in device.items()}
-            for role in roles
-            for _ in range(role.workers)
-        ]
-        self._place(bundles)
-        first, groups = 0, {}
+        placement = place(roles, device, shared=self._config.colocate)
+        self._place([dict(bundle) for bundle in placement.bundles])
+        groups = {}
         for role in roles:
             groups[role.name] = WorkerGroup(
                 role.name,
-                partial(self._spawn, role, bundles, first, {**self._loopback(), **environment}),
+                partial(self._spawn, role, placement, {**self._loopback(), **environment}),
                 role.workers,
                 watch=self.watch,
                 deadline_s=self._config.call_deadline_s,
                 held_types=role.held_types,
                 restartable=role.restartable,
             )
-            first += role.workers
             self._groups.append(groups[role.name])
         for group in self._groups:
             self._note_births(group, range(len(group.names)))
@@ -176,22 +214,16 @@ class Cluster:
     def _loopback(self) -> dict[str, str]:
         return {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
 
-    def _spawn(
-        self,
-        role: Role,
-        bundles: Sequence[Mapping[str, float]],
-        first: int,
-        environment: Mapping[str, str],
-        rank: int,
-    ) -> Any:
-        """The supervisor of one rank, in the bundle at ``first + rank``."""
+    def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
+        """The supervisor of one rank."""
+        bundle, asked = placement.bundle_of[role.name, rank], placement.asked[role.name]
         log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
         options = {
-            "num_cpus": bundles[first + rank]["CPU"],
-            "num_gpus": bundles[first + rank].get("GPU", 0.0),
+            "num_cpus": asked["CPU"],
+            "num_gpus": asked.get("GPU", 0.0),
             "max_concurrency": 8,
             "max_restarts": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, first + rank),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle),
         }
         worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
         return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))

@@ -19,11 +19,13 @@ from megatron_rl.config.schema import SyncConfig
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.experience.packing import split_rows
 from megatron_rl.interfaces import (
+    MemoryUse,
     Pending,
     PushPhase,
     PushReceipt,
     SupervisedTokenLoss,
     TokenLoss,
+    TrainerPart,
     UpdateResult,
     ValueLoss,
     results,
@@ -41,6 +43,12 @@ def _only(answers: list[Any]) -> Any:
     if len(given) != 1:
         raise ValueError(f"exactly one rank must report, got {len(given)} of {len(answers)}")
     return given[0]
+
+
+def _most(uses: list[MemoryUse]) -> MemoryUse:
+    return MemoryUse(
+        planned_bytes=max(use.planned_bytes for use in uses), measured_bytes=max(use.measured_bytes for use in uses)
+    )
 
 
 def _given(answers: list[Any]) -> list[Any]:
@@ -81,6 +89,14 @@ class RemoteTrainer:
     def load(self, folder: Path) -> Pending[None]:
         """Take up what :meth:`save` wrote."""
         return self.group.call("load", folder, finish=lambda _: None)
+
+    def offload(self, parts: Sequence[TrainerPart]) -> Pending[MemoryUse]:
+        """Move parts to host memory; what the rank with the most then uses."""
+        return self.group.call("offload", tuple(parts), finish=_most)
+
+    def onload(self, parts: Sequence[TrainerPart]) -> Pending[MemoryUse]:
+        """Bring parts back; what the rank with the most then uses."""
+        return self.group.call("onload", tuple(parts), finish=_most)
 
     def export_hf(self, folder: Path, like: Path) -> Pending[None]:
         """Write the weights as a Hugging Face folder; configuration and tokenizer come from ``like``."""
@@ -153,6 +169,14 @@ class RemoteEngine:
     ) -> Pending[list[Rollout]]:
         """One sample per prompt and seed, by one of the engines."""
         return self.group.call("generate", prompts, sampling, seeds, finish=_only, ranks=[rank])
+
+    def sleep(self, keep_weights: bool) -> Pending[MemoryUse]:
+        """Free the device memory of every engine; what the one with the most then uses."""
+        return self.group.call("sleep", keep_weights, finish=_most)
+
+    def wake(self, weights: bool, cache: bool) -> Pending[MemoryUse]:
+        """Get it back; what the engine with the most then uses."""
+        return self.group.call("wake", weights, cache, finish=_most)
 
     def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
         """Take every engine through the next phase of a push; all must have received the same."""
@@ -267,7 +291,14 @@ def _token_lists(rows: TokenRows) -> list[list[int]]:
 
 
 def connect(
-    policy: RemotePolicy, engine: RemoteEngine, sync: SyncConfig, *, tensor: int, cuda: bool, timeout_s: float
+    policy: RemotePolicy,
+    engine: RemoteEngine,
+    sync: SyncConfig,
+    *,
+    tensor: int,
+    cuda: bool,
+    shared: bool,
+    timeout_s: float,
 ) -> Transport:
     """Open the channel that weights are pushed through, from the policy's rank 0 to all workers of all engines.
 
@@ -277,13 +308,14 @@ def connect(
         sync: buckets and their deadline.
         tensor: workers of each engine.
         cuda: whether weights live on GPUs.
+        shared: whether an engine may have the GPU of the policy's rank 0.
         timeout_s: bound on all of it.
 
     Returns:
         how weights will travel: the fastest way that the places of the roles allow.
     """
     sender, hosts = policy.group.births(timeout_s)[0], [birth.host for birth in engine.group.births(timeout_s)]
-    transport = choose_transport(sender.host, hosts, cuda=cuda)
+    transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)
     opening = policy.group.call(

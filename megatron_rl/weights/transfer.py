@@ -70,15 +70,16 @@ class Transport(Enum):
     """From GPU to GPU, different ones."""
 
 
-def choose_transport(sender: str, receivers: Sequence[str], *, cuda: bool) -> Transport:
+def choose_transport(sender: str, receivers: Sequence[str], *, cuda: bool, shared: bool = False) -> Transport:
     """The fastest one that works.
 
     Args:
         sender: its host.
         receivers: their hosts.
-        cuda: whether tensors live on GPUs; then the sender's is not a receiver's.
+        cuda: whether tensors live on GPUs.
+        shared: whether a receiver may have the sender's GPU, which NCCL refuses.
     """
-    if cuda:
+    if cuda and not shared:
         return Transport.NCCL
     return Transport.SHARED_MEMORY if set(receivers) <= {sender} else Transport.GLOO
 
