@@ -133,6 +133,17 @@ def test_an_engine_whose_workers_cannot_share_the_heads_is_refused(folder):
     ]
 
 
+def test_what_does_not_go_with_shared_devices_is_refused(folder):
+    assert problems("cluster.colocate=true", "engine.tensor=2") == [
+        "engine.tensor: must be 1 with cluster.colocate=true, where an engine shares the one GPU of a rank, got 2; "
+        "set engine.count instead"
+    ]
+    assert problems("cluster.colocate=true", "engine.restarts=3") == [
+        "engine.restarts: must be 0 with cluster.colocate=true: a new engine needs the weights of a policy that is in "
+        "host memory then, got 3"
+    ]
+
+
 def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("ppo.clip_lo=0.1") == ["ppo.clip_lo: unknown key; did you mean ppo.clip_low?"]
     assert problems("policy.layout.tensr=1") == ["policy.layout.tensr: unknown key; did you mean policy.layout.tensor?"]
