@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ def cuda_version() -> tuple[int, int]:
 def worker_environment() -> dict[str, str]:
     """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise."""
     return {} if has_cuda() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def host_buffer(size: int) -> Tensor:
+    """[size] bytes of host memory, pinned where there is a GPU to copy from."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=has_cuda())
+
+
+def release_cached() -> None:
+    """Give device memory that torch keeps for itself to other processes."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
+def memory_used() -> int:
+    """Bytes in use: of the GPU, by all processes together; where there is none, the resident set of this process."""
+    if has_cuda():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def select_device(index: int) -> None:

@@ -7,6 +7,7 @@ Verbs of a model return a :class:`Pending` at once, so that policy and critic wo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -82,6 +83,27 @@ class PushReceipt:
     tensors: int
     size_bytes: int
     digest: str
+
+
+class TrainerPart(Enum):
+    """What of a trained model takes device memory and may leave it."""
+
+    WEIGHTS = "weights"
+    STATE = "state"
+    """Gradients, optimizer states and the frozen reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Of a worker, or of the one with the most.
+
+    Attributes:
+        planned_bytes: what it keeps on the device on purpose.
+        measured_bytes: see :func:`megatron_rl.device.memory_used`.
+    """
+
+    planned_bytes: int
+    measured_bytes: int
 
 
 class PushPhase(Enum):
@@ -254,6 +276,27 @@ class WeightSync(Protocol):
         Raises:
             WeightMismatch: what the engine loaded is not what the trainer sent.
         """
+
+
+class Phases(Protocol):
+    """Takes turns on devices that trainer and engine share; nothing to do where they have their own. One block at a
+    time.
+    """
+
+    def generating(self) -> AbstractContextManager[None]:
+        """The engine generates."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """Policy and critic compute; a push comes before anything is generated."""
+
+    def pushing(self) -> AbstractContextManager[None]:
+        """Weights go from the policy to the engine."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Policy and critic are saved."""
+
+    def comparing(self) -> AbstractContextManager[None]:
+        """All models score tokens."""
 
 
 class Checkpoints(Protocol):

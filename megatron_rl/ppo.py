@@ -21,6 +21,7 @@ from megatron_rl.interfaces import (
     Gate,
     LossMean,
     Pending,
+    Phases,
     PolicyModel,
     ReferenceModel,
     RewardScorer,
@@ -60,42 +61,45 @@ class Run:
     stop: StopRequest
     heldout: tuple[Prompt, ...]
     forced_eos: int | None
+    phases: Phases
     metrics: MetricLog
 
 
 def train(run: Run) -> None:
     """Run the loop from ``run.start_step`` until ``run.config.steps`` steps are done, or the run is asked to stop."""
     cfg = run.config
-    run.weights.push(version=run.start_step)
+    with run.phases.pushing():
+        run.weights.push(version=run.start_step)
     with run.metrics.evaluation(run.start_step) as log:
         if run.gate is not None:
-            with log.phase("parity"):
+            with log.phase("parity"), run.phases.comparing():
                 log.update("parity", run.gate())
-        log.update("heldout", evaluate(run))
+        with run.phases.generating():
+            log.update("heldout", evaluate(run))
     for step in range(run.start_step, cfg.steps):
         with run.metrics.step(step) as log:
-            with log.phase("generate"):
+            with log.phase("generate"), run.phases.generating():
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
             batch = collate(scored, run.forced_eos, version=step, max_staleness=cfg.sync.max_staleness)
             log.update("rollout", rollout_metrics(scored, batch))
             log.rows("samples", sample_rows(scored, step))
-            with log.phase("experience"):
+            with log.phase("experience"), run.phases.training():
                 experience = build_experience(
                     batch, run.policy, run.critic, run.reference, run.kl_control, run.advantage, cfg.ppo
                 )
             log.update("experience", experience_metrics(experience, run.kl_control))
             log.update("critic_calibration", calibration_metrics(experience))
-            with log.phase("update"):
+            with log.phase("update"), run.phases.training():
                 for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
                     for model, done in results(updates(run, minibatch, step)).items():
                         log.update(model, done.as_metrics())
-            with log.phase("push"):
+            with log.phase("push"), run.phases.pushing():
                 log.update("push", run.weights.push(version=step + 1))
             if due(step, cfg.evaluation.every, cfg.steps):
-                with log.phase("evaluate"):
+                with log.phase("evaluate"), run.phases.generating():
                     log.update("heldout", evaluate(run))
             if (stopping := run.stop.asked) or due(step, cfg.checkpoint.every, cfg.steps):
-                with log.phase("checkpoint"):
+                with log.phase("checkpoint"), run.phases.saving():
                     last = stopping or step + 1 == cfg.steps
                     log.update("checkpoint", run.checkpoints.save(step + 1, wait=last))
         if stopping:

@@ -42,6 +42,7 @@ from megatron_rl.interfaces import UpdateResult
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import ValueLoss
 from megatron_rl.metrics import MetricLog
+from megatron_rl.phases import OwnDevices
 from megatron_rl.ppo import Run
 
 VOCABULARY = 8
@@ -307,5 +308,6 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         stop=StopAfter(config.steps),
         heldout=prompts[:4],
         forced_eos=None,
+        phases=OwnDevices(),
         metrics=MetricLog(config.run_dir, total_steps=config.steps, start_step=start_step),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.assemble.audit import check_engine
-from megatron_rl.assemble.roles import Roles, checked_sync, processes, start_ranks, start_roles
+from megatron_rl.assemble.roles import Roles, checked_sync, processes, start_ranks, start_roles, take_turns
 from megatron_rl.config.schema import (
     ClusterConfig,
     EngineConfig,
@@ -64,8 +64,11 @@ def open_parity(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Gate
     with ExitStack() as stack:
         references = start_references(stack, config, run_dir)
         roles = start_roles(stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=run_dir)), config, dims)
-        checked_sync(config, dims, roles, heldout.prompts).push(0)
-        yield parity_gate(config, dims, roles, references, heldout.prompts, tell)
+        turns = take_turns(config, roles)
+        with turns.pushing():
+            checked_sync(config, dims, roles, heldout.prompts, turns).push(0)
+        with turns.comparing():
+            yield parity_gate(config, dims, roles, references, heldout.prompts, tell)
 
 
 @dataclass(frozen=True, kw_only=True)

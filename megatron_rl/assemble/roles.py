@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from megatron_rl.assemble.audit import audit_engines
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
-from megatron_rl.interfaces import Pending, results
+from megatron_rl.interfaces import Pending, PushPhase, PushReceipt, results
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.phases import OwnDevices, TakingTurns
 from megatron_rl.ray_runtime.cluster import Cluster, Role
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, connect
 from megatron_rl.ray_runtime.workers import WorkerGroup
@@ -31,7 +33,8 @@ _PROBE_ROWS = 8
 class Roles:
     """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``.
 
-    ``engine_linears``: what the audit of the engines found, in a line; None: there was none.
+    ``engine_linears``: what the audit of the engines found, in a line; None: there was none. ``restart_engines`` makes
+    those of the given ranks anew.
     """
 
     groups: Mapping[str, WorkerGroup]
@@ -40,10 +43,12 @@ class Roles:
     engine: RemoteEngine
     transport: Transport
     engine_linears: str | None
+    restart_engines: Callable[[Sequence[int]], None]
 
 
 def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
-    """Start policy, critic and engine side by side, and audit the engine.
+    """Start policy, critic and engine side by side, and audit the engine; where they share devices, first the engine,
+    which then sleeps.
 
     Raises:
         AuditFailed: the engine's linears are not as the configuration asks.
@@ -61,28 +66,47 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     )
     critic_updates = config.steps * config.updates_per_step
     policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
-    starting = {
-        "policy": start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates),
-        "engine": groups["engine"].build(
-            start_engine, [(engine_spec(config, config.model.path),)] * config.engine.count
-        ),
+    spec = engine_spec(config, config.model.path)
+    engine = RemoteEngine(groups["engine"])
+    starting: dict[str, Pending[None]] = {
+        "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
     }
+    if config.cluster.colocate:
+        results(starting)
+        engine.sleep(keep_weights=False).result()
+    starting["policy"] = start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates)
     if config.critic is not None:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
-    policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
     engine_linears = audit_engines(engine, config, dims)
+    policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
-    transport = connect(
+    open_channel = partial(
+        connect,
         policy,
         engine,
         config.sync,
         tensor=config.engine.tensor,
         cuda=device.has_cuda(),
+        shared=config.cluster.colocate,
         timeout_s=config.cluster.start_deadline_s,
     )
+
+    def restart_engines(ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            cluster.restart(groups["engine"], rank)
+        groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
+        audit_engines(engine, config, dims)
+        open_channel()  # it has as many ends as there were at its opening
+
     return Roles(
-        groups=groups, policy=policy, critic=critic, engine=engine, transport=transport, engine_linears=engine_linears
+        groups=groups,
+        policy=policy,
+        critic=critic,
+        engine=engine,
+        transport=open_channel(),
+        engine_linears=engine_linears,
+        restart_engines=restart_engines,
     )
 
 
@@ -125,11 +149,36 @@ def start_ranks(group: WorkerGroup, spec: WorkerSpec, cluster: ClusterConfig) ->
     return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in ranks])
 
 
-def checked_sync(config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequence[Prompt]) -> CheckedSync:
+def take_turns(config: RunConfig, roles: Roles) -> OwnDevices | TakingTurns:
+    """Who is on the devices when."""
+    if not config.cluster.colocate:
+        return OwnDevices()
+    trainers = {"policy": roles.policy} if roles.critic is None else {"policy": roles.policy, "critic": roles.critic}
+    return TakingTurns(trainers, roles.engine)
+
+
+@dataclass(frozen=True)
+class _VerifiedInTurn:
+    """The engines, which get the policy's place on the device when they are to compute with what they received."""
+
+    engine: RemoteEngine
+    turns: TakingTurns
+
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+        return self.engine.advance(phase, version, deadline_s)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
+        self.turns.verifying()  # what the policy was asked before is done before it goes
+        return self.engine.score(rows)
+
+
+def checked_sync(
+    config: RunConfig, dims: ModelDims, roles: Roles, prompts: Sequence[Prompt], turns: OwnDevices | TakingTurns
+) -> CheckedSync:
     """The push from policy to engine, probed with the first of ``prompts``."""
     return CheckedSync(
         sender=roles.policy,
-        receiver=roles.engine,
+        receiver=_VerifiedInTurn(roles.engine, turns) if isinstance(turns, TakingTurns) else roles.engine,
         probe=_probe(prompts, dims),
         probe_tolerance=config.sync.tolerance(config.model.dtype, config.engine),
         phase_deadline_s=config.sync.phase_deadline_s,
@@ -150,14 +199,20 @@ def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
 
 
 def processes(config: RunConfig) -> int:
-    """Of all models of a run; each has a device of its own."""
-    ranks = sum(trainer.layout.world_size for trainer in config.trainers.values())
-    return ranks + config.engine.count * config.engine.tensor
+    """Of all models of a run that need a device of their own: all, or as many as the largest where they share."""
+    of_roles = [trainer.layout.world_size for trainer in config.trainers.values()]
+    of_roles.append(config.engine.count * config.engine.tensor)
+    return max(of_roles) if config.cluster.colocate else sum(of_roles)
 
 
 def engine_role(config: RunConfig) -> Role:
     """How many engines a run has, and how large."""
-    return Role(name="engine", workers=config.engine.count, devices=config.engine.tensor)
+    return Role(
+        name="engine",
+        workers=config.engine.count,
+        devices=config.engine.tensor,
+        restartable=config.engine.restarts > 0,
+    )
 
 
 def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
@@ -169,6 +224,7 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
         kv_cache_mib=config.engine.kv_cache_mib,
         max_concurrent=config.engine.max_concurrent,
         tensor=config.engine.tensor,
+        sleeps=config.cluster.colocate,
         on_cpu=not device.has_cuda(),
         version=version,
         quantization=config.engine.quantization if config.engine.quantised else None,

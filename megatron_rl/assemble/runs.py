@@ -20,6 +20,7 @@ from megatron_rl.assemble.roles import (
     processes,
     start_roles,
     start_trainer,
+    take_turns,
 )
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
@@ -33,10 +34,12 @@ from megatron_rl.experience.supervised import supervised_batches
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
-from megatron_rl.metrics import MetricLog
+from megatron_rl.metrics import MetricLog, Source
 from megatron_rl.model_dims import read_model_dims
+from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
+from megatron_rl.ray_runtime.engines import Engines
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.overlong import OverlongPenalty
@@ -85,7 +88,15 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             )
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
-        policy, critic, engine = roles.policy, roles.critic, roles.engine
+        policy, critic = roles.policy, roles.critic
+        turns = take_turns(config, roles)
+        engines = Engines(
+            roles.engine,
+            checked_sync(config, dims, roles, heldout.prompts, turns),
+            restarts=config.engine.restarts,
+            restart=roles.restart_engines,
+            tell=lambda text: metrics.note(text),
+        )
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)
         checkpoints = stack.enter_context(
@@ -102,7 +113,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         start_step = checkpoints.start(saved)
         fresh = FreshRollouts(
             prompts=stream,
-            engine=engine,
+            engine=engines,
             rewards=rewards,
             config=config.rollout,
             seed=config.seed,
@@ -110,6 +121,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         )
         rounds = config.rollout.sampling_rounds
         sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
+        sources: list[Source] = [turns.take_ledger] if isinstance(turns, TakingTurns) else []
         machine = _MachineMetrics(roles.groups, rewards, config.ppo.epochs)
         metrics = stack.enter_context(
             MetricLog(
@@ -117,7 +129,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                sources=[machine] if sampling is None else [sampling.take_metrics, machine],
+                sources=[*sources, machine] if sampling is None else [*sources, sampling.take_metrics, machine],
                 start_step=start_step,
             )
         )
@@ -140,7 +152,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             config=config,
             start_step=start_step,
             collect=fresh if sampling is None else sampling,
-            engine=engine,
+            engine=engines,
             rewards=rewards,
             policy=policy,
             reference=RemoteReference(roles.groups["policy"]) if config.ppo.kl_coef > 0 else None,
@@ -150,11 +162,12 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             value_loss=ValueLoss(clip=config.ppo.value_clip),
             loss_mean=loss_mean(config),
             kl_control=kl_control,
-            weights=checked_sync(config, dims, roles, heldout.prompts),
+            weights=engines,
             gate=parity_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
             checkpoints=checkpoints,
             stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
+            phases=turns,
             forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
             metrics=metrics,
         )

@@ -333,6 +333,9 @@ class EngineConfig:
     128 x 128 block. The rest is bfloat16 then, whatever ``model.dtype`` says. A CPU has ``fp8_per_channel``."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of keys and values: that of the engine's weights, or FP8 (e4m3, unscaled), half of bfloat16's memory."""
+    restarts: Count = 0
+    """How often each engine that died is started anew, given the weights and has its unfinished prompts drawn again
+    with the same seeds; 0: its death ends the run."""
 
     @property
     def quantised(self) -> bool:
@@ -458,6 +461,9 @@ class ClusterConfig:
     """Join a cluster that asks for no token (anyone who reaches it can run code on it)."""
     cpus_per_worker: PositiveFloat = 0.4
     """CPUs reserved for each training rank and engine where there is no GPU."""
+    colocate: bool = False
+    """Rank i of policy and critic and engine i share a device and take turns: what does not compute lies in host
+    memory. False: each has a device of its own. The reference is always with the policy."""
     start_deadline_s: PositiveFloat = 600.0
     """For a worker to load its model."""
     call_deadline_s: PositiveFloat = 1800.0
@@ -547,6 +553,18 @@ class RunConfig:
                 f"{self.rollout.max_response_tokens}, got {self.reward.overlong_buffer}"
             )
 
+    def _colocation_problems(self) -> Iterator[str]:
+        if self.cluster.colocate and self.engine.tensor > 1:
+            yield (
+                "engine.tensor: must be 1 with cluster.colocate=true, where an engine shares the one GPU of a rank, "
+                f"got {self.engine.tensor}; set engine.count instead"
+            )
+        if self.cluster.colocate and self.engine.restarts:
+            yield (
+                "engine.restarts: must be 0 with cluster.colocate=true: a new engine needs the weights of a policy "
+                f"that is in host memory then, got {self.engine.restarts}"
+            )
+
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
@@ -561,6 +579,7 @@ class RunConfig:
                 f"nearest: {nearest}"
             )
         yield from self._algorithm_problems()
+        yield from self._colocation_problems()
         for role, trainer in self.trainers.items():
             yield from (f"{role}: {problem}" for problem in trainer.problems())
             data = trainer.layout.data

@@ -19,7 +19,15 @@ from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTok
 from megatron_rl.config.precision import token_multiple
 from megatron_rl.device import dtype, limit_threads
 from megatron_rl.durable import FileRecord
-from megatron_rl.interfaces import PushReceipt, SupervisedTokenLoss, TokenLoss, UpdateResult, ValueLoss
+from megatron_rl.interfaces import (
+    MemoryUse,
+    PushReceipt,
+    SupervisedTokenLoss,
+    TokenLoss,
+    TrainerPart,
+    UpdateResult,
+    ValueLoss,
+)
 from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
 from megatron_rl.mcore.capabilities import Capability, capabilities, uses_transformer_engine
@@ -28,6 +36,7 @@ from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
+from megatron_rl.mcore.offload import Offload
 from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
 from megatron_rl.mcore.quantised import forget_values, plain_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
@@ -68,6 +77,7 @@ class Worker:
         self._training = prepare_training(self._load_chunks(), spec.trainer, spec.total_updates)
         self._reference = self._load_chunks() if spec.keep_reference else None
         forget_values(self._reference or ())
+        self._offload = Offload(self._training, self._reference)
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._written: Future[dict[str, FileRecord]]
@@ -104,6 +114,7 @@ class Worker:
         chunks = self._reference if reference else self._training.chunks
         if chunks is None:
             raise ValueError(f"{self._spec.role}: no reference is kept; set keep_reference")
+        self._offload.require(TrainerPart.STATE if reference else TrainerPart.WEIGHTS)
         read = partial(read_logprobs, temperature=self._spec.temperature if temperature is None else temperature)
         return self._forward(chunks, batch, read, packed)
 
@@ -117,6 +128,7 @@ class Worker:
             packed: see :meth:`logprobs`.
             through: [h] read the final hidden states through this instead of the value head.
         """
+        self._offload.require(TrainerPart.WEIGHTS)
         chunks = self._training.chunks
         with nullcontext() if through is None else read_through(chunks, through):
             return self._forward(chunks, batch, lambda _, *output: read_values(*output).values, packed)
@@ -138,6 +150,7 @@ class Worker:
 
     def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
+        self._offload.require(TrainerPart.WEIGHTS)
         return layer_outputs(self._training.chunks, batch, **self._placement(packed))
 
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
@@ -164,6 +177,7 @@ class Worker:
         Raises:
             ValueError: the minibatch has no response token.
         """
+        self._offload.require(*TrainerPart)
         call: Any = loss
 
         def loss_of(stage: Any, output: Tensor, batch: PackedTokens) -> LossTerms:
@@ -181,6 +195,7 @@ class Worker:
         Raises:
             FileExistsError: the folder exists and is not empty.
         """
+        self._offload.require(*TrainerPart)
         gather_parameters(self._training)
         staged = stage_checkpoint(folder, self._training)
         written: Future[dict[str, FileRecord]] = Future()
@@ -208,6 +223,7 @@ class Worker:
 
     def load(self, folder: Path) -> None:
         """Load what :meth:`save` saved, at this or another layout. The reference stays as it is."""
+        self._offload.require(*TrainerPart)
         load_checkpoint(folder, self._training)
 
     def export_hf(self, folder: Path, like: Path) -> None:
@@ -267,7 +283,20 @@ class Worker:
         """Of every push and export."""
         return transfer_plan(self._weights, self._layout, HfFiles())
 
+    def offload(self, parts: Sequence[TrainerPart]) -> MemoryUse:
+        """Move parts of the model to host memory; verbs that need them are refused from then on."""
+        for part in parts:
+            self._offload.out(part)
+        return self._offload.memory()
+
+    def onload(self, parts: Sequence[TrainerPart]) -> MemoryUse:
+        """Bring parts of the model back to the device."""
+        for part in parts:
+            self._offload.back(part)
+        return self._offload.memory()
+
     def _full_tensors(self, plan: TransferPlan | None = None) -> Any:
+        self._offload.require(TrainerPart.WEIGHTS)
         gather_parameters(self._training)
         mine = plain_values(local_parameters([chunk.module for chunk in self._training.chunks]))
         return full_tensors(mine, plan or self._plan, self._layout, self._rank)
@@ -282,7 +311,7 @@ class Worker:
 
     def close(self) -> None:
         """Leave the groups and free the model."""
-        self._training = self._reference = self._channel = None  # type: ignore[assignment]
+        self._training = self._reference = self._offload = self._channel = None  # type: ignore[assignment]
         stop_groups()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,13 +39,56 @@ class ClusterProblem(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Role:
     """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
-    shares of the CPU.
+    shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`.
     """
 
     name: str
     workers: int
     held_types: tuple[type[Any], ...] = ()
     devices: int = 1
+    restartable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which workers share a bundle of resources, that is a device.
+
+    Attributes:
+        bundles: what each reserves, by kind of resource.
+        bundle_of: index of the bundle of each (role, rank).
+        asked: what each worker of a role takes of its bundle.
+    """
+
+    bundles: tuple[Mapping[str, float], ...]
+    bundle_of: Mapping[tuple[str, int], int]
+    asked: Mapping[str, Mapping[str, float]]
+
+
+def place(roles: Sequence[Role], device: Mapping[str, float], *, shared: bool) -> Placement:
+    """A bundle for each worker; ``shared``: one for rank 0 of all roles, one for their ranks 1, and so on.
+
+    Where workers share a bundle of one GPU, each asks for a fraction of it: Ray then shows all of them that GPU.
+
+    Args:
+        roles: who is to be placed.
+        device: what one device reserves, by kind of resource.
+        shared: whether ranks of different roles share.
+    """
+    workers = [(role, rank) for role in roles for rank in range(role.workers)]
+    if not shared:
+        asked = {role.name: {kind: size * role.devices for kind, size in device.items()} for role in roles}
+        return Placement(
+            bundles=tuple(asked[role.name] for role, _ in workers),
+            bundle_of={(role.name, rank): index for index, (role, rank) in enumerate(workers)},
+            asked=asked,
+        )
+    # rounded down to what Ray resolves, so that they never add up to more than there is
+    share = {kind: math.floor(size / len(roles) * 1e4) / 1e4 for kind, size in device.items()}
+    return Placement(
+        bundles=(device,) * max(role.workers for role in roles),
+        bundle_of={(role.name, rank): rank for role, rank in workers},
+        asked={role.name: share for role in roles},
+    )
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -89,6 +134,7 @@ class Cluster:
         self._group: PlacementGroup | None = None
         self._groups: list[WorkerGroup] = []
         self._births: list[Birth] = []
+        self._processes: dict[str, dict[str, Any]] = {}
         self.watch = Watch()
 
     @property
@@ -147,47 +193,54 @@ class Cluster:
             ClusterProblem: the cluster has not the resources, at all or within the deadline.
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
-        bundles = [
-            {kind: share * role.devices for kind, share in device.items()}
-            for role in roles
-            for _ in range(role.workers)
-        ]
-        self._place(bundles)
-        loopback = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
-        actor, index, groups, processes = ray.remote(Supervisor), 0, {}, []
+        placement = place(roles, device, shared=self._config.colocate)
+        self._place([dict(bundle) for bundle in placement.bundles])
+        groups = {}
         for role in roles:
-            supervisors = []
-            for rank in range(role.workers):
-                log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
-                supervisors.append(
-                    actor.options(
-                        num_cpus=bundles[index]["CPU"],
-                        num_gpus=bundles[index].get("GPU", 0.0),
-                        max_concurrency=8,
-                        max_restarts=0,
-                        scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-                    ).remote(
-                        role.name if role.workers == 1 else f"{role.name} rank {rank}",
-                        str(log),
-                        str(self._scratch),
-                        {**loopback, **environment},
-                    )
-                )
-                index += 1
             groups[role.name] = WorkerGroup(
                 role.name,
-                supervisors,
+                partial(self._spawn, role, placement, {**self._loopback(), **environment}),
+                role.workers,
                 watch=self.watch,
                 deadline_s=self._config.call_deadline_s,
                 held_types=role.held_types,
+                restartable=role.restartable,
             )
             self._groups.append(groups[role.name])
         for group in self._groups:
-            births = group.births(self._config.start_deadline_s)
-            self._births += births
-            processes += [{"worker": name, **asdict(birth)} for name, birth in zip(group.names, births, strict=True)]
-        (self._log_dir / "processes.json").write_text(json.dumps(processes, indent=2) + "\n")
+            self._note_births(group, range(len(group.names)))
         return groups
+
+    def _loopback(self) -> dict[str, str]:
+        return {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
+
+    def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
+        """The supervisor of one rank."""
+        bundle, asked = placement.bundle_of[role.name, rank], placement.asked[role.name]
+        log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
+        options = {
+            "num_cpus": asked["CPU"],
+            "num_gpus": asked.get("GPU", 0.0),
+            "max_concurrency": 8,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle),
+        }
+        worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
+        return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))
+
+    def restart(self, group: WorkerGroup, rank: int) -> None:
+        """Start a new process in the place of a dead one, on the same device."""
+        group.restart(rank)
+        self._note_births(group, [rank])
+
+    def _note_births(self, group: WorkerGroup, ranks: Sequence[int]) -> None:
+        births = group.births(self._config.start_deadline_s, ranks)
+        self._births += births
+        self._processes |= {
+            group.names[rank]: {"worker": group.names[rank], **asdict(birth)}
+            for rank, birth in zip(ranks, births, strict=True)
+        }
+        (self._log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
 
     def _place(self, bundles: list[dict[str, float]]) -> None:
         asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}

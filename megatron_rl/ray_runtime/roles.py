@@ -19,11 +19,13 @@ from megatron_rl.config.schema import SyncConfig
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.experience.packing import split_rows
 from megatron_rl.interfaces import (
+    MemoryUse,
     Pending,
     PushPhase,
     PushReceipt,
     SupervisedTokenLoss,
     TokenLoss,
+    TrainerPart,
     UpdateResult,
     ValueLoss,
     results,
@@ -42,6 +44,12 @@ def _only(answers: list[Any]) -> Any:
     if len(given) != 1:
         raise ValueError(f"exactly one rank must report, got {len(given)} of {len(answers)}")
     return given[0]
+
+
+def _most(uses: list[MemoryUse]) -> MemoryUse:
+    return MemoryUse(
+        planned_bytes=max(use.planned_bytes for use in uses), measured_bytes=max(use.measured_bytes for use in uses)
+    )
 
 
 def _given(answers: list[Any]) -> list[Any]:
@@ -82,6 +90,14 @@ class RemoteTrainer:
     def load(self, folder: Path) -> Pending[None]:
         """Take up what :meth:`save` wrote."""
         return self.group.call("load", folder, finish=lambda _: None)
+
+    def offload(self, parts: Sequence[TrainerPart]) -> Pending[MemoryUse]:
+        """Move parts to host memory; what the rank with the most then uses."""
+        return self.group.call("offload", tuple(parts), finish=_most)
+
+    def onload(self, parts: Sequence[TrainerPart]) -> Pending[MemoryUse]:
+        """Bring parts back; what the rank with the most then uses."""
+        return self.group.call("onload", tuple(parts), finish=_most)
 
     def export_hf(self, folder: Path, like: Path) -> Pending[None]:
         """Write the weights as a Hugging Face folder; configuration and tokenizer come from ``like``."""
@@ -138,23 +154,30 @@ class RemoteEngine:
         ]
         dealt = split_rows(costs, range(len(prompts)), len(self.group.names))
         pending = {
-            engine: self.group.call(
-                "generate",
-                [prompts[row] for row in rows],
-                sampling,
-                [seeds[row] for row in rows],
-                finish=_only,
-                ranks=[engine],
-            )
-            for engine, rows in enumerate(dealt)
+            rank: self.draw(rank, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+            for rank, rows in enumerate(dealt)
             if rows
         }
         rollouts = {
             row: rollout
-            for engine, drawn in results(pending).items()
-            for row, rollout in zip(dealt[engine], drawn, strict=True)
+            for rank, drawn in results(pending).items()
+            for row, rollout in zip(dealt[rank], drawn, strict=True)
         }
         return [rollouts[row] for row in range(len(prompts))]
+
+    def draw(
+        self, rank: int, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Pending[list[Rollout]]:
+        """One sample per prompt and seed, by one of the engines."""
+        return self.group.call("generate", prompts, sampling, seeds, finish=_only, ranks=[rank])
+
+    def sleep(self, keep_weights: bool) -> Pending[MemoryUse]:
+        """Free the device memory of every engine; what the one with the most then uses."""
+        return self.group.call("sleep", keep_weights, finish=_most)
+
+    def wake(self, weights: bool, cache: bool) -> Pending[MemoryUse]:
+        """Get it back; what the engine with the most then uses."""
+        return self.group.call("wake", weights, cache, finish=_most)
 
     def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
         """Take every engine through the next phase of a push; all must have received the same."""
@@ -273,7 +296,14 @@ def _token_lists(rows: TokenRows) -> list[list[int]]:
 
 
 def connect(
-    policy: RemotePolicy, engine: RemoteEngine, sync: SyncConfig, *, tensor: int, cuda: bool, timeout_s: float
+    policy: RemotePolicy,
+    engine: RemoteEngine,
+    sync: SyncConfig,
+    *,
+    tensor: int,
+    cuda: bool,
+    shared: bool,
+    timeout_s: float,
 ) -> Transport:
     """Open the channel that weights are pushed through, from the policy's rank 0 to all workers of all engines.
 
@@ -283,13 +313,14 @@ def connect(
         sync: buckets and their deadline.
         tensor: workers of each engine.
         cuda: whether weights live on GPUs.
+        shared: whether an engine may have the GPU of the policy's rank 0.
         timeout_s: bound on all of it.
 
     Returns:
         how weights will travel: the fastest way that the places of the roles allow.
     """
     sender, hosts = policy.group.births(timeout_s)[0], [birth.host for birth in engine.group.births(timeout_s)]
-    transport = choose_transport(sender.host, hosts, cuda=cuda)
+    transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)
     opening = policy.group.call(

@@ -116,6 +116,10 @@ class Supervisor:
 
         return Birth(host=socket.gethostname(), address=ray.util.get_node_ip_address(), pid=self._process.pid)
 
+    def death_so_far(self) -> Death | None:
+        """How the worker ended; None while it lives."""
+        return self.death() if self._gone.is_set() else None
+
     def keep_port(self) -> int:
         """A TCP port that is kept for the worker as long as this process lives, see :func:`port_kept`."""
         self._kept.append(port_kept())

@@ -26,7 +26,15 @@ _GRACE_S = 2.0
 
 
 class WorkerDied(RuntimeError):
-    """A worker process is gone; the message says which, how and during what."""
+    """A worker process is gone; the message says which, how and during what.
+
+    Attributes:
+        worker: its name.
+    """
+
+    def __init__(self, message: str, *, worker: str) -> None:
+        super().__init__(message)
+        self.worker = worker
 
 
 class WorkerFailed(RuntimeError):
@@ -83,8 +91,10 @@ class Watch:
             try:
                 death: Death = ray.get(reference)
             except ray.exceptions.RayError as error:
-                raise WorkerDied(f"{name}: its supervisor is gone and with it the cause; Ray says: {error}") from None
-            raise WorkerDied(str(death))
+                raise WorkerDied(
+                    f"{name}: its supervisor is gone and with it the cause; Ray says: {error}", worker=name
+                ) from None
+            raise WorkerDied(str(death), worker=name)
 
 
 def _names(waiting: Mapping[Any, str]) -> str:
@@ -131,9 +141,9 @@ class GroupCall(Generic[T]):
                 reply: Reply | Death = ray.get(reference)
             except ray.exceptions.RayError as error:
                 watch.raise_deaths(grace_s=_GRACE_S)
-                raise WorkerDied(f"{whose} did not answer {self._verb}; Ray says: {error}") from None
+                raise WorkerDied(f"{whose} did not answer {self._verb}; Ray says: {error}", worker=whose) from None
             if isinstance(reply, Death):
-                raise WorkerDied(str(reply))
+                raise WorkerDied(str(reply), worker=whose)
             if reply.error:
                 watch.raise_deaths(grace_s=_GRACE_S)  # a rank that lost its peer raises before the peer's end is known
                 raise WorkerFailed(f"{whose} failed in {self._verb}:\n{reply.error}")
@@ -153,29 +163,65 @@ class WorkerGroup:
     def __init__(
         self,
         name: str,
-        supervisors: Sequence[Any],
+        spawn: Callable[[int], Any],
+        workers: int,
         *,
         watch: Watch,
         deadline_s: float,
         held_types: tuple[type[Any], ...] = (),
+        restartable: bool = False,
     ) -> None:
+        """Start the ranks.
+
+        Args:
+            name: of the role.
+            spawn: makes the supervisor of a rank.
+            workers: how many ranks.
+            watch: ends the waits of the run when a rank dies.
+            deadline_s: bound on a call.
+            held_types: see above.
+            restartable: the death of a rank ends calls of that rank alone, see :meth:`restart`.
+        """
         self.name = name
         self.watch = watch
         self.deadline_s = deadline_s
-        self._supervisors = list(supervisors)
+        self.names = [name if workers == 1 else f"{name} rank {rank}" for rank in range(workers)]
+        self._spawn = spawn
+        self._supervisors = [spawn(rank) for rank in range(workers)]
         self._held_types = held_types
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._keys = itertools.count()
         self._numbers = [itertools.count() for _ in self._supervisors]
         self._statistics = Statistics()
         self._counting = threading.Lock()
-        self.names = [name if len(supervisors) == 1 else f"{name} rank {rank}" for rank in range(len(supervisors))]
-        for worker, supervisor in zip(self.names, self._supervisors, strict=True):
-            watch.add(worker, supervisor.death.remote())
+        if not restartable:
+            for worker, supervisor in zip(self.names, self._supervisors, strict=True):
+                watch.add(worker, supervisor.death.remote())
 
-    def births(self, deadline_s: float) -> list[Birth]:
-        """Where each rank runs."""
-        return self._ask("birth", deadline_s)
+    def births(self, deadline_s: float, ranks: Sequence[int] | None = None) -> list[Birth]:
+        """Where each rank (all by default) runs."""
+        return self._ask("birth", deadline_s, ranks)
+
+    def deaths(self) -> dict[int, str]:
+        """How those ended that are gone by now, by rank."""
+        asked = {supervisor.death_so_far.remote(): rank for rank, supervisor in enumerate(self._supervisors)}
+        answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=_GRACE_S)
+        found: dict[int, str] = {}
+        for reference in answered:
+            rank = asked[reference]
+            try:
+                death: Death | None = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                found[rank] = f"{self.names[rank]}: its supervisor is gone and with it the cause; Ray says: {error}"
+            else:
+                found |= {} if death is None else {rank: str(death)}
+        return found
+
+    def restart(self, rank: int) -> None:
+        """Put a new process in the place of a rank's old one; it waits for what to build."""
+        ray.kill(self._supervisors[rank])
+        self._supervisors[rank] = self._spawn(rank)
+        self._numbers[rank] = itertools.count()
 
     def keep_port(self, deadline_s: float) -> int:
         """A port on the host of rank 0 that is kept for that rank, which must listen on it with SO_REUSEPORT."""
@@ -191,10 +237,13 @@ class WorkerGroup:
             waiting.pop(done)
         return [ray.get(reference) for reference in references]
 
-    def build(self, factory: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> GroupCall[None]:
-        """Build each rank's object: ``factory(*arguments[rank])``."""
+    def build(
+        self, factory: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: Sequence[int] | None = None
+    ) -> GroupCall[None]:
+        """Build the object of each rank (of all by default): ``factory(*arguments[i])`` for the i-th of them."""
         calls = [Call(phase="starting", payload=cloudpickle.dumps((factory, args, {}))) for args in arguments]
-        references = dict(self._send(call, rank) for rank, call in enumerate(calls))
+        chosen = range(len(self._supervisors)) if ranks is None else ranks
+        references = dict(self._send(call, rank) for rank, call in zip(chosen, calls, strict=True))
         return GroupCall(self, "start", references, lambda _: None)
 
     def _send(self, call: Any, rank: int) -> tuple[Any, str]:

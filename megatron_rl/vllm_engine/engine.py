@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
-from megatron_rl.device import limit_threads
-from megatron_rl.interfaces import PushPhase, PushReceipt
+from megatron_rl.device import limit_threads, memory_used
+from megatron_rl.interfaces import MemoryUse, PushPhase, PushReceipt
 from megatron_rl.linear_formats import LinearFormat, first_difference
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _ENVIRONMENT_DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch has threads by then
 }
 _CPU_BATCHED_TOKENS = 8192
+_SLEEP_TAGS = ("weights", "kv_cache")
+"""What vLLM wakes by itself, in that order."""
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
@@ -59,6 +61,7 @@ class EngineSpec:
         max_concurrent: sequences generated at the same time.
         on_cpu: leave out compiling, which would take longer than it saves.
         tensor: tensor-parallel workers; with more than one, each is a process of its own.
+        sleeps: shares its GPU, and gives it back in its sleep.
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
         quantization: vLLM's name of the format that linears quantise their weights to, of those in ``model`` and of
             those pushed; None: not at all.
@@ -75,6 +78,7 @@ class EngineSpec:
     version: int | None = None
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    sleeps: bool = False
 
 
 class WorkerError(RuntimeError):
@@ -103,6 +107,7 @@ class Engine:
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
         self._cache_spoilt = False
+        self._asleep: frozenset[str] = frozenset()
         self._request_ids = count()
         _prepare_process(spec)
         with _imports_kept_from_collector():
@@ -131,6 +136,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # else its temperature and top-k become defaults
             seed=0,
+            enable_sleep_mode=spec.sleeps and not spec.on_cpu,  # refused on a CPU, where sleep frees nothing
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=receiver.BACKEND),
             worker_extension_cls=f"{receiver.__name__}.{receiver.WorkerExtension.__name__}",
@@ -163,6 +169,7 @@ class Engine:
             RuntimeError: the version of the weights is not known, or a log-prob is missing or not finite.
             ValueError: a prompt and its response could become longer than ``max_model_len``, or seeds are missing.
         """
+        self._check_awake(*_SLEEP_TAGS)
         if self._version is None:
             raise RuntimeError(
                 "the engine is stale and must be given weights before it generates: none were pushed, or the last push "
@@ -193,6 +200,7 @@ class Engine:
             RuntimeError: a log-prob is missing or not finite.
             ValueError: a row is empty or leaves no room within ``max_model_len`` for one more token.
         """
+        self._check_awake(*_SLEEP_TAGS)
         for index, row in enumerate(rows):
             self._check_length(f"row {index}", len(row), 1)
         params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
@@ -285,6 +293,7 @@ class Engine:
             WorkerError: the sender gave up, is gone or is silent for too long, or the model cannot load what it sent.
             TimeoutError: a worker is late; the engine can only be started anew.
         """
+        self._check_awake("weights")
         order = list(PushPhase)
         if phase is not order[0] and self._next != (phase, version):
             raise RuntimeError(
@@ -315,10 +324,58 @@ class Engine:
         if phase is PushPhase.RESET_CACHE:
             if not self._engine.reset_prefix_cache():
                 raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
-            if self._cache_spoilt:
+            if self._cache_spoilt and not self._asleep:  # else it is zeroed when it wakes
                 self._on_workers("zero_cache", deadline_s=deadline_s)
                 self._cache_spoilt = False
         return None
+
+    def sleep(self, keep_weights: bool) -> MemoryUse:
+        """Free the GPU: weights go to host memory or are thrown away, keys and values are forgotten. On a CPU nothing
+        is freed, and all else is the same.
+
+        Args:
+            keep_weights: else the engine is stale until a push.
+
+        Raises:
+            RuntimeError: it sleeps already, or is generating.
+        """
+        self._check_awake(*_SLEEP_TAGS)
+        if self._engine.has_unfinished_requests():
+            raise RuntimeError("no request may be under way when the engine goes to sleep")
+        self._engine.sleep(level=1 if keep_weights else 2)
+        self._asleep = frozenset(_SLEEP_TAGS)
+        if not keep_weights:
+            self._version, self._next = None, None
+        return self._memory()
+
+    def wake(self, weights: bool, cache: bool) -> MemoryUse:
+        """Get memory back for the weights, for keys and values, or both: for a push the weights alone will do.
+
+        Raises:
+            RuntimeError: what is asked for does not sleep.
+        """
+        tags = [tag for tag, asked in zip(_SLEEP_TAGS, (weights, cache), strict=True) if asked]
+        if not set(tags) <= self._asleep:
+            raise RuntimeError(
+                f"{' and '.join(tags)} must sleep to be woken, asleep: {sorted(self._asleep) or 'nothing'}"
+            )
+        self._engine.wake_up(tags)
+        self._asleep -= set(tags)
+        if cache:
+            self._on_workers("zero_cache")  # what the GPU gives back may hold anything
+            self._cache_spoilt = False
+        return self._memory()
+
+    def _check_awake(self, *tags: str) -> None:
+        if asleep := [tag for tag in tags if tag in self._asleep]:
+            raise RuntimeError(f"the engine's {' and '.join(asleep)} must be awake, wake them first")
+
+    def _memory(self) -> MemoryUse:
+        """Of the first worker."""
+        weights: int = self._on_workers("weight_bytes")[0]
+        kept = {"weights": weights, "kv_cache": self._spec.kv_cache_mib << 20}
+        planned = sum(size for tag, size in kept.items() if tag not in self._asleep)
+        return MemoryUse(planned_bytes=planned, measured_bytes=memory_used())
 
     def close(self) -> None:
         """Leave the channel and stop."""

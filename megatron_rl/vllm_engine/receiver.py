@@ -223,6 +223,10 @@ class WorkerExtension:
         """
         die_with_parent(pid)
 
+    def weight_bytes(self) -> int:
+        """Of the parameters, as vLLM knows them; those that a CPU's kernels have packed are not among them."""
+        return sum(parameter.nbytes for parameter in self.model_runner.model.parameters())  # type: ignore[attr-defined]
+
     def zero_cache(self) -> None:
         """Forget all keys and values."""
         for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from megatron_rl.device import device
 from megatron_rl.interfaces import PushReceipt
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -68,18 +69,23 @@ class Transport(Enum):
     """TCP, from CPU to CPU."""
     NCCL = "nccl"
     """From GPU to GPU, different ones."""
+    CUDA_IPC = "cuda ipc"
+    """The one receiver reads them in the sender's memory of the GPU that both have. Never run yet: it needs a GPU."""
 
 
-def choose_transport(sender: str, receivers: Sequence[str], *, cuda: bool) -> Transport:
+def choose_transport(sender: str, receivers: Sequence[str], *, cuda: bool, shared: bool = False) -> Transport:
     """The fastest one that works.
 
     Args:
         sender: its host.
         receivers: their hosts.
-        cuda: whether tensors live on GPUs; then the sender's is not a receiver's.
+        cuda: whether tensors live on GPUs.
+        shared: whether a receiver may have the sender's GPU, which NCCL refuses.
     """
-    if cuda:
+    if cuda and not shared:
         return Transport.NCCL
+    if cuda and list(receivers) == [sender]:  # further ones have other GPUs, and do not see the sender's
+        return Transport.CUDA_IPC
     return Transport.SHARED_MEMORY if set(receivers) <= {sender} else Transport.GLOO
 
 
@@ -179,9 +185,13 @@ class Channel:
             raise ValueError(
                 f"there must be a receiver (world_size >= 2) and bytes in a bucket, got {world_size}, {bucket_bytes}"
             )
-        memory = _SharedMemory.create(bucket_bytes) if transport is Transport.SHARED_MEMORY else None
+        memory: _SharedMemory | _CudaMemory | None = None
+        if transport is Transport.SHARED_MEMORY:
+            memory = _SharedMemory.create(bucket_bytes)
+        elif transport is Transport.CUDA_IPC:
+            memory = _CudaMemory.create(bucket_bytes)
         try:
-            offer = _Offer(transport.value, bucket_bytes, timeout_s, None if memory is None else str(memory.path))
+            offer = _Offer(transport.value, bucket_bytes, timeout_s, None if memory is None else memory.name)
             listener._store.set("offer", json.dumps(asdict(offer)))
             messages = _Messages.meet(listener._store, listener.host, listener.port, 0, world_size, timeout_s)
             if memory is not None:
@@ -189,7 +199,7 @@ class Channel:
                     messages.receive(rank, torch.empty(1, dtype=torch.int64), "joining: the shared memory")
         finally:
             if memory is not None:
-                memory.path.unlink()  # whoever has it open keeps it; nothing is left whichever way this process ends
+                memory.unname()  # whoever has it open keeps it; nothing is left whichever way this process ends
         buckets = memory or _buckets_over(transport, messages, listener._store, bucket_bytes)
         return cls(messages, buckets, transport, bucket_bytes)
 
@@ -219,7 +229,8 @@ class Channel:
         if offer.memory is None:
             buckets: _Buckets = _buckets_over(transport, messages, store, offer.bucket_bytes)
         else:
-            buckets = _SharedMemory.open(Path(offer.memory), offer.bucket_bytes)
+            end = _CudaMemory if transport is Transport.CUDA_IPC else _SharedMemory
+            buckets = end.open(offer.memory, offer.bucket_bytes)
             messages.send(0, torch.zeros(1, dtype=torch.int64), "joining: the shared memory")
         return cls(messages, buckets, transport, offer.bucket_bytes)
 
@@ -350,10 +361,10 @@ class Reception(Iterator[tuple[str, Tensor]]):
             for piece, part in zip(pieces, staging.split([piece.size for piece in pieces]), strict=True):
                 if stranger is not None:
                     continue
-                digest.update(piece, part)
                 if piece.start == 0:
                     content = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
                 content[piece.start : piece.start + piece.size] = part
+                digest.update(piece, part)  # waits for the GPU, and with it for the copy: the sender may go on after it
                 if piece.start + piece.size == piece.whole:
                     yield piece.name, content.view(_DTYPES[piece.dtype]).view(tuple(piece.shape))
             taken.confirm(where)
@@ -530,8 +541,16 @@ class _SharedMemory:
         finally:
             os.close(descriptor)
 
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def unname(self) -> None:
+        self.path.unlink()
+
     @classmethod
-    def open(cls, path: Path, bucket_bytes: int) -> _SharedMemory:
+    def open(cls, name: str, bucket_bytes: int) -> _SharedMemory:
+        path = Path(name)
         if not path.is_file():
             raise TransferError(
                 f"the sender's shared memory must be on this host, there is no {path}: the two go by one host name, so "
@@ -547,6 +566,52 @@ class _SharedMemory:
 
     def receive(self, into: Tensor, where: str) -> None:
         """It is there already."""
+
+
+class _CudaMemory:
+    """Two buckets on the GPU that sender and receiver have; the receiver maps the sender's by CUDA's handle of them."""
+
+    def __init__(self, memory: Tensor, name: str) -> None:
+        self.name = name
+        self._memory = memory
+
+    @classmethod
+    def create(cls, bucket_bytes: int) -> _CudaMemory:
+        memory = torch.empty(_AHEAD, bucket_bytes, dtype=torch.uint8, device=device())
+        return cls(memory, encode_handle(memory.untyped_storage()._share_cuda_()[1:]))
+
+    @classmethod
+    def open(cls, name: str, bucket_bytes: int) -> _CudaMemory:
+        here = device()
+        try:
+            # GPUs are numbered by each process: the receiver's number, not the sender's
+            storage = torch.UntypedStorage._new_shared_cuda(here.index, *decode_handle(name))
+        except RuntimeError as error:
+            raise TransferError(f"the sender's memory must lie on {here}, the GPU of this receiver: {error}") from error
+        memory = torch.empty(0, dtype=torch.uint8, device=here).set_(storage)
+        return cls(memory[: _AHEAD * bucket_bytes].view(_AHEAD, bucket_bytes), name)
+
+    def unname(self) -> None:
+        """It has no name that could be left."""
+
+    def staging(self, number: int) -> Tensor:
+        return self._memory[number % _AHEAD]
+
+    def send(self, content: Tensor, where: str) -> None:
+        """The receiver sees it already: taking the digest has waited for the GPU."""
+
+    def receive(self, into: Tensor, where: str) -> None:
+        """It is there already."""
+
+
+def encode_handle(parts: Sequence[int | bytes | None]) -> str:
+    """A handle of CUDA memory as text: what torch gives for a storage that is shared, without the device's number."""
+    return json.dumps([part.hex() if isinstance(part, bytes) else part for part in parts])
+
+
+def decode_handle(text: str) -> tuple[int | bytes | None, ...]:
+    """What :func:`encode_handle` took."""
+    return tuple(bytes.fromhex(part) if isinstance(part, str) else part for part in json.loads(text))
 
 
 class _GlooBuckets:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ from megatron_rl.weights.transfer import (
     Transport,
     _SharedMemory,
     choose_transport,
+    decode_handle,
+    encode_handle,
     listen,
 )
 
@@ -371,6 +374,16 @@ def test_the_transport_follows_from_the_places() -> None:
     assert choose_transport("a", ["a", "a"], cuda=False) is Transport.SHARED_MEMORY
     assert choose_transport("a", ["a", "b"], cuda=False) is Transport.GLOO
     assert choose_transport("a", ["a"], cuda=True) is Transport.NCCL
+    assert choose_transport("a", ["a"], cuda=True, shared=True) is Transport.CUDA_IPC
+    assert choose_transport("a", ["a", "a"], cuda=True, shared=True) is Transport.SHARED_MEMORY
+    assert choose_transport("a", ["b"], cuda=True, shared=True) is Transport.GLOO
+    assert choose_transport("a", ["a"], cuda=False, shared=True) is Transport.SHARED_MEMORY
+
+
+def test_a_handle_of_gpu_memory_travels_as_text() -> None:
+    parts = (b"\x00handle\xff", 4096, 0, b"counter", 8, b"", False)
+    assert decode_handle(encode_handle(parts)) == parts
+    assert json.loads(encode_handle(parts))[1:3] == [4096, 0], "data only, no pickle"
 
 
 def test_whoever_does_not_join_is_named(receivers: list[ProcessPoolExecutor]) -> None:

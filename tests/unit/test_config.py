@@ -139,6 +139,17 @@ def test_log_probs_are_taken_at_the_temperature_of_sampling_unless_another_is_se
     assert load(RunConfig, [Path("ppo.toml")], apart).trainer_temperature == 1.0
 
 
+def test_what_does_not_go_with_shared_devices_is_refused(folder):
+    assert problems("cluster.colocate=true", "engine.tensor=2") == [
+        "engine.tensor: must be 1 with cluster.colocate=true, where an engine shares the one GPU of a rank, got 2; "
+        "set engine.count instead"
+    ]
+    assert problems("cluster.colocate=true", "engine.restarts=3") == [
+        "engine.restarts: must be 0 with cluster.colocate=true: a new engine needs the weights of a policy that is in "
+        "host memory then, got 3"
+    ]
+
+
 def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("ppo.clip_lo=0.1") == ["ppo.clip_lo: unknown key; did you mean ppo.clip_low?"]
     assert problems("policy.layout.tensr=1") == ["policy.layout.tensr: unknown key; did you mean policy.layout.tensor?"]

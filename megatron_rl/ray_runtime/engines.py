@@ -1,0 +1,110 @@
+"""The engines of a run, which outlive the death of some of them: a rollout and a push go on with new processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from megatron_rl.dataflow import Prompt, Rollout, Sampling
+from megatron_rl.experience.expected_length import ExpectedLength
+from megatron_rl.experience.packing import split_rows
+from megatron_rl.interfaces import WeightSync
+from megatron_rl.ray_runtime.roles import RemoteEngine
+from megatron_rl.ray_runtime.workers import WorkerDied
+
+
+class Engines:
+    """Generates and takes pushes; a :class:`~megatron_rl.interfaces.RolloutEngine` and ``WeightSync``.
+
+    An engine that is found dead, in a rollout or before a push, is started anew up to ``restarts`` times. New weights
+    reach engines in no other way than a push to all of them, so the last push is repeated: until it ends, the new
+    engine is stale. What the dead one had not finished is drawn again with the same seeds, so samples are the same.
+    A death during a push ends the run.
+    """
+
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        sync: WeightSync,
+        *,
+        restarts: int,
+        restart: Callable[[Sequence[int]], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        """Take note.
+
+        Args:
+            engine: all of them.
+            sync: pushes to all of them.
+            restarts: of each.
+            restart: makes those of the given ranks anew, and opens the channel of the pushes again.
+            tell: gets a line about each death.
+        """
+        self._engine = engine
+        self._sync = sync
+        self._left = [restarts] * len(engine.group.names)
+        self._restarts = restarts
+        self._restart = restart
+        self._tell = tell
+        self._version: int | None = None
+        self._expected = ExpectedLength()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        """One sample per prompt and seed, in order; engines get prompts of about the same expected tokens.
+
+        Raises:
+            WorkerDied: an engine died and its restarts are used up, or another worker of the run did.
+        """
+        done: dict[int, Rollout] = {}
+        while missing := [row for row in range(len(prompts)) if row not in done]:
+            costs = {
+                row: len(seeds[row]) * self._expected.of(prompts[row], sampling.max_tokens)
+                + len(prompts[row].token_ids)
+                for row in missing
+            }
+            deal = split_rows([costs.get(row, 0.0) for row in range(len(prompts))], missing, len(self._left))
+            drawing = {
+                rank: self._engine.draw(rank, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+                for rank, rows in enumerate(deal)
+                if rows
+            }
+            deaths: list[WorkerDied] = []
+            for rank, pending in drawing.items():
+                try:
+                    done |= zip(deal[rank], pending.result(), strict=True)
+                except WorkerDied as died:
+                    deaths.append(died)
+            if deaths:
+                self._revive(deaths)
+        rollouts = [done[row] for row in range(len(prompts))]
+        self._expected = self._expected.after(rollouts)
+        return rollouts
+
+    def push(self, version: int) -> Mapping[str, float]:
+        """Push to all engines, having started the dead ones anew; see :meth:`~megatron_rl.interfaces.WeightSync.push`.
+
+        Raises:
+            WorkerDied: as :meth:`generate`; or an engine died during the push.
+        """
+        if dead := self._engine.group.deaths():
+            self._start_anew(dead)
+        found = self._sync.push(version)
+        self._version = version
+        return found
+
+    def _revive(self, deaths: Sequence[WorkerDied]) -> None:
+        names = self._engine.group.names
+        for died in deaths:
+            if died.worker not in names:
+                raise died
+        self._start_anew({names.index(died.worker): str(died) for died in deaths})
+        if self._version is not None:
+            self._sync.push(self._version)
+
+    def _start_anew(self, dead: Mapping[int, str]) -> None:
+        for rank, how in dead.items():
+            name = self._engine.group.names[rank]
+            if not self._left[rank]:
+                raise WorkerDied(f"{how}\nno restart is left of engine.restarts={self._restarts}", worker=name)
+            self._left[rank] -= 1
+            self._tell(f"{how}\n{name} is started anew; restarts left: {self._left[rank]}")
+        self._restart(sorted(dead))

@@ -1,0 +1,69 @@
+"""What ranks run in the tests of offloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.interfaces import TrainerPart
+from tests.distributed.cases import POLICY, Reinforce, Setup, minibatch, named, start, token_rows
+
+
+def trained_with_breaks(rank: int, port: int, model: Path, setup: Setup, breaks: bool) -> dict[str, Any]:
+    """Two updates; between and after them everything goes to host memory and comes back, if there are ``breaks``."""
+    worker = start(rank, port, model, setup)
+    found: dict[str, Any] = {"resident": [worker._offload.memory().planned_bytes]}
+
+    def pause() -> None:
+        if breaks:
+            away = [worker.offload([part]).planned_bytes for part in (TrainerPart.STATE, TrainerPart.WEIGHTS)]
+            back = worker.onload([*TrainerPart]).planned_bytes
+            found["resident"] += [*away, back]
+
+    pause()
+    found["updates"] = []
+    for _ in range(2):
+        found["updates"].append(worker.update(minibatch(), Reinforce()))
+        pause()
+    found["weights"] = named(worker._full_tensors())
+    found["states"] = [
+        value.clone()
+        for part in getattr(worker._training.optimizer, "chained_optimizers", [worker._training.optimizer])
+        for state in part.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    ]
+    found["reference"] = worker.logprobs(token_rows(), None, True)
+    worker.close()
+    return found
+
+
+def refusals(rank: int, port: int, model: Path) -> list[str]:
+    """What verbs say when what they need is away."""
+    worker = start(rank, port, model, Setup(keep_reference=True), POLICY)
+    said = []
+
+    def attempt(verb: Any, *args: Any) -> None:
+        try:
+            verb(*args)
+        except RuntimeError as error:
+            said.append(str(error))
+        else:
+            said.append("it went through")
+
+    rows = token_rows()
+    worker.offload([TrainerPart.STATE])
+    attempt(worker.update, minibatch(), Reinforce())
+    attempt(worker.logprobs, rows, None, True)
+    attempt(worker.logprobs, rows)
+    attempt(worker.offload, [TrainerPart.STATE])
+    worker.offload([TrainerPart.WEIGHTS])
+    attempt(worker.logprobs, rows)
+    attempt(worker.send, 1)
+    worker.onload([*TrainerPart])
+    attempt(worker.onload, [TrainerPart.WEIGHTS])
+    attempt(worker.update, minibatch(), Reinforce())
+    worker.close()
+    return said
