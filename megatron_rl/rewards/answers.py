@@ -31,7 +31,7 @@ STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
 def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return the answer of a response: what its last closed, non-empty box holds; None without one.
 
-    Boxes that only ``and``, ``or`` or a comma joins are one list: ``\boxed{1} and \boxed{2}``.
+    Boxes with nothing but space, a comma, ``and`` or ``or`` between them are one list: ``\boxed{1} and \boxed{2}``.
     Only the text before the first stop string counts, and of a response that thinks in ``<think>...</think>`` only what
     follows the last closing tag.
     """
@@ -40,12 +40,15 @@ def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     if not opening and "<think>" in text:
         return None
     boxes = _boxes(answer)
-    if not boxes:
-        return None
-    start, _, content = boxes[-1]
+    return last_joined(answer, boxes) if boxes else None
+
+
+def last_joined(text: str, pieces: Sequence[tuple[int, int, str]]) -> str:
+    """Return the last of some pieces of the text (start, end, content), together with those that are joined to it."""
+    start, _, content = pieces[-1]
     contents = [content]
-    for before, end, other in reversed(boxes[:-1]):
-        if not _JOINT.fullmatch(answer, end, start):
+    for before, end, other in reversed(pieces[:-1]):
+        if start - end > _MAX_JOINT or _SPACING.sub("", text[end:start]) not in _JOINTS:
             break
         contents.insert(0, other)
         start = before
@@ -80,7 +83,10 @@ def last_boxed(text: str, *, closed: bool = False) -> str | None:
     return None
 
 
-_JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")
+_MAX_JOINT = 60
+"""Characters between two parts of one list."""
+_SPACING = re.compile(r"\s+|\$|\\q?quad|\\[()\[\],;:! ]|\\text(?=\s*\{)|[{}]")
+_JOINTS = frozenset({"", ",", ";", "and", "or", ",and", ",or"})
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

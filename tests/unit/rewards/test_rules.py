@@ -74,6 +74,7 @@ def test_failure_values_and_names() -> None:
         "seed_exact": -0.5,
         "boxed": -0.5,
         "format": 0.0,
+        "final_answer": 0.0,
         "correctness": 0.0,
     }
     assert all(load_rule(name) is rule for name, rule in RULES.items())
