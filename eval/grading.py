@@ -37,8 +37,9 @@ class Grader:
 
 def extract(rule: RewardRule, response: str) -> str | None:
     """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
-    own = isinstance(rule, (SeedRule, CorrectnessRule))
-    return (rule.prediction(response) if own else answers.extract(response)) or None
+    if isinstance(rule, (SeedRule, CorrectnessRule)):
+        return rule.prediction(response) or None
+    return answers.extract(response)
 
 
 def check_rule(name: str, scorer: RewardScorer) -> None:

@@ -148,6 +148,8 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     left, right = _readings(pred), _readings(gold)
     if _DECIMAL_COMMA.fullmatch(pred) and any(_is_decimal(reading) for reading in right):
         left.extend(_readings(pred.replace(",", ".")))
+    if (counted := _CHOOSE.sub(r"\\binom{\1\3}{\2\4}", pred)) != pred:  # C(5,2) is a point too, so not in the gold
+        left.extend(_readings(counted))
     decided = bool(left) and bool(right)
     for reading in left:
         for other in right:
@@ -174,6 +176,11 @@ _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 
 _DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d{3})")
 """Not ``1,250``, which is a thousand."""
+
+
+_CHOOSE = re.compile(
+    r"(?<![a-zA-Z\\_])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)|(?:\{\s*\}\s*)?[_^]\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?"
+)
 
 
 def _is_decimal(node: Node) -> bool:

@@ -1,4 +1,4 @@
-r"""The answer of a response that was not asked for a box: ``The answer is $5$.``"""
+r"""The answer of a response that was not asked for a box, such as ``The answer is $5$``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _MAX_TAIL = 2000
 _MARKER = re.compile(r"(?i:\banswers?\s*(?:\*\*\s*)?(?:is|are|:)(?:\s*:)?)(?:\s*\*\*)?|####")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+,\d+(?![\d,]*\d)|\d*\.?\d+)"
-_NUMBER = rf"[-−+]?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
+_NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
 _NUMBERS = rf"{_NUMBER}(?:(?:,\s*|,?\s+(?:and|or)\s+){_NUMBER})*"
 _FORMULA = (
-    r"\$\$(?P<display>[^$]+)\$\$|(?<!\\)\$(?P<inline>[^$\n]+)(?<!\\)\$|\\\((?P<round>[^\n]+?)\\\)|\\\[(?P<square>.+?)\\\]"
+    r"\$\$(?P<display>[^$]+)\$\$|(?<!\\)\$(?P<inline>[^$\n]+)(?<!\\)\$"
+    r"|\\\((?P<round>[^\n]+?)\\\)|\\\[(?P<square>.+?)\\\]"
 )
 _CANDIDATE = re.compile(
     rf"{_FORMULA}|(?:^|(?<=[a-zA-Z]{{2}}\s)|(?<=[=:]\s)|(?<=\s\$)|(?<=[=:]))"
@@ -33,9 +34,9 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return what the last box holds, and without one the last formula or number of the end of the response.
 
     Behind the last ``answer is``, ``answer:`` or ``####`` the rest of the sentence is the answer if our grammar reads
-    it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the last
-    paragraph, or the last number behind a word that ends a sentence; ``and``, ``or`` and commas join several to a list.
-    Only the last 2,000 characters are read.
+    it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the
+    last paragraph, or the last number behind a word that ends a sentence; ``and``, ``or`` and commas join several to a
+    list. Only the last 2,000 characters are read.
 
     Args:
         text: the response.

@@ -147,11 +147,13 @@ class CorrectnessRule:
         """Score one response; ``finish`` plays no part."""
         prediction = self.prediction(text)
         correct = prediction is not None and equal(prediction, answer, self.leniency)
-        return _score(self.right if correct else self.wrong, correct=correct, boxed=extract(text, self.stops) is not None)
+        boxed = extract(text, self.stops) is not None
+        return _score(self.right if correct else self.wrong, correct=correct, boxed=boxed)
 
     def prediction(self, text: str) -> str | None:
         """What is compared with the reference answer; None where the response has no answer."""
         return extract(text, self.stops)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinalAnswerRule(CorrectnessRule):

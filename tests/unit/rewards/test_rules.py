@@ -185,7 +185,7 @@ def test_a_rule_that_returns_something_else_is_told(user_file: Path) -> None:
     [
         (
             "sead",
-            r"unknown reward rule 'sead': .*seed, seed_exact, boxed, format, correctness, or path/to/file\.py:callable",
+            r"'sead': .*seed, seed_exact, boxed, format, final_answer, correctness, or path/to/file\.py:callable",
         ),
         ("my_rule.py", r"unknown reward rule 'my_rule\.py'"),
         ("absent.py:f", r"absent\.py:f: there is no such file"),
