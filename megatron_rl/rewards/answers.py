@@ -31,7 +31,8 @@ STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
 def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return the answer of a response: what its last closed, non-empty box holds; None without one.
 
-    Boxes with nothing but space, a comma, ``and`` or ``or`` between them are one list: ``\boxed{1} and \boxed{2}``.
+    Boxes of one line with nothing but space between them, and boxes that a comma, ``and`` or ``or`` joins, are one
+    list: ``\boxed{1} and \boxed{2}``.
     Only the text before the first stop string counts, and of a response that thinks in ``<think>...</think>`` only what
     follows the last closing tag.
     """
@@ -48,7 +49,7 @@ def last_joined(text: str, pieces: Sequence[tuple[int, int, str]]) -> str:
     start, _, content = pieces[-1]
     contents = [content]
     for before, end, other in reversed(pieces[:-1]):
-        if start - end > _MAX_JOINT or _SPACING.sub("", text[end:start]) not in _JOINTS:
+        if start - end > _MAX_JOINT or not _JOINT.fullmatch(_SPACING.sub("", text[end:start])):
             break
         contents.insert(0, other)
         start = before
@@ -85,8 +86,9 @@ def last_boxed(text: str, *, closed: bool = False) -> str | None:
 
 _MAX_JOINT = 60
 """Characters between two parts of one list."""
-_SPACING = re.compile(r"\s+|\$|\\q?quad|\\[()\[\],;:! ]|\\text(?=\s*\{)|[{}]")
-_JOINTS = frozenset({"", ",", ";", "and", "or", ",and", ",or"})
+_SPACING = re.compile(r"[^\S\n]+|\$|\\q?quad|\\[()\[\],;:! ]|\\text(?=\s*\{)|[{}]")
+_JOINT = re.compile(r"(?:\n*(?:[,;]\n*(?:and|or)?|and|or)\n*)?")
+"""What may stand between them once spacing has gone: two boxes on lines of their own are two answers."""
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

@@ -12,7 +12,7 @@ from megatron_rl.rewards.parsing import parse
 
 _MAX_TAIL = 2000
 """Characters at the end of a response that are searched; so the cost does not grow with the response."""
-_MARKER = re.compile(r"(?i:\banswers?\s*(?:\*\*\s*)?(?:is|are|:)(?:\s*:)?)(?:\s*\*\*)?|####")
+_MARKER = re.compile(r"(?i:\banswers?[\s*]*(?:is\b|are\b|:)[\s*:]*)|####")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+,\d+(?![\d,]*\d)|\d*\.?\d+)"
 _NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"

@@ -5,8 +5,6 @@ A product needs rational entries and is computed at once, so that a chain of pro
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from megatron_rl.rewards.expressions import Apply, Bracketed, Matrix, Node, Number, Scalar, Undecided, exact
 
 
@@ -67,12 +65,7 @@ def _entry(node: Node) -> Node:
 
 
 def _dot(row: tuple[Node, ...], column: tuple[Node, ...]) -> Number:
-    total = Fraction(0)
-    for a, b in zip(row, column, strict=True):
-        left, right = exact(a), exact(b)
-        if left is None or right is None:
-            raise Undecided("a product of matrices needs rational entries")
-        total += left * right
-    bounded = exact(Number(total))
-    assert bounded is not None
-    return Number(bounded)
+    total = exact(Apply("+", tuple(Apply("*", pair) for pair in zip(row, column, strict=True))))
+    if total is None:
+        raise Undecided("a product of matrices needs rational entries")
+    return Number(total)

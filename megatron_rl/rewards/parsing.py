@@ -612,8 +612,7 @@ class _Parser:
                 raise Undecided("an inverse function without a name")
             name, exponent = f"arc{name}", None
         if name == "cis":
-            angle = self.operand()
-            node: Node = Apply("+", (Apply("cos", (angle,)), Apply("*", (Symbol("i"), Apply("sin", (angle,))))))
+            node = _cis(self.operand())
         else:
             node = Apply(name, (self.operand(),) if base is None else (self.operand(), base))
         return node if exponent is None else Apply("^", (node, exponent))
@@ -741,6 +740,10 @@ def _scalar(node: Node) -> Node:
     if not isinstance(node, Scalar):
         raise Undecided("a number must stand here")
     return node
+
+
+def _cis(angle: Node) -> Node:
+    return Apply("+", (Apply("cos", (angle,)), Apply("*", (Symbol("i"), Apply("sin", (angle,))))))
 
 
 def _negative(node: Node) -> Node:
