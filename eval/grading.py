@@ -12,7 +12,7 @@ from eval.tasks import BadInput, ProblemSet
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
-from megatron_rl.rewards.rules import FileRule, RewardRule, SeedRule, load_rule
+from megatron_rl.rewards.rules import CorrectnessRule, FileRule, RewardRule, SeedRule, load_rule
 
 Same = Callable[[str, str], bool]
 """Whether an answer equals another."""
@@ -37,7 +37,9 @@ class Grader:
 
 def extract(rule: RewardRule, response: str) -> str | None:
     """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
-    return (rule.prediction(response) if isinstance(rule, SeedRule) else answers.extract(response)) or None
+    if isinstance(rule, (SeedRule, CorrectnessRule)):
+        return rule.prediction(response) or None
+    return answers.extract(response)
 
 
 def check_rule(name: str, scorer: RewardScorer) -> None:

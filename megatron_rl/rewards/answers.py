@@ -31,7 +31,8 @@ STOPS = ("</s>", "<|im_end|>", "<|endoftext|>")
 def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return the answer of a response: what its last closed, non-empty box holds; None without one.
 
-    Boxes that only ``and``, ``or`` or a comma joins are one list: ``\boxed{1} and \boxed{2}``.
+    Boxes of one line with nothing but space between them, and boxes that a comma, ``and`` or ``or`` joins, are one
+    list: ``\boxed{1} and \boxed{2}``.
     Only the text before the first stop string counts, and of a response that thinks in ``<think>...</think>`` only what
     follows the last closing tag.
     """
@@ -40,12 +41,15 @@ def extract(text: str, stops: Sequence[str] = STOPS) -> str | None:
     if not opening and "<think>" in text:
         return None
     boxes = _boxes(answer)
-    if not boxes:
-        return None
-    start, _, content = boxes[-1]
+    return last_joined(answer, boxes) if boxes else None
+
+
+def last_joined(text: str, pieces: Sequence[tuple[int, int, str]]) -> str:
+    """Return the last of some pieces of the text (start, end, content), together with those that are joined to it."""
+    start, _, content = pieces[-1]
     contents = [content]
-    for before, end, other in reversed(boxes[:-1]):
-        if not _JOINT.fullmatch(answer, end, start):
+    for before, end, other in reversed(pieces[:-1]):
+        if start - end > _MAX_JOINT or not _JOINT.fullmatch(_SPACING.sub("", text[end:start])):
             break
         contents.insert(0, other)
         start = before
@@ -80,7 +84,11 @@ def last_boxed(text: str, *, closed: bool = False) -> str | None:
     return None
 
 
-_JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")
+_MAX_JOINT = 60
+"""Characters between two parts of one list."""
+_SPACING = re.compile(r"[^\S\n]+|\$|\\q?quad|\\[()\[\],;:! ]|\\text(?=\s*\{)|[{}]")
+_JOINT = re.compile(r"(?:\n*(?:[,;]\n*(?:and|or)?|and|or)\n*)?")
+"""What may stand between them once spacing has gone: two boxes on lines of their own are two answers."""
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -142,6 +150,8 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
     left, right = _readings(pred), _readings(gold)
     if _DECIMAL_COMMA.fullmatch(pred) and any(_is_decimal(reading) for reading in right):
         left.extend(_readings(pred.replace(",", ".")))
+    if (counted := _CHOOSE.sub(r"\\binom{\1\3}{\2\4}", pred)) != pred:  # C(5,2) is a point too, so not in the gold
+        left.extend(_readings(counted))
     decided = bool(left) and bool(right)
     for reading in left:
         for other in right:
@@ -168,6 +178,11 @@ _SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 
 _DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d{3})")
 """Not ``1,250``, which is a thousand."""
+
+
+_CHOOSE = re.compile(
+    r"(?<![a-zA-Z\\_])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)|(?:\{\s*\}\s*)?[_^]\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?"
+)
 
 
 def _is_decimal(node: Node) -> bool:

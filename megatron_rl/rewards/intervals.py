@@ -164,6 +164,10 @@ def _solution(relation: Relation) -> list[_Interval] | None:
         return None
     if isinstance(unknown, Apply) and unknown.op == "abs" and len(relation.ops) == 1:
         return _absolute(unknown.args[0], relation, at)
+    if isinstance(unknown, Apply) and unknown.op == "abs" and len(relation.ops) == 2 and at == 1:
+        outside = _absolute(unknown.args[0], Relation(relation.terms[:2], relation.ops[:1]), 1)
+        inside = _absolute(unknown.args[0], Relation(relation.terms[1:], relation.ops[1:]), 0)
+        return None if outside is None or inside is None else _common(outside, inside)
     solved = _linear(unknown)
     if solved is None:
         return None

@@ -76,7 +76,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
         (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
         (
-            r"(?<!\\)\\[!,;:> ]|~|\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
+            r"(?<!\\)\\[!,;:> ]|~|\\q?quad"
+            r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
             " ",
         ),
         (r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\[bB]igg?[lmr]?(?![a-zA-Z])", " "),
@@ -154,10 +155,8 @@ def plain(text: str) -> str:
         last = text[end - 1]
         if text[start].isspace():
             start += 1
-        elif last.isspace() or last in ".;:,":
+        elif last.isspace() or last in ".;:,\\":  # with the backslash of a line break or of a space
             end -= 1
-        elif text.endswith("\\\\", start, end):  # a line break
-            end -= 2
         elif (opened := _WHOLE_GROUP.match(text, start, end)) and closing.get(opened.end() - 1) == end - 1:
             start, end = opened.end(), end - 1
         else:
@@ -233,7 +232,7 @@ END = Token("end", "")
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc "
-    "log ln lg exp max min gcd lcm abs sqrt".split()
+    "log ln lg exp cis max min gcd lcm abs sqrt".split()
 )
 _PLAIN_FUNCTIONS = {
     **{name: name for name in FUNCTIONS},
@@ -499,7 +498,7 @@ def closing_brace(text: str, start: int) -> int | None:
 
 # One spelling, what it measures, and its size, where units of the same kind can be converted.
 _UNIT_TABLE = """
-% | % percent percents | | 1
+% | % percent percents pct percentage | | 1
 degree | degree degrees deg | angle | 1
 radian | radian radians rad | | 1
 dollar | dollar dollars usd | money | 100

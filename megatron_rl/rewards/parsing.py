@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+from megatron_rl.rewards import matrices
 from megatron_rl.rewards.expressions import (
     Apply,
     Based,
@@ -48,6 +49,7 @@ _RELATIONS = {
     **{"=": "=", "<": "<", ">": ">", "\\leq": "leq", "\\geq": "geq", "\\neq": "neq", "\\approx": "approx"},
     **{"\\in": "in", "\\notin": "notin", "\\equiv": "equiv", "\\subset": "subset", "\\subseteq": "subseteq"},
 }
+_ORDERINGS = ("<", ">", "\\leq", "\\geq")
 _EVENTS = frozenset({*_RELATIONS, "\\cup", "\\cap", "|"})
 _COMBINATIONS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
@@ -185,11 +187,11 @@ class _Parser:
 
     def chain(self) -> Node:
         approx = self.take("\\approx")
-        terms = [self.label() or self.combined()]
+        terms = [self.label() or self.function_value() or self.combined()]
         ops: list[str] = []
         while self.peek().kind in ("mark", "command") and self.peek().value in _RELATIONS:
             ops.append(_RELATIONS[self.next().value])
-            terms.append(self.combined())
+            terms.append(self.function_value() or self.combined())
         if approx:
             return Relation((Text("it"), *terms), ("approx", *ops))
         return Relation(tuple(terms), tuple(ops)) if ops else terms[0]
@@ -213,6 +215,19 @@ class _Parser:
                     return Symbol(f"{name}({','.join(arguments)})")
         self.at = start
         return None
+
+    def function_value(self) -> Node | None:
+        """``f(x)`` as a side of an inequality: a number that is unknown, not a product."""
+        values = [token.value for token in self.stream[self.at : self.at + 5]]
+        if values[0:1] not in (["f"], ["g"], ["h"]) or values[1:2] != ["("] or values[3:4] != [")"]:
+            return None
+        around = (self.stream[self.at - 1] if self.at else END, self.peek(4))
+        if self.peek(2).kind != "name" or not any(token.value in _ORDERINGS for token in around):
+            return None
+        if any(token is not END and token.value not in (*_ORDERINGS, ",", "or") for token in around):
+            return None
+        self.at += 4
+        return Symbol("".join(values[:4]))
 
     def event(self) -> str | None:
         r"""The ``X>2`` or ``A \cap B`` of ``P(X>2)`` before an equals sign."""
@@ -257,9 +272,13 @@ class _Parser:
             return based if sign is None else Based(f"{sign}{based.digits}", based.base)
         node = self.product()
         if sign in ("-", "\\pm", "\\mp"):
-            node = Apply({"-": "neg", "\\pm": "pm", "\\mp": "mp"}[sign], (_scalar(node),))
+            node = _negative(node) if sign == "-" else Apply(sign[1:], (_scalar(node),))
         while (op := self.take("+", "-", "\\pm", "\\mp")) is not None:
-            right = _scalar(self.product())
+            right = self.product()
+            if op in ("+", "-") and (isinstance(node, Matrix) or isinstance(right, Matrix)):
+                node = matrices.plus(node, right if op == "+" else _negative(right))
+                continue
+            right = _scalar(right)
             if op in ("\\pm", "\\mp"):
                 node = Apply(op[1:], (_scalar(node), right))
                 continue
@@ -297,7 +316,7 @@ class _Parser:
                 node = Apply("/", (_scalar(node), _scalar(self.signed_power())))
             elif isinstance(node, Number) and self.peek().kind == "number":
                 node = Apply("+", (node, self.slashed_fraction(node)))
-            elif isinstance(node, Scalar) and self.starts_factor():
+            elif isinstance(node, (*Scalar, Matrix)) and self.starts_factor():
                 right = self.power()
                 if _is_point(node) and isinstance(right, Bracketed):  # P(3,4)
                     return Relation((node, right), ("=",))
@@ -312,7 +331,7 @@ class _Parser:
 
     def signed_power(self) -> Node:
         if self.take("-"):
-            return Apply("neg", (_scalar(self.power()),))
+            return _negative(self.power())
         self.take("+")
         return self.power()
 
@@ -342,7 +361,7 @@ class _Parser:
             token.value in _FUNCTION_COMMANDS
             or token.value in _FLOORS
             or token.value
-            in ("\\frac", "\\sqrt", "\\root of", "\\cube root of", "\\binom", "\\infty", "\\sum", "\\prod")
+            in ("\\frac", "\\sqrt", "\\root of", "\\cube root of", "\\binom", "\\infty", "\\sum", "\\prod", "\\begin")
         )
 
     def at_unit(self) -> bool:
@@ -356,6 +375,9 @@ class _Parser:
             if self.take("^"):
                 if self.take("*"):
                     raise Undecided("a star is no exponent")
+                if isinstance(node, (Matrix, Bracketed)):
+                    node = self.transposed(node)
+                    continue
                 node = Apply("^", (_scalar(node), _scalar(self.exponent())))
             elif self.take("!"):
                 if self.at_value("!"):
@@ -363,6 +385,11 @@ class _Parser:
                 node = Apply("!", (_scalar(node),))
             else:
                 return node
+
+    def transposed(self, node: Node) -> Node:
+        if self.raw_group() not in ("T", "\\top"):
+            raise Undecided("no power of a matrix or a tuple")
+        return matrices.transpose(node)
 
     def exponent(self) -> Node:
         if self.take("-"):
@@ -584,7 +611,10 @@ class _Parser:
             if f"\\arc{name}" not in _FUNCTION_COMMANDS:
                 raise Undecided("an inverse function without a name")
             name, exponent = f"arc{name}", None
-        node: Node = Apply(name, (self.operand(),) if base is None else (self.operand(), base))
+        if name == "cis":
+            node = _cis(self.operand())
+        else:
+            node = Apply(name, (self.operand(),) if base is None else (self.operand(), base))
         return node if exponent is None else Apply("^", (node, exponent))
 
     def operand(self) -> Node:
@@ -712,7 +742,19 @@ def _scalar(node: Node) -> Node:
     return node
 
 
+def _cis(angle: Node) -> Node:
+    return Apply("+", (Apply("cos", (angle,)), Apply("*", (Symbol("i"), Apply("sin", (angle,))))))
+
+
+def _negative(node: Node) -> Node:
+    if isinstance(node, Matrix):
+        return matrices.times(Number(Fraction(-1)), node)
+    return Apply("neg", (_scalar(node),))
+
+
 def _times(left: Node, right: Node) -> Node:
+    if isinstance(left, Matrix) or isinstance(right, Matrix):
+        return matrices.times(left, right)
     left, right = _scalar(left), _scalar(right)
     factors = left.args if isinstance(left, Apply) and left.op == "*" else (left,)
     return Apply("*", (*factors, right))

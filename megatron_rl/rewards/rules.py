@@ -17,6 +17,7 @@ from typing import Protocol
 
 from megatron_rl.dataflow import Finish, Score
 from megatron_rl.rewards.answers import STOPS, after_last_word_boxed, cut_at_stop, equal, extract
+from megatron_rl.rewards.final_answer import final_answer
 from megatron_rl.rewards.seed_grader import extract_answer, seed_equal
 from megatron_rl.rewards.structure import EXACT, Leniency
 
@@ -144,9 +145,23 @@ class CorrectnessRule:
 
     def __call__(self, text: str, answer: str, finish: Finish) -> Score:
         """Score one response; ``finish`` plays no part."""
-        prediction = extract(text, self.stops)
+        prediction = self.prediction(text)
         correct = prediction is not None and equal(prediction, answer, self.leniency)
-        return _score(self.right if correct else self.wrong, correct=correct, boxed=prediction is not None)
+        boxed = extract(text, self.stops) is not None
+        return _score(self.right if correct else self.wrong, correct=correct, boxed=boxed)
+
+    def prediction(self, text: str) -> str | None:
+        """What is compared with the reference answer; None where the response has no answer."""
+        return extract(text, self.stops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalAnswerRule(CorrectnessRule):
+    """As :class:`CorrectnessRule`, and where there is no box the answer is what the last words of the response say."""
+
+    def prediction(self, text: str) -> str | None:
+        """The last box, else :func:`~megatron_rl.rewards.final_answer.final_answer`."""
+        return final_answer(text, self.stops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +202,7 @@ RULES: dict[str, RewardRule] = {
     "seed_exact": SeedRule(seed_exact=True),
     "boxed": BoxedRule(),
     "format": FormatRule(),
+    "final_answer": FinalAnswerRule(),
     "correctness": CorrectnessRule(),
 }
 

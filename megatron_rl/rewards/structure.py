@@ -181,6 +181,10 @@ class _Comparison:
         if isinstance(b, Quantity):
             if a.unit == b.unit:
                 return self.same(a.value, b.value)
+            if (a.unit, b.unit) == ("radian", "degree"):
+                a, b = b, a
+            if (a.unit, b.unit) == ("degree", "radian"):
+                return isinstance(a.value, Scalar) and self.same(Apply("degree", (a.value,)), b.value)
             if not (isinstance(a.value, Scalar) and isinstance(b.value, Scalar)):
                 return False
             first, second = known_unit(a.unit), known_unit(b.unit)
@@ -245,7 +249,10 @@ class _Comparison:
         if isinstance(b, Collection):
             if _are_conditions(a) and _are_conditions(b):
                 return (a == b and a.alternatives == b.alternatives) or same_reals(a, b)
-            left, right = a.items, b.items
+            left, right = _records(a.items), _records(b.items)
+            if left is not None and right is not None:
+                return self.match(left, right)
+            left, right = left or a.items, right or b.items
             if left == right:
                 return True
             if a.braces and b.braces:
@@ -450,6 +457,16 @@ def _values_in_order(items: Sequence[Node]) -> tuple[Node, ...]:
         labels.append(item.terms[0].name)
         values.append(item.terms[1])
     return tuple(values) if sorted(set(labels)) == labels else ()
+
+
+def _records(items: Sequence[Node]) -> tuple[Node, ...] | None:
+    """The tuples of ``p=5, q=2; p=7, q=2``: different labels in alphabetical order, all of them again and again."""
+    labels = [item.terms[0] for item in items if isinstance(item, Relation) and item.ops == ("=",)]
+    width = len(set(labels))
+    if len(labels) < len(items) or width < 2 or labels != labels[:width] * (len(items) // width):
+        return None
+    rows = [_values_in_order(items[at : at + width]) for at in range(0, len(items), width)]
+    return tuple(Bracketed("(", ")", row) for row in rows) if len(rows) > 1 and all(rows) else None
 
 
 def _same_inequality(a: Relation, b: Relation) -> bool:

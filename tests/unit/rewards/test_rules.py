@@ -76,6 +76,7 @@ def test_failure_values_and_names() -> None:
         "seed_exact": -0.5,
         "boxed": -0.5,
         "format": 0.0,
+        "final_answer": 0.0,
         "correctness": 0.0,
     }
     assert all(load_rule(name) is rule for name, rule in RULES.items())
@@ -186,7 +187,7 @@ def test_a_rule_that_returns_something_else_is_told(user_file: Path) -> None:
     [
         (
             "sead",
-            r"unknown reward rule 'sead': .*seed, seed_exact, boxed, format, correctness, or path/to/file\.py:callable",
+            r"'sead': .*seed, seed_exact, boxed, format, final_answer, correctness, or path/to/file\.py:callable",
         ),
         ("my_rule.py", r"unknown reward rule 'my_rule\.py'"),
         ("absent.py:f", r"absent\.py:f: there is no such file"),

@@ -1,0 +1,85 @@
+r"""The answer of a response that was not asked for a box, such as ``The answer is $5$``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_rl.rewards.answers import STOPS, cut_at_stop, extract, last_joined
+from megatron_rl.rewards.expressions import Undecided
+from megatron_rl.rewards.notation import plain
+from megatron_rl.rewards.parsing import parse
+
+_MAX_TAIL = 2000
+"""Characters at the end of a response that are searched; so the cost does not grow with the response."""
+_MARKER = re.compile(r"(?i:\banswers?[\s*]*(?:is\b|are\b|:)[\s*:]*)|####")
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+,\d+(?![\d,]*\d)|\d*\.?\d+)"
+_NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
+_NUMBERS = rf"{_NUMBER}(?:(?:,\s*|,?\s+(?:and|or)\s+){_NUMBER})*"
+_FORMULA = (
+    r"\$\$(?P<display>[^$]+)\$\$|(?<!\\)\$(?P<inline>[^$\n]+)(?<!\\)\$"
+    r"|\\\((?P<round>[^\n]+?)\\\)|\\\[(?P<square>.+?)\\\]"
+)
+_CANDIDATE = re.compile(
+    rf"{_FORMULA}|(?:^|(?<=[a-zA-Z]{{2}}\s)|(?<=[=:]\s)|(?<=\s\$)|(?<=[=:]))"
+    rf"(?P<number>{_NUMBERS})(?=[*€]*(?:[.;?][*\s]|[.;?]?\s*$))",
+    re.DOTALL,
+)
+"""A formula, or numbers behind a word and at the end of a sentence: these are no part of a longer expression."""
+_SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])|\n")
+
+
+def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
+    r"""Return what the last box holds, and without one the last formula or number of the end of the response.
+
+    Behind the last ``answer is``, ``answer:`` or ``####`` the rest of the sentence is the answer if our grammar reads
+    it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the
+    last paragraph, or the last number behind a word that ends a sentence; ``and``, ``or`` and commas join several to a
+    list. Only the last 2,000 characters are read.
+
+    Args:
+        text: the response.
+        stops: what ends it, see :func:`~megatron_rl.rewards.answers.cut_at_stop`.
+    """
+    boxed = extract(text, stops)
+    if boxed is not None:
+        return boxed
+    text = cut_at_stop(text, stops)
+    opening, _, answer = text.rpartition("</think>")
+    if not opening and "<think>" in text:
+        return None
+    tail = answer[-_MAX_TAIL:]
+    markers = list(_MARKER.finditer(tail))
+    if not markers:
+        return _last_candidate(_PARAGRAPH.split(tail.strip())[-1])
+    said = tail[markers[-1].end() :].strip()
+    sentence = _first_sentence(said).strip(" *.")
+    return sentence if _is_answer(sentence) else _last_candidate(sentence)
+
+
+def _first_sentence(text: str) -> str:
+    """The text up to the first end of a sentence outside of a formula."""
+    formulas = [formula.span() for formula in _CANDIDATE.finditer(text)]
+    for end in _SENTENCE_END.finditer(text):
+        if not any(start < end.start() < stop for start, stop in formulas):
+            return text[: end.start()]
+    return text
+
+
+def _is_answer(text: str) -> bool:
+    try:
+        parse(plain(text))
+    except Undecided:
+        return False
+    return True
+
+
+def _last_candidate(text: str) -> str | None:
+    """The last formula or number, with those before it that are joined to it."""
+    found = [
+        (candidate.start(), candidate.end(), candidate[candidate.lastgroup].strip())
+        for candidate in _CANDIDATE.finditer(text)
+        if candidate.lastgroup is not None
+    ]
+    return last_joined(text, found) if found else None

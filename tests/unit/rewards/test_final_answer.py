@@ -1,0 +1,73 @@
+"""Answers of responses without a box."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron_rl.dataflow import Finish
+from megatron_rl.rewards.final_answer import final_answer
+from megatron_rl.rewards.rules import RULES
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is $x$.", "$x$"),
+        ("So the answer is 5. I hope it is correct.", "5"),
+        ("The answer is 3. Wait, the answer is 4.", "4"),
+        ("**Answer:** B", "B"),
+        ("the answer is no solution.", "no solution"),
+        ("work\n#### 72", "72"),
+        ("the answer is 2x + 3", "2x + 3"),
+        ("the answer is 3 1/2.", "3 1/2"),
+        ("the answer is 2 pi", "2 pi"),
+        ("the answer is (1, 2)", "(1, 2)"),
+        (r"Answer \[ 9 \]", "9"),
+        (r"Answer \( (9+1) \)", "(9+1)"),
+        ("Answer $$\n9\n$$", "9"),
+        (r"We find $y=1$, that is $x \lt 3$.", r"x \lt 3"),
+        ("The roots are $3$ or $4$.", "3, 4"),
+        ("First 2.\n\nThe total is $1,234.50", "1,234.50"),
+        ("the error increases by 100%.", "100%"),
+        ("so y = 5.", "5"),
+        ("<think>the answer is 1</think>The answer is 7", "7"),
+        (r"The answer is 1, I mean \boxed{8}.", "8"),
+        ("the answer is 5<|im_end|>the answer is 6", "5"),
+    ],
+)
+def test_the_end_of_a_response_says_the_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no number here",
+        "We get 5.\n\nThus it is so.",
+        "so it is 5 sqrt(2)",
+        "so x = 2 + 3",
+        "so 3x = 5y",
+        "we have 3, 4 and then 72 eggs",
+        "<think>the answer is 5",
+    ],
+)
+def test_a_part_of_an_expression_is_no_answer(text: str) -> None:
+    assert final_answer(text) is None
+
+
+def test_the_rule_scores_answers_with_and_without_a_box_and_says_which() -> None:
+    rule = RULES["final_answer"]
+    texts = (r"It is \boxed{\frac12}.", "The answer is 0.5.", "The answer is 0.6.", "I do not know.")
+    scores = [rule(text, r"\frac{1}{2}", Finish.STOP) for text in texts]
+    assert [score.value for score in scores] == [1.0, 1.0, 0.0, 0.0]
+    assert [score.parts["boxed"] for score in scores] == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("piece", ["$", "\\(", "answer is ", "1", "1,", "\n", "{", "answer  ", "1 and ", "a. A"])
+def test_a_million_characters_take_less_than_two_seconds(piece: str) -> None:
+    start = time.process_time()
+    final_answer(piece * (1_000_000 // len(piece)))
+    assert time.process_time() - start < 2
