@@ -277,6 +277,9 @@ class TrainerConfig:
     saves 12 bytes of GPU memory per parameter, shared by the replicas. Needs ``distributed_optimizer``."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
+    fake_quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
+    """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name does,
+    and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
@@ -483,6 +486,21 @@ class RunConfig:
                 f"{self.rollout.max_response_tokens}, got {self.reward.overlong_buffer}"
             )
 
+    def _fake_quantization_problems(self, dims: ModelDims | None) -> Iterator[str]:
+        yield from fake_quantization_problems(dims, self.trainers)
+        asked = {role: trainer.fake_quantization for role, trainer in self.trainers.items()}
+        gate = self.parity.enabled and (self.parity.mean_tolerance is None or self.parity.max_tolerance is None)
+        if gate and any(kind != "none" for kind in asked.values()):
+            yield (
+                "parity: Hugging Face does not quantise, so with fake_quantization the parity gate needs mean_tolerance "
+                "and max_tolerance of your own (docs/quantization.md has measured gaps), or enabled=false; got neither"
+            )
+        if asked["policy"] != "none" and self.sync.probe_tolerance is None:
+            yield (
+                "sync.probe_tolerance: must be set with policy.fake_quantization, because trainer and engine may round "
+                "differently (docs/quantization.md has measured gaps), got none"
+            )
+
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
@@ -506,6 +524,7 @@ class RunConfig:
                 )
         dims, found = model_problems(self.model.path, {role: trainer.layout for role, trainer in self.trainers.items()})
         yield from found
+        yield from self._fake_quantization_problems(dims)
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -543,7 +562,25 @@ class SFTConfig:
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())
         if self.samples_per_step < self.trainer.layout.data:
             yield f"trainer.layout.data: {self.trainer.layout.data} replicas need as many samples a step"
-        yield from model_problems(self.model.path, {"trainer": self.trainer.layout})[1]
+        dims, found = model_problems(self.model.path, {"trainer": self.trainer.layout})
+        yield from found
+        yield from fake_quantization_problems(dims, {"trainer": self.trainer})
+
+
+def fake_quantization_problems(dims: ModelDims | None, trainers: dict[str, TrainerConfig]) -> Iterator[str]:
+    """Why models cannot be trained as asked by ``fake_quantization``; each line starts with its key."""
+    for role, trainer in trainers.items():
+        kind, ranks = trainer.fake_quantization, trainer.layout.tensor
+        if dims is None or kind == "none":
+            continue
+        if dims.experts is not None or dims.latent is not None:
+            yield f"{role}.fake_quantization: must be 'none' with experts or latent attention, got {kind!r}"
+        elif kind == "fp8_per_block" and ranks > 1 and (dims.head_dim % 128 or dims.ffn_hidden // ranks % 128):
+            yield (
+                f"{role}.fake_quantization: 'fp8_per_block' with layout.tensor={ranks} needs blocks of 128 within heads "
+                f"and ranks, got head_dim={dims.head_dim} and {dims.ffn_hidden // ranks} feed-forward columns a rank; "
+                "use layout.tensor=1 or 'fp8_per_channel'"
+            )
 
 
 def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[ModelDims | None, list[str]]:
