@@ -278,8 +278,8 @@ class TrainerConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
     fake_quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
-    """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name does,
-    and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
+    """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name
+    does, and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
@@ -492,8 +492,8 @@ class RunConfig:
         gate = self.parity.enabled and (self.parity.mean_tolerance is None or self.parity.max_tolerance is None)
         if gate and any(kind != "none" for kind in asked.values()):
             yield (
-                "parity: Hugging Face does not quantise, so with fake_quantization the parity gate needs mean_tolerance "
-                "and max_tolerance of your own (docs/quantization.md has measured gaps), or enabled=false; got neither"
+                "parity: Hugging Face does not quantise, so with fake_quantization the gate needs mean_tolerance and "
+                "max_tolerance of your own (docs/quantization.md has measured gaps), or enabled=false; got neither"
             )
         if asked["policy"] != "none" and self.sync.probe_tolerance is None:
             yield (
@@ -577,9 +577,9 @@ def fake_quantization_problems(dims: ModelDims | None, trainers: dict[str, Train
             yield f"{role}.fake_quantization: must be 'none' with experts or latent attention, got {kind!r}"
         elif kind == "fp8_per_block" and ranks > 1 and (dims.head_dim % 128 or dims.ffn_hidden // ranks % 128):
             yield (
-                f"{role}.fake_quantization: 'fp8_per_block' with layout.tensor={ranks} needs blocks of 128 within heads "
-                f"and ranks, got head_dim={dims.head_dim} and {dims.ffn_hidden // ranks} feed-forward columns a rank; "
-                "use layout.tensor=1 or 'fp8_per_channel'"
+                f"{role}.fake_quantization: 'fp8_per_block' with layout.tensor={ranks} needs blocks of 128 within "
+                f"heads and ranks, got head_dim={dims.head_dim} and {dims.ffn_hidden // ranks} feed-forward columns a "
+                "rank; use layout.tensor=1 or 'fp8_per_channel'"
             )
 
 

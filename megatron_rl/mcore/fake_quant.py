@@ -87,7 +87,7 @@ def quantise_dequantise(x: Tensor, scaling: Scaling, group: dist.ProcessGroup | 
     # a tensor as divisor: by a Python number torch may multiply with its reciprocal
     scale = (largest / _LARGEST.to(x.device)).clamp_min(scaling.smallest)
     small = blocks * scale.reciprocal() if scaling.reciprocal else blocks / scale
-    kept = small.clamp(-_LARGEST.item(), _LARGEST.item()).to(FP8).float() * scale
+    kept: Tensor = small.clamp(-_LARGEST.item(), _LARGEST.item()).to(FP8).float() * scale
     return kept.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(x.dtype)
 
 
