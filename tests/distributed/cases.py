@@ -138,6 +138,7 @@ class Setup:
     dtype: Any = "float32"
     lr: float = 1e-2
     keep_reference: bool = False
+    fake_quantization: Any = "none"
 
     def __str__(self) -> str:
         """For the names of tests."""
@@ -145,7 +146,8 @@ class Setup:
         switches += " host" * self.on_host
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
-        return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
+        fake = "" if self.fake_quantization == "none" else f" {self.fake_quantization}"
+        return f"{self.layout}{switches}{recompute}{fake} {self.budget} {self.dtype}"
 
 
 def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -> Any:
@@ -175,6 +177,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY) -
             overlap_communication=setup.overlap_communication,
             optimizer_on_host=setup.on_host,
             recompute=setup.recompute,
+            fake_quantization=setup.fake_quantization,
         ),
         temperature=TEMPERATURE,
         total_updates=10,

@@ -44,13 +44,14 @@ def per_sixteen(tensors: dict[str, Tensor], name: str) -> Tensor:
     return numbers * scales.repeat_interleave(16, 1)
 
 
-# half a step at the top of the range, relative to the largest number of a scale: E4M3 has 3 bits of mantissa (steps of
-# 32 below 448), INT8 127 steps, E2M1 a step of 2 below 6; a scale may itself be rounded to E4M3
+# Half a step at the top of the range, relative to the largest number of a scale: E4M3 has 3 bits of mantissa (steps of
+# 32 below 448), INT8 127 steps, E2M1 a step of 2 below 6. modelopt divides by a scale per weight in bfloat16, and
+# rounds NVFP4's scales to E4M3.
 EXPECTED: dict[str, tuple[torch.dtype, torch.Size, Callable[..., Tensor], float]] = {
-    "fp8_per_tensor": (E4M3, torch.Size([]), per_tensor, 16 / 448),
+    "fp8_per_tensor": (E4M3, torch.Size([]), per_tensor, 16 / 448 + 2**-8),
     "fp8_per_channel": (E4M3, torch.Size([128]), per_row, 16 / 448),
     "fp8_per_block": (E4M3, torch.Size([1, 1, 3, 1]), per_block, 16 / 448),
-    "int8": (torch.int8, torch.Size([128]), per_row, 0.5 / 127),
+    "int8": (torch.int8, torch.Size([128]), per_row, 0.5001 / 127),
     "nvfp4": (torch.uint8, torch.Size([128, 24]), per_sixteen, 1 / 6 + 1 / 16),
 }
 DOWN = "model.layers.1.mlp.down_proj.weight"
