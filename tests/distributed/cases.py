@@ -139,6 +139,7 @@ class Setup:
     dtype: Any = "float32"
     lr: float = 1e-2
     keep_reference: bool = False
+    fake_quantization: Any = "none"
 
     def __str__(self) -> str:
         """For the names of tests."""
@@ -146,7 +147,8 @@ class Setup:
         switches += " host" * self.on_host
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
-        return f"{self.layout}{switches}{recompute} {self.budget} {self.dtype}"
+        fake = "" if self.fake_quantization == "none" else f" {self.fake_quantization}"
+        return f"{self.layout}{switches}{recompute}{fake} {self.budget} {self.dtype}"
 
 
 def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, fp8: FP8Config | None = None) -> Any:
@@ -177,6 +179,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
             optimizer_on_host=setup.on_host,
             recompute=setup.recompute,
             fp8=fp8,
+            fake_quantization=setup.fake_quantization,
         ),
         temperature=TEMPERATURE,
         total_updates=10,

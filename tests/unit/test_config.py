@@ -418,3 +418,23 @@ def test_a_bad_configuration_is_refused_in_seconds_and_without_torch(folder):
     assert done.returncode == 2, done.stderr
     assert "ppo.minibatch_samples: must divide the 32 samples" in done.stderr
     assert time.monotonic() - started < 5
+
+
+def test_fake_quantization_wants_tolerances_of_your_own_where_others_do_not_quantise(folder):
+    channel = "policy.fake_quantization=fp8_per_channel"
+    found = problems(channel)
+    assert [line.partition(":")[0] for line in found] == ["parity", "sync.probe_tolerance"]
+    tolerances = ("parity.mean_tolerance=0.1", "parity.max_tolerance=2", "sync.probe_tolerance=0.1")
+    for rest in (tolerances, ("parity.enabled=false", "sync.probe_tolerance=0.1")):
+        assert load(RunConfig, [Path("ppo.toml")], [channel, *rest]).policy.fake_quantization == "fp8_per_channel"
+    assert [line.partition(":")[0] for line in problems("critic.fake_quantization=fp8_per_channel")] == ["parity"]
+
+
+def test_blocks_that_cross_tensor_ranks_or_heads_cannot_be_simulated(folder):
+    asked = ("policy.fake_quantization=fp8_per_block", "parity.enabled=false", "sync.probe_tolerance=0.1")
+    assert problems(*asked) == [
+        "policy.fake_quantization: 'fp8_per_block' with layout.tensor=2 needs blocks of 128 within heads and ranks, "
+        "got head_dim=8 and 96 feed-forward columns a rank; use layout.tensor=1 or 'fp8_per_channel'"
+    ]
+    whole = load(RunConfig, [Path("ppo.toml")], [*asked, "policy.layout.tensor=1"])
+    assert whole.policy.fake_quantization == "fp8_per_block"

