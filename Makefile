@@ -15,6 +15,9 @@ TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 PYTORCH_CPU := https://download.pytorch.org/whl/cpu
 SHELL_FILES = .ci/run $(shell find . -name '*.sh' -not -path './.venv*' -not -path './.git/*')
 
+TRITON_VENV := .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.stamp
+
 # Caches of byte code make every start of torch, vLLM and Ray seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -39,7 +42,7 @@ TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--no-index,--default-index $(PYTORCH_CPU)
 LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all lint format lock clean
+.PHONY: help env quickstart test test-all test-triton lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -70,6 +73,15 @@ test: $(STAMP) ## the tests that need no GPU, without the slow ones
 test-all: $(STAMP) ## the slow ones too
 	$(BIN)/pytest -m ''
 
+test-triton: $(TRITON_STAMP) ## the Triton kernels in Triton's interpreter, in an environment of their own
+	$(TRITON_VENV)/bin/python -m pytest tests/triton
+
+$(TRITON_STAMP): requirements/triton.lock | $(STAMP)
+	test -x $(TRITON_VENV)/bin/python || $(PYTHON) -m venv $(TRITON_VENV)
+	$(UV) install --python $(TRITON_VENV)/bin/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
+	$(UV) install --python $(TRITON_VENV)/bin/python -r requirements/triton.lock
+	touch $@
+
 lint: $(STAMP) ## style, types, layers, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,9 +99,11 @@ lock: $(STAMP) ## resolve the lock files anew (UPGRADE=--upgrade moves every ver
 	  --override requirements/cpu-overrides.txt requirements/cpu.in -o requirements/cpu.lock
 	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
 	  requirements/dev.in -o requirements/dev.lock
+	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
+	  -c requirements/cpu.lock requirements/triton.in -o requirements/triton.lock
 	$(UV) compile --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
 	  $(UPGRADE) requirements/gpu.in -o requirements/gpu.lock
 
 clean: ## everything that was made, but for runs/
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -28,8 +28,8 @@ from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.device import device
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
-from megatron_rl.mcore.logprobs import linear_logprobs
-from megatron_rl.mcore.output_layer import TokenHead, output_weight, real_vocabulary
+from megatron_rl.mcore.logprobs import Kernels, choose_kernels, linear_logprobs
+from megatron_rl.mcore.output_layer import TokenHead, logprob_kernels, output_weight, real_vocabulary
 from megatron_rl.mcore.rotary import inverse_frequencies
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
@@ -169,10 +169,11 @@ def build_chunks(dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, he
     """
     config = transformer_config(dims, trainer, dtype)
     pieces = trainer.layout.virtual_pipeline
-    return [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+    kernels = choose_kernels(trainer.logprob_kernel)
+    return [_build(config, dims, head, kernels, piece if pieces > 1 else None) for piece in range(pieces)]
 
 
-def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | None) -> GPTModel:
+def _build(config: TransformerConfig, dims: ModelDims, head: Head, kernels: Kernels, piece: int | None) -> GPTModel:
     virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
@@ -199,7 +200,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
         model.output_layer = (
             ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype)
             if head is Head.VALUE
-            else TokenHead(model.output_layer, dims.vocabulary)
+            else TokenHead(model.output_layer, dims.vocabulary, kernels)
         )
     return model
 
@@ -320,6 +321,7 @@ def _read(
         temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
         with_entropy=with_entropy,
+        kernels=logprob_kernels(model),
         vocabulary=real_vocabulary(model),
     )
 
