@@ -96,7 +96,7 @@ SETS: tuple[VersionSet, ...] = (
     VersionSet(
         hardware=Hardware.CUDA,
         python="3.12",
-        packages={"torch": "2.13.0", "megatron-core": "0.19.2", "vllm": "0.32.0", "ray": "2.60.0"},
+        packages={"torch": "2.13.0", "megatron-core": "0.19.2", "vllm": "0.32.0", "ray": "2.60.0", "triton": "3.7.1"},
         optional={"transformer-engine": "2.20.2", "nvidia-modelopt": "0.47.0"},
         state=State.RESOLVED,
     ),

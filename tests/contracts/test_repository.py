@@ -96,7 +96,7 @@ def test_commands_in_documents_exist(document, monkeypatch):
             assert set(asked) <= TARGETS, words
         elif Path(words[0]).name == "megatron-rl":
             check_run(arguments, words)
-        elif Path(words[0]).name.startswith("python") and words[1] != "-m":
+        elif Path(words[0]).name.startswith("python") and words[1] not in ("-m", "-c"):
             assert Path(words[1]).is_file(), words
             if words[1] == "eval/run.py":
                 parse(words[2:])

@@ -25,7 +25,13 @@ def test_a_local_part_of_a_release_does_not_count() -> None:
 
 
 def test_what_differs_is_named_against_the_nearest_set() -> None:
-    newer = {"torch": "2.13.0", "megatron-core": "0.19.2", "vllm": "0.31.0", "transformer-engine": "2.19.0"}
+    newer = {
+        "torch": "2.13.0",
+        "megatron-core": "0.19.2",
+        "vllm": "0.31.0",
+        "triton": "3.7.1",
+        "transformer-engine": "2.19.0",
+    }
     found, differences = nearest(Hardware.CUDA, "3.11", newer)
     assert found.packages["torch"] == "2.13.0"
     assert differences == (
