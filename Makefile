@@ -16,6 +16,9 @@ TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 PYTORCH_CPU := https://download.pytorch.org/whl/cpu
 SHELL_FILES = .ci/run $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './.venv*' -not -path './.git/*')
 
+TRITON_VENV := .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.stamp
+
 # Caches of byte code make every start of torch, vLLM and Ray seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -40,7 +43,7 @@ TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--no-index,--default-index $(PYTORCH_CPU)
 LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-modelopt quickstart test test-all test-modelopt lint format lock clean
+.PHONY: help env env-modelopt quickstart test test-all test-modelopt test-triton lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -83,6 +86,15 @@ $(MODELOPT)/.stamp: $(STAMP) requirements/modelopt.lock requirements/cpu-overrid
 test-modelopt: $(MODELOPT)/.stamp ## quantising after training, and that the engine of .venv loads the result
 	$(MODELOPT)/bin/python -m pytest tests/modelopt
 
+test-triton: $(TRITON_STAMP) ## the Triton kernels in Triton's interpreter, in an environment of their own
+	$(TRITON_VENV)/bin/python -m pytest tests/triton
+
+$(TRITON_STAMP): requirements/triton.lock | $(STAMP)
+	test -x $(TRITON_VENV)/bin/python || $(PYTHON) -m venv $(TRITON_VENV)
+	$(UV) install --python $(TRITON_VENV)/bin/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
+	$(UV) install --python $(TRITON_VENV)/bin/python -r requirements/triton.lock
+	touch $@
+
 lint: $(STAMP) ## style, types, layers, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,9 +116,12 @@ lock: $(STAMP) ## resolve the lock files anew (UPGRADE=--upgrade moves every ver
 	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
 	  --override requirements/cpu-overrides.txt -c $(VENV)/constraints.txt requirements/modelopt.in \
 	  -o requirements/modelopt.lock
+	$(UV) compile --universal --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE) $(LOCK_SOURCE) \
+	  -c requirements/cpu.lock requirements/triton.in -o requirements/triton.lock
 	$(UV) compile --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
 	  $(UPGRADE) requirements/gpu.in -o requirements/gpu.lock
 
 clean: ## everything that was made, but for runs/
-	rm -rf $(VENV) $(MODELOPT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(MODELOPT) $(TRITON_VENV) build *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

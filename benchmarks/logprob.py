@@ -63,8 +63,8 @@ class _FromLogits(torch.autograd.Function):
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """All logits at once."""
-    return _FromLogits.apply(hidden @ weight.T, targets, with_entropy)
+    """All logits at once, in float32."""
+    return _FromLogits.apply((hidden @ weight.T).float(), targets, with_entropy)
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:

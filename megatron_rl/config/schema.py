@@ -308,6 +308,10 @@ class TrainerConfig:
             dims=dims,
         )
 
+    logprob_kernel: Literal["auto", "torch"] = "auto"
+    """What log-probs and entropies are computed with, from hidden states: Triton kernels where there are a GPU and
+    Triton (``auto``), or torch in any case. The numbers are the same but for rounding."""
+
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
         if self.optimizer_on_host and not self.distributed_optimizer:

@@ -32,8 +32,8 @@ from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRot
 from megatron_rl.mcore.fake_quant import quantise_linears
 from megatron_rl.mcore.fp8 import model_fields
 from megatron_rl.mcore.fused_attention import packed_attention
-from megatron_rl.mcore.logprobs import linear_logprobs
-from megatron_rl.mcore.output_layer import TokenHead, output_weight, real_vocabulary
+from megatron_rl.mcore.logprobs import Kernels, choose_kernels, linear_logprobs
+from megatron_rl.mcore.output_layer import TokenHead, logprob_kernels, output_weight, real_vocabulary
 from megatron_rl.mcore.rotary import inverse_frequencies
 from megatron_rl.mcore.value_head import ValueHead
 from megatron_rl.model_dims import ModelDims
@@ -182,14 +182,15 @@ def build_chunks(
     """
     config = transformer_config(dims, trainer, dtype, transformer_engine=transformer_engine)
     pieces = trainer.layout.virtual_pipeline
-    chunks = [_build(config, dims, head, piece if pieces > 1 else None) for piece in range(pieces)]
+    kernels = choose_kernels(trainer.logprob_kernel)
+    chunks = [_build(config, dims, head, kernels, piece if pieces > 1 else None) for piece in range(pieces)]
     if trainer.fake_quantization != "none":
         for chunk in chunks:
             quantise_linears(chunk, trainer.fake_quantization, dims)
     return chunks
 
 
-def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | None) -> GPTModel:
+def _build(config: TransformerConfig, dims: ModelDims, head: Head, kernels: Kernels, piece: int | None) -> GPTModel:
     virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
@@ -216,7 +217,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, piece: int | 
         model.output_layer = (
             ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype)
             if head is Head.VALUE
-            else TokenHead(model.output_layer, dims.vocabulary)
+            else TokenHead(model.output_layer, dims.vocabulary, kernels)
         )
     return model
 
@@ -358,6 +359,7 @@ def _read(
         temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
         with_entropy=with_entropy,
+        kernels=logprob_kernels(model),
         vocabulary=real_vocabulary(model),
     )
 

@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_rl.mcore.logprobs import Kernels
+
 
 class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
     """Hidden states [s (/ tensor under sequence parallelism), b, h] -> the same, whole, on every tensor rank.
@@ -23,12 +25,13 @@ class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
     (all-reduce, or reduce-scatter under sequence parallelism), which the whole layer would have done.
     """
 
-    def __init__(self, projection: Any, vocabulary: int) -> None:
+    def __init__(self, projection: Any, vocabulary: int, kernels: Kernels) -> None:
         """Take the place of a layer.
 
         Args:
             projection: the layer.
             vocabulary: tokens; rows of the weight beyond them are padding.
+            kernels: what multiplies.
         """
         super().__init__(
             projection.input_size,
@@ -41,6 +44,7 @@ class TokenHead(ColumnParallelLinear):  # type: ignore[misc]
         )
         self.weight = projection.weight
         self.vocabulary = vocabulary
+        self.kernels = kernels
 
     def forward(self, hidden: Tensor, **ignored: Any) -> tuple[Tensor, None]:
         """Hidden states and no bias, as an output layer answers."""
@@ -56,6 +60,12 @@ def output_weight(model: Any) -> Tensor:
     own = stage.output_layer.weight
     weight: Tensor = stage.shared_embedding_or_output_weight() if own is None else own
     return weight
+
+
+def logprob_kernels(model: Any) -> Kernels:
+    """What the same ``model`` multiplies that weight with."""
+    kernels: Kernels = _last_stage(model).output_layer.kernels
+    return kernels
 
 
 def real_vocabulary(model: Any) -> int:

@@ -109,7 +109,7 @@ def chunked(rank: int, port: int, head: Head) -> Numbers:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_rl.mcore.logprobs import linear_logprobs
+    from megatron_rl.mcore.logprobs import TorchKernels, linear_logprobs
     from megatron_rl.mcore.output_layer import TokenHead
 
     def whole(part: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def chunked(rank: int, port: int, head: Head) -> Numbers:
             sequence_parallel=head.sequence_parallel,
         )
         projection = ColumnParallelLinear(HIDDEN, VOCABULARY, config=config, init_method=lambda w: w, bias=False)
-        layer = TokenHead(projection, VOCABULARY)
+        layer = TokenHead(projection, VOCABULARY, TorchKernels())
         given = inputs(head)
         with torch.no_grad():
             layer.weight.copy_(given.weight.chunk(head.tensor)[rank])

@@ -1,0 +1,106 @@
+"""Which checks run where, floors, and the page that is written: all that needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu_checks.costs import attention_flops, floor_seconds, logprob_flops, mfu
+from benchmarks.gpu_checks.plan import CHECKS, Result, Row, measured, refusal
+from benchmarks.gpu_checks.table import document
+
+ALL = {"parts": {"megatron", "transformer_engine", "triton", "vllm"}, "features": {"fp8", "engine_fp8", "colocation"}}
+BY_NAME = {check.name: check for check in CHECKS}
+
+
+def refused(name: str, **changes: object) -> tuple[str, str] | None:
+    found = refusal(BY_NAME[name], **{"gpus": 1, "asked_gpus": 1, **ALL, **changes})
+    return None if found is None else (found.status, found.reason)
+
+
+def test_one_gpu_is_done_within_ten_minutes() -> None:
+    assert sum(check.deadline_s for check in CHECKS if check.gpus == 1) <= 600
+
+
+def test_every_check_has_its_measurement() -> None:
+    from benchmarks.gpu_checks import measure
+
+    assert [check.name for check in CHECKS if not callable(getattr(measure, check.name, None))] == []
+
+
+def test_where_everything_is_there_everything_runs() -> None:
+    assert {name: refused(name, gpus=4, asked_gpus=4) for name in BY_NAME} == dict.fromkeys(BY_NAME)
+
+
+def test_a_missing_part_is_named_and_left_out() -> None:
+    assert refused("training_fp8", parts={"megatron"}) == ("skipped", "not installed: Transformer Engine")
+    assert refused("ppo_fp8", parts=set()) == ("skipped", "not installed: megatron-core, Transformer Engine, vLLM")
+    assert refused("logprobs", parts={"megatron"}) == ("skipped", "not installed: Triton")
+    assert refused("training", parts={"megatron"}) is None
+
+
+def test_a_feature_that_this_version_lacks_fails_loudly() -> None:
+    assert refused("training_fp8", features=set()) == ("failed", "not in this build: TrainerConfig.fp8")
+    lacking = "not in this build: ClusterConfig.colocate"
+    assert refused("ppo", features=set()) == ("failed", lacking)
+    assert refused("ppo", features=set(), gpus=2) == ("failed", lacking)
+    assert refused("ppo", features=set(), gpus=3) is None  # a GPU for each role
+
+
+def test_parallel_layouts_want_gpus() -> None:
+    assert refused("layouts") == ("skipped", "needs --gpus 2 or more")
+    assert refused("layouts", asked_gpus=2) is None
+
+
+def test_a_cpu_runs_what_needs_no_gpu_and_no_triton() -> None:
+    on_cpu = {name: refused(name, gpus=0, asked_gpus=2, parts={"megatron", "vllm"}, features=set()) for name in BY_NAME}
+    assert {name for name, found in on_cpu.items() if found is None} == {
+        "ceilings",
+        "logprobs",
+        "attention",
+        "training",
+        "ppo",
+        "layouts",
+    }
+    assert on_cpu["training_fp8"] == ("skipped", "needs a GPU")
+
+
+def test_a_check_fails_that_measured_nothing() -> None:
+    assert measured("ceilings", [], 1.0).status == "failed"
+
+
+def test_a_goal_that_is_not_met_is_told() -> None:
+    rows = [
+        Row(what="speed", value=1.1, unit="", goal="at least 1.2", met=False),
+        Row(what="gap", value=0.0, unit="", goal="at most 1", met=True),
+        Row(what="time", value=2.0, unit="s"),
+    ]
+    found = measured("training", rows, 3.0)
+    assert (found.status, found.reason) == ("missed", "goal not met: speed")
+    assert measured("training", rows[1:], 3.0).status == "passed"
+
+
+def test_floors_are_worked_out_by_hand() -> None:
+    assert logprob_flops(10, 20, 30, backward=False) == 12_000
+    assert logprob_flops(10, 20, 30, backward=True) == 48_000
+    assert attention_flops((4, 6), heads=2, head_dim=8) == 2 * 16 * (16 + 36)
+    assert floor_seconds(5e12, 500.0) == pytest.approx(0.01)
+    assert mfu(989e12, 2.0) == pytest.approx(0.5)
+
+
+def test_the_page_has_date_device_versions_command_and_every_result() -> None:
+    results = [
+        Result(check="ceilings", status="passed", seconds=12.4, rows=(Row(what="copy", value=3012.3, unit="GB/s"),)),
+        Result(check="ppo", status="failed", reason="a | b\nc"),
+    ]
+    page = document(results, date="2026-01-02", device="H100", versions={"torch": "2.11.0"}, command="python x.py")
+    assert "2026-01-02, H100; torch 2.11.0." in page
+    assert "```sh\npython x.py\n```" in page
+    assert "| ceilings | products, copies: what the floors are made of | passed | 12 |" in page
+    assert "failed: a \\| b c |" in page
+    assert "| copy | 3012 GB/s |  |  |" in page
+
+
+def test_a_missed_goal_stands_out_on_the_page() -> None:
+    row = Row(what="speed", value=1.1, unit="", goal="at least 1.2", met=False)
+    page = document([measured("training", [row], 1.0)], date="d", device="H100", versions={}, command="python x.py")
+    assert "| speed | 1.1  | at least 1.2 | **no** |" in page
