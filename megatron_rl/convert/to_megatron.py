@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
 from megatron_rl.convert.sources import HfSource
@@ -16,7 +15,7 @@ from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name
-from megatron_rl.mcore.torch_dist import Piece, TorchDistWriter, WriteResult
+from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter, WrittenFile
 from megatron_rl.weights.manifest import MANIFEST, Manifest
 from megatron_rl.weights.safetensors_io import copy_companions, model_config
 from megatron_rl.weights.weight_map import WeightEntry
@@ -85,34 +84,32 @@ def run_import(plan: ImportPlan, target: Target, *, processes: int, progress: Ca
             pieces = [[Piece(sharded_name(entry, dims), source.info(entry)) for entry in file] for file in plan.files]
             writer = TorchDistWriter(target.model, pieces, list(extra_states(source.weights)))
 
-            def write(number: int, moved: Callable[[int], None]) -> list[WriteResult]:
+            def write(number: int, moved: Callable[[int], None]) -> WrittenFile:
                 file = plan.files[number]
-                return writer.write_file(number, _Fetch(source, file, moved))
+                try:
+                    return writer.write_file(number, lambda place: source.tensor(file[place]), moved)
+                except OSError as error:
+                    name = target.path / writer.path(number).name
+                    raise type(error)(error.errno, f"{name} could not be written: {error.strerror}") from error
 
-            writer.finish(for_each_file(len(plan.files), write, processes=processes, progress=progress))
+            written = for_each_file(
+                len(plan.files), write, processes=processes, progress=progress, meanwhile=_load_metadata
+            )
+            writer.finish(written)
             widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
             config = model_config(source.config, None, widest.dtype)
             (target.model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             copy_companions(plan.folder, target.model)
-            _write_manifest(target.model)
+            files = {writer.path(number).name: file.record for number, file in enumerate(written)}
+            others = sorted(path for path in target.model.iterdir() if path.name not in files)
+            files |= {path.name: read_record(path) for path in others}
+            (target.model / MANIFEST).write_text(Manifest(plan="import", files=files).dump())
             target.finish()
         except BaseException:
             target.discard()
             raise
 
 
-class _Fetch:
-    """Gives the tensors of a file by their places."""
-
-    def __init__(self, source: HfSource, file: Sequence[WeightEntry], moved: Callable[[int], None]) -> None:
-        self._source, self._file, self._moved = source, file, moved
-
-    def __call__(self, place: int) -> Tensor:
-        tensor = self._source.tensor(self._file[place])
-        self._moved(tensor.nbytes)
-        return tensor
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: read_record(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(Manifest(plan="import", files=files).dump())
+def _load_metadata() -> None:
+    """What describes the files takes half a second to load, while the files are written."""
+    import megatron_rl.mcore.torch_dist  # noqa: F401

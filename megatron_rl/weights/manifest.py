@@ -1,7 +1,5 @@
-"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk.
-
-An export compares that with what it wrote before it records it. An import does not: the files of a ``torch_dist``
-folder are summed as they are found once written, so its manifest shows what changes later.
+"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk and
+compared with what was written.
 """
 
 from __future__ import annotations

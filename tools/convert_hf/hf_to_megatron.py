@@ -39,7 +39,7 @@ def _convert(asked: argparse.Namespace) -> None:
     print(summary)
     if asked.dry_run:
         return
-    with progress_bar("import", summary.written_bytes) as progress:
+    with progress_bar("import", 2 * summary.written_bytes) as progress:  # written, and read back
         run_import(plan, target, processes=asked.processes, progress=progress)
     print_written(asked.target, summary.written_bytes, began)
 
