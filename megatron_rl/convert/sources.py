@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,26 @@ class SourceDamaged(ValueError):
 
 class SourceUnreadable(OSError):
     """The system could not read a source, which may be whole."""
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Tells what goes wrong with a source from what goes wrong with a target.
+
+    Raises:
+        SourceDamaged: for a ValueError.
+        SourceUnreadable: for an OSError; it names the file, or ``folder``.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise SourceDamaged(str(error)) from error
+    except OSError as error:
+        raise SourceUnreadable(
+            error.errno,
+            f"{error.filename or folder} could not be read ({error.strerror}); files that are complete are kept: go "
+            "on with --resume",
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -92,6 +113,10 @@ class HfSource:
         self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights)
         for entry in self.weights.entries:
             self.info(entry)
+
+    def identity(self) -> object:
+        """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
+        return self.config, sorted(self._infos.items()), self._folder.stamps()
 
     @property
     def read_bytes(self) -> int:

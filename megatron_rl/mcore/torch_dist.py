@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_rl.mcore.sharded_names import ShardedName
@@ -38,27 +38,34 @@ METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 
 
 def write_metadata(
-    folder: Path, files: Mapping[str, Sequence[Piece]], extra_states: Sequence[str], written: Sequence[WrittenFile]
+    folder: Path,
+    files: Mapping[str, Sequence[Piece]],
+    extra_states: Sequence[str],
+    written: Sequence[WrittenFile],
+    identity: str,
 ) -> None:
-    """Write torch's account of what is where.
+    """Write torch's account of what is where; the same arguments give the same bytes.
 
     Args:
         folder: of the checkpoint.
         files: the tensors of each file, by its name.
         extra_states: keys of the empty objects, which come first in the first file.
         written: where things are in each file.
+        identity: of the checkpoint.
     """
     plans = [SavePlan([_tensor_item(piece) for piece in file]) for file in files.values()]
     plans[0] = SavePlan(
         [*(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states), *plans[0].items]
     )
     plans, metadata = create_default_global_save_plan(plans)
-    results = [
-        WriteResult(item.index, length, _StorageInfo(name, begin, length))
+    metadata.storage_data = {
+        item.index: _StorageInfo(name, begin, length)
         for name, plan, file in zip(files, plans, written, strict=True)
         for item, (begin, length) in zip(plan.items, file.places, strict=True)
-    ]
-    FileSystemWriter(folder).finish(metadata, [results])
+    }
+    metadata.storage_meta = StorageMeta(save_id=identity)  # torch draws one at random
+    metadata.version = CURRENT_DCP_VERSION
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
 
 
 def _tensor_item(piece: Piece) -> WriteItem:

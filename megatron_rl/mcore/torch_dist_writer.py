@@ -10,16 +10,18 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl.durable import FileRecord, SummedFile, read_back
 from megatron_rl.mcore.sharded_names import ShardedName
+from megatron_rl.weights.manifest import Damaged
 from megatron_rl.weights.safetensors_io import TensorInfo, as_bytes
 
 _FORMAT = {
@@ -49,6 +51,13 @@ class WrittenFile:
 
     record: FileRecord
     places: tuple[tuple[int, int], ...]
+
+
+def written_file(item: Mapping[str, Any]) -> WrittenFile:
+    """One from JSON."""
+    return WrittenFile(
+        record=FileRecord(**item["record"]), places=tuple((begin, length) for begin, length in item["places"])
+    )
 
 
 class TorchDistWriter:
@@ -110,28 +119,50 @@ class TorchDistWriter:
                 given = file.record()
             if read_back(path) != given:
                 raise OSError(errno.EIO, "what the disk gives back is not what was written")
-        except BaseException as error:
+        except BaseException:
             path.unlink(missing_ok=True)
-            cause = _disk_error(error)
-            if cause is None or cause is error:
-                raise
-            raise OSError(cause.errno, cause.strerror) from error
-        moved(sum(piece.info.size_bytes for piece in pieces))
+            raise
+        moved(self._size(number))
         return WrittenFile(record=given, places=tuple(places))
 
-    def finish(self, written: Sequence[WrittenFile]) -> None:
-        """Write what is not tensors, once all files are written."""
+    def check_file(self, number: int, written: WrittenFile, moved: Callable[[int], None]) -> None:
+        """Read file ``number`` and compare it with what was written.
+
+        Raises:
+            Damaged: it is missing or has changed.
+        """
+        path = self.path(number)
+        if not path.is_file() or read_back(path) != written.record:
+            raise Damaged(f"{path} is not the file that was written")
+        moved(2 * self._size(number))
+
+    def finish(self, written: Sequence[WrittenFile], identity: str) -> None:
+        """Write what is not tensors, once all files are written.
+
+        Args:
+            written: the files.
+            identity: of the weights, which tells this checkpoint from another one with the same names and sizes.
+        """
         from megatron_rl.mcore.torch_dist import COMMON, CONFIG, write_metadata  # slow, see there
 
         torch.save({}, self._folder / COMMON)
         (self._folder / CONFIG).write_text(json.dumps(_FORMAT))
         files = {self.path(number).name: file for number, file in enumerate(self._files)}
-        write_metadata(self._folder, files, self._extra_states, written)
+        write_metadata(self._folder, files, self._extra_states, written, identity)
+
+    def _size(self, number: int) -> int:
+        return sum(piece.info.size_bytes for piece in self._files[number])
 
 
 def _save(content: Tensor | list[None], file: SummedFile) -> tuple[int, int]:
     begin = file.tell()
-    torch.save(content, file)
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror) from error
     return begin, file.tell() - begin
 
 

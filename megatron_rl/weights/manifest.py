@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise Damaged(f"{folder / MANIFEST} must have format {_FORMAT}, got {content['format']!r}")
         tensors: dict[str, dict[str, TensorRecord]] = {name: {} for name in content["shards"]}
         for name, item in content["tensors"].items():
-            tensors[item["file"]][name] = tensor_record(item)
+            tensors[item["file"]][name] = _tensor_record(item)
         return Manifest(
             plan=content["plan"],
             files={name: FileRecord(**item) for name, item in content["files"].items()},
@@ -96,8 +96,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"{folder / MANIFEST} cannot be read: {error!r}") from error
 
 
-def tensor_record(item: Mapping[str, Any]) -> TensorRecord:
+def shard_record(item: Mapping[str, Any]) -> ShardRecord:
     """One from JSON."""
+    return ShardRecord(**{**item, "tensors": {name: _tensor_record(kept) for name, kept in item["tensors"].items()}})
+
+
+def _tensor_record(item: Mapping[str, Any]) -> TensorRecord:
     return TensorRecord(**{**item, "shape": tuple(item["shape"])})
 
 

@@ -56,7 +56,7 @@ def test_file_and_metadata_are_those_that_torch_writes(tmp_path: Path) -> None:
     mine.mkdir()
     told: list[int] = []
     file = writer(mine).write_file(0, given, told.append)
-    writer(mine).finish([file])
+    writer(mine).finish([file], "one of its own")
     save(dict(TENSORS), storage_writer=FileSystemWriter(theirs), no_dist=True)
     assert (mine / "__0_0.distcp").read_bytes() == (theirs / "__0_0.distcp").read_bytes()
     assert metadata(mine).storage_data == metadata(theirs).storage_data
