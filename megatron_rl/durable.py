@@ -5,6 +5,7 @@ folders that one process at a time writes to.
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import socket
 import time
@@ -12,10 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 _CHUNK_BYTES = 16 << 20
+_READ_BYTES = 1 << 20
+"""Small enough that what was read is summed from the processor's cache."""
 _POLL_S = 0.1
 
 
@@ -64,6 +68,40 @@ def read_record(path: Path) -> FileRecord:
     """What a file is."""
     with path.open("rb") as file:
         return _record(iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+
+def read_back(path: Path) -> FileRecord:
+    """What the disk gives back of a flushed file: what the system keeps of it in memory is dropped before."""
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return _record(buffer[:count] for count in iter(lambda: file.readinto(buffer), 0))
+
+
+class SummedFile(io.BufferedWriter):
+    """A new file that is written from its first byte to its last, and summed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        """Make it.
+
+        Raises:
+            OSError: it is there, or cannot be made.
+        """
+        super().__init__(io.FileIO(path, "xb"))
+        self._digest = xxhash.xxh3_128()
+
+    def write(self, content: Any, /) -> int:
+        """Add bytes, or a view of them.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        self._digest.update(content)
+        return super().write(content)
+
+    def record(self) -> FileRecord:
+        """What the file must be if nothing more is written."""
+        return FileRecord(size_bytes=self.tell(), xxh3=self._digest.hexdigest())
 
 
 def flush(path: Path) -> None:

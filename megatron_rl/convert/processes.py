@@ -24,7 +24,12 @@ class ProcessDied(RuntimeError):
 
 
 def for_each_file(
-    count: int, job: Callable[[int, Callable[[int], None]], _Result], *, processes: int, progress: Callable[[int], None]
+    count: int,
+    job: Callable[[int, Callable[[int], None]], _Result],
+    *,
+    processes: int,
+    progress: Callable[[int], None],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[_Result]:
     """Do ``job`` for file 0 to ``count - 1``.
 
@@ -36,6 +41,7 @@ def for_each_file(
         job: what to do with each; its result must be picklable.
         processes: at most so many at a time.
         progress: told the bytes done so far, a few times a second.
+        meanwhile: what this process does once the others have begun.
 
     Returns:
         the results, in the order of the files.
@@ -53,6 +59,7 @@ def for_each_file(
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, done, os.getpid())) as pool:
             try:
                 futures = [pool.submit(_run, number) for number in range(count)]
+                meanwhile()
                 waiting = set(futures)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
-from megatron_rl.mcore.torch_dist import TorchDistFolder
 from megatron_rl.model_dims import ModelDims, dims_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
@@ -19,6 +19,9 @@ from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
 from megatron_rl.weights.shapes import full_shape, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
+
+if TYPE_CHECKING:
+    from megatron_rl.mcore.torch_dist import TorchDistFolder
 
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -32,6 +35,26 @@ class SourceDamaged(ValueError):
 
 class SourceUnreadable(OSError):
     """The system could not read a source, which may be whole."""
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Tells what goes wrong with a source from what goes wrong with a target.
+
+    Raises:
+        SourceDamaged: for a ValueError.
+        SourceUnreadable: for an OSError; it names the file, or ``folder``.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise SourceDamaged(str(error)) from error
+    except OSError as error:
+        raise SourceUnreadable(
+            error.errno,
+            f"{error.filename or folder} could not be read ({error.strerror}); files that are complete are kept: go "
+            "on with --resume",
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,6 +113,10 @@ class HfSource:
         self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights)
         for entry in self.weights.entries:
             self.info(entry)
+
+    def identity(self) -> object:
+        """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
+        return self.config, sorted(self._infos.items()), self._folder.stamps()
 
     @property
     def read_bytes(self) -> int:
@@ -195,9 +222,11 @@ class MegatronSource:
             FileNotFoundError: a folder, or a part of it, is not there.
             ValueError: metadata and configuration contradict each other, or a tensor is missing or has another shape.
         """
+        from megatron_rl.mcore.torch_dist import TorchDistFolder  # slow, and an import needs it last of all
+
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
-        self.folder = TorchDistFolder(folder)
+        self.folder: TorchDistFolder = TorchDistFolder(folder)
         beside = folder.resolve().parent / "hf"
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
         self.like = own if like is None else like

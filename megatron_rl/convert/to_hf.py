@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,21 +14,20 @@ import xxhash
 from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
-from megatron_rl.convert.sources import MegatronSource, SourceDamaged, SourceUnreadable, keeps_type
+from megatron_rl.convert.resume import Conversion, complete_file, convert
+from megatron_rl.convert.sources import MegatronSource, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import flush, read_record, replace_text
+from megatron_rl.durable import read_record
 from megatron_rl.mcore.torch_dist import METADATA
 from megatron_rl.weights.fp8_blocks import FP8, QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise, scale_shape
 from megatron_rl.weights.manifest import (
     MANIFEST,
-    Damaged,
     Manifest,
     ShardRecord,
     check_shard,
     read_back,
-    read_manifest,
-    tensor_record,
+    shard_record,
 )
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import (
@@ -42,7 +41,6 @@ from megatron_rl.weights.safetensors_io import (
 )
 from megatron_rl.weights.weight_map import WeightEntry
 
-_RECORDS, _PLAN = "records", "plan"
 _QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
 
 
@@ -160,38 +158,15 @@ def run_export(
         SourceDamaged: a file of the source is damaged; nothing is left.
         ValueError: what was interrupted was another plan.
     """
-    if resume and _is_complete(plan, target):
-        target.discard()
-        return
-    target.refuse_existing()
-    if target.work.exists() and not resume:
-        raise FileExistsError(
-            f"{target.work} is there: an export to {target.path} was interrupted; go on with --resume, or remove it"
-        )
-    with target.open():
-        _write(plan, target, processes, progress)
-
-
-def _is_complete(plan: ExportPlan, target: Target) -> bool:
-    """Whether the export was interrupted after its last act."""
-    return (target.path / MANIFEST).is_file() and read_manifest(target.path).plan == plan.digest
+    conversion = Conversion(
+        name="export", made_of="checkpoint, --like, --dtype, --fp8-blocks or --shard-size", digest=plan.digest
+    )
+    convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
-    kept = target.work / _PLAN
-    if kept.is_file() and kept.read_text() != plan.digest:
-        raise ValueError(
-            f"the export that was interrupted in {target.work} was of another checkpoint or had other options; give "
-            "the same ones, or remove that folder"
-        )
-    (target.work / _RECORDS).mkdir(exist_ok=True)
-    replace_text(kept, plan.digest)
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
-    try:
-        shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
-    except SourceDamaged:
-        target.discard()  # nothing can be made of it
-        raise
+    shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:
@@ -203,66 +178,42 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
     manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})
     (model / MANIFEST).write_text(manifest.dump())
-    target.finish()
 
 
 def _write_file(
     plan: ExportPlan, target: Target, names: list[str], number: int, moved: Callable[[int], None]
 ) -> ShardRecord:
     name, infos = names[number], plan.infos(number)
-    size = sum(info.size_bytes for info in infos.values())
-    path, record = target.model / name, target.work / _RECORDS / f"{name}.json"
-    if record.is_file():
-        try:
-            shard = _read_record(record)
-            check_shard(target.model, name, shard, lambda _: None)
-        except Damaged:
-            record.unlink()
-        else:
-            moved(2 * size)
-            return shard
-    partial_file = target.model / f".{name}.partial"
-    partial_file.unlink(missing_ok=True)
-    try:
-        given = {}
-        for written in write_tensors(partial_file, infos, _tensors(plan, number)):
-            given[written.name] = written.xxh3
-            moved(written.size_bytes)
-        shard = read_back(partial_file, name, moved)
-        _check_written(target.path / name, infos, given, shard)
-    except BaseException as error:
+
+    def check(shard: ShardRecord) -> None:
+        check_shard(target.model, name, shard, lambda _: None)
+        moved(2 * sum(info.size_bytes for info in infos.values()))
+
+    def write() -> ShardRecord:
+        partial_file = target.model / f".{name}.partial"
         partial_file.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, SourceUnreadable):
-            raise type(error)(
-                error.errno,
-                f"{target.path / name} could not be written ({error.strerror}); files that are complete "
-                "are kept: make room and go on with --resume",
-            ) from error
-        raise
-    partial_file.rename(path)
-    flush(target.model)
-    replace_text(record, json.dumps(asdict(shard)))
-    return shard
+        try:
+            given = {}
+            for written in write_tensors(partial_file, infos, _tensors(plan, number)):
+                given[written.name] = written.xxh3
+                moved(written.size_bytes)
+            shard = read_back(partial_file, name, moved)
+            _check_written(target.path / name, infos, given, shard)
+        except BaseException:
+            partial_file.unlink(missing_ok=True)
+            raise
+        partial_file.rename(target.model / name)
+        return shard
+
+    return complete_file(target, name, read=shard_record, check=check, write=write)
 
 
 def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
     for entry in plan.files[number]:
-        parts = _read(plan.source, entry)
+        with reading(plan.source.folder.path):
+            parts = plan.source.hf_tensors(entry)
         while parts:
             yield from plan.form.tensors(*parts.pop(0))
-
-
-def _read(source: MegatronSource, entry: WeightEntry) -> list[tuple[str, Tensor]]:
-    try:
-        return source.hf_tensors(entry)
-    except ValueError as error:
-        raise SourceDamaged(str(error)) from error
-    except OSError as error:
-        where = error.filename or source.folder.path
-        raise SourceUnreadable(
-            error.errno,
-            f"{where} could not be read ({error.strerror}); files that are complete are kept: go on with --resume",
-        ) from error
 
 
 def _check_written(path: Path, infos: dict[str, TensorInfo], given: dict[str, str], shard: ShardRecord) -> None:
@@ -272,15 +223,6 @@ def _check_written(path: Path, infos: dict[str, TensorInfo], given: dict[str, st
         wrong.insert(0, "the header")
     if wrong:
         raise OSError(errno.EIO, f"{wrong[0]}: what the disk gives back is not what was written")
-
-
-def _read_record(path: Path) -> ShardRecord:
-    try:
-        content = json.loads(path.read_text())
-        content["tensors"] = {name: tensor_record(item) for name, item in content["tensors"].items()}
-        return ShardRecord(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} cannot be read: {error!r}") from error
 
 
 def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...]) -> dict[str, TensorInfo]:

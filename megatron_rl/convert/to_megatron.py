@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
-from megatron_rl.convert.sources import HfSource
+from megatron_rl.convert.resume import Conversion, complete_file, convert
+from megatron_rl.convert.sources import HfSource, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name
-from megatron_rl.mcore.torch_dist import Piece, TorchDistWriter, WriteResult
+from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter, WrittenFile, written_file
 from megatron_rl.weights.manifest import MANIFEST, Manifest
 from megatron_rl.weights.safetensors_io import copy_companions, model_config
 from megatron_rl.weights.weight_map import WeightEntry
@@ -32,11 +34,13 @@ class ImportPlan:
         folder: of the model.
         source: its tensors.
         files: those of each file, in the order of the model.
+        digest: the same for the same plan of the same model.
     """
 
     folder: Path
     source: HfSource
     files: tuple[tuple[WeightEntry, ...], ...]
+    digest: str
 
     def summary(self) -> Summary:
         """Its size."""
@@ -66,53 +70,60 @@ def plan_import(folder: Path, *, dtype: torch.dtype | None, processes: int) -> I
     for entry, size in zip(entries, sizes, strict=True):
         files[min(count - 1, (2 * begin + size) * count // (2 * total))].append(entry)
         begin += size
-    return ImportPlan(folder=folder, source=source, files=tuple(tuple(file) for file in files if file))
+    frozen = tuple(tuple(file) for file in files if file)
+    digest = xxhash.xxh3_128_hexdigest(repr((source.identity(), dtype, frozen)).encode())
+    return ImportPlan(folder=folder, source=source, files=frozen, digest=digest)
 
 
-def run_import(plan: ImportPlan, target: Target, *, processes: int, progress: Callable[[int], None]) -> None:
+def run_import(
+    plan: ImportPlan, target: Target, *, resume: bool, processes: int, progress: Callable[[int], None]
+) -> None:
     """Write the checkpoint, with configuration and tokenizer, so that the way back needs nothing else.
 
+    Args:
+        plan: of the import.
+        target: to write.
+        resume: go on with an import that was interrupted, keeping the files that are complete and undamaged.
+        processes: at most so many at a time.
+        progress: told the bytes done: written and read back.
+
     Raises:
-        FileExistsError: the target is there.
-        OSError: it cannot be written, for instance because the disk is full; nothing of it is left.
-        ValueError: a file of the source is damaged.
+        FileExistsError, OSError, SourceDamaged, ValueError: as :func:`.convert`.
     """
-    target.refuse_existing()
-    source, dims = plan.source, plan.source.dims
-    with target.open():
-        target.discard_work()
-        try:
-            pieces = [[Piece(sharded_name(entry, dims), source.info(entry)) for entry in file] for file in plan.files]
-            writer = TorchDistWriter(target.model, pieces, list(extra_states(source.weights)))
-
-            def write(number: int, moved: Callable[[int], None]) -> list[WriteResult]:
-                file = plan.files[number]
-                return writer.write_file(number, _Fetch(source, file, moved))
-
-            writer.finish(for_each_file(len(plan.files), write, processes=processes, progress=progress))
-            widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
-            config = model_config(source.config, None, widest.dtype)
-            (target.model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            copy_companions(plan.folder, target.model)
-            _write_manifest(target.model)
-            target.finish()
-        except BaseException:
-            target.discard()
-            raise
+    conversion = Conversion(name="import", made_of="model, --dtype or --processes", digest=plan.digest)
+    convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
 
 
-class _Fetch:
-    """Gives the tensors of a file by their places."""
+def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
+    model, source, dims = target.model, plan.source, plan.source.dims
+    pieces = [[Piece(sharded_name(entry, dims), source.info(entry)) for entry in file] for file in plan.files]
+    writer = TorchDistWriter(model, pieces, list(extra_states(source.weights)))
 
-    def __init__(self, source: HfSource, file: Sequence[WeightEntry], moved: Callable[[int], None]) -> None:
-        self._source, self._file, self._moved = source, file, moved
+    def write(number: int, moved: Callable[[int], None]) -> WrittenFile:
+        def tensor(place: int) -> Tensor:
+            with reading(plan.folder):
+                return source.tensor(plan.files[number][place])
 
-    def __call__(self, place: int) -> Tensor:
-        tensor = self._source.tensor(self._file[place])
-        self._moved(tensor.nbytes)
-        return tensor
+        return complete_file(
+            target,
+            writer.path(number).name,
+            read=written_file,
+            check=lambda written: writer.check_file(number, written, moved),
+            write=lambda: writer.write_file(number, tensor, moved),
+        )
+
+    written = for_each_file(len(plan.files), write, processes=processes, progress=progress, meanwhile=_load_metadata)
+    writer.finish(written, plan.digest)
+    widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
+    config = model_config(source.config, None, widest.dtype)
+    (model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_companions(plan.folder, model)
+    files = {writer.path(number).name: file.record for number, file in enumerate(written)}
+    others = sorted(path for path in model.iterdir() if path.name not in files and path.name != MANIFEST)
+    files |= {path.name: read_record(path) for path in others}
+    (model / MANIFEST).write_text(Manifest(plan=plan.digest, files=files).dump())
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: read_record(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(Manifest(plan="import", files=files).dump())
+def _load_metadata() -> None:
+    """What describes the files takes half a second to load, while the files are written."""
+    import megatron_rl.mcore.torch_dist  # noqa: F401

@@ -1,7 +1,5 @@
-"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk.
-
-An export compares that with what it wrote before it records it. An import does not: the files of a ``torch_dist``
-folder are summed as they are found once written, so its manifest shows what changes later.
+"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk and
+compared with what was written.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise Damaged(f"{folder / MANIFEST} must have format {_FORMAT}, got {content['format']!r}")
         tensors: dict[str, dict[str, TensorRecord]] = {name: {} for name in content["shards"]}
         for name, item in content["tensors"].items():
-            tensors[item["file"]][name] = tensor_record(item)
+            tensors[item["file"]][name] = _tensor_record(item)
         return Manifest(
             plan=content["plan"],
             files={name: FileRecord(**item) for name, item in content["files"].items()},
@@ -98,8 +96,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"{folder / MANIFEST} cannot be read: {error!r}") from error
 
 
-def tensor_record(item: Mapping[str, Any]) -> TensorRecord:
+def shard_record(item: Mapping[str, Any]) -> ShardRecord:
     """One from JSON."""
+    return ShardRecord(**{**item, "tensors": {name: _tensor_record(kept) for name, kept in item["tensors"].items()}})
+
+
+def _tensor_record(item: Mapping[str, Any]) -> TensorRecord:
     return TensorRecord(**{**item, "shape": tuple(item["shape"])})
 
 

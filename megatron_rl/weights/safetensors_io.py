@@ -270,6 +270,11 @@ class HfFolder:
                 found[name] = stored[name].info
         return found
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of the last change (ns) of each weight file."""
+        stats = {file: (self._path / file).stat() for file in sorted(set(self._file_of.values()))}
+        return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
+
     def _reader(self, file: str) -> Any:
         if file not in self._open:
             try:

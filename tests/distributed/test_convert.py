@@ -44,7 +44,8 @@ def critic(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) ->
 
 
 def imported(source: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
-    run_import(plan_import(source, dtype=dtype, processes=2), Target(target), processes=2, progress=ignore)
+    plan = plan_import(source, dtype=dtype, processes=2)
+    run_import(plan, Target(target), resume=False, processes=2, progress=ignore)
     return target
 
 

@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from megatron_rl import durable
-from megatron_rl.durable import FileRecord, locked, read_record, replace_text, write_file
+from megatron_rl.durable import FileRecord, SummedFile, locked, read_back, read_record, replace_text, write_file
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +25,20 @@ def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "file").read_bytes() == content
     assert written == read_record(tmp_path / "file")
     assert written == FileRecord(size_bytes=256, xxh3=xxhash.xxh3_128_hexdigest(content))
+
+
+def test_a_file_that_is_summed_on_the_way_is_what_the_disk_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_READ_BYTES", 7)
+    with SummedFile(tmp_path / "file") as file:
+        for part in (b"abc", memoryview(b"d" * 20), b""):
+            file.write(part)
+        written = file.record()
+    assert written == FileRecord(size_bytes=23, xxh3=xxhash.xxh3_128_hexdigest(b"abc" + b"d" * 20))
+    assert read_back(tmp_path / "file") == written
+    with pytest.raises(FileExistsError):
+        SummedFile(tmp_path / "file")
 
 
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:

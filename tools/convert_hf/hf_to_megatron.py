@@ -1,6 +1,7 @@
 """Write a Hugging Face model folder as a Megatron checkpoint (torch_dist), which loads at any layout.
 
-A critic is a folder whose architecture ends in ForTokenClassification.
+A critic is a folder whose architecture ends in ForTokenClassification. An import that was interrupted goes on with
+--resume, and gives the same files as one that was not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to write; it must not exist")
     add_dtype(parser, "of the weights; default: what they are, bfloat16 where they are quantised")
     add_processes(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an import that was interrupted")
     parser.add_argument("--dry-run", action="store_true", help="print the plan's size and stop")
     asked = parser.parse_args(arguments)
     return run(lambda: _convert(asked))
@@ -33,14 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(asked: argparse.Namespace) -> None:
     began = time.monotonic()
     target = Target(asked.target)
-    target.refuse_existing()
+    if not asked.resume:
+        target.refuse_existing()
     plan = plan_import(asked.source, dtype=DTYPES.get(asked.dtype), processes=asked.processes)
     summary = plan.summary()
     print(summary)
     if asked.dry_run:
         return
-    with progress_bar("import", summary.written_bytes) as progress:
-        run_import(plan, target, processes=asked.processes, progress=progress)
+    with progress_bar("import", 2 * summary.written_bytes) as progress:  # written, and read back
+        run_import(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
     print_written(asked.target, summary.written_bytes, began)
 
 

@@ -85,10 +85,11 @@ def llama_135m(folder: Path) -> Path:
     return folder
 
 
-def imported(source: Path, target: Path, *, dtype: torch.dtype | None = None, processes: int = 2) -> Path:
-    run_import(
-        plan_import(source, dtype=dtype, processes=processes), Target(target), processes=processes, progress=ignore
-    )
+def imported(
+    source: Path, target: Path, *, dtype: torch.dtype | None = None, processes: int = 2, resume: bool = False
+) -> Path:
+    plan = plan_import(source, dtype=dtype, processes=processes)
+    run_import(plan, Target(target), resume=resume, processes=processes, progress=ignore)
     return target
 
 

@@ -1,4 +1,4 @@
-"""Kill -9 and full disks: an export goes on to the same files, and nothing half-valid is left."""
+"""Kill -9 and full disks: a conversion goes on to the same files, and nothing half-valid is left."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from torch import Tensor
 
 from megatron_rl import durable
+from megatron_rl.convert import to_megatron
 from megatron_rl.convert.processes import ProcessDied, for_each_file
-from megatron_rl.convert.sources import MegatronSource
+from megatron_rl.convert.sources import HfSource, MegatronSource, SourceDamaged
 from megatron_rl.convert.target import Target
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
@@ -60,61 +64,81 @@ def killed_after(seconds: float, work: Callable[[], object], once: Callable[[], 
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def kill_and_resume(checkpoint: Path, tmp_path: Path, moments: int) -> None:
+Convert = Callable[..., Path]
+"""Into a folder; resume=True goes on with one that was interrupted."""
+
+
+@pytest.fixture(params=["export", "import"])
+def convert(request: pytest.FixtureRequest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Of the wide model, into a dozen files."""
+    if request.param == "export":
+        return partial(exported, checkpoint)
+    monkeypatch.setattr(to_megatron, "_FILE_BYTES", 9 << 20)
+    return partial(imported, checkpoint.parent / "hf")
+
+
+def kept_files(out: Path) -> list[Path]:
+    """Those of the hidden folder that are complete."""
+    work = Target(out).work
+    return sorted(work / "model" / record.stem for record in work.glob("records/*.json"))
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Which file it is, also where a new one gets the inode of one that is gone."""
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
+def kill_and_resume(convert: Convert, tmp_path: Path, moments: int) -> None:
     began = time.monotonic()
-    expected = folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+    expected = folder_sums(convert(tmp_path / "unbroken"))
     whole_s = time.monotonic() - began
     draw = random.Random(0)
     struck, kept_some = 0, 0
     for moment in range(moments):
         out = tmp_path / f"out{moment}"
-        struck += killed_after(draw.uniform(0.0, whole_s), lambda out=out: exported(checkpoint, out))
-        kept = list(Target(out).work.glob("records/*.json"))
-        kept_some += bool(kept)
+        struck += killed_after(draw.uniform(0.0, whole_s), lambda out=out: convert(out))
+        kept_some += bool(kept_files(out))
         assert not out.exists() or folder_sums(out) == expected
-        assert folder_sums(exported(checkpoint, out, resume=True)) == expected
+        assert folder_sums(convert(out, resume=True)) == expected
         assert not Target(out).work.exists()
-    assert struck >= moments // 2, "kills must have struck exports that were under way"
+    assert struck >= moments // 2, "kills must have struck conversions that were under way"
     assert kept_some
 
 
-def test_an_export_that_is_killed_once_a_file_is_complete_goes_on_to_the_same_files(
-    checkpoint: Path, tmp_path: Path
+def test_a_conversion_that_is_killed_once_a_file_is_complete_goes_on_to_the_same_files(
+    convert: Convert, tmp_path: Path
 ) -> None:
-    expected = folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+    expected = folder_sums(convert(tmp_path / "unbroken"))
     out = tmp_path / "out"
-
-    def records() -> list[Path]:
-        return list(Target(out).work.glob("records/*.json"))
-
-    assert killed_after(0, lambda: exported(checkpoint, out), once=lambda: bool(records()))
-    kept = {(file := Target(out).model / record.stem).name: file.stat().st_ino for record in records()}
+    assert killed_after(0, lambda: convert(out), once=lambda: bool(kept_files(out)))
+    kept = {file.name: stamp(file) for file in kept_files(out)}
     assert kept
-    assert folder_sums(exported(checkpoint, out, resume=True)) == expected
-    assert kept.items() <= {path.name: path.stat().st_ino for path in out.iterdir()}.items()
+    assert folder_sums(convert(out, resume=True)) == expected
+    assert kept.items() <= {path.name: stamp(path) for path in out.iterdir()}.items()
     assert not Target(out).work.exists()
 
 
 @pytest.mark.slow
-def test_an_export_that_is_killed_at_any_moment_goes_on_to_the_same_files(checkpoint: Path, tmp_path: Path) -> None:
-    kill_and_resume(checkpoint, tmp_path, 20)
+def test_a_conversion_that_is_killed_at_any_moment_goes_on_to_the_same_files(convert: Convert, tmp_path: Path) -> None:
+    kill_and_resume(convert, tmp_path, 20)
 
 
-def test_a_resumed_export_keeps_what_is_complete_and_writes_again_what_is_damaged(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_conversion_keeps_what_is_complete_and_writes_again_what_is_damaged(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+    expected = folder_sums(convert(tmp_path / "unbroken"))
     out = tmp_path / "out"
-    model = killed_at_its_last_act(checkpoint, out, monkeypatch)
-    first, second = sorted(model.glob("*.safetensors"))[:2]
+    killed_at_its_last_act(convert, out, monkeypatch)
+    first, second, third = kept_files(out)[:3]
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
     second.write_bytes(content)
-    before = (first.stat().st_ino, second.stat().st_ino)
-    exported(checkpoint, out, resume=True)
+    third.unlink()
+    before = (stamp(first), stamp(second))
+    convert(out, resume=True)
     assert folder_sums(out) == expected
-    assert (out / first.name).stat().st_ino == before[0]
-    assert (out / second.name).stat().st_ino != before[1]
+    assert stamp(out / first.name) == before[0]
+    assert stamp(out / second.name) != before[1]
 
 
 def test_resuming_what_is_complete_changes_nothing_and_other_options_are_refused(
@@ -128,7 +152,9 @@ def test_resuming_what_is_complete_changes_nothing_and_other_options_are_refused
     with monkeypatch.context() as patch:
         patch.setattr(Target, "finish", lambda self: os._exit(9))
         os.waitpid(forked(lambda: exported(checkpoint, tmp_path / "other")), 0)
-    with pytest.raises(ValueError, match=r"was interrupted .* had other options; give the same ones, or remove"):
+    with pytest.raises(
+        ValueError, match=r"was interrupted .* had another .*--shard-size; give the same ones, or remove"
+    ):
         exported(checkpoint, tmp_path / "other", resume=True, shard_bytes=1 << 20)
     with pytest.raises(FileExistsError, match="was interrupted; go on with --resume, or remove it"):
         exported(checkpoint, tmp_path / "other")
@@ -179,11 +205,11 @@ def test_an_export_notices_a_byte_that_the_disk_gives_back_otherwise(
     assert not (tmp_path / "out").exists()
 
 
-def killed_at_its_last_act(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hidden model folder of an export of which all files are written, without its manifest."""
+def killed_at_its_last_act(convert: Convert, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hidden model folder of a conversion of which all files are written, without its manifest."""
     with monkeypatch.context() as patch:
         patch.setattr(Target, "finish", lambda self: os._exit(9))
-        assert os.waitpid(forked(lambda: exported(checkpoint, out)), 0)[1] != 0
+        assert os.waitpid(forked(lambda: convert(out)), 0)[1] != 0
     model = Target(out).model
     (model / "manifest.json").unlink()
     return model
@@ -192,8 +218,8 @@ def killed_at_its_last_act(checkpoint: Path, out: Path, monkeypatch: pytest.Monk
 def test_a_source_that_cannot_be_read_is_told_as_such_and_complete_files_stay(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = killed_at_its_last_act(checkpoint, tmp_path / "out", monkeypatch)
-    first, second = sorted(model.glob("*.safetensors"))[:2]
+    killed_at_its_last_act(partial(exported, checkpoint), tmp_path / "out", monkeypatch)
+    first, second = kept_files(tmp_path / "out")[:2]
     second.unlink()
 
     def unreadable(self: MegatronSource, entry: WeightEntry) -> list[tuple[str, Tensor]]:
@@ -206,30 +232,83 @@ def test_a_source_that_cannot_be_read_is_told_as_such_and_complete_files_stay(
     assert first.is_file()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"tensors": {"x": {}}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"tensors": {"x": {}}}', '{"record": {}, "places": [[1, 2]]}', "\xff"]
+)
 def test_a_file_whose_record_cannot_be_read_is_written_anew_and_no_other_one_is(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
-    model = killed_at_its_last_act(checkpoint, tmp_path / "out", monkeypatch)
-    first, second = sorted(model.glob("*.safetensors"))[:2]
-    (Target(tmp_path / "out").work / "records" / f"{second.name}.json").write_bytes(content.encode("latin-1"))
-    before = (first.stat().st_ino, second.stat().st_ino)
-    out = exported(checkpoint, tmp_path / "out", resume=True)
-    assert folder_sums(out) == folder_sums(exported(checkpoint, tmp_path / "unbroken"))
-    assert (out / first.name).stat().st_ino == before[0]
-    assert (out / second.name).stat().st_ino != before[1]
+    out = tmp_path / "out"
+    killed_at_its_last_act(convert, out, monkeypatch)
+    first, second = kept_files(out)[:2]
+    (Target(out).work / "records" / f"{second.name}.json").write_bytes(content.encode("latin-1"))
+    before = (stamp(first), stamp(second))
+    convert(out, resume=True)
+    assert folder_sums(out) == folder_sums(convert(tmp_path / "unbroken"))
+    assert stamp(out / first.name) == before[0]
+    assert stamp(out / second.name) != before[1]
 
 
-def test_a_full_disk_ends_an_import_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    source = exported(checkpoint, tmp_path / "source")
+def test_a_full_disk_ends_an_import_which_goes_on_when_there_is_room(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_megatron, "_FILE_BYTES", 5 << 20)  # the first one is larger, by an embedding
+    source, out = checkpoint.parent / "hf", tmp_path / "out"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))  # what a full disk is to a writer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7 << 20, before[1]))  # what a full disk is to a writer
     try:
-        with pytest.raises(OSError, match="could not be written"):
-            imported(source, tmp_path / "out")
+        with pytest.raises(OSError, match=r"out/__0_0.distcp could not be written \(File too large\).*--resume"):
+            imported(source, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert not out.exists()
+    kept = {file.name: stamp(file) for file in Target(out).model.iterdir()}
+    assert kept, "files that are complete"
+    assert sorted(kept) == [file.name for file in kept_files(out)]
+    imported(source, out, resume=True)
+    assert kept.items() <= {path.name: stamp(path) for path in out.iterdir()}.items()
+    assert folder_sums(out) == folder_sums(imported(source, tmp_path / "unbroken"))
+
+
+def test_an_interrupted_import_of_what_has_changed_since_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "hf", tmp_path / "out"
+    shutil.copytree(checkpoint.parent / "hf", source)
+    killed_at_its_last_act(partial(imported, source), out, monkeypatch)
+    with pytest.raises(FileExistsError, match="was interrupted; go on with --resume, or remove it"):
+        imported(source, out)
+    refused = pytest.raises(ValueError, match=r"import that was interrupted in .* had another model, --dtype or --proc")
+    with refused:
+        imported(source, out, processes=3, resume=True)
+    with refused:
+        imported(source, out, dtype=torch.float32, resume=True)
+    os.utime(source / "model.safetensors")  # as whoever writes other weights of the same sizes
+    with refused:
+        imported(source, out, resume=True)
+    shutil.rmtree(Target(out).work)
+    assert (imported(source, out) / "manifest.json").is_file()
+
+
+def test_a_source_that_an_import_cannot_read_is_told_as_such_and_a_damaged_one_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint.parent / "hf", tmp_path / "out"
+
+    def failing(error: Exception) -> Callable[..., Tensor]:
+        def tensor(self: HfSource, entry: WeightEntry) -> Tensor:
+            raise error
+
+        return tensor
+
+    monkeypatch.setattr(HfSource, "tensor", failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(OSError, match=r"wide\d/hf could not be read \(Input/output error\).*--resume"):
+        imported(source, out)
+    assert not out.exists()
+    monkeypatch.setattr(HfSource, "tensor", failing(ValueError("model.safetensors must hold x")))
+    with pytest.raises(SourceDamaged, match=r"model.safetensors must hold x"):
+        imported(source, out, resume=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_process_is_told_and_its_like_end_too(tmp_path: Path) -> None:
