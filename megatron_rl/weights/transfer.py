@@ -361,10 +361,10 @@ class Reception(Iterator[tuple[str, Tensor]]):
             for piece, part in zip(pieces, staging.split([piece.size for piece in pieces]), strict=True):
                 if stranger is not None:
                     continue
+                digest.update(piece, part)
                 if piece.start == 0:
                     content = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
                 content[piece.start : piece.start + piece.size] = part
-                digest.update(piece, part)  # waits for the GPU, and with it for the copy: the sender may go on after it
                 if piece.start + piece.size == piece.whole:
                     yield piece.name, content.view(_DTYPES[piece.dtype]).view(tuple(piece.shape))
             taken.confirm(where)
@@ -571,9 +571,10 @@ class _SharedMemory:
 class _CudaMemory:
     """Two buckets on the GPU that sender and receiver have; the receiver maps the sender's by CUDA's handle of them."""
 
-    def __init__(self, memory: Tensor, name: str) -> None:
+    def __init__(self, memory: Tensor, name: str, *, received: bool = False) -> None:
         self.name = name
         self._memory = memory
+        self._received = received
 
     @classmethod
     def create(cls, bucket_bytes: int) -> _CudaMemory:
@@ -589,13 +590,15 @@ class _CudaMemory:
         except RuntimeError as error:
             raise TransferError(f"the sender's memory must lie on {here}, the GPU of this receiver: {error}") from error
         memory = torch.empty(0, dtype=torch.uint8, device=here).set_(storage)
-        return cls(memory[: _AHEAD * bucket_bytes].view(_AHEAD, bucket_bytes), name)
+        return cls(memory[: _AHEAD * bucket_bytes].view(_AHEAD, bucket_bytes), name, received=True)
 
     def unname(self) -> None:
         """It has no name that could be left."""
 
     def staging(self, number: int) -> Tensor:
-        return self._memory[number % _AHEAD]
+        bucket = self._memory[number % _AHEAD]
+        # the digest waits for this copy, so the sender may overwrite the bucket once the receiver has confirmed it
+        return bucket.clone() if self._received else bucket
 
     def send(self, content: Tensor, where: str) -> None:
         """The receiver sees it already: taking the digest has waited for the GPU."""
