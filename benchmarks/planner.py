@@ -3,8 +3,10 @@
 ``python benchmarks/planner.py`` runs policy updates of small random models, each setting in processes of its own. The
 first setting calibrates: what its ranks hold beyond the plan (interpreter, torch, megatron-core) is added to every
 prediction of memory, and the ratio of its CPU-seconds to the plan's multiplies every prediction of time. The others are
-then predicted and measured: the largest resident set of a rank, and CPU-seconds of all ranks, median of the rounds. glibc is told to give freed blocks back at once, as a GPU's allocator
-reuses them: else the resident set says how its heap is broken up, and not what is held.
+then predicted and measured: the largest resident set of a rank, and CPU-seconds of all ranks, median of the rounds.
+
+glibc is told to give freed blocks back at once, as a GPU's allocator reuses them: else the resident set says how its
+heap is broken up, and not what is held.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,7 +138,9 @@ def predicted(setting: Setting, model: Path) -> tuple[float, float]:
     work = Work(rows=setting.rows, row_tokens=setting.row_tokens)
     found = update_time(dims, trainer, Head.TOKEN, CPU, work, "float32")
     busy = found.total - found.bubble
-    held = device_bytes(trainer_cells("policy", dims, trainer, Head.TOKEN, "float32", reference=False))
+    there = setting.rows * setting.row_tokens // setting.data  # a replica's rows may be fewer than a micro-batch takes
+    filled = replace(trainer, tokens_per_microbatch=min(setting.microbatch, there))
+    held = device_bytes(trainer_cells("policy", dims, filled, Head.TOKEN, "float32", reference=False))
     return busy * trainer.layout.world_size, held
 
 
