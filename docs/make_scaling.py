@@ -185,7 +185,7 @@ def aligner_rows() -> Iterator[str]:
 def bridge_rows() -> Iterator[str]:
     yield (
         "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second "
-        f"and GPU. Products are taken {FP8_GAIN} times as fast as in BF16. Of the layouts we know that of 70B alone; the "
+        f"and GPU. Products are taken {FP8_GAIN} times as fast as in BF16. We know the layout of 70B alone; the "
         "others, rows of 8,192 tokens (Qwen3: 4,096) and steps of 128 rows (405B 1,024, Qwen3 512 and 2,048) are "
         "assumed. Experts miss in both directions: nothing here knows that products of many small experts are slower, "
         "or that dispatchers send a token to a node once.\n"

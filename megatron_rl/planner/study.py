@@ -184,4 +184,5 @@ def plot_study(rows: Sequence[StudyRow], png: Path) -> None:
     axes.set_xticks(list(places), [row.name for row in rows])
     axes.set_ylabel("seconds of a step")
     axes.legend()
-    FigureCanvasAgg(figure).print_png(str(png))
+    FigureCanvasAgg(figure)
+    figure.savefig(png)
