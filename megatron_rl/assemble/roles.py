@@ -12,15 +12,17 @@ import torch
 from megatron_rl import device
 from megatron_rl.assemble.audit import audit_engines
 from megatron_rl.batches import TokenRows
-from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.interfaces import Pending, PushPhase, PushReceipt, results
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.phases import OwnDevices, TakingTurns
 from megatron_rl.ray_runtime.cluster import Cluster, Role
+from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, connect
 from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.rewards.service import RewardService
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.sync import CheckedSync
 from megatron_rl.weights.transfer import Transport
@@ -42,6 +44,7 @@ class Roles:
     critic: RemoteCritic | None
     engine: RemoteEngine
     transport: Transport
+    rewards: RemoteRewards | None
     engine_linears: str | None
     restart_engines: Callable[[Sequence[int]], None]
 
@@ -61,6 +64,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
                 for role, trainer in config.trainers.items()
             ),
             engine_role(config),
+            *([Role(name="rewards", workers=config.reward.pools, spread=True)] if config.reward.pools else []),
         ],
         device.worker_environment(),
     )
@@ -71,6 +75,9 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     starting: dict[str, Pending[None]] = {
         "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
     }
+    if config.reward.pools:
+        pool = reward_service(config.reward, max_error_rate=1.0)  # the share of all samples is looked at, not of each
+        starting["rewards"] = groups["rewards"].build(pool, [()] * config.reward.pools)
     if config.cluster.colocate:
         results(starting)
         engine.sleep(keep_weights=False).result()
@@ -101,6 +108,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
 
     return Roles(
         groups=groups,
+        rewards=RemoteRewards(groups["rewards"], config.reward.max_error_rate) if config.reward.pools else None,
         policy=policy,
         critic=critic,
         engine=engine,
@@ -115,6 +123,18 @@ def capability_line(trainer: WorkerGroup) -> str:
     asked = trainer.call("capabilities", finish=lambda answers: answers[0], ranks=[0])
     parts = "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
     return f"{trainer.name}: {parts}"
+
+
+def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[], RewardService]:
+    """A pool of reward workers, to be started where this is called."""
+    return partial(
+        RewardService,
+        reward.rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        wall_timeout_s=reward.wall_timeout_s,
+        max_error_rate=max_error_rate,
+    )
 
 
 def start_trainer(

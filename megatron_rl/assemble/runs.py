@@ -18,6 +18,7 @@ from megatron_rl.assemble.roles import (
     engine_role,
     engine_spec,
     processes,
+    reward_service,
     start_roles,
     start_trainer,
     take_turns,
@@ -40,6 +41,7 @@ from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
 from megatron_rl.ray_runtime.engines import Engines
+from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.overlong import OverlongPenalty
@@ -80,7 +82,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             check_whole(saved)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
-        rewards = stack.enter_context(_reward_service(config.reward))
+        own_rewards = None if config.reward.pools else stack.enter_context(_reward_service(config.reward))
         references = References()
         if gated:  # before the workers, so that it loads while they start
             references = start_references(
@@ -88,7 +90,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             )
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
-        policy, critic = roles.policy, roles.critic
+        policy, critic, rewards = roles.policy, roles.critic, roles.rewards or own_rewards
+        assert rewards is not None
         turns = take_turns(config, roles)
         engines = Engines(
             roles.engine,
@@ -255,7 +258,7 @@ class _MachineMetrics:
     """What the workers say of a step: busy seconds and tokens per second by role and verb, largest resident set."""
 
     groups: Mapping[str, WorkerGroup]
-    rewards: RewardService
+    rewards: RewardService | RemoteRewards
     epochs: int
 
     def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
@@ -281,13 +284,7 @@ class _MachineMetrics:
 
 
 def _reward_service(reward: RewardConfig) -> RewardService:
-    return RewardService(
-        reward.rule,
-        workers=reward.workers,
-        timeout_s=reward.timeout_s,
-        wall_timeout_s=reward.wall_timeout_s,
-        max_error_rate=reward.max_error_rate,
-    )
+    return reward_service(reward, max_error_rate=reward.max_error_rate)()
 
 
 def _overlong(config: RunConfig) -> OverlongPenalty | None:

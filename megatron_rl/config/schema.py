@@ -101,6 +101,9 @@ class RewardConfig:
     rule: str = "seed"
     """A name from megatron_rl.rewards.rules.RULES, or ``path/to/file.py:callable`` for a rule of your own."""
     workers: Positive = 1
+    """Processes of a pool that score at the same time."""
+    pools: Count = 0
+    """Pools of ``workers`` processes each, spread over the nodes of the cluster; 0: one, beside the driver."""
     timeout_s: PositiveFloat = 5.0
     """CPU seconds per sample; a sample that takes longer is killed and counted as a time-out."""
     wall_timeout_s: PositiveFloat = 60.0

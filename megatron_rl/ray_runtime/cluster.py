@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -30,6 +31,8 @@ from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
 _LOOPBACK = "127.0.0.1"
 _STOP_DEADLINE_S = 10.0
+_LOOK_S = 5.0
+_LOG = logging.getLogger(__name__)
 
 
 class ClusterProblem(RuntimeError):
@@ -39,7 +42,8 @@ class ClusterProblem(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Role:
     """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
-    shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`.
+    shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`; ``spread``: on any
+    node, spread over them, without a device or a share of its own.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Role:
     held_types: tuple[type[Any], ...] = ()
     devices: int = 1
     restartable: bool = False
+    spread: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,7 @@ class Cluster:
             ClusterProblem: the cluster has not the resources, at all or within the deadline.
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
-        placement = place(roles, device, shared=self._config.colocate)
+        placement = place([role for role in roles if not role.spread], device, shared=self._config.colocate)
         self._place([dict(bundle) for bundle in placement.bundles])
         groups = {}
         for role in roles:
@@ -216,15 +221,14 @@ class Cluster:
 
     def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
         """The supervisor of one rank."""
-        bundle, asked = placement.bundle_of[role.name, rank], placement.asked[role.name]
         log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
-        options = {
-            "num_cpus": asked["CPU"],
-            "num_gpus": asked.get("GPU", 0.0),
-            "max_concurrency": 8,
-            "max_restarts": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle),
-        }
+        if role.spread:
+            options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        else:
+            asked = placement.asked[role.name]
+            bundle = PlacementGroupSchedulingStrategy(self._group, placement.bundle_of[role.name, rank])
+            options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0), "scheduling_strategy": bundle}
+        options |= {"max_concurrency": 8, "max_restarts": 0}
         worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
         return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))
 
@@ -244,16 +248,29 @@ class Cluster:
 
     def _place(self, bundles: list[dict[str, float]]) -> None:
         asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}
-        there = {kind: ray.cluster_resources().get(kind, 0.0) for kind in asked}
-        if any(asked[kind] > there[kind] + 1e-6 for kind in asked):
-            raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
+        started = time.monotonic()
+        while any(asked[kind] > ray.cluster_resources().get(kind, 0.0) + 1e-6 for kind in asked):
+            there = {kind: ray.cluster_resources().get(kind, 0.0) for kind in asked}
+            if self.local:
+                raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
+            waited = self._waited(started, f"nodes to join: asked for {asked}, the Ray cluster has {there}")
+            time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
         self._group = placement_group(bundles, strategy="PACK")
-        ready, started = self._group.ready(), time.monotonic()
-        while not ray.wait([ready], timeout=5.0)[0]:
-            waited = time.monotonic() - started
+        ready = self._group.ready()
+        while not ray.wait([ready], timeout=_LOOK_S)[0]:
             free = {kind: ray.available_resources().get(kind, 0.0) for kind in asked}
-            if waited > self._config.start_deadline_s:
-                raise ClusterProblem(f"no room within {waited:.0f} s: asked for {asked}, free on the cluster: {free}")
+            self._waited(started, f"room: asked for {asked}, free on the cluster: {free}")
+
+    def _waited(self, started: float, what: str) -> float:
+        """Say what is waited for, and return for how long; the deadline ends it."""
+        waited, limit = time.monotonic() - started, self._config.start_deadline_s
+        if waited > limit:
+            raise ClusterProblem(
+                f"waited {waited:.0f} s for {what}; start more nodes, use smaller layouts, or raise "
+                "cluster.start_deadline_s"
+            )
+        _LOG.warning("waiting for %s (%.0f s of at most %.0f s)", what, waited, limit)
+        return waited
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
