@@ -26,7 +26,7 @@ _CANDIDATE = re.compile(
     rf"(?P<number>{_NUMBERS})(?=[*€]*(?:[.;?][*\s]|[.;?]?\s*$))",
     re.DOTALL,
 )
-"""A formula, or numbers behind a word and at the end of a sentence: these are no part of a longer expression."""
+"""A formula, or numbers between a word, ``=`` or ``:`` and the end of a sentence, so of no longer expression."""
 _SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])|\n")
 
 
@@ -35,8 +35,8 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
 
     Behind the last ``answer is``, ``answer:`` or ``####`` the rest of the sentence is the answer if our grammar reads
     it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the
-    last paragraph, or the last number behind a word that ends a sentence; ``and``, ``or`` and commas join several to a
-    list. Only the last 2,000 characters are read.
+    last paragraph, or the last number behind a word, ``=`` or ``:`` that ends a sentence; ``and``, ``or`` and commas
+    join several to a list. Only the last 2,000 characters are read.
 
     Args:
         text: the response.
@@ -54,7 +54,7 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     if not markers:
         return _last_candidate(_PARAGRAPH.split(tail.strip())[-1])
     said = tail[markers[-1].end() :].strip()
-    sentence = _first_sentence(said).strip(" *.")
+    sentence = _first_sentence(said).strip(" *").rstrip(" *.")
     return sentence if _is_answer(sentence) else _last_candidate(sentence)
 
 

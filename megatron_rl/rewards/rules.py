@@ -190,7 +190,9 @@ def lenient(rule: RewardRule, leniency: Leniency) -> RewardRule:
         return rule
     if isinstance(rule, (BoxedRule, CorrectnessRule)):
         return replace(rule, leniency=leniency)
-    raise ValueError(f"leniency needs the rule correctness or boxed, {type(rule).__name__} compares in its own way")
+    raise ValueError(
+        f"leniency needs the rule correctness, final_answer or boxed, {type(rule).__name__} compares in its own way"
+    )
 
 
 def _score(value: float, *, correct: bool, boxed: bool) -> Score:

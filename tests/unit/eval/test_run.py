@@ -407,7 +407,7 @@ def test_the_gold_oracle_judges_with_the_leniency_of_the_task(tmp_path, capsys):
     assert main([*oracle, "--factor-100", "other"]) == 2
     assert "--factor-100 must name tasks of this evaluation (g), got 'other'" in capsys.readouterr().err
     assert main([*oracle, "--factor-100", "g", "--rule", "seed"]) == 2
-    assert "leniency needs the rule correctness or boxed" in capsys.readouterr().err
+    assert "leniency needs the rule correctness, final_answer or boxed" in capsys.readouterr().err
     assert main([*oracle, "--factor-100", "g"]) == 0
 
 
@@ -432,7 +432,10 @@ def test_a_folder_that_another_process_rescores_to_is_left_alone(tmp_path, model
         (["--template", "abelian"], "unknown template 'abelian'; did you mean abel?"),
         (["--rule", "sead"], "unknown reward rule 'sead'"),
         (["--factor-100", "sum"], "--factor-100 must name tasks of this evaluation (sums), got 'sum'"),
-        (["--relative-tolerance", "sums=0.01", "--rule", "seed"], "leniency needs the rule correctness or boxed"),
+        (
+            ["--relative-tolerance", "sums=0.01", "--rule", "seed"],
+            "leniency needs the rule correctness, final_answer or",
+        ),
         (["--samples", "4"], "would draw the same response 4 times"),
         (["--rule", "{folder}/rule.py:half"], "must return a Score with a part 'correct'"),
     ],

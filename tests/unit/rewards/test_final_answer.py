@@ -20,6 +20,7 @@ from megatron_rl.rewards.rules import RULES
         ("**Answer:** B", "B"),
         ("the answer is no solution.", "no solution"),
         ("work\n#### 72", "72"),
+        ("the answer is .5.", ".5"),
         ("the answer is 2x + 3", "2x + 3"),
         ("the answer is 3 1/2.", "3 1/2"),
         ("the answer is 2 pi", "2 pi"),
