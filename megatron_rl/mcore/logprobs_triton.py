@@ -187,6 +187,7 @@ def _gradients(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     place = logit_ptr + row.to(tl.int64) * width + column
+    # at padding the probability is zero, and so is the gradient
     logit = tl.load(place, mask=column < real, other=_NEVER).to(tl.float32) / temperature
     down = tl.load(down_ptr + row)
     log_p = logit - tl.load(lse_ptr + row)
@@ -194,5 +195,4 @@ def _gradients(  # type: ignore[no-untyped-def]
     if WITH_ENTROPY:
         factor = down + tl.load(up_ptr + row) * (log_p + tl.load(entropy_ptr + row))
     gradient = -tl.exp(log_p) * factor + tl.where(column == tl.load(target_ptr + row), down, 0.0)
-    gradient = tl.where(column < real, gradient, 0.0)
     tl.store(place, gradient.to(logit_ptr.dtype.element_ty), mask=column < width)

@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is in an environment of its own: make test-triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from megatron_rl.mcore.logprobs import TorchKernels, TritonKernels, linear_logprobs, merge
+from megatron_rl.mcore import logprobs as module
+from megatron_rl.mcore.logprobs import TorchKernels, TritonKernels, choose_kernels, linear_logprobs, merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +166,13 @@ def test_large_logits_cost_no_digits() -> None:
     wanted = torch.tensor([300.0, 2.0, 1.0]).log()
     torch.testing.assert_close(entropy.cpu(), wanted, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logprobs.cpu(), -wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "chosen"), [("auto", True, "triton"), ("auto", False, "torch"), ("torch", True, "torch")]
+)
+def test_triton_is_chosen_on_a_gpu_unless_torch_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, cuda: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(module, "has_cuda", lambda: cuda)
+    assert choose_kernels(asked).name == chosen
