@@ -111,9 +111,8 @@ def main() -> None:
     compared += [(("engine", "bfloat16", name), ("trainer", "bfloat16", name)) for name in EITHER]
     for key, other in compared:
         gap = (found[key] - found[other])[rows.response_mask]
-        print(
-            f"| {' '.join(key)} - {' '.join(other)} | {gap.mean():+.1e} | {gap.abs().mean():.1e} | {gap.abs().max():.1e} |"
-        )
+        names = f"{' '.join(key)} - {' '.join(other)}"
+        print(f"| {names} | {gap.mean():+.1e} | {gap.abs().mean():.1e} | {gap.abs().max():.1e} |")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[s
         target.discard_work()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16").eval()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source) if form.calibrated else None
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source) if form.calibrated else None
 
             def read_prompts(read: Any) -> None:
                 for prompt in prompts:
