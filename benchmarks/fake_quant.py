@@ -109,6 +109,7 @@ def main() -> None:
     print("| compared | mean difference | mean absolute | largest |\n| --- | --- | --- | --- |")
     compared = [(key, (*key[:2], "none")) for key in found if key[2] != "none"]
     compared += [(("engine", "bfloat16", name), ("trainer", "bfloat16", name)) for name in EITHER]
+    compared.append((("engine", "bfloat16", "fp8_per_channel"), ("trainer", "bfloat16", "none")))
     for key, other in compared:
         gap = (found[key] - found[other])[rows.response_mask]
         names = f"{' '.join(key)} - {' '.join(other)}"
