@@ -47,7 +47,7 @@ FORMATS = {
         text="E4M3; one scale a weight, one fixed scale for its inputs",
         calibrated=True,
         cpu=False,
-        gpu="compute capability 8.9 or newer (L4, H100, B200); 7.5 to 8.6 weight-only (Marlin)",
+        gpu="compute capability 8.9 or newer (L4, H100, B200); 8.0 to 8.8 weight-only (Marlin)",
     ),
     "fp8_per_channel": PtqFormat(
         preset="FP8_PER_CHANNEL_PER_TOKEN_CFG",
