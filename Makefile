@@ -46,7 +46,7 @@ LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-
 .PHONY: help env env-modelopt quickstart test test-all test-modelopt test-triton lint format lock clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make .venv: everything pinned, no CUDA package (PYTHON=python3.12 chooses the interpreter)
 

@@ -109,11 +109,11 @@ def main() -> None:
     print("| compared | mean difference | mean absolute | largest |\n| --- | --- | --- | --- |")
     compared = [(key, (*key[:2], "none")) for key in found if key[2] != "none"]
     compared += [(("engine", "bfloat16", name), ("trainer", "bfloat16", name)) for name in EITHER]
+    compared.append((("engine", "bfloat16", "fp8_per_channel"), ("trainer", "bfloat16", "none")))
     for key, other in compared:
         gap = (found[key] - found[other])[rows.response_mask]
-        print(
-            f"| {' '.join(key)} - {' '.join(other)} | {gap.mean():+.1e} | {gap.abs().mean():.1e} | {gap.abs().max():.1e} |"
-        )
+        names = f"{' '.join(key)} - {' '.join(other)}"
+        print(f"| {names} | {gap.mean():+.1e} | {gap.abs().mean():.1e} | {gap.abs().max():.1e} |")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ FORMATS = {
         text="E4M3; one scale a weight, one fixed scale for its inputs",
         calibrated=True,
         cpu=False,
-        gpu="compute capability 8.9 or newer (L4, H100, B200); 7.5 to 8.6 weight-only (Marlin)",
+        gpu="compute capability 8.9 or newer (L4, H100, B200); 8.0 to 8.8 weight-only (Marlin)",
     ),
     "fp8_per_channel": PtqFormat(
         preset="FP8_PER_CHANNEL_PER_TOKEN_CFG",
@@ -160,7 +160,7 @@ def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[s
         target.discard_work()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16").eval()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source) if form.calibrated else None
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source) if form.calibrated else None
 
             def read_prompts(read: Any) -> None:
                 for prompt in prompts:

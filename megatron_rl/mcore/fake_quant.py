@@ -128,13 +128,10 @@ class _FakeQuantised:
 
     def __init__(self, multiply: Callable[..., Tensor], form: FakeFormat, linear: Any, order: Tensor | None) -> None:
         self._multiply, self._form, self._order = multiply, form, order
-        group = (
-            parallel_state.get_tensor_model_parallel_group() if parallel_state.model_parallel_is_initialized() else None
-        )
-        shared = group if group is not None and dist.get_world_size(group) > 1 else None
+        group = parallel_state.get_tensor_model_parallel_group()
+        shared = group if group.size() > 1 else None
         by_columns = isinstance(linear, RowParallelLinear)
-        weight_split = self._form.weight.block[1 if by_columns else 0] == 0
-        self._weight_group = shared if weight_split else None
+        self._weight_group = shared if form.weight.block[1 if by_columns else 0] == 0 else None
         self._activation_group = shared if by_columns and form.activation.block[1] == 0 else None
 
     def __call__(self, *, input: Tensor, weight: Tensor, **others: Any) -> Tensor:  # noqa: A002 - megatron-core's name
