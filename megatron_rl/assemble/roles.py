@@ -71,7 +71,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
     policy, engine = RemotePolicy(groups["policy"]), RemoteEngine(groups["engine"])
-    engine_linears = audit_engines(engine, config, dims)
+    engine_linears = audit_engines(engine, config, config.model.path)
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     transport = connect(
         policy,

@@ -140,10 +140,8 @@ def _block(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, int]:
 def _bands(shape: tuple[int, ...], scaling: Scaling) -> Iterator[tuple[slice, slice]]:
     """Rows, and the rows of blocks that they lie in: whole ones, or a part of one."""
     height, _ = _block(shape, scaling)
-    if height <= _BAND_ROWS:
-        step = _BAND_ROWS // height * height
-    else:
-        step = _BAND_ROWS if height == shape[0] else height
+    within = _BAND_ROWS if height == shape[0] else height
+    step = _BAND_ROWS // height * height if height <= _BAND_ROWS else within
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         yield slice(start, stop), slice(start // height, -(-stop // height))

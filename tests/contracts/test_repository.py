@@ -67,7 +67,8 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize("file", TOMLS, ids=ids(TOMLS))
 def test_every_example_configuration_loads(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert problems(schema_of(file), [file]) == []
+    over = [] if "[model]" in file.read_text() else [file.with_name("ppo.toml")]
+    assert problems(schema_of(file), [*over, file]) == []
 
 
 def test_a_wrong_example_would_be_noticed(tmp_path):
