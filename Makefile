@@ -42,7 +42,7 @@ LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-
 .PHONY: help env quickstart quickstart-fp8 test test-all lint format lock clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make .venv: everything pinned, no CUDA package (PYTHON=python3.12 chooses the interpreter)
 
