@@ -43,10 +43,10 @@ TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--no-index,--default-index $(PYTORCH_CPU)
 LOCK_SOURCE := $(if $(PIP_FIND_LINKS),,--extra-index-url $(PYTORCH_CPU) --index-strategy unsafe-best-match)
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-modelopt quickstart test test-all test-modelopt test-triton lint format lock clean
+.PHONY: help env env-modelopt quickstart quickstart-fp8 test test-all test-modelopt test-triton lint format lock clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make .venv: everything pinned, no CUDA package (PYTHON=python3.12 chooses the interpreter)
 
@@ -67,6 +67,13 @@ quickstart: $(STAMP) ## PPO from scratch on the real stack, on two cores (SEED=1
 	$(BIN)/python examples/arithmetic_cpu/task.py runs/quickstart/task --seed $(WARMUP_SEED)
 	$(BIN)/megatron-rl sft examples/arithmetic_cpu/warmup.toml
 	$(BIN)/megatron-rl train examples/arithmetic_cpu/ppo.toml seed=$(SEED)
+
+quickstart-fp8: $(STAMP) ## the same PPO with an engine in FP8, from the base of make quickstart (made if it is not there)
+	test -d runs/quickstart/base || { \
+	  $(BIN)/python examples/arithmetic_cpu/task.py runs/quickstart/task --seed $(WARMUP_SEED) && \
+	  $(BIN)/megatron-rl sft examples/arithmetic_cpu/warmup.toml; }
+	rm -rf runs/quickstart-fp8
+	$(BIN)/megatron-rl train examples/arithmetic_cpu/ppo.toml examples/arithmetic_cpu/fp8.toml seed=$(SEED)
 
 test: $(STAMP) ## the tests that need no GPU, without the slow ones
 	$(BIN)/pytest

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from megatron_rl.config.schema import EngineConfig, RunConfig
 from megatron_rl.linear_formats import LinearFormat, first_difference, summary, write_table
-from megatron_rl.model_dims import ModelDims
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.ray_runtime.cluster import ClusterProblem
 from megatron_rl.ray_runtime.roles import RemoteEngine
 from megatron_rl.weights.safetensors_io import HfFolder
@@ -28,8 +29,13 @@ def check_engine(engine: EngineConfig, gpus: int) -> None:
         raise ClusterProblem("; ".join(problems))
 
 
-def audit_engines(engine: RemoteEngine, config: RunConfig, dims: ModelDims) -> str | None:
+def audit_engines(engine: RemoteEngine, config: RunConfig, model: Path) -> str | None:
     """Hold every linear of every engine against the configuration, and write the table to the run's folder.
+
+    Args:
+        engine: all of them.
+        config: what it asks.
+        model: the folder that they loaded.
 
     Returns:
         a line for the console. None: models with experts or latent attention, which are never quantised, are not looked
@@ -38,10 +44,10 @@ def audit_engines(engine: RemoteEngine, config: RunConfig, dims: ModelDims) -> s
     Raises:
         AuditFailed: one differs; the message names the first.
     """
+    dims = read_model_dims(model)
     if dims.experts is not None or dims.latent is not None:
         return None
-    infos = HfFolder(config.model.path).infos()
-    wanted = engine_formats(infos, config.engine, config.model.dtype, tied=dims.tied_embeddings)
+    wanted = engine_formats(HfFolder(model).infos(), config.engine, config.model.dtype, tied=dims.tied_embeddings)
     by_engine = engine.linear_formats().result()
     for index, found in enumerate(by_engine):
         if (difference := first_difference(wanted, found)) is not None:

@@ -133,7 +133,7 @@ def parity_gate(
 ) -> Gate:
     """The gate of a run: from the reference outwards to the engine."""
     policy, engine = _scorer(roles.policy, packed=True), EngineScorer(roles.engine)
-    rounded = _fp8_tolerance(config.parity) if config.engine.rounds else None
+    rounded = fp8_tolerance(config.parity) if config.engine.rounds else None
     pairs = [Pair(_scorer(roles.policy, packed=False), policy), Pair(engine, policy, rounded)]
     if roles.critic is not None:
         critic, alone = (_scorer(roles.critic, packed, references.through) for packed in (True, False))
@@ -260,7 +260,7 @@ def _tolerance(parity: ParityConfig, dtype: str) -> Tolerance:
     return Tolerance(mean=mean, largest=largest, eps=torch.finfo(device.dtype(dtype)).eps)
 
 
-def _fp8_tolerance(parity: ParityConfig) -> Tolerance:
+def fp8_tolerance(parity: ParityConfig) -> Tolerance:
     """Of an engine in FP8: its weights are half a step of e4m3 away at most, and bfloat16 rounds them again."""
     eps = torch.finfo(torch.float8_e4m3fn).eps
     return Tolerance(mean=parity.fp8_mean_tolerance, largest=parity.fp8_max_tolerance, eps=eps, weights=0.55 * eps)

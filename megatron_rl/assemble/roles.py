@@ -85,7 +85,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     if config.critic is not None:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
     results(starting)
-    engine_linears = audit_engines(engine, config, dims)
+    engine_linears = audit_engines(engine, config, config.model.path)
     policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     open_channel = partial(
@@ -103,7 +103,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         for rank in ranks:
             cluster.restart(groups["engine"], rank)
         groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
-        audit_engines(engine, config, dims)
+        audit_engines(engine, config, config.model.path)
         open_channel()  # it has as many ends as there were at its opening
 
     return Roles(

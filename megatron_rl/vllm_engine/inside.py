@@ -70,10 +70,11 @@ def linear_formats(worker: Any) -> list[LinearFormat]:
     """What each linear of a model without experts computes with, by the Hugging Face names of its weights; an output
     layer that is tied to the embedding is none.
     """
+    linears = LinearBase if worker.model_config.hf_text_config.tie_word_embeddings else LinearBase | ParallelLMHead
     return [
         LinearFormat(weight=name, dtype=str(module.weight.dtype).removeprefix("torch."), **_scaling(module))
         for module_name, module in worker.get_model().named_modules()
-        if isinstance(module, LinearBase | ParallelLMHead)
+        if isinstance(module, linears)
         for name in _names(module_name, "weight")
     ]
 

@@ -91,8 +91,9 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         # linear weights are packed for the CPU's kernels, and their parameters are left empty: plain loading would fail
         if self.device.type == "cpu":
             self._forget_expert_kernels()
+        names = {name for name, _ in self.model.named_parameters()}  # a tied head is none of them, yet
         initialize_layerwise_reload(self.model)
-        self._expected = {name for name, _ in self.model.named_parameters()}  # without what quantising adds
+        self._expected = names & {name for name, _ in self.model.named_parameters()}  # scales are none of them, now
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one whole push; errors as :meth:`receive_weights`."""

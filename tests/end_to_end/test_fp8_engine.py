@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 from megatron_rl.assemble.audit import engine_formats
-from megatron_rl.config.schema import EngineConfig
+from megatron_rl.assemble.gate import fp8_tolerance
+from megatron_rl.config.schema import EngineConfig, ParityConfig
 from megatron_rl.linear_formats import first_difference
+from megatron_rl.parity import Pair, ParityFailed, check_parity
 from megatron_rl.vllm_engine.engine import EngineSpec
 from megatron_rl.weights.fp8_blocks import PER_CHANNEL, quantise
+from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder
+from tests.distributed.parity_cases import hugging_face
 from tests.end_to_end.test_engine import (
     GREEDY,
+    PARITY,
+    PARITY_ROWS,
     PROMPTS,
     EngineError,
     RemoteEngine,
     build_model,
+    inside,
     loaded,
     named_weights,
 )
@@ -47,7 +54,11 @@ def leave_one_unquantised(worker: Any) -> None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: build_model(root / name, seed, False) for seed, name in enumerate("AB")}
+    return {
+        f"{name}{kind}": build_model(root / f"{name}{kind}", seed, bool(kind))
+        for kind in ("", "-tied")
+        for seed, name in enumerate("AB")
+    }
 
 
 @contextmanager
@@ -122,6 +133,33 @@ def test_the_audit_finds_every_linear_as_asked_and_names_one_that_is_not(
         assert first_difference(wanted, faulty.call("linear_formats")) == (
             "model.layers.1.mlp.down_proj.weight must be float8_e4m3fn with a float32 scale per 1 x all, found bfloat16"
         )
+
+
+def test_a_head_that_is_tied_stays_in_bfloat16_and_is_pushed_with_its_embedding(folders: dict[str, Path]) -> None:
+    with running(folders["B-tied"], version=2) as fresh:
+        wanted = fresh.call("score", ROWS)
+    with running(folders["A-tied"]) as engine:
+        for version in (1, 2):
+            engine.push(version, iter(named_weights(loaded(folders["B-tied"]))))
+            assert engine.call("score", ROWS) == wanted
+        formats = engine_formats(HfFolder(folders["B-tied"]).infos(), FP8, "float32", tied=True)
+        assert first_difference(formats, engine.call("linear_formats")) is None
+
+
+def test_the_gate_lets_rounding_pass_and_names_a_layer_that_is_stale(
+    pushed: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    whole, old = named_weights(loaded(folders["B"])), dict(named_weights(loaded(folders["A"])))
+    wanted = hugging_face(folders["B"], Head.TOKEN, PARITY_ROWS)
+    bounds = fp8_tolerance(ParityConfig())
+    pushed.push(6, iter(whole))
+    told = check_parity([Pair(inside(pushed), wanted, bounds)], PARITY_ROWS, PARITY, print)
+    assert 0.01 < told["engine_against_Hugging_Face/mean"] < 0.3
+    pushed.push(7, ((name, old[name] if "layers.1." in name else tensor) for name, tensor in whole))
+    with pytest.raises(ParityFailed) as caught:
+        check_parity([Pair(inside(pushed), wanted, bounds)], PARITY_ROWS, PARITY, print)
+    assert "the first place that differs is model.layers.1.self_attn, by" in str(caught.value)
+    assert "the first tensor that differs there is model.layers.1.self_attn.q_proj.weight: " in str(caught.value)
 
 
 def test_a_push_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_one_heals_it(

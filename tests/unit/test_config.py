@@ -12,8 +12,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from megatron_rl.assemble.audit import check_engine
 from megatron_rl.config.load import ConfigError, dump, load
-from megatron_rl.config.schema import RunConfig, SFTConfig
+from megatron_rl.config.schema import EngineConfig, RunConfig, SFTConfig, SyncConfig
+from megatron_rl.ray_runtime.cluster import ClusterProblem
 
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -148,6 +150,47 @@ def test_what_does_not_go_with_shared_devices_is_refused(folder):
         "engine.restarts: must be 0 with cluster.colocate=true: a new engine needs the weights of a policy that is in "
         "host memory then, got 3"
     ]
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_an_fp8_engine_is_refused_for_experts(folder, architecture):
+    sizes = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    Path("model/config.json").write_text(json.dumps(MODEL | sizes | {"architectures": [architecture]}))
+    told = f"FP8 engines are for models without experts and latent attention, which {architecture} has: set 'none'"
+    assert any(told in problem for problem in problems("engine.quantization=fp8_per_channel"))
+    assert not any("FP8" in problem for problem in problems("ppo.gama=1"))
+
+
+@pytest.mark.parametrize("asked", ["fp8_per_tensor", "fp8_per_block"])
+def test_without_a_gpu_only_scales_per_channel_are_possible(asked):
+    with pytest.raises(ClusterProblem, match=f"no kernel for '{asked}': choose 'fp8_per_channel' or 'none'"):
+        check_engine(EngineConfig(quantization=asked), gpus=0)
+    check_engine(EngineConfig(quantization=asked), gpus=1)
+    check_engine(EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8"), gpus=0)
+
+
+def test_an_engine_in_fp8_has_a_tolerance_of_its_own_unless_it_is_set():
+    quantised, cached = EngineConfig(quantization="fp8_per_channel"), EngineConfig(kv_cache_dtype="fp8")
+    assert SyncConfig().tolerance("float32", EngineConfig()) == 1e-3
+    assert [SyncConfig().tolerance("float32", engine) for engine in (quantised, cached)] == [0.45, 0.45]
+    assert SyncConfig(probe_tolerance=0.1).tolerance("bfloat16", quantised) == 0.1
+    assert [engine.dtype("float32") for engine in (quantised, cached)] == ["bfloat16", "float32"]
 
 
 def test_a_misspelt_key_names_the_nearest(folder):

@@ -263,3 +263,12 @@ def test_the_tolerance_follows_the_type_unless_it_is_set() -> None:
     assert ParityConfig().tolerance("float32") == (1e-4, 2e-3)
     assert ParityConfig().tolerance("bfloat16") == (0.05, 1.5)
     assert ParityConfig(mean_tolerance=0.5, max_tolerance=2.5).tolerance("float32") == (0.5, 2.5)
+
+
+def test_a_pair_may_have_bounds_of_its_own_and_weights_that_were_rounded() -> None:
+    exact = torch.tensor([1.0, 0.5, 1e-7])
+    rounded = torch.tensor([1.06, 0.48, 0.0])
+    assert tensor_difference(rounded, exact, relative=0.065) is None
+    told = tensor_difference(rounded, exact, relative=0.05)
+    assert told is not None
+    assert told.startswith("1 of 3 elements, the first at [0]")
