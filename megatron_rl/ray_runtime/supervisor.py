@@ -22,6 +22,7 @@ from typing import Any
 from megatron_rl.ray_runtime.child import Call, Reply
 
 LOG_LINES = 12
+_GPU_IS_FULL = "CUDA out of memory"
 _CHILD = "from megatron_rl.ray_runtime.child import main; main()"
 
 
@@ -56,6 +57,8 @@ class Death:
                 )
         else:
             how = f"exited with code {self.exit_code}"
+        if full := next((line for line in self.log.splitlines() if _GPU_IS_FULL in line), None):
+            how += f"; the GPU's memory was full: {full.strip()}"
         text = f"{self.worker} (pid {self.pid} on {self.host}) {how}; its last phase: {self.phase}"
         return text + (f"\nlast lines of its log:\n{self.log}" if self.log else "")
 

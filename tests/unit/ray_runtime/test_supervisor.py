@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.ray_runtime.supervisor import Supervisor
+from megatron_rl.ray_runtime.supervisor import Death, Supervisor
 
 
 @pytest.fixture
@@ -29,3 +29,22 @@ def test_a_port_that_is_kept_is_for_the_worker_alone(supervisor: Supervisor) -> 
         client.connect(("127.0.0.1", port))
         accepted, _ = worker.accept()
         accepted.close()
+
+
+def death(exit_code: int, *, oom_kills: int = 0, log: str = "") -> str:
+    return str(
+        Death(worker="critic", host="node7", pid=12, exit_code=exit_code, phase="update", oom_kills=oom_kills, log=log)
+    )
+
+
+def test_a_death_says_whose_memory_was_full() -> None:
+    assert death(-9, oom_kills=1) == (
+        "critic (pid 12 on node7) was killed by signal 9 (SIGKILL); the kernel's out-of-memory killer struck 1 time(s) "
+        "on that host meanwhile; its last phase: update"
+    )
+    log = "step\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
+    assert death(1, log=log) == (
+        "critic (pid 12 on node7) exited with code 1; the GPU's memory was full: torch.OutOfMemoryError: CUDA out of "
+        "memory. Tried to allocate 2 GiB.; its last phase: update\nlast lines of its log:\n" + log
+    )
+    assert "memory was full" not in death(1, log="step\n")
