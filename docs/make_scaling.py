@@ -28,8 +28,8 @@ FP8_GAIN = 1.57
 HEAD = """# Scaling
 
 Written by `docs/make_scaling.py` from the planner (`megatron-rl plan`): every figure below is a **prediction**, unless
-its column says measured or published. No GPU was used for it. Constants (`megatron_rl/planner/devices.py`) are the same for all
-rows: none was fitted to any point.
+its column says measured or published. No GPU was used for it. Constants (`megatron_rl/planner/devices.py`) are the same
+for all rows: none was fitted to any point.
 
 `megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role,
 seconds of each phase, other layouts of the same devices, and why the others cannot be. `--explain policy.gradients`
