@@ -222,7 +222,7 @@ class MegatronSource:
             FileNotFoundError: a folder, or a part of it, is not there.
             ValueError: metadata and configuration contradict each other, or a tensor is missing or has another shape.
         """
-        from megatron_rl.mcore.torch_dist import TorchDistFolder  # slow, and an import needs it last of all
+        from megatron_rl.mcore.torch_dist import TorchDistFolder  # slow, and an import loads it beside its writing
 
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")

@@ -1,5 +1,5 @@
-"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk and
-compared with what was written.
+"""What a converted model folder must be, byte for byte: ``manifest.json``, made of what was read back from the disk; of
+weights that was compared with what was written.
 """
 
 from __future__ import annotations

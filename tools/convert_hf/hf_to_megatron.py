@@ -7,10 +7,14 @@ A critic is a folder whose architecture ends in ForTokenClassification. An impor
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; to look for it in what they make takes 0.2 s
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -48,4 +52,6 @@ def _convert(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # nor is it looked for there later on: 0.3 s at the end of the process
+    gc.enable()
     sys.exit(main())

@@ -27,7 +27,7 @@ from megatron_rl.convert.target import Target
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
 from megatron_rl.weights.weight_map import WeightEntry
-from tests.unit.convert.folders import export_plan, exported, folder_sums, ignore, imported, wide_model
+from tests.unit.convert.folders import export_plan, exported, folder_sums, ignore, imported, wide_model, write_model
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +288,15 @@ def test_an_interrupted_import_of_what_has_changed_since_is_refused(
         imported(source, out, resume=True)
     shutil.rmtree(Target(out).work)
     assert (imported(source, out) / "manifest.json").is_file()
+
+
+def test_an_import_is_the_same_each_time_and_an_export_tells_it_from_that_of_a_changed_model(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    first, again = imported(source, tmp_path / "first"), imported(source, tmp_path / "again")
+    assert folder_sums(first) == folder_sums(again)
+    assert export_plan(first).digest == export_plan(again).digest
+    os.utime(source / "model.safetensors", ns=(0, 0))  # as whoever writes other weights of the same sizes
+    assert export_plan(imported(source, tmp_path / "other")).digest != export_plan(first).digest
 
 
 def test_a_source_that_an_import_cannot_read_is_told_as_such_and_a_damaged_one_leaves_nothing(
