@@ -50,6 +50,7 @@ def metadata(folder: Path) -> Metadata:
     return kept
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.usefixtures("no_checksums")
 def test_file_and_metadata_are_those_that_torch_writes(tmp_path: Path) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
