@@ -133,15 +133,21 @@ def parity_gate(
 ) -> Gate:
     """The gate of a run: from the reference outwards to the engine."""
     policy, engine = _scorer(roles.policy, packed=True), EngineScorer(roles.engine)
-    rounded = fp8_tolerance(config.parity) if config.engine.rounds else None
-    pairs = [Pair(_scorer(roles.policy, packed=False), policy), Pair(engine, policy, rounded)]
-    if roles.critic is not None:
+
+    def bounds(*sides: TrainerConfig | EngineConfig) -> Tolerance | None:
+        return fp8_tolerance(config.parity) if any(side.rounds for side in sides) else None
+
+    of_policy, of_engine = bounds(config.policy), bounds(config.engine, config.policy)
+    pairs = [Pair(_scorer(roles.policy, packed=False), policy, of_policy), Pair(engine, policy, of_engine)]
+    if roles.critic is not None and config.critic is not None:
+        of_critic = bounds(config.critic)
         critic, alone = (_scorer(roles.critic, packed, references.through) for packed in (True, False))
-        pairs.insert(1, Pair(alone, critic))
+        pairs.insert(1, Pair(alone, critic, of_critic))
         if references.critic is not None:
-            pairs.insert(1, Pair(critic, references.critic))
+            pairs.insert(1, Pair(critic, references.critic, of_critic))
     if references.policy is not None:
-        pairs = [Pair(policy, references.policy), *pairs, Pair(engine, references.policy, rounded)]
+        pairs = [Pair(policy, references.policy, of_policy), *pairs]
+        pairs.append(Pair(engine, references.policy, bounds(config.engine)))
     rows = parity_rows(
         (prompt.token_ids for prompt in prompts),
         vocabulary=dims.vocabulary,
@@ -261,6 +267,6 @@ def _tolerance(parity: ParityConfig, dtype: str) -> Tolerance:
 
 
 def fp8_tolerance(parity: ParityConfig) -> Tolerance:
-    """Of an engine in FP8: its weights are half a step of e4m3 away at most, and bfloat16 rounds them again."""
+    """Of FP8: weights are half a step of e4m3 away at most, and bfloat16 rounds them again."""
     eps = torch.finfo(torch.float8_e4m3fn).eps
     return Tolerance(mean=parity.fp8_mean_tolerance, largest=parity.fp8_max_tolerance, eps=eps, weights=0.55 * eps)

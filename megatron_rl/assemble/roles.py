@@ -200,7 +200,7 @@ def checked_sync(
         sender=roles.policy,
         receiver=_VerifiedInTurn(roles.engine, turns) if isinstance(turns, TakingTurns) else roles.engine,
         probe=_probe(prompts, dims),
-        probe_tolerance=config.sync.tolerance(config.model.dtype, config.engine),
+        probe_tolerance=config.sync.tolerance(config.model.dtype, rounded=config.engine.rounds or config.policy.rounds),
         phase_deadline_s=config.sync.phase_deadline_s,
     )
 

@@ -296,6 +296,11 @@ class TrainerConfig:
     """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name
     does, and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether linears compute in FP8, or as if."""
+        return self.fp8 is not None or self.fake_quantization != "none"
+
     def fp8_case(self, model: ModelConfig, dims: ModelDims | None) -> FP8Case | None:
         """What the rules of FP8 look at; None without FP8."""
         if self.fp8 is None:
@@ -380,7 +385,7 @@ class SyncConfig:
     """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat | None = None
     """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
-    1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 with an engine in FP8."""
+    1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 where policy or engine computes in FP8."""
     bucket_mib: Positive = 32
     """Weights travel in buckets of this size, in MiB; two are under way at a time. On one host they lie in /dev/shm."""
     bucket_deadline_s: PositiveFloat = 120.0
@@ -396,9 +401,9 @@ class SyncConfig:
                 f"got {self.phase_deadline_s:g}"
             )
 
-    def tolerance(self, dtype: str, engine: EngineConfig) -> float:
-        """The mean difference allowed at the probe with weights of this type in such an engine."""
-        return self.probe_tolerance or (0.45 if engine.rounds else {"float32": 1e-3, "bfloat16": 0.05}[dtype])
+    def tolerance(self, dtype: str, *, rounded: bool) -> float:
+        """The mean difference allowed at the probe with weights of this type; ``rounded``: one side computes in FP8."""
+        return self.probe_tolerance or (0.45 if rounded else {"float32": 1e-3, "bfloat16": 0.05}[dtype])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +429,8 @@ class ParityConfig:
     max_tolerance: PositiveFloat | None = None
     """The same at the worst token. Unset: 2e-3 and 1.5."""
     fp8_mean_tolerance: PositiveFloat = 0.45
-    """In place of ``mean_tolerance`` where one of the two is an engine in FP8."""
+    """In place of ``mean_tolerance`` where one of the two computes in FP8 (a trainer with ``fp8`` or
+    ``fake_quantization``, an engine with ``quantization`` or an FP8 cache)."""
     fp8_max_tolerance: PositiveFloat = 4.0
     """The same at the worst token."""
 
@@ -575,21 +581,6 @@ class RunConfig:
                 f"that is in host memory then, got {self.engine.restarts}"
             )
 
-    def _fake_quantization_problems(self, dims: ModelDims | None) -> Iterator[str]:
-        yield from fake_quantization_problems(dims, self.trainers)
-        asked = {role: trainer.fake_quantization for role, trainer in self.trainers.items()}
-        gate = self.parity.enabled and (self.parity.mean_tolerance is None or self.parity.max_tolerance is None)
-        if gate and any(kind != "none" for kind in asked.values()):
-            yield (
-                "parity: Hugging Face does not quantise, so with fake_quantization the gate needs mean_tolerance and "
-                "max_tolerance of your own (docs/quantization.md has measured gaps), or enabled=false; got neither"
-            )
-        if asked["policy"] != "none" and self.sync.probe_tolerance is None:
-            yield (
-                "sync.probe_tolerance: must be set with policy.fake_quantization, because trainer and engine may round "
-                "differently (docs/quantization.md has measured gaps), got none"
-            )
-
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from (f"data: {problem}" for problem in self.data.problems())
@@ -616,7 +607,7 @@ class RunConfig:
         yield from found
         for role, trainer in self.trainers.items():
             yield from _fp8_problems(role, trainer.fp8_case(self.model, dims))
-        yield from self._fake_quantization_problems(dims)
+        yield from fake_quantization_problems(dims, self.trainers)
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
         if dims is not None and self.engine.quantised and (dims.experts or dims.latent) is not None:
@@ -673,6 +664,8 @@ def fake_quantization_problems(dims: ModelDims | None, trainers: dict[str, Train
     """Why models cannot be trained as asked by ``fake_quantization``; each line starts with its key."""
     for role, trainer in trainers.items():
         kind, ranks = trainer.fake_quantization, trainer.layout.tensor
+        if kind != "none" and trainer.fp8 is not None:
+            yield f"{role}.fake_quantization: must be 'none' with {role}.fp8, which is FP8 itself, got {kind!r}"
         if dims is None or kind == "none":
             continue
         if dims.experts is not None or dims.latent is not None:

@@ -179,7 +179,15 @@ def build_chunks(
     pipelines.
 
     A critic never ties its embeddings: it has no output projection to tie them to.
+
+    Raises:
+        ValueError: Transformer Engine's layers are to quantise in fake.
     """
+    if trainer.fake_quantization != "none" and transformer_engine:
+        raise ValueError(
+            "fake_quantization rounds in megatron-core's own linear layers, these are Transformer Engine's: set "
+            "model.layers='local'"
+        )
     config = transformer_config(dims, trainer, dtype, transformer_engine=transformer_engine)
     pieces = trainer.layout.virtual_pipeline
     kernels = choose_kernels(trainer.logprob_kernel)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.device import host_buffer, memory_used, release_cached
 from megatron_rl.interfaces import MemoryUse, TrainerPart
+from megatron_rl.mcore.fp8 import clear_cached_weights
 from megatron_rl.mcore.host_optimizer import HostOptimizer
 from megatron_rl.mcore.optimizer import Training, gather_parameters, optimizer_parts
 
@@ -59,6 +60,7 @@ class Offload:
                 storage.resize_(0)
         elif not self._away:
             gather_parameters(self._training)  # nothing may be under way
+        clear_cached_weights([*self._training.chunks, *self._reference])
         self._away[part] = []
         for storage in self._of(part):
             self._away[part].append((storage, _copied(storage)))

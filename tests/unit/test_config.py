@@ -187,9 +187,9 @@ def test_without_a_gpu_only_scales_per_channel_are_possible(asked):
 
 def test_an_engine_in_fp8_has_a_tolerance_of_its_own_unless_it_is_set():
     quantised, cached = EngineConfig(quantization="fp8_per_channel"), EngineConfig(kv_cache_dtype="fp8")
-    assert SyncConfig().tolerance("float32", EngineConfig()) == 1e-3
-    assert [SyncConfig().tolerance("float32", engine) for engine in (quantised, cached)] == [0.45, 0.45]
-    assert SyncConfig(probe_tolerance=0.1).tolerance("bfloat16", quantised) == 0.1
+    assert [engine.rounds for engine in (EngineConfig(), quantised, cached)] == [False, True, True]
+    assert [SyncConfig().tolerance("float32", rounded=rounded) for rounded in (False, True)] == [1e-3, 0.45]
+    assert SyncConfig(probe_tolerance=0.1).tolerance("bfloat16", rounded=True) == 0.1
     assert [engine.dtype("float32") for engine in (quantised, cached)] == ["bfloat16", "float32"]
 
 
@@ -463,18 +463,17 @@ def test_a_bad_configuration_is_refused_in_seconds_and_without_torch(folder):
     assert time.monotonic() - started < 5
 
 
-def test_fake_quantization_wants_tolerances_of_your_own_where_others_do_not_quantise(folder):
-    channel = "policy.fake_quantization=fp8_per_channel"
-    found = problems(channel)
-    assert [line.partition(":")[0] for line in found] == ["parity", "sync.probe_tolerance"]
-    tolerances = ("parity.mean_tolerance=0.1", "parity.max_tolerance=2", "sync.probe_tolerance=0.1")
-    for rest in (tolerances, ("parity.enabled=false", "sync.probe_tolerance=0.1")):
-        assert load(RunConfig, [Path("ppo.toml")], [channel, *rest]).policy.fake_quantization == "fp8_per_channel"
-    assert [line.partition(":")[0] for line in problems("critic.fake_quantization=fp8_per_channel")] == ["parity"]
+def test_a_trainer_that_rounds_says_so_and_rounds_in_one_way(folder):
+    plain, channel = "policy.fake_quantization=none", "policy.fake_quantization=fp8_per_channel"
+    assert [load(RunConfig, [Path("ppo.toml")], [asked]).policy.rounds for asked in (plain, channel)] == [False, True]
+    assert (
+        "policy.fake_quantization: must be 'none' with policy.fp8, which is FP8 itself, got 'fp8_per_channel'"
+        in problems(channel, "policy.fp8.recipe=tensorwise")
+    )
 
 
 def test_blocks_that_cross_tensor_ranks_or_heads_cannot_be_simulated(folder):
-    asked = ("policy.fake_quantization=fp8_per_block", "parity.enabled=false", "sync.probe_tolerance=0.1")
+    asked = ("policy.fake_quantization=fp8_per_block",)
     assert problems(*asked) == [
         "policy.fake_quantization: 'fp8_per_block' with layout.tensor=2 needs blocks of 128 within heads and ranks, "
         "got head_dim=8 and 96 feed-forward columns a rank; use layout.tensor=1 or 'fp8_per_channel'"
