@@ -545,7 +545,7 @@ def _ppo(case: Case, settings: list[str], *, gap_bound: float) -> list[Row]:
         "parity.enabled=true",
         f"evaluation.prompts={prompts}",
         "checkpoint.every=0",
-        *([] if case.small or case.gpus >= 3 else ["cluster.colocate=true"]),
+        *([] if case.small or min(case.gpus, case.asked_gpus) >= 3 else ["cluster.colocate=true"]),
         *settings,
     ]
     if not case.small:

@@ -20,10 +20,13 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 
+case "$*" in # these start Ray themselves, unless they are told where it is
+  *megatron-rl\ train\ * | *megatron-rl\ sft\ * | *megatron-rl\ check-parity\ * | *"-m megatron_rl "*) set -- "$@" cluster.address=auto ;;
+esac
+
 # the job's shell gets the command word by word, and its own folder and PATH
 # shellcheck disable=SC2016 # it is that shell which expands them
-job=(ray job submit --address="$dashboard" -- env "PATH=$PATH" bash -c 'cd "$1" && shift && exec "$@"' job "$PWD"
-  "$@" cluster.address=auto)
+job=(ray job submit --address="$dashboard" -- env "PATH=$PATH" bash -c 'cd "$1" && shift && exec "$@"' job "$PWD" "$@")
 if [ -n "${DRY_RUN:-}" ]; then
   printf '%q ' "${job[@]}"
   echo
