@@ -44,7 +44,8 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "engine", "parity", "reward.workers"),
+    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
 )
 """Settings that do not change what is computed, beyond rounding."""

@@ -262,11 +262,14 @@ class _MachineMetrics:
     epochs: int
 
     def __call__(self, step: Mapping[str, float]) -> dict[str, float]:
-        found = {"busy_s/rewards/score": self.rewards.take_busy_seconds()}
+        found: dict[str, float] = {}
+        rewards = self.rewards.take_busy_seconds()
         for role, group in self.groups.items():
             taken = group.take_statistics()
             found |= {f"busy_s/{role}/{verb}": seconds for verb, seconds in taken.busy_s.items()}
             found[f"peak_rss_gib/{role}"] = taken.peak_rss_bytes / 2**30
+        found = {key: value for key, value in found.items() if not key.startswith("busy_s/rewards/")}
+        found["busy_s/rewards/score"] = rewards  # of all its workers, not of the calls that waited for them
         kept = step.get("rollout/response_tokens", 0.0)
         drawn = step.get("sampling/response_tokens", kept) + step.get("heldout/response_tokens", 0.0)
         scored = step.get("rollout/total_tokens", 0.0)

@@ -570,6 +570,17 @@ class RunConfig:
             )
 
     def _colocation_problems(self) -> Iterator[str]:
+        if self.engine.restarts and self.engine.tensor > 1:
+            yield (
+                "engine.restarts: must be 0 with engine.tensor > 1: an engine outlives the death of one of its "
+                f"workers, and is not started anew, got {self.engine.restarts}"
+            )
+        for role, trainer in self.trainers.items():
+            if self.cluster.colocate and trainer.fp8 is not None and trainer.fp8.parameters:
+                yield (
+                    f"{role}.fp8.parameters: must be false with cluster.colocate=true: weights in FP8 cannot be moved "
+                    "to host memory, got true"
+                )
         if self.cluster.colocate and self.engine.tensor > 1:
             yield (
                 "engine.tensor: must be 1 with cluster.colocate=true, where an engine shares the one GPU of a rank, "

@@ -151,7 +151,8 @@ class Worker:
     def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
         self._offload.require(TrainerPart.WEIGHTS)
-        return layer_outputs(self._training.chunks, batch, **self._placement(packed))
+        with scoring_precision(self._training.chunks, self._spec.trainer.fp8):
+            return layer_outputs(self._training.chunks, batch, **self._placement(packed))
 
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
         """Whole weights whose Hugging Face name starts with one of ``prefixes``, in the map's order; rank 0 answers."""

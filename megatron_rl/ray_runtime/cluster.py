@@ -31,7 +31,7 @@ from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
 _LOOPBACK = "127.0.0.1"
 _STOP_DEADLINE_S = 10.0
-_LOOK_S = 5.0
+_LOOK_S = 10.0
 _LOG = logging.getLogger(__name__)
 
 

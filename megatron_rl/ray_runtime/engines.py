@@ -96,7 +96,8 @@ class Engines:
         for died in deaths:
             if died.worker not in names:
                 raise died
-        self._start_anew({names.index(died.worker): str(died) for died in deaths})
+        idle = self._engine.group.deaths()  # one that had answered may have died since
+        self._start_anew({**idle, **{names.index(died.worker): str(died) for died in deaths}})
         if self._version is not None:
             self._sync.push(self._version)
 
