@@ -98,10 +98,7 @@ def _config(block_t: int, block_v: int, block_h: int, warps: int, stages: int) -
 _CONFIGS = (
     [_config(32, 64, 32, 4, 1)]
     if triton.knobs.runtime.interpret
-    else [
-        *(_config(128, 256, 64, 8, 3), _config(128, 128, 64, 8, 4), _config(64, 256, 64, 8, 3)),
-        _config(64, 64, 32, 4, 2),  # fits 99 KiB of shared memory in float32 too
-    ]
+    else [_config(128, 256, 64, 8, 3), _config(128, 128, 64, 8, 4), _config(64, 256, 64, 8, 3)]
 )
 
 
