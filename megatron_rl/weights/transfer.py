@@ -13,6 +13,7 @@ Messages and confirmations go to and from one rank at a time, so that whoever do
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -398,6 +399,8 @@ class _Messages:
         self.receivers = range(1, world_size)
         self.timeout_s = timeout_s
         self._group = group
+        self._numbers = itertools.count()
+        self._works: dict[int, Any] = {}
 
     @classmethod
     def meet(cls, store: Any, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> _Messages:
@@ -429,14 +432,18 @@ class _Messages:
     def start(self, begin: Callable[[], Any], peer: int | None, where: str) -> Callable[[], None]:
         """Begin some work; what comes back waits for it. A peer that is known to be gone fails it at the beginning.
 
-        ``begin`` must not hold the group: an error would, and with it a channel that was closed.
+        Neither ``begin`` nor what comes back holds the group or the work: an error that is handled would hold both,
+        and would keep a channel open that was closed.
         """
+        number = next(self._numbers)
         with self._named(peer, where):
-            work = begin()
+            self._works[number] = begin()
 
         def wait() -> None:
+            if number not in self._works:
+                raise TransferError(f"{where}: the channel is closed; join again")
             with self._named(peer, where):
-                work.wait(timedelta(seconds=self.timeout_s))
+                self._works.pop(number).wait(timedelta(seconds=self.timeout_s))
 
         return wait
 
@@ -462,6 +469,7 @@ class _Messages:
 
     def close(self) -> None:
         self._group = None
+        self._works.clear()
 
 
 class _Sent:
