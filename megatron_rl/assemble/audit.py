@@ -29,13 +29,14 @@ def check_engine(engine: EngineConfig, gpus: int) -> None:
         raise ClusterProblem("; ".join(problems))
 
 
-def audit_engines(engine: RemoteEngine, config: RunConfig, model: Path) -> str | None:
-    """Hold every linear of every engine against the configuration, and write the table to the run's folder.
+def audit_engines(engine: RemoteEngine, config: RunConfig, model: Path, folder: Path) -> str | None:
+    """Hold every linear of every engine against the configuration, and write the table to ``folder``.
 
     Args:
         engine: all of them.
         config: what it asks.
         model: the folder that they loaded.
+        folder: of the run's logs.
 
     Returns:
         a line for the console. None: models with experts or latent attention, which are never quantised, are not looked
@@ -55,7 +56,7 @@ def audit_engines(engine: RemoteEngine, config: RunConfig, model: Path) -> str |
                 f"engine {index}: {difference}; the linears must be as engine.quantization="
                 f"{config.engine.quantization!r} asks"
             )
-    table = config.run_dir / "logs" / "engine_linears.tsv"
+    table = folder / "engine_linears.tsv"
     write_table(table, wanted)
     return f"engine: {summary(wanted)}; keys and values: {config.engine.kv_cache_dtype}; {table}"
 

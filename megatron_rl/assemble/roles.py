@@ -72,20 +72,21 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
     spec = engine_spec(config, config.model.path)
     engine = RemoteEngine(groups["engine"])
-    starting: dict[str, Pending[None]] = {
-        "engine": groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
-    }
+    starting: dict[str, Pending[None]] = {}
+    engines_start = groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
     if config.reward.pools:
         pool = reward_service(config.reward, max_error_rate=1.0)  # the share of all samples is looked at, not of each
         starting["rewards"] = groups["rewards"].build(pool, [()] * config.reward.pools)
     if config.cluster.colocate:
-        results(starting)
+        engines_start.result()
         engine.sleep(keep_weights=False).result()
     starting["policy"] = start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates)
     if config.critic is not None:
         starting["critic"] = start_trainer(groups["critic"], config, Head.VALUE, dims, critic_updates)
+    if not config.cluster.colocate:
+        starting["engine"] = engines_start  # after the trainers, which say more of a folder that cannot be loaded
     results(starting)
-    engine_linears = audit_engines(engine, config, config.model.path)
+    engine_linears = audit_engines(engine, config, config.model.path, cluster.log_dir)
     policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     open_channel = partial(
@@ -103,7 +104,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         for rank in ranks:
             cluster.restart(groups["engine"], rank)
         groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
-        audit_engines(engine, config, config.model.path)
+        audit_engines(engine, config, config.model.path, cluster.log_dir)
         open_channel()  # it has as many ends as there were at its opening
 
     return Roles(

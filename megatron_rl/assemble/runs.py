@@ -236,7 +236,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
         group.build(start_engine, [(engine_spec(config, model, version=0),)] * config.engine.count).result()
         engine = RemoteEngine(group)
-        audit_engines(engine, config, model)
+        audit_engines(engine, config, model, cluster.log_dir)
         yield engine, rewards, heldout.prompts[: config.evaluation.prompts]
 
 

@@ -134,7 +134,7 @@ class Cluster:
         """
         self._config = config
         self._gpus = gpus
-        self._log_dir = run_dir.resolve() / "logs"
+        self.log_dir = run_dir.resolve() / "logs"
         self._scratch = run_dir.resolve() / "scratch"
         self._group: PlacementGroup | None = None
         self._groups: list[WorkerGroup] = []
@@ -221,7 +221,7 @@ class Cluster:
 
     def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
         """The supervisor of one rank."""
-        log = self._log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
+        log = self.log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
         if role.spread:
             options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
         else:
@@ -244,7 +244,7 @@ class Cluster:
             group.names[rank]: {"worker": group.names[rank], **asdict(birth)}
             for rank, birth in zip(ranks, births, strict=True)
         }
-        (self._log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
+        (self.log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
 
     def _place(self, bundles: list[dict[str, float]]) -> None:
         asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}

@@ -39,8 +39,8 @@ def engines(*formats: list[LinearFormat]) -> Any:
 
 
 def test_the_table_of_engines_that_are_as_asked_is_kept(config: Any) -> None:
-    told = audit_engines(engines([*LINEARS, HEAD], [HEAD, *LINEARS]), config, config.model.path)
-    table = config.run_dir / "logs" / "engine_linears.tsv"
+    told = audit_engines(engines([*LINEARS, HEAD], [HEAD, *LINEARS]), config, config.model.path, config.run_dir)
+    table = config.run_dir / "engine_linears.tsv"
     assert told == (
         "engine: 2 linears in float8_e4m3fn with a float32 scale per 1 x all, 1 linears in bfloat16; "
         f"keys and values: auto; {table}"
@@ -51,5 +51,5 @@ def test_the_table_of_engines_that_are_as_asked_is_kept(config: Any) -> None:
 def test_a_layer_left_unquantised_in_one_of_the_engines_ends_the_start(config: Any) -> None:
     left = replace(LINEARS[1], dtype="bfloat16", block=None, scale=None)
     with pytest.raises(AuditFailed, match=r"engine 1: model\.layers\.0\.mlp\.up_proj\.weight must be float8_e4m3fn .*"):
-        audit_engines(engines([*LINEARS, HEAD], [LINEARS[0], left, HEAD]), config, config.model.path)
-    assert not (config.run_dir / "logs").exists()
+        audit_engines(engines([*LINEARS, HEAD], [LINEARS[0], left, HEAD]), config, config.model.path, config.run_dir)
+    assert not config.run_dir.exists()
