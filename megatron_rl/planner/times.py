@@ -75,9 +75,13 @@ def pass_time(
     """Passes over ``work``: forward, or forward and backward (twice the products; once more with full recompute).
 
     Products: :meth:`ModelDims.row_flops`. Element-wise work reads and writes about twice what a layer would keep for
-    its backward pass. Tensor ranks exchange four times a layer and pass (Korthikanti et al. 2022, section 4.2.2),
-    experts twice (Lepikhin et al., "GShard", 2020, section 3.2), context ranks gather keys and values once. A
-    pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section 2.2).
+    its backward pass. Each exchange has one mirror image in the backward pass, however many products that has; full
+    recompute repeats the forward's. Tensor ranks exchange four times a layer each way: two gathers and two scattered
+    sums, or two sums that cost twice as much. That a backward pass gathers the inputs of two products once more under
+    sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section 4.2.2).
+    Experts exchange twice each way (Lepikhin et al., "GShard", 2020, section 3.2); context ranks gather keys and values
+    once and sum their gradients once. A pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section
+    2.2).
     """
     layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
     share = layout.tensor * layout.pipeline * layout.context
@@ -101,7 +105,7 @@ def pass_time(
         routed = size * micro / layout.tensor * dims.experts.per_token * dims.hidden
         ranks = layout.expert * layout.expert_tensor
         exchanged += 2 * sparse * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)
-    exchanged *= passes
+    exchanged *= 1 if not backward else 3 if trainer.recompute == "full" else 2
     busy = arithmetic + exchanged
     bubble = busy * (layout.pipeline - 1) / layout.virtual_pipeline
     return PassTime(arithmetic=arithmetic * batches, tensor=exchanged * batches, bubble=bubble)

@@ -120,6 +120,42 @@ def test_full_recompute_costs_one_more_forward_pass():
     assert again.arithmetic == pytest.approx(kept.arithmetic * 4 / 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("llama3_8b", {"tensor": 4, "sequence_parallel": True}),
+        ("llama3_8b", {"context": 2}),
+        ("qwen3_30b_a3b", {"expert": 8, "data": 8}),
+    ],
+    ids=["tensor", "context", "expert"],
+)
+def test_an_exchange_is_done_once_each_way_and_again_with_full_recompute(name, axes):
+    work, dims, chosen = Work(rows=64, row_tokens=1024), model(name), trainer(**axes)
+
+    def exchanged(recompute, *, backward):
+        asked = replace(chosen, recompute=recompute)
+        return pass_time(dims, asked, H100, work, "bfloat16", backward=backward).tensor
+
+    forward = exchanged("none", backward=False)
+    assert forward > 0
+    assert exchanged("none", backward=True) == pytest.approx(2 * forward)
+    assert exchanged("selective", backward=True) == pytest.approx(2 * forward)
+    assert exchanged("full", backward=True) == pytest.approx(3 * forward)
+
+
+def test_tensor_ranks_exchange_four_shares_of_the_hidden_states_a_layer():
+    # 8,192 tokens x 4,096 x 2 B, of which three quarters come from others, 4 times in each of 32 layers
+    found = pass_time(
+        model("llama3_8b"),
+        trainer(tensor=4, sequence_parallel=True),
+        H100,
+        Work(rows=8, row_tokens=1024),
+        "bfloat16",
+        backward=False,
+    )
+    assert found.tensor == pytest.approx(4 * 32 * (2 * 8192 * 4096 * 0.75 / (0.75 * 450e9) + 12e-6))
+
+
 def test_products_take_their_flops_at_the_devices_share():
     work, dims = Work(rows=8, row_tokens=1024), model("llama3_8b")
     slow = replace(H100, device=replace(H100.device, bandwidth=1e30))
