@@ -87,14 +87,17 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
 def trainer_cells(
     role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool
 ) -> list[Cell]:
-    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
-
-    That is a rank of the first stage, which holds most micro-batches, or of the last, which has the vocabulary; of the
-    second where the first has fewer layers than others.
-    """
-    last = trainer.layout.pipeline - 1
-    stages = {0, min(1, last), last}
+    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``."""
+    stages = unlike_stages(trainer.layout)
     return max((_stage_cells(role, dims, trainer, head, dtype, s, reference) for s in stages), key=device_bytes)
+
+
+def unlike_stages(layout: ParallelLayout) -> list[int]:
+    """Stages one of which has the most of anything: the first, which holds most micro-batches; the last, which has the
+    vocabulary; and their neighbours, where the ends have fewer layers, or the first ones no experts.
+    """
+    last = layout.pipeline - 1
+    return sorted({0, min(1, last), max(0, last - 1), last})
 
 
 def device_bytes(cells: Iterable[Cell]) -> float:

@@ -15,8 +15,8 @@ from megatron_rl.planner.devices import (
     MEMORY_SHARE,
     Device,
 )
-from megatron_rl.planner.memory import activation_bytes_per_token, kv_bytes_per_token
-from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, state_bytes, total_parameters
+from megatron_rl.planner.memory import activation_bytes_per_token, kv_bytes_per_token, unlike_stages
+from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, exchanged_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head
 
 
@@ -114,28 +114,33 @@ def pass_time(
 def update_time(
     dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, work: Work, dtype: str
 ) -> PassTime:
-    """One optimizer step.
+    """One optimizer step, at the stage whose exchange and Adam take longest.
 
     Replicas reduce float32 gradients and get weights back (Rajbhandari et al., "ZeRO", 2020, section 7.1), or reduce
-    twice as much without a distributed optimizer; none of it is hidden behind arithmetic unless communication overlaps,
+    twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is hidden behind arithmetic unless communication overlaps,
     which hides what arithmetic lasts. Adam reads gradient, main weight and moments and writes the last three and the
     weight. On the host it takes the gradient down and the weight up, and runs at a tenth of the device's bandwidth.
     """
-    layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True)
-    states = state_bytes(dims, trainer, head, 0, dtype)
-    replicas = layout.data * layout.context
-    exchanged = (4 + (size if trainer.distributed_optimizer else 4)) * states.parameters * (replicas - 1) / replicas
-    between = exchanged / machine.link(layout.tensor * replicas)
-    if trainer.overlap_communication:
-        between = max(0.0, between - compute.arithmetic / 2)
-    return PassTime(
-        arithmetic=compute.arithmetic,
-        tensor=compute.tensor,
-        bubble=compute.bubble,
-        replicas=between,
-        optimizer=_adam(trainer, states, device, size),
+    hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
+    replicas, optimizer = max(
+        (_step_time(dims, trainer, head, machine, stage, dtype, hidden) for stage in unlike_stages(trainer.layout)),
+        key=sum,
     )
+    return replace(compute, replicas=replicas, optimizer=optimizer)
+
+
+def _step_time(
+    dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, stage: int, dtype: str, hidden: float
+) -> tuple[float, float]:
+    """Seconds of a stage's exchange between replicas, less those ``hidden`` behind arithmetic, and of its Adam."""
+    layout, size = trainer.layout, DTYPE_BYTES[dtype]
+    rank = layout.rank_of(pipeline=stage)
+    ways = 4 + (size if trainer.distributed_optimizer else 4)
+    exchanged = ways * exchanged_parameters(dims, layout, head, rank)
+    between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
+    states = state_bytes(dims, trainer, head, rank, dtype)
+    return max(0.0, between - hidden), _adam(trainer, states, machine.device, size)
 
 
 def _adam(trainer: TrainerConfig, states: StateBytes, device: Device, size: int) -> float:

@@ -173,6 +173,31 @@ def test_more_replicas_shorten_an_update_and_pay_for_the_exchange():
     assert two.replicas == pytest.approx(8 * 2.0080e9 / 2 / (0.75 * 450e9), rel=1e-3)
 
 
+def test_experts_are_exchanged_between_those_that_hold_the_same_ones():
+    work, dims = Work(rows=128, row_tokens=1024), model("qwen3_30b_a3b")
+    spread = update_time(dims, trainer(data=8, expert=8), Head.TOKEN, H100, work, "bfloat16")
+    copied = update_time(dims, trainer(data=8, expert=4), Head.TOKEN, H100, work, "bfloat16")
+    experts = 48 * 128 * 3 * 2048 * 768
+    dense = total_parameters(dims, Head.TOKEN) - experts
+    # with 8 groups of experts on 8 ranks nobody has the same ones; with 4 two have
+    seconds = 8 / (0.75 * 450e9)
+    assert spread.replicas == pytest.approx(seconds * dense * 7 / 8)
+    assert copied.replicas == pytest.approx(seconds * (dense * 7 / 8 + experts / 4 / 2))
+
+
+def test_an_update_waits_for_the_stage_with_the_most_parameters():
+    # the last stage has the output layer; the first of a critic the embedding, and the last one number per width
+    dims, work = model("llama3_8b"), Work(rows=128, row_tokens=1024)
+    ends = {
+        head: update_time(dims, trainer(pipeline=2, first_stage_layers=15, data=2), head, H100, work, "bfloat16")
+        for head in Head
+    }
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    table = 128256 * 4096
+    assert ends[Head.TOKEN].replicas == pytest.approx(8 * (17 * layer + table + 4096) / 2 / (0.75 * 450e9))
+    assert ends[Head.VALUE].replicas == pytest.approx(8 * (15 * layer + table) / 2 / (0.75 * 450e9))
+
+
 def test_a_step_of_an_engine_reads_all_weights_once():
     dims = model("llama3_8b")
     free = replace(H100, device=replace(H100.device, flops=1e30))
