@@ -114,12 +114,12 @@ def _stage_cells(
     sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
-    layers = dims.layers / layout.pipeline
+    layers = len(layout.layers_of_stage(stage, dims.layers))
     flying = pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage)
     each = activation_bytes_per_token(dims, trainer, dtype)
     passing = passing_bytes_per_token(dims, trainer, dtype)
     formula = (
-        f"{tokens} tokens x ({layers:g} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
+        f"{tokens} tokens x ({layers} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
         f"in passing) (recompute={trainer.recompute})"
     )
     cells = [

@@ -74,7 +74,8 @@ def pass_time(
 ) -> PassTime:
     """Passes over ``work``: forward, or forward and backward (twice the products; once more with full recompute).
 
-    Products: :meth:`ModelDims.row_flops`. Element-wise work reads and writes about twice what a layer would keep for
+    Products: :meth:`ModelDims.row_flops`; the stage with the most layers sets the pace, and has as much of the head's
+    products as of the layers. Element-wise work reads and writes about twice what a layer would keep for
     its backward pass. Each exchange has one mirror image in the backward pass, however many products that has; full
     recompute repeats the forward's. Tensor ranks exchange four times a layer each way: two gathers and two scattered
     sums, or two sums that cost twice as much. That a backward pass gathers the inputs of two products once more under
@@ -84,13 +85,13 @@ def pass_time(
     2.2).
     """
     layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
-    share = layout.tensor * layout.pipeline * layout.context
     per_rank = max(work.tokens / layout.data, work.row_tokens) / layout.context
     micro = min(trainer.tokens_per_microbatch, per_rank)
     batches = max(1.0, per_rank / micro)
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    layers = dims.layers / layout.pipeline
-    flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro * layout.context / share
+    held = max((layout.layers_of_stage(s, dims.layers) for s in unlike_stages(layout)), key=len)
+    layers = len(held)
+    flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro / layout.tensor * layers / dims.layers
     moved = 2 * micro * layers * activation_bytes_per_token(dims, _plain(trainer), dtype)
     arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
     exchanged = 0.0
@@ -101,7 +102,7 @@ def pass_time(
         bytes_each = 2 * size * micro * (layout.context - 1) * dims.kv_heads * dims.head_dim / layout.tensor
         exchanged += layers * bytes_each / machine.link(layout.tensor * layout.context)
     if dims.experts is not None and layout.expert > 1:
-        sparse = len(dims.experts.layers) / layout.pipeline
+        sparse = len(set(dims.experts.layers) & set(held))
         routed = size * micro / layout.tensor * dims.experts.per_token * dims.hidden
         ranks = layout.expert * layout.expert_tensor
         exchanged += 2 * sparse * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)

@@ -15,7 +15,13 @@ from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, 
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
-from megatron_rl.planner.memory import CHUNK_BYTES, kv_bytes_per_token, pieces_in_flight
+from megatron_rl.planner.memory import (
+    CHUNK_BYTES,
+    activation_bytes_per_token,
+    kv_bytes_per_token,
+    pieces_in_flight,
+    trainer_cells,
+)
 from megatron_rl.planner.report import plan_text
 from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan
 from megatron_rl.planner.states import total_parameters
@@ -154,6 +160,26 @@ def test_tensor_ranks_exchange_four_shares_of_the_hidden_states_a_layer():
         backward=False,
     )
     assert found.tensor == pytest.approx(4 * 32 * (2 * 8192 * 4096 * 0.75 / (0.75 * 450e9) + 12e-6))
+
+
+def test_each_stage_keeps_the_activations_of_its_own_layers():
+    dims = model("llama3_8b")
+    even, uneven = trainer(pipeline=4), trainer(pipeline=4, first_stage_layers=14)
+    kept = {}
+    for name, chosen in (("even", even), ("uneven", uneven)):
+        cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False)
+        kept[name] = next(cell for cell in cells if cell.name == "policy.activations")
+    each = activation_bytes_per_token(dims, even, "bfloat16")
+    # the first of four stages holds four micro-batches of its layers: 14 of them instead of 8
+    assert kept["uneven"].value - kept["even"].value == pytest.approx(8192 * (14 - 8) * 4 * each)
+    assert "14 layers x 4 micro-batches" in kept["uneven"].formula
+
+
+def test_the_stage_with_the_most_layers_sets_the_pace():
+    work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
+    even = pass_time(dims, trainer(pipeline=4), H100, work, "bfloat16", backward=True)
+    uneven = pass_time(dims, trainer(pipeline=4, first_stage_layers=14), H100, work, "bfloat16", backward=True)
+    assert uneven.arithmetic == pytest.approx(even.arithmetic * 14 / 8)
 
 
 def test_products_take_their_flops_at_the_devices_share():
