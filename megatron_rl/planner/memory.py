@@ -177,19 +177,52 @@ def kv_bytes_per_token(dims: ModelDims, tensor: int, dtype: str) -> float:
     return 2 * dims.layers * max(1, dims.kv_heads // tensor) * dims.head_dim * size
 
 
+def cache_dtype(engine: EngineConfig, model_dtype: str) -> str:
+    """Type of an engine's keys and values, for a model of a type."""
+    return engine.kv_cache_dtype if engine.kv_cache_dtype != "auto" else engine.dtype(model_dtype)
+
+
+def engine_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> int:
+    """Weights of all workers of an engine: where it is quantised, a byte for each of the layers' linears and their
+    float32 scales; two for the rest.
+    """
+    size, count = DTYPE_BYTES[engine.dtype(model_dtype)], total_parameters(dims, Head.TOKEN)
+    if not engine.quantised:
+        return size * count
+    linears = dims.layers * sum(rows * columns for rows, columns in _linear_shapes(dims))
+    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in _linear_shapes(dims))
+    return size * (count - linears) + linears + 4 * scales
+
+
+def _linear_shapes(dims: ModelDims) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of a dense layer's linears as an engine joins them: q with k and v, gate with up."""
+    attention = dims.heads * dims.head_dim
+    return (
+        (attention + 2 * dims.kv_heads * dims.head_dim, dims.hidden),
+        (dims.hidden, attention),
+        (2 * dims.ffn_hidden, dims.hidden),
+        (dims.hidden, dims.ffn_hidden),
+    )
+
+
+def _scales(quantization: str, rows: int, columns: int) -> int:
+    blocks = -(-rows // 128) * -(-columns // 128)
+    return {"fp8_per_channel": rows, "fp8_per_tensor": 1, "fp8_per_block": blocks}[quantization]
+
+
 def engine_cells(dims: ModelDims, engine: EngineConfig, dtype: str) -> list[Cell]:
-    """What one worker of an engine holds."""
-    size = DTYPE_BYTES[dtype]
-    count = total_parameters(dims, Head.TOKEN)
-    each = kv_bytes_per_token(dims, engine.tensor, dtype)
+    """What one worker of an engine holds; ``dtype``: of the model."""
+    count, kept = total_parameters(dims, Head.TOKEN), engine.dtype(dtype)
+    kind = f"quantization={engine.quantization}, the rest {kept}" if engine.quantised else kept
+    each = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
     cache = engine.kv_cache_mib * 2**20
     widest = engine.max_concurrent * 4 * dims.vocabulary
     return [
         Cell(
             name="engine.weights",
-            value=count * size / engine.tensor,
+            value=engine_weight_bytes(dims, engine, dtype) / engine.tensor,
             unit="B",
-            formula=f"{count:,} parameters x {size} B / {engine.tensor} workers",
+            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers",
         ),
         Cell(
             name="engine.kv_cache",

@@ -51,6 +51,11 @@ def plan_text(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
     lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
+    lines += [
+        f"{role}.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
+        for role, trainer in config.trainers.items()
+        if trainer.fp8 is not None
+    ]
     lines += _memory(found, [*config.trainers, "engine"])
     lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
     if found.times:

@@ -19,7 +19,7 @@ from megatron_rl.weights.reshard import shard_shape
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.shapes import is_float32
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 
 _REGISTERED = (
     "word_embeddings.weight",

@@ -15,7 +15,13 @@ from megatron_rl.planner.devices import (
     MEMORY_SHARE,
     Device,
 )
-from megatron_rl.planner.memory import activation_bytes_per_token, kv_bytes_per_token, unlike_stages
+from megatron_rl.planner.memory import (
+    activation_bytes_per_token,
+    cache_dtype,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    unlike_stages,
+)
 from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, exchanged_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head
 
@@ -185,15 +191,16 @@ def rollout_time(
     Pope et al. 2022, section 2: a step reads all weights once (of experts those that some token chose) and the keys and
     values of every sequence; it lasts as long as the larger of that and its products, and two all-reduces a layer.
     While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow; the longest
-    sample goes on alone after that, from the mean length to the limit.
+    sample goes on alone after that, from the mean length to the limit. Of a quantised engine fewer bytes are read; its
+    products are taken as those of bfloat16. ``dtype``: of the model.
     """
-    device, size = machine.device, DTYPE_BYTES[dtype]
+    device, size = machine.device, DTYPE_BYTES[engine.dtype(dtype)]
     mine = samples / engine.count
-    kv = kv_bytes_per_token(dims, engine.tensor, dtype)
+    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
     context = prompt_tokens + response_tokens / 2
     room = engine.kv_cache_mib * 2**20 / kv / (prompt_tokens + response_tokens)
     together = max(1.0, min(mine, engine.max_concurrent, room))
-    weights = total_parameters(dims, Head.TOKEN) * size / engine.tensor
+    weights = engine_weight_bytes(dims, engine, dtype) / engine.tensor
 
     def step(sequences: float) -> float:
         read = weights * _touched(dims, sequences) + sequences * context * kv

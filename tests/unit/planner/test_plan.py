@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.load import parse
+from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
@@ -18,6 +19,7 @@ from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import (
     CHUNK_BYTES,
     activation_bytes_per_token,
+    engine_cells,
     kv_bytes_per_token,
     pieces_in_flight,
     trainer_cells,
@@ -231,6 +233,54 @@ def test_a_step_of_an_engine_reads_all_weights_once():
     found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, response_tokens=100, longest=100)
     weights, cache = 8.0303e9 * 2, 51 * 2 * 32 * 8 * 128 * 2
     assert found.decode == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "scales"),
+    [
+        # of q with k and v, attention's output, gate with up, down
+        ("fp8_per_channel", 6144 + 4096 + 28672 + 4096),
+        ("fp8_per_tensor", 4),
+        ("fp8_per_block", 48 * 32 + 32 * 32 + 224 * 32 + 32 * 112),
+    ],
+)
+def test_a_quantised_engine_holds_a_byte_for_each_weight_of_its_linears_and_their_scales(quantization, scales):
+    dims = model("llama3_8b")
+    linears = 6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336
+    rest = total_parameters(dims, Head.TOKEN) - 32 * linears
+    engine = EngineConfig(quantization=quantization, tensor=2)
+    for dtype in ("bfloat16", "float32"):  # what is not quantised is bfloat16 in either case
+        weights = next(cell for cell in engine_cells(dims, engine, dtype) if cell.name == "engine.weights")
+        assert weights.value == (2 * rest + 32 * (linears + 4 * scales)) / 2
+
+
+def test_an_fp8_cache_holds_twice_the_tokens():
+    dims = model("llama3_8b")
+    formulas = [
+        next(cell.formula for cell in engine_cells(dims, engine, "bfloat16") if cell.name == "engine.kv_cache")
+        for engine in (EngineConfig(), EngineConfig(kv_cache_dtype="fp8"))
+    ]
+    # 4 GiB by 32 layers x 2 x 8 heads x 128 x 2 B or 1 B
+    assert [text.partition(": ")[2] for text in formulas] == ["32,768 tokens of 131,072 B", "65,536 tokens of 65,536 B"]
+
+
+def test_a_step_of_a_quantised_engine_reads_fewer_bytes():
+    dims = model("llama3_8b")
+    free = replace(H100, device=replace(H100.device, flops=1e30))
+    engine = EngineConfig(max_concurrent=1, quantization="fp8_per_tensor", kv_cache_dtype="fp8")
+    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, response_tokens=100, longest=100)
+    linears = 32 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)
+    weights, cache = 8.0303e9 * 2 - linears, 51 * 2 * 32 * 8 * 128
+    assert found.decode == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
+
+
+def test_a_plan_says_that_fp8_training_is_planned_as_bfloat16():
+    config, dims = recipe("qwen2.5_14b")
+    config = replace(config, policy=replace(config.policy, fp8=FP8Config()))
+    text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
+    assert [line for line in text.splitlines() if "fp8" in line] == [
+        "policy.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
+    ]
 
 
 def test_what_does_not_fit_says_how_much_is_missing():
