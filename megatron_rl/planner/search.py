@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_rl.config.precision import Gpu
 from megatron_rl.config.schema import RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         memory: what the fullest device of each role holds.
         times: seconds of each phase; those that run side by side stand in ``step`` once.
-        problems: what does not divide or does not fit; empty when the recipe can run.
+        problems: why ``train`` refuses the recipe, or what does not fit; empty when it can run.
         devices: that it takes.
     """
 
@@ -60,16 +61,14 @@ def head_of(role: str) -> Head:
 
 
 def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
-    """Plan the recipe as it stands."""
+    """Plan the recipe as it stands; one that ``train`` would refuse has problems and nothing else.
+
+    Files may be missing, and the CUDA version is not known here.
+    """
     dtype, engine = config.model.dtype, config.engine
-    problems = [
-        f"{role}.layout: {p}" for role, trainer in config.trainers.items() for p in dims.layout_problems(trainer.layout)
-    ]
-    if dims.heads % engine.tensor:
-        problems.append(f"engine.tensor: must divide the model's {dims.heads} attention heads, got {engine.tensor}")
-    if config.samples_per_step % config.ppo.minibatch_samples:
-        legal = [n for n in legal_minibatches(config) if n]
-        problems.append(f"ppo.minibatch_samples: must divide {config.samples_per_step}; legal: {legal}")
+    problems = list(config.contradictions(dims, Gpu(capability=machine.device.capability, cuda=None)))
+    if not machine.device.is_gpu:
+        problems += engine.cpu_problems()
     devices = sum(t.layout.world_size for t in config.trainers.values()) + engine.count * engine.tensor
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=devices)

@@ -283,6 +283,47 @@ def test_a_plan_says_that_fp8_training_is_planned_as_bfloat16():
     ]
 
 
+REFUSED = {
+    "a contradiction": (lambda c: replace(c, critic=None), "h100", "critic: required with ppo.advantage='gae'"),
+    "too long": (
+        lambda c: replace(c, rollout=replace(c.rollout, max_response_tokens=200_000)),
+        "h100",
+        "rollout.max_response_tokens: prompt (",
+    ),
+    "a layout": (
+        lambda c: replace(c, policy=replace(c.policy, layout=ParallelLayout(pipeline=5))),
+        "h100",
+        "policy.layout: pipeline=5 does not divide the model's 48 layers",
+    ),
+    "FP8 on an old GPU": (
+        lambda c: replace(c, policy=replace(c.policy, fp8=FP8Config())),
+        "a100-80g",
+        "policy.fp8: recipe='blockwise' needs a GPU of compute capability 9.x (Hopper; on Blackwell take mxfp8), "
+        "found 8.0",
+    ),
+    "FP8 blocks on a CPU": (
+        lambda c: replace(c, engine=replace(c.engine, quantization="fp8_per_block")),
+        "cpu",
+        "engine.quantization: without a GPU vLLM has no kernel for 'fp8_per_block'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_train_refuses_is_not_planned(case):
+    change, device, said = REFUSED[case]
+    config, dims = recipe("qwen2.5_14b")
+    found = plan(change(config), dims, replace(H100, device=DEVICES[device]), LENGTHS)
+    assert [text[: len(said)] for text in found.problems] == [said]
+    assert found.memory == found.times == ()
+
+
+def test_a_plan_needs_neither_data_nor_a_tokenizer():
+    config, dims = recipe("qwen2.5_14b")
+    assert [text.partition(":")[0] for text in config.problems()] == ["data", "data", "model.path"]
+    assert plan(config, dims, H100, LENGTHS).problems == ()
+
+
 def test_what_does_not_fit_says_how_much_is_missing():
     config, dims = recipe("qwen2.5_14b")
     found = choices(config, dims, H100, LENGTHS, "policy", 16)
