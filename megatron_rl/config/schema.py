@@ -548,6 +548,13 @@ class RunConfig:
         """The models that are trained, by role."""
         return {"policy": self.policy} if self.critic is None else {"policy": self.policy, "critic": self.critic}
 
+    @property
+    def devices(self) -> int:
+        """That the models take: all of each, or as many as the largest where they share them."""
+        of_roles = [trainer.layout.world_size for trainer in self.trainers.values()]
+        of_roles.append(self.engine.count * self.engine.tensor)
+        return max(of_roles) if self.cluster.colocate else sum(of_roles)
+
     def _algorithm_problems(self) -> Iterator[str]:
         advantage, samples = self.ppo.advantage, self.rollout.samples_per_prompt
         if self.ppo.has_critic and self.critic is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.schema import EngineConfig, TrainerConfig
-from megatron_rl.layout import padded_vocabulary
+from megatron_rl.layout import ParallelLayout, padded_vocabulary
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import DTYPE_BYTES, rank_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head

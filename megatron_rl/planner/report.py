@@ -8,7 +8,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import Cell, device_bytes
-from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan
+from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan, together
 from megatron_rl.planner.times import Machine
 
 _SHOWN = 5
@@ -57,6 +57,9 @@ def plan_text(
         if trainer.fp8 is not None
     ]
     lines += _memory(found, [*config.trainers, "engine"])
+    if config.cluster.colocate:
+        lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
+        lines += [f"  {who:58}{held / 1e9:8.2f}" for who, held in together(config, found.memory)]
     lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
     if found.times:
         hours = found.step_seconds * config.steps / 3600

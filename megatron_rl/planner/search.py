@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.precision import Gpu
@@ -69,23 +69,41 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     problems = list(config.contradictions(dims, Gpu(capability=machine.device.capability, cuda=None)))
     if not machine.device.is_gpu:
         problems += engine.cpu_problems()
-    devices = sum(t.layout.world_size for t in config.trainers.values()) + engine.count * engine.tensor
     if problems:
-        return Plan(memory=(), times=(), problems=tuple(problems), devices=devices)
+        return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))
     for role, trainer in config.trainers.items():
-        memory += trainer_cells(role, dims, trainer, head_of(role), dtype, reference=_keeps(config, role))
+        memory += _cells(config, dims, role, trainer)
     room = machine.device.memory - machine.device.reserved
-    for role in [*config.trainers, "engine"]:
-        held = device_bytes(c for c in memory if c.name.startswith(f"{role}."))
+    for who, held in together(config, memory):
         if held > room:
-            problems.append(f"{role}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
+            problems.append(f"{who}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
         problems=tuple(problems),
-        devices=devices,
+        devices=config.devices,
     )
+
+
+def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
+    """Who is on a device at the same time, and their bytes: each role alone, or with ``cluster.colocate`` policy and
+    critic, and in turn with them the engine; at the parity gate all weights lie beside it.
+    """
+
+    def held(*names: str) -> float:
+        return device_bytes(cell for cell in memory if cell.name.startswith(names))
+
+    if not config.cluster.colocate:
+        yield from ((role, held(f"{role}.")) for role in [*config.trainers, "engine"])
+        return
+    yield " with ".join(config.trainers), held(*(f"{role}." for role in config.trainers))
+    yield "engine", held("engine.")
+    if config.parity.enabled:
+        weights = [f"{role}.weights" for role in config.trainers]
+        yield f"parity.enabled: engine with {', '.join(weights)}", held("engine.", *weights)
+    else:
+        yield "push: policy.weights with engine.weights", held("policy.weights", "engine.weights")
 
 
 def legal_minibatches(config: RunConfig) -> list[int]:
@@ -129,13 +147,15 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
     yield Cell(
         name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
     )
-    step = rollout.total + max(scored) + max(updated) + push
+    longest, order = (sum, "one after the other") if config.cluster.colocate else (max, "side by side")
+    scoring, updates = longest(scored), longest(updated)
+    step = rollout.total + scoring + updates + push
     yield Cell(
         name="time.step",
         value=step,
         unit="s",
-        formula=f"rollout {rollout.total:.2f} + scoring {max(scored):.2f} + updates {max(updated):.2f} + push "
-        f"{push:.2f}; policy and critic side by side",
+        formula=f"rollout {rollout.total:.2f} + scoring {scoring:.2f} + updates {updates:.2f} + push "
+        f"{push:.2f}; policy and critic {order}",
     )
 
 
@@ -174,10 +194,27 @@ def choices(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
 ) -> list[Choice]:
     """Every layout of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot."""
+    beside = _beside(config, dims, role)
     found = [
-        _judged(config, dims, machine, lengths, role, layout) for layout in _layouts(dims, ranks, machine.per_node)
+        _judged(config, dims, machine, lengths, role, layout, beside)
+        for layout in _layouts(dims, ranks, machine.per_node)
     ]
     return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.layout.pipeline, c.layout.tensor))
+
+
+def _beside(config: RunConfig, dims: ModelDims, role: str) -> float:
+    """Bytes of the models that share the role's devices while it trains."""
+    if not config.cluster.colocate:
+        return 0.0
+    return sum(
+        device_bytes(_cells(config, dims, other, trainer))
+        for other, trainer in config.trainers.items()
+        if other != role and not dims.layout_problems(trainer.layout)
+    )
+
+
+def _cells(config: RunConfig, dims: ModelDims, role: str, trainer: TrainerConfig) -> list[Cell]:
+    return trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
 
 
 def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLayout]:
@@ -197,7 +234,13 @@ def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLay
 
 
 def _judged(
-    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+    config: RunConfig,
+    dims: ModelDims,
+    machine: Machine,
+    lengths: Lengths,
+    role: str,
+    layout: ParallelLayout,
+    beside: float,
 ) -> Choice:
     if problems := dims.layout_problems(layout):
         return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
@@ -205,15 +248,15 @@ def _judged(
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
     trainer = replace(config.trainers[role], layout=layout)
-    room = machine.device.memory - machine.device.reserved
+    room = machine.device.memory - machine.device.reserved - beside
+    there = f"the {room / 1e9:.1f} GB that the other model leaves" if beside else f"a device's {room / 1e9:.1f} GB"
     least = _least_bytes(dims, layout, head_of(role), config.model.dtype)
     if least > room:
-        problem = f"needs at least {least / 1e9:.0f} GB of a device's {room / 1e9:.1f} GB"
+        problem = f"needs at least {least / 1e9:.0f} GB of {there}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
-    cells = trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
-    held = device_bytes(cells)
+    held = device_bytes(_cells(config, dims, role, trainer))
     seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
-    problem = f"needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB" if held > room else ""
+    problem = f"needs {held / 1e9:.1f} GB of {there}" if held > room else ""
     return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)
 
 

@@ -124,9 +124,10 @@ def update_time(
     """One optimizer step, at the stage whose exchange and Adam take longest.
 
     Replicas reduce float32 gradients and get weights back (Rajbhandari et al., "ZeRO", 2020, section 7.1), or reduce
-    twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is hidden behind arithmetic unless communication overlaps,
-    which hides what arithmetic lasts. Adam reads gradient, main weight and moments and writes the last three and the
-    weight. On the host it takes the gradient down and the weight up, and runs at a tenth of the device's bandwidth.
+    twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is
+    hidden behind arithmetic unless communication overlaps, which hides what arithmetic lasts. Adam reads gradient, main
+    weight and moments and writes the last three and the weight. On the host it takes the gradient down and the weight
+    up, and runs at a tenth of the device's bandwidth.
     """
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True)
     hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0

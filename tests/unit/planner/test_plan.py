@@ -12,20 +12,21 @@ import pytest
 
 from megatron_rl.config.load import parse
 from megatron_rl.config.precision import FP8Config
-from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainerConfig
+from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfig, RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import (
     CHUNK_BYTES,
     activation_bytes_per_token,
+    device_bytes,
     engine_cells,
     kv_bytes_per_token,
     pieces_in_flight,
     trainer_cells,
 )
 from megatron_rl.planner.report import plan_text
-from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan
+from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan, together
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
@@ -322,6 +323,64 @@ def test_a_plan_needs_neither_data_nor_a_tokenizer():
     config, dims = recipe("qwen2.5_14b")
     assert [text.partition(":")[0] for text in config.problems()] == ["data", "data", "model.path"]
     assert plan(config, dims, H100, LENGTHS).problems == ()
+
+
+def shared(**changes):
+    config, dims = recipe("qwen2.5_14b")
+    engine = replace(config.engine, tensor=1, restarts=0)
+    return replace(config, cluster=replace(config.cluster, colocate=True), engine=engine, **changes), dims
+
+
+def test_models_that_share_devices_take_as_many_as_the_largest_and_their_times_add_up():
+    config, dims = shared()
+    apart = replace(config, cluster=replace(config.cluster, colocate=False))
+    alone, found = plan(apart, dims, H100, LENGTHS), plan(config, dims, H100, LENGTHS)
+    assert apart.critic is not None
+    each = (apart.policy.layout.world_size, apart.critic.layout.world_size, apart.engine.count)
+    assert (alone.devices, found.devices) == (sum(each), max(each))
+    at = {cell.name: cell.value for cell in found.times}
+    parts = ("rollout", "policy.scoring", "critic.scoring", "policy.updates", "critic.updates", "push")
+    assert found.step_seconds == pytest.approx(sum(at[f"time.{part}"] for part in parts))
+    assert alone.step_seconds < found.step_seconds
+
+
+def test_policy_and_critic_must_fit_a_shared_device_together_and_the_engine_alone():
+    config, dims = shared(parity=ParityConfig(enabled=False))
+    memory = plan(config, dims, H100, LENGTHS).memory
+    held = {role: device_bytes(c for c in memory if c.name.startswith(role)) for role in ("policy", "critic", "engine")}
+    both = held["policy"] + held["critic"]
+    assert max(held.values()) < both
+
+    def problems(room):
+        device = replace(H100.device, memory=room + H100.device.reserved)
+        return [text.partition(":")[0] for text in plan(config, dims, replace(H100, device=device), LENGTHS).problems]
+
+    assert problems(both) == []
+    assert problems(both - 1) == ["policy with critic"]
+    assert problems(held["engine"] - 1) == ["policy with critic", "engine"]
+
+
+def test_at_the_parity_gate_all_weights_lie_beside_the_engine():
+    config, dims = shared()
+    memory = plan(config, dims, H100, LENGTHS).memory
+    at = {cell.name: cell.value for cell in memory}
+    engine = at["engine.weights"] + at["engine.kv_cache"] + at["engine.logits"]
+    said = dict(together(config, memory))
+    assert said["parity.enabled: engine with policy.weights, critic.weights"] == pytest.approx(
+        engine + at["policy.weights"] + at["critic.weights"]
+    )
+
+
+def test_layouts_of_a_model_that_shares_devices_leave_room_for_the_other():
+    config, dims = shared()
+    memory = plan(config, dims, H100, LENGTHS).memory
+    critic = device_bytes(c for c in memory if c.name.startswith("critic"))
+    room = H100.device.memory - H100.device.reserved
+    fits = [c for c in choices(config, dims, H100, LENGTHS, "policy", 16) if not c.problem]
+    assert fits
+    assert all(choice.bytes + critic <= room for choice in fits)
+    alone = [c for c in choices(recipe("qwen2.5_14b")[0], dims, H100, LENGTHS, "policy", 16) if not c.problem]
+    assert len(alone) > len(fits)
 
 
 def test_what_does_not_fit_says_how_much_is_missing():
