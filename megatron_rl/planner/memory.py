@@ -11,8 +11,10 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import DTYPE_BYTES, rank_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head
 
-CHUNK_BYTES = 256 * 2**20
+TORCH_CHUNK_BYTES = 256 * 2**20
 """``mcore.logprobs.CHUNK_BYTES``, which cannot be imported without torch; a test compares them."""
+TRITON_CHUNK_BYTES = 2**31
+"""``mcore.logprobs_triton.CHUNK_BYTES``, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +87,21 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
 
 
 def trainer_cells(
-    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool
+    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool, on_gpu: bool
 ) -> list[Cell]:
-    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``."""
+    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
+
+    Args:
+        role: in front of the cells' names.
+        dims: of the model.
+        trainer: layout, optimizer, memory.
+        head: on top of it.
+        dtype: of its weights.
+        reference: whether a frozen copy is kept.
+        on_gpu: whether ``logprob_kernel="auto"`` means Triton.
+    """
     stages = unlike_stages(trainer.layout)
-    return max((_stage_cells(role, dims, trainer, head, dtype, s, reference) for s in stages), key=device_bytes)
+    return max((_stage_cells(role, dims, trainer, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
 
 
 def unlike_stages(layout: ParallelLayout) -> list[int]:
@@ -106,7 +118,14 @@ def device_bytes(cells: Iterable[Cell]) -> float:
 
 
 def _stage_cells(
-    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int, reference: bool
+    role: str,
+    dims: ModelDims,
+    trainer: TrainerConfig,
+    head: Head,
+    dtype: str,
+    stage: int,
+    reference: bool,
+    on_gpu: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     rank = layout.rank_of(pipeline=stage)
@@ -135,22 +154,28 @@ def _stage_cells(
         Cell(name=f"{role}.activations", value=tokens * (layers * flying * each + passing), unit="B", formula=formula),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
-        rows = padded_vocabulary(dims.vocabulary, layout.tensor) // layout.tensor
-        chunk = min(CHUNK_BYTES, 4 * rows * tokens)
-        value = 2 * chunk + chunk * size / 4 + (4 + size) * rows * dims.hidden
-        cells.append(
-            Cell(
-                name=f"{role}.logits",
-                value=value,
-                unit="B",
-                formula=f"2 float32 chunks and one of {size} B of at most {chunk:,} B each, and the gradient of "
-                f"{rows:,} x {dims.hidden:,} weights in float32 and once more in {size} B",
-            )
-        )
+        cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
     if reference:
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
     return cells
+
+
+def _logits(role: str, dims: ModelDims, trainer: TrainerConfig, size: int, triton: bool) -> Cell:
+    """What the backward pass of log-probs holds: a chunk of logits that becomes its own gradient (Triton), or two in
+    float32 and one in the type of the weights (torch); and the gradient of the output layer.
+    """
+    rows = padded_vocabulary(dims.vocabulary, trainer.layout.tensor) // trainer.layout.tensor
+    limit, each = (TRITON_CHUNK_BYTES, size) if triton else (TORCH_CHUNK_BYTES, 4)
+    tokens = max(1, min(limit // (each * rows), trainer.tokens_per_microbatch))
+    held, kernel = (each, "Triton") if triton else (8 + size, "torch")
+    return Cell(
+        name=f"{role}.logits",
+        value=tokens * rows * held + (4 + size) * rows * dims.hidden,
+        unit="B",
+        formula=f"chunks of {tokens:,} tokens x {rows:,} logits x {held} B ({kernel}), and the "
+        f"gradient of {rows:,} x {dims.hidden:,} weights in float32 and once more in {size} B",
+    )
 
 
 def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:

@@ -73,7 +73,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))
     for role, trainer in config.trainers.items():
-        memory += _cells(config, dims, role, trainer)
+        memory += _cells(config, dims, machine, role, trainer)
     room = machine.device.memory - machine.device.reserved
     for who, held in together(config, memory):
         if held > room:
@@ -194,7 +194,7 @@ def choices(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
 ) -> list[Choice]:
     """Every layout of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot."""
-    beside = _beside(config, dims, role)
+    beside = _beside(config, dims, machine, role)
     found = [
         _judged(config, dims, machine, lengths, role, layout, beside)
         for layout in _layouts(dims, ranks, machine.per_node)
@@ -202,19 +202,27 @@ def choices(
     return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.layout.pipeline, c.layout.tensor))
 
 
-def _beside(config: RunConfig, dims: ModelDims, role: str) -> float:
+def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> float:
     """Bytes of the models that share the role's devices while it trains."""
     if not config.cluster.colocate:
         return 0.0
     return sum(
-        device_bytes(_cells(config, dims, other, trainer))
+        device_bytes(_cells(config, dims, machine, other, trainer))
         for other, trainer in config.trainers.items()
         if other != role and not dims.layout_problems(trainer.layout)
     )
 
 
-def _cells(config: RunConfig, dims: ModelDims, role: str, trainer: TrainerConfig) -> list[Cell]:
-    return trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
+def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> list[Cell]:
+    return trainer_cells(
+        role,
+        dims,
+        trainer,
+        head_of(role),
+        config.model.dtype,
+        reference=_keeps(config, role),
+        on_gpu=machine.device.is_gpu,
+    )
 
 
 def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLayout]:
@@ -254,7 +262,7 @@ def _judged(
     if least > room:
         problem = f"needs at least {least / 1e9:.0f} GB of {there}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
-    held = device_bytes(_cells(config, dims, role, trainer))
+    held = device_bytes(_cells(config, dims, machine, role, trainer))
     seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
     problem = f"needs {held / 1e9:.1f} GB of {there}" if held > room else ""
     return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)

@@ -103,7 +103,7 @@ def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
         optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=4096, recompute=recompute
     )
     found = process.run(1, _answer, sizes, trainer, Head.VALUE, 0, dtype, 256)[0]
-    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False)
+    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False, on_gpu=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
     assert said == pytest.approx(found.activations, rel=0.05)
 

@@ -17,7 +17,8 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import (
-    CHUNK_BYTES,
+    TORCH_CHUNK_BYTES,
+    TRITON_CHUNK_BYTES,
     activation_bytes_per_token,
     device_bytes,
     engine_cells,
@@ -93,10 +94,34 @@ def test_the_plan_needs_no_torch_and_takes_seconds():
     assert "time.step" in done.stdout
 
 
-def test_the_chunk_of_logits_is_the_one_of_the_trainer():
-    text = (ROOT / "megatron_rl" / "mcore" / "logprobs.py").read_text()
-    assert "CHUNK_BYTES = 256 * 2**20" in text
-    assert CHUNK_BYTES == 256 * 2**20
+@pytest.mark.parametrize(
+    ("module", "ours", "theirs", "written"),
+    [
+        ("logprobs", TORCH_CHUNK_BYTES, 256 * 2**20, "256 * 2**20"),
+        ("logprobs_triton", TRITON_CHUNK_BYTES, 2**31, "2**31"),
+    ],
+)
+def test_the_chunks_of_logits_are_those_of_the_trainer(module, ours, theirs, written):
+    source = (ROOT / "megatron_rl" / "mcore" / f"{module}.py").read_text()  # Triton's cannot be imported anywhere
+    assert f"\nCHUNK_BYTES = {written}\n" in source
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("kernel", "on_gpu", "chunk"),
+    [
+        # 2^31 B / (2 B x 128,256 logits) = 8,371 tokens: the whole micro-batch of 8,192, in the weights' type
+        ("auto", True, 8192 * 128256 * 2),
+        # 2^28 B / (4 B x 128,256 logits) = 523 tokens, twice in float32 and once in the weights' type
+        ("torch", True, 523 * 128256 * 10),
+        ("auto", False, 523 * 128256 * 10),
+    ],
+)
+def test_logits_are_held_as_the_kernel_of_the_device_does(kernel, on_gpu, chunk):
+    chosen = replace(trainer(), logprob_kernel=kernel)
+    cells = trainer_cells("policy", model("llama3_8b"), chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=on_gpu)
+    logits = next(cell for cell in cells if cell.name == "policy.logits")
+    assert logits.value == chunk + (4 + 2) * 128256 * 4096
 
 
 def test_a_pipeline_holds_micro_batches_as_its_schedule_says():
@@ -170,7 +195,7 @@ def test_each_stage_keeps_the_activations_of_its_own_layers():
     even, uneven = trainer(pipeline=4), trainer(pipeline=4, first_stage_layers=14)
     kept = {}
     for name, chosen in (("even", even), ("uneven", uneven)):
-        cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False)
+        cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=True)
         kept[name] = next(cell for cell in cells if cell.name == "policy.activations")
     each = activation_bytes_per_token(dims, even, "bfloat16")
     # the first of four stages holds four micro-batches of its layers: 14 of them instead of 8
