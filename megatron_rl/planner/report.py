@@ -57,11 +57,11 @@ def plan_text(
         if trainer.fp8 is not None
     ]
     lines += _memory(found, [*config.trainers, "engine"])
-    if config.cluster.colocate:
+    if found.memory and config.cluster.colocate:
         lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
         lines += [f"  {who:58}{held / 1e9:8.2f}" for who, held in together(config, found.memory)]
-    lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
     if found.times:
+        lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
         hours = found.step_seconds * config.steps / 3600
         lines.append(f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours")
     lines.append(f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}")

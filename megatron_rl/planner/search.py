@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_rl.config.precision import Gpu
+from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
@@ -66,7 +66,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     Files may be missing, and the CUDA version is not known here.
     """
     dtype, engine = config.model.dtype, config.engine
-    problems = list(config.contradictions(dims, Gpu(capability=machine.device.capability, cuda=None)))
+    problems = list(config.contradictions(dims, _gpu(machine)))
     if not machine.device.is_gpu:
         problems += engine.cpu_problems()
     if problems:
@@ -113,6 +113,10 @@ def legal_minibatches(config: RunConfig) -> list[int]:
     return [n for n in range(least, samples + 1) if samples % n == 0]
 
 
+def _gpu(machine: Machine) -> Gpu:
+    return Gpu(capability=machine.device.capability, cuda=None)
+
+
 def _keeps(config: RunConfig, role: str) -> bool:
     return role == "policy" and config.ppo.kl_coef > 0
 
@@ -147,8 +151,11 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
     yield Cell(
         name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
     )
-    longest, order = (sum, "one after the other") if config.cluster.colocate else (max, "side by side")
-    scoring, updates = longest(scored), longest(updated)
+    if config.cluster.colocate:
+        scoring, updates = sum(scored), sum(updated)
+        order = "one after the other; moving them to the host and back is not counted"
+    else:
+        scoring, updates, order = max(scored), max(updated), "side by side"
     step = rollout.total + scoring + updates + push
     yield Cell(
         name="time.step",
@@ -250,12 +257,13 @@ def _judged(
     layout: ParallelLayout,
     beside: float,
 ) -> Choice:
-    if problems := dims.layout_problems(layout):
+    trainer = replace(config.trainers[role], layout=layout)
+    case = trainer.fp8_case(config.model, dims, _gpu(machine))
+    if problems := dims.layout_problems(layout) or (fp8_problems(case) if case is not None else []):
         return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
     if config.ppo.minibatch_samples < layout.data:
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
-    trainer = replace(config.trainers[role], layout=layout)
     room = machine.device.memory - machine.device.reserved - beside
     there = f"the {room / 1e9:.1f} GB that the other model leaves" if beside else f"a device's {room / 1e9:.1f} GB"
     least = _least_bytes(dims, layout, head_of(role), config.model.dtype)

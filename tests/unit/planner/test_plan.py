@@ -304,7 +304,7 @@ def test_a_plan_says_that_fp8_training_is_planned_as_bfloat16():
     config, dims = recipe("qwen2.5_14b")
     config = replace(config, policy=replace(config.policy, fp8=FP8Config()))
     text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
-    assert [line for line in text.splitlines() if "fp8" in line] == [
+    assert [line for line in text.splitlines() if ".fp8" in line] == [
         "policy.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
     ]
 
@@ -342,6 +342,27 @@ def test_what_train_refuses_is_not_planned(case):
     found = plan(change(config), dims, replace(H100, device=DEVICES[device]), LENGTHS)
     assert [text[: len(said)] for text in found.problems] == [said]
     assert found.memory == found.times == ()
+
+
+def test_layouts_that_fp8_cannot_have_are_no_choice():
+    config, dims = recipe("qwen2.5_14b")
+    config = replace(config, policy=replace(config.policy, fp8=FP8Config()))
+    found = {str(c.layout): c.problem for c in choices(config, dims, H100, LENGTHS, "policy", 16)}
+    # 13,824 feed-forward columns by 8 ranks are no multiple of 128
+    assert found["TP8+SP PP1 DP2"].startswith(
+        "recipe='blockwise' needs widths that are multiples of 128 on each tensor"
+    )
+    assert found["TP4+SP PP1 DP4"] == ""
+
+
+def test_what_cannot_run_is_said_without_a_table():
+    config, dims = recipe("qwen2.5_14b")
+    text = plan_text(
+        replace(config, critic=None), dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None
+    )
+    assert "CANNOT RUN: critic: required with ppo.advantage='gae'" in text
+    assert "seconds\n" not in text
+    assert "policy on 16 devices" in text
 
 
 def test_a_plan_needs_neither_data_nor_a_tokenizer():
