@@ -108,7 +108,7 @@ def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, f
 
 def legal_minibatches(config: RunConfig) -> list[int]:
     """Sizes of an optimizer step that divide the samples of a step and give each replica at least one."""
-    least = max(trainer.layout.data for trainer in config.trainers.values())
+    least = max(1, *(trainer.layout.data for trainer in config.trainers.values()))
     samples = config.samples_per_step
     return [n for n in range(least, samples + 1) if samples % n == 0]
 

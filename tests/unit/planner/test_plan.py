@@ -442,6 +442,21 @@ def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
     assert legal_minibatches(config) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
+def test_sizes_below_one_are_a_problem_and_no_crash():
+    config, dims = recipe("qwen2.5_14b")
+    none = replace(config.policy, layout=ParallelLayout(data=0))
+    text = plan_text(
+        replace(config, policy=none, critic=none),
+        dims,
+        device="h100",
+        per_node=8,
+        nodes=None,
+        lengths=LENGTHS,
+        explain=None,
+    )
+    assert "CANNOT RUN: policy.layout: data must be at least 1, got 0" in text
+
+
 def explained(cell, device="h100"):
     config, dims = recipe("qwen2.5_14b")
     return plan_text(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell)
