@@ -61,8 +61,8 @@ given back at once; time is CPU-seconds of all ranks.
 | micro-batches of 1,024 | 484 | 497 | -3 % | 1.66 | 1.61 | +3 % |
 | 4 rows of 1,024 | 849 | 850 | -0 % | 1.85 | 1.85 | +0 % |
 | full recompute | 535 | 534 | +0 % | 2.21 | 2.23 | -1 % |
-| TP2 SP | 582 | 597 | -3 % | 1.74 | 1.91 | -9 % |
-| PP2, micro-batches of 1,024 | 452 | 469 | -4 % | 1.66 | 1.68 | -1 % |
+| TP2 SP | 582 | 597 | -3 % | 1.71 | 1.91 | -10 % |
+| PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.66 | 1.68 | -1 % |
 | DP2 | 606 | 614 | -1 % | 1.68 | 1.63 | +3 % |
 
 ## What to trust
