@@ -140,7 +140,7 @@ def predicted(setting: Setting, model: Path) -> tuple[float, float]:
     busy = found.total - found.bubble
     there = setting.rows * setting.row_tokens // setting.data  # a replica's rows may be fewer than a micro-batch takes
     filled = replace(trainer, tokens_per_microbatch=min(setting.microbatch, there))
-    held = device_bytes(trainer_cells("policy", dims, filled, Head.TOKEN, "float32", reference=False))
+    held = device_bytes(trainer_cells("policy", dims, filled, Head.TOKEN, "float32", reference=False, on_gpu=False))
     return busy * trainer.layout.world_size, held
 
 

@@ -1,11 +1,15 @@
-"""Write docs/scaling.md from the planner: ``python docs/make_scaling.py``; ``--check`` only compares."""
+"""Write docs/scaling.md and its picture from the planner: ``python docs/make_scaling.py``; ``--check`` only compares
+the page.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import parse
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainerConfig
@@ -17,9 +21,14 @@ from megatron_rl.planner.search import Lengths, Plan, plan
 from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "beyond_7b"
+SEED = ROOT / "examples" / "qwen2.5_math_7b"
 FILE = ROOT / "docs" / "scaling.md"
+PICTURE = FILE.with_suffix(".png")
 LENGTHS = Lengths(prompt=92, response=770)
 """Of the seed's first rollout, by a user's log."""
 FP8_GAIN = 1.57
@@ -33,8 +42,8 @@ for all rows: none was fitted to any point.
 
 `megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role,
 seconds of each phase, other layouts of the same devices, and why the others cannot be. `--explain policy.gradients`
-prints how a number came about. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank, of any
-world, without memory, and reads its bytes off; tests hold the prediction against it.
+prints how a number came about. What `train` refuses is not planned. `megatron-rl dry-run FILE.toml --rank R` builds the
+real model of that rank, of any world, without memory, and reads its bytes off; tests hold the prediction against it.
 
 ## Against measurement on a CPU
 
@@ -52,15 +61,18 @@ given back at once; time is CPU-seconds of all ranks.
 | micro-batches of 1,024 | 484 | 497 | -3 % | 1.66 | 1.61 | +3 % |
 | 4 rows of 1,024 | 849 | 850 | -0 % | 1.85 | 1.85 | +0 % |
 | full recompute | 535 | 534 | +0 % | 2.21 | 2.23 | -1 % |
-| TP2 SP | 582 | 597 | -3 % | 1.74 | 1.91 | -9 % |
-| PP2, micro-batches of 1,024 | 452 | 469 | -4 % | 1.66 | 1.68 | -1 % |
+| TP2 SP | 582 | 597 | -3 % | 1.71 | 1.91 | -10 % |
+| PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.66 | 1.68 | -1 % |
 | DP2 | 606 | 614 | -1 % | 1.68 | 1.63 | +3 % |
 
 ## What to trust
 
 What is exact: bytes of weights, gradients and optimizer states. What is near: activations of dense models (5 %, against
 a pass of the real model over fake tensors). What is rough: activations of experts and of latent attention, and every
-time.
+time. Quantised engines hold and read bytes; their products, and FP8 in training, are taken as bfloat16 where the text
+beside a table does not say otherwise.
+
+![What devices hold, what a step's seconds go to, and how recipes scale](scaling.png)
 """
 
 
@@ -115,6 +127,19 @@ def grown(config: RunConfig, times: int, *, weak: bool) -> RunConfig:
     )
 
 
+TIMES = (1, 2, 4, 8)
+
+
+def growth(name: str, config: RunConfig, *, weak: bool) -> list[tuple[Plan, float]]:
+    """Plans of the recipe on so many times its devices, each with its efficiency against the first one."""
+    steps = [plan(grown(config, n, weak=weak), dims_of(name), machine("h100"), LENGTHS) for n in TIMES]
+    base = steps[0].step_seconds
+    return [
+        (found, math.nan if found.problems else base / found.step_seconds / (1 if weak else n))
+        for n, found in zip(TIMES, steps, strict=True)
+    ]
+
+
 def scaling_rows() -> Iterator[str]:
     yield "\n## Strong and weak scaling\n"
     yield (
@@ -124,13 +149,9 @@ def scaling_rows() -> Iterator[str]:
     yield "| recipe | | x1 | x2 | x4 | x8 |\n| --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
         for weak in (False, True):
-            steps = [plan(grown(config, n, weak=weak), dims_of(name), machine("h100"), LENGTHS) for n in (1, 2, 4, 8)]
-            base = steps[0].step_seconds
             cells = [
-                "cannot be"
-                if found.problems
-                else f"{found.step_seconds:.0f} s, {100 * base / found.step_seconds / (1 if weak else n):.0f} %"
-                for n, found in zip((1, 2, 4, 8), steps, strict=True)
+                "cannot be" if found.problems else f"{found.step_seconds:.0f} s, {100 * efficiency:.0f} %"
+                for found, efficiency in growth(name, config, weak=weak)
             ]
             yield f"| {name} | {'weak' if weak else 'strong'} | " + " | ".join(cells) + " |"
 
@@ -140,31 +161,42 @@ def trainer(layout: ParallelLayout, **changes: object) -> TrainerConfig:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def seed_recipes() -> dict[str, tuple[RunConfig, str]]:
+    """The shipped recipes of the seed, and the device that each names."""
+    model = f"model.path={RECIPES / 'models' / 'qwen2.5_math_7b'}"
+    return {
+        place: (parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"], [model]), device)
+        for place, device in (
+            ("4_nodes_a100", "a100-80g"),
+            ("4_nodes_h100", "h100"),
+            ("1_node_a100", "a100-80g"),
+            ("1_node_h100", "h100"),
+        )
+    }
+
+
 def seed_rows() -> Iterator[str]:
     yield "\n## The seed's recipes\n"
     yield (
-        "Qwen2.5-Math-7B, 1,024 prompts x 8 samples, 64 updates of 128 a step. 32 GPUs: policy and critic TP4 DP2 "
-        "each, 16 engines; 6 GPUs: TP2 each, 2 engines, optimizer states in host memory. The seed reports less than "
-        "one day for 60 steps and 1.5 days for 120 on 32 GPUs, and calls 6 GPUs untested. Its figure is of another "
-        "program, which scores answers one after the other.\n"
+        "`examples/qwen2.5_math_7b/simplerl_zero.toml` with each file of its places: Qwen2.5-Math-7B, 1,024 prompts x "
+        f"8 samples, 64 updates of 128 a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average. H100 "
+        "trains and generates in FP8; training is planned as in BF16, the engines' weights as bytes. The seed reports "
+        "less than one day for 60 steps and 1.5 days for 120 on 32 GPUs, and calls 6 GPUs untested. Its figure is of "
+        "another program, which scores answers one after the other.\n"
     )
-    yield "| GPUs | device | policy GB | critic GB | engine GB | step s | 60 steps, days | 120 steps, days | fits |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    base = recipes()["qwen2.5_14b"]
-    dims = dims_of("qwen2.5_math_7b")
-    small = {"recompute": "full", "optimizer_on_host": True}
-    for gpus, layout, engines, changes in (
-        (32, ParallelLayout(tensor=4, data=2, sequence_parallel=True), 16, {"recompute": "full"}),
-        (6, ParallelLayout(tensor=2, sequence_parallel=True), 2, small),
-    ):
-        each = trainer(layout, **changes)
-        config = replace(base, policy=each, critic=each, engine=EngineConfig(count=engines, kv_cache_mib=32768))
-        for device in ("a100-80g", "h100"):
-            found = plan(config, dims, machine(device), LENGTHS)
-            memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
-            days = [f"{found.step_seconds * steps / 86400:.2f}" for steps in (60, 120)]
-            fits = "yes" if not found.problems else "; ".join(found.problems)
-            yield f"| {gpus} | {device} | {memory} | {found.step_seconds:.0f} | {days[0]} | {days[1]} | {fits} |"
+    yield (
+        "| place | GPUs | policy GB | critic GB | engine GB | rollout s | scoring s | updates s | step s | 60 steps, "
+        "days | 120 steps, days | fits |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for place, (config, device) in seed_recipes().items():
+        found = plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
+        at = {cell.name: cell.value for cell in found.times}
+        memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
+        phases = (at["time.rollout"], at["time.policy.scoring"], at["time.policy.updates"], found.step_seconds)
+        days = " | ".join(f"{found.step_seconds * steps / 86400:.2f}" for steps in (60, 120))
+        fits = "yes" if not found.problems else "; ".join(found.problems)
+        yield (f"| {place} | {found.devices} | {memory} | {' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |")
 
 
 def aligner_rows() -> Iterator[str]:
@@ -246,6 +278,65 @@ def bridge_rows() -> Iterator[str]:
         yield f"| {name} | {gpus} | {layout} | {said:,.0f} | {published:,} | {100 * (said / published - 1):+.0f} % |"
 
 
+def draw(png: Path) -> None:
+    """What the fullest devices hold and what a step's seconds go to, of all recipes, and how the larger ones scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load, and --check draws nothing
+    from matplotlib.figure import Figure
+
+    planned = {name: plan(config, dims_of(name), machine("h100"), LENGTHS) for name, config in recipes().items()} | {
+        place: plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
+        for place, (config, device) in seed_recipes().items()
+    }
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, seconds, scaling = figure.subplots(3, 1)
+    held = {
+        f"{name}, {role}": {
+            cell.name.partition(".")[2]: cell.value / 1e9
+            for cell in found.memory
+            if cell.name.startswith(f"{role}.") and "host" not in cell.name
+        }
+        for name, found in planned.items()
+        for role in ("policy", "engine")
+    }
+    stacked(memory, held)
+    memory.set(title="Fullest device: policy in training, engine in generation", xlabel="GB")
+    spent = {
+        name: {
+            "rollout": at["time.rollout"],
+            "scoring": max(at["time.policy.scoring"], at["time.critic.scoring"]),
+            "updates": max(at["time.policy.updates"], at["time.critic.updates"]),
+            "push": at["time.push"],
+        }
+        for name, found in planned.items()
+        for at in [{cell.name: cell.value for cell in found.times}]
+    }
+    stacked(seconds, spent)
+    seconds.set(title="A step", xlabel="seconds")
+    for index, (name, config) in enumerate(recipes().items()):
+        for weak, line in ((False, "-"), (True, "--")):
+            shares = [100 * efficiency for _, efficiency in growth(name, config, weak=weak)]
+            scaling.plot(TIMES, shares, f"o{line}C{index}", markersize=3, label=None if weak else name)
+    scaling.set(
+        title="Efficiency: strong (-), weak (--)", xlabel="times the recipe's devices", ylabel="%", ylim=(0, 105)
+    )
+    scaling.legend(frameon=False, fontsize=7)
+    figure.savefig(png, dpi=80)
+
+
+def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
+    """A bar for each name, of its parts."""
+    parts = dict.fromkeys(part for bar in bars.values() for part in bar)
+    left = [0.0] * len(bars)
+    for part in parts:
+        widths = [bar.get(part, 0.0) for bar in bars.values()]
+        axes.barh(list(bars), widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(frameon=False, fontsize=7)
+
+
 def page() -> str:
     parts = (recipe_rows, scaling_rows, seed_rows, aligner_rows, bridge_rows)
     return HEAD + "\n".join(line for part in parts for line in part()) + "\n"
@@ -256,3 +347,4 @@ if __name__ == "__main__":
     if "--check" in sys.argv:
         sys.exit(FILE.read_text() != text)
     FILE.write_text(text)
+    draw(PICTURE)

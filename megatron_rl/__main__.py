@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "plan":
             _plan(parse(RunConfig, files, overrides), asked)
         elif asked.command == "scale":
-            _scale(files, measure=asked.action == "run")
+            _scale(files, overrides, measure=asked.action == "run")
         elif asked.command == "dry-run":
             _dry_run(parse(RunConfig, files, overrides), asked)
         else:
@@ -165,21 +165,23 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     _print("\n".join(lines))
 
 
-def _scale(files: Sequence[Path], *, measure: bool) -> None:
-    from megatron_rl.planner.study import plot_study, read_study, study_rows, study_table
+def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) -> None:
+    from megatron_rl.planner.study import is_done, plot_study, read_study, study_rows, study_table
 
-    if len(files) != 1:
-        raise ConfigError([f"scale: takes one study and no settings, got {len(files)} files"])
+    if len(files) != 1 or overrides:
+        raise ConfigError([f"scale: takes one study and no settings, got {' '.join([*map(str, files), *overrides])}"])
     study = read_study(files[0])
     study_rows(study)  # all that is wrong with any run, before the first one starts
     for run in study.runs if measure else ():
-        if (study.folder / run.name / "summary.json").is_file():
+        if is_done(study, run):
             continue  # the same command goes on where it stopped
         command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
         if status := subprocess.run(command, check=False).returncode:
             raise RuntimeError(
                 f"run {run.name} of the study ended with status {status}; the same command tries it again"
             )
+        if not is_done(study, run):
+            raise RuntimeError(f"run {run.name} of the study was asked to stop; the same command goes on from there")
     rows = study_rows(study)
     if measure:
         (study.folder / "study.md").write_text(study_table(rows))

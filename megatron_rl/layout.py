@@ -163,6 +163,15 @@ class ParallelLayout:
             raise ValueError(f"the layer must be in [0, {layers}), got {layer}")
         return _stages(self, layers)[layer]
 
+    def layers_of_stage(self, stage: int, layers: int) -> tuple[int, ...]:
+        """The layers that a pipeline stage holds (the inverse of :meth:`stage_of_layer`, and errors as that).
+
+        Args:
+            stage: 0-based.
+            layers: of the whole model.
+        """
+        return tuple(layer for layer, holder in enumerate(_stages(self, layers)) if holder == stage)
+
     def coordinates(self, rank: int) -> Coordinates:
         """The place of ``rank`` on each axis.
 

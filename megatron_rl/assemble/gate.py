@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.assemble.audit import check_engine
-from megatron_rl.assemble.roles import Roles, checked_sync, processes, start_ranks, start_roles, take_turns
+from megatron_rl.assemble.roles import Roles, checked_sync, start_ranks, start_roles, take_turns
 from megatron_rl.config.schema import (
     ClusterConfig,
     EngineConfig,
@@ -56,7 +56,7 @@ def open_parity(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Gate
     """
     run_dir = config.run_dir.with_name(f"{config.run_dir.name}-parity")
     gpus = device.gpu_count()
-    check_machine(processes(config), gpus, config.cluster)
+    check_machine(config.devices, gpus, config.cluster)
     check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))

@@ -219,13 +219,6 @@ def _probe(prompts: Sequence[Prompt], dims: ModelDims) -> TokenRows:
     return TokenRows(tokens=tokens, lengths=lengths, response_mask=(places > 0) & (places < lengths[:, None]))
 
 
-def processes(config: RunConfig) -> int:
-    """Of all models of a run that need a device of their own: all, or as many as the largest where they share."""
-    of_roles = [trainer.layout.world_size for trainer in config.trainers.values()]
-    of_roles.append(config.engine.count * config.engine.tensor)
-    return max(of_roles) if config.cluster.colocate else sum(of_roles)
-
-
 def engine_role(config: RunConfig) -> Role:
     """How many engines a run has, and how large."""
     return Role(

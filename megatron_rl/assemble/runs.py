@@ -17,7 +17,6 @@ from megatron_rl.assemble.roles import (
     checked_sync,
     engine_role,
     engine_spec,
-    processes,
     reward_service,
     start_roles,
     start_trainer,
@@ -66,7 +65,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
     """
     gpus = device.gpu_count()
-    check_machine(processes(config), gpus, config.cluster)
+    check_machine(config.devices, gpus, config.cluster)
     check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
     tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))

@@ -58,11 +58,11 @@ class FP8Config:
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
     """What a recipe may ask of a GPU: its compute capability, and the CUDA version torch was built with; (0, 0) is
-    none.
+    none, and a version of None not known.
     """
 
     capability: tuple[int, int]
-    cuda: tuple[int, int]
+    cuda: tuple[int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ _CAPABILITY = {
 
 
 def _cuda(case: FP8Case) -> str | None:
-    if case.gpu is None or case.gpu.capability == (0, 0):
+    if case.gpu is None or case.gpu.cuda is None or case.gpu.capability == (0, 0):
         return None
     needed = {"blockwise": (12, 9), "mxfp8": (12, 8)}.get(case.fp8.recipe, (12, 1))
     if case.gpu.cuda >= needed:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_rl.config.precision import FP8Case, FP8Config, fp8_problems
+from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
 
@@ -62,9 +62,12 @@ class DataConfig:
     """Longer prompts are dropped and counted."""
 
     def problems(self) -> Iterator[str]:
-        """What contradicts itself or is not there."""
+        """What contradicts itself."""
         if "{question}" not in self.template:
             yield f"template must contain {{question}}, got {self.template!r}"
+
+    def missing_files(self) -> Iterator[str]:
+        """What is not there."""
         for name, path in (("train", self.train), ("heldout", self.heldout)):
             if not path.is_file():
                 yield f"{name}: no such file: {path}"
@@ -301,7 +304,7 @@ class TrainerConfig:
         """Whether linears compute in FP8, or as if."""
         return self.fp8 is not None or self.fake_quantization != "none"
 
-    def fp8_case(self, model: ModelConfig, dims: ModelDims | None) -> FP8Case | None:
+    def fp8_case(self, model: ModelConfig, dims: ModelDims | None, gpu: Gpu | None = None) -> FP8Case | None:
         """What the rules of FP8 look at; None without FP8."""
         if self.fp8 is None:
             return None
@@ -314,6 +317,7 @@ class TrainerConfig:
             optimizer_on_host=self.optimizer_on_host,
             tokens_per_microbatch=self.tokens_per_microbatch,
             dims=dims,
+            gpu=gpu,
         )
 
     logprob_kernel: Literal["auto", "torch"] = "auto"
@@ -544,6 +548,13 @@ class RunConfig:
         """The models that are trained, by role."""
         return {"policy": self.policy} if self.critic is None else {"policy": self.policy, "critic": self.critic}
 
+    @property
+    def devices(self) -> int:
+        """That the models take: all of each, or as many as the largest where they share them."""
+        of_roles = [trainer.layout.world_size for trainer in self.trainers.values()]
+        of_roles.append(self.engine.count * self.engine.tensor)
+        return max(of_roles) if self.cluster.colocate else sum(of_roles)
+
     def _algorithm_problems(self) -> Iterator[str]:
         advantage, samples = self.ppo.advantage, self.rollout.samples_per_prompt
         if self.ppo.has_critic and self.critic is None:
@@ -594,6 +605,18 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from (f"data: {problem}" for problem in self.data.missing_files())
+        dims, found = model_problems(self.model.path, {})
+        yield from found
+        yield from self.contradictions(dims)
+
+    def contradictions(self, dims: ModelDims | None, gpu: Gpu | None = None) -> Iterator[str]:
+        """The same without the disk.
+
+        Args:
+            dims: of the model; None: not known, what needs it is not looked at.
+            gpu: that trains; None: not known.
+        """
         yield from (f"data: {problem}" for problem in self.data.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
         yield from (f"sync: {problem}" for problem in self.sync.problems())
@@ -614,10 +637,9 @@ class RunConfig:
                 yield (
                     f"{role}.layout.data: {data} replicas need at least as many samples in a minibatch, got {minibatch}"
                 )
-        dims, found = model_problems(self.model.path, {role: trainer.layout for role, trainer in self.trainers.items()})
-        yield from found
-        for role, trainer in self.trainers.items():
-            yield from _fp8_problems(role, trainer.fp8_case(self.model, dims))
+            if dims is not None:
+                yield from (f"{role}.layout: {problem}" for problem in dims.layout_problems(trainer.layout))
+            yield from _fp8_problems(role, trainer.fp8_case(self.model, dims, gpu))
         yield from fake_quantization_problems(dims, self.trainers)
         if dims is not None and dims.heads % self.engine.tensor:
             yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"

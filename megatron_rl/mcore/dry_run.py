@@ -74,9 +74,14 @@ def dry_run(
         row_tokens: length of each row of the micro-batch that activations are counted with; None: they are not counted.
 
     Raises:
-        ValueError: the model cannot be laid out so, or there is no such rank.
+        ValueError: the model cannot be laid out so, there is no such rank, or weights are kept in FP8.
     """
     layout = trainer.layout
+    if trainer.fp8 is not None and trainer.fp8.parameters:
+        raise ValueError(
+            "fp8.parameters must be false in a dry run: weights in FP8 are made by kernels of a GPU, and fake tensors "
+            "have neither their bytes nor their scales; set fp8.parameters=false to see the same model in bfloat16"
+        )
     if problems := dims.layout_problems(layout):
         raise ValueError("; ".join(problems))
     layout.coordinates(rank)

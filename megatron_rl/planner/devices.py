@@ -17,6 +17,7 @@ class Device:
         link: to the other GPUs of its node, in bytes.
         network: to GPUs of other nodes, in bytes.
         host_link: to the memory of its host, in bytes.
+        capability: CUDA's compute capability; (0, 0): not a GPU.
         reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
         source: of these figures.
     """
@@ -27,8 +28,14 @@ class Device:
     link: float
     network: float
     host_link: float
+    capability: tuple[int, int]
     reserved: float
     source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it runs CUDA."""
+        return self.capability != (0, 0)
 
 
 DEVICES: Mapping[str, Device] = {
@@ -39,6 +46,7 @@ DEVICES: Mapping[str, Device] = {
         link=300e9,
         network=25e9,
         host_link=31.5e9,
+        capability=(8, 0),
         reserved=2e9,
         source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR InfiniBand 200 Gb/s per GPU (DGX A100)",
     ),
@@ -49,6 +57,7 @@ DEVICES: Mapping[str, Device] = {
         link=450e9,
         network=50e9,
         host_link=63e9,
+        capability=(9, 0),
         reserved=2e9,
         source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H100)",
     ),
@@ -59,6 +68,7 @@ DEVICES: Mapping[str, Device] = {
         link=450e9,
         network=50e9,
         host_link=63e9,
+        capability=(9, 0),
         reserved=2e9,
         source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H200)",
     ),
@@ -69,6 +79,7 @@ DEVICES: Mapping[str, Device] = {
         link=900e9,
         network=50e9,
         host_link=63e9,
+        capability=(10, 0),
         reserved=2e9,
         source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s per GPU",
     ),
@@ -79,6 +90,7 @@ DEVICES: Mapping[str, Device] = {
         link=2e9,
         network=1e9,
         host_link=10e9,
+        capability=(0, 0),
         reserved=0.4e9,
         source="one core of a small machine; an order of magnitude, not a measurement",
     ),

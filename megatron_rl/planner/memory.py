@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.schema import EngineConfig, TrainerConfig
-from megatron_rl.layout import padded_vocabulary
+from megatron_rl.layout import ParallelLayout, padded_vocabulary
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import DTYPE_BYTES, rank_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head
 
-CHUNK_BYTES = 256 * 2**20
+TORCH_CHUNK_BYTES = 256 * 2**20
 """``mcore.logprobs.CHUNK_BYTES``, which cannot be imported without torch; a test compares them."""
+TRITON_CHUNK_BYTES = 2**31
+"""``mcore.logprobs_triton.CHUNK_BYTES``, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +87,29 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
 
 
 def trainer_cells(
-    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool
+    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool, on_gpu: bool
 ) -> list[Cell]:
     """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
 
-    That is a rank of the first stage, which holds most micro-batches, or of the last, which has the vocabulary; of the
-    second where the first has fewer layers than others.
+    Args:
+        role: in front of the cells' names.
+        dims: of the model.
+        trainer: layout, optimizer, memory.
+        head: on top of it.
+        dtype: of its weights.
+        reference: whether a frozen copy is kept.
+        on_gpu: whether ``logprob_kernel="auto"`` means Triton.
     """
-    last = trainer.layout.pipeline - 1
-    stages = {0, min(1, last), last}
-    return max((_stage_cells(role, dims, trainer, head, dtype, s, reference) for s in stages), key=device_bytes)
+    stages = unlike_stages(trainer.layout)
+    return max((_stage_cells(role, dims, trainer, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
+
+
+def unlike_stages(layout: ParallelLayout) -> list[int]:
+    """Stages one of which has the most of anything: the first, which holds most micro-batches; the last, which has the
+    vocabulary; and their neighbours, where the ends have fewer layers, or the first ones no experts.
+    """
+    last = layout.pipeline - 1
+    return sorted({0, min(1, last), max(0, last - 1), last})
 
 
 def device_bytes(cells: Iterable[Cell]) -> float:
@@ -103,7 +118,14 @@ def device_bytes(cells: Iterable[Cell]) -> float:
 
 
 def _stage_cells(
-    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int, reference: bool
+    role: str,
+    dims: ModelDims,
+    trainer: TrainerConfig,
+    head: Head,
+    dtype: str,
+    stage: int,
+    reference: bool,
+    on_gpu: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     rank = layout.rank_of(pipeline=stage)
@@ -111,12 +133,12 @@ def _stage_cells(
     sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
-    layers = dims.layers / layout.pipeline
+    layers = len(layout.layers_of_stage(stage, dims.layers))
     flying = pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage)
     each = activation_bytes_per_token(dims, trainer, dtype)
     passing = passing_bytes_per_token(dims, trainer, dtype)
     formula = (
-        f"{tokens} tokens x ({layers:g} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
+        f"{tokens} tokens x ({layers} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
         f"in passing) (recompute={trainer.recompute})"
     )
     cells = [
@@ -132,22 +154,28 @@ def _stage_cells(
         Cell(name=f"{role}.activations", value=tokens * (layers * flying * each + passing), unit="B", formula=formula),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
-        rows = padded_vocabulary(dims.vocabulary, layout.tensor) // layout.tensor
-        chunk = min(CHUNK_BYTES, 4 * rows * tokens)
-        value = 2 * chunk + chunk * size / 4 + (4 + size) * rows * dims.hidden
-        cells.append(
-            Cell(
-                name=f"{role}.logits",
-                value=value,
-                unit="B",
-                formula=f"2 float32 chunks and one of {size} B of at most {chunk:,} B each, and the gradient of "
-                f"{rows:,} x {dims.hidden:,} weights in float32 and once more in {size} B",
-            )
-        )
+        cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
     if reference:
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
     return cells
+
+
+def _logits(role: str, dims: ModelDims, trainer: TrainerConfig, size: int, triton: bool) -> Cell:
+    """What the backward pass of log-probs holds: a chunk of logits that becomes its own gradient (Triton), or two in
+    float32 and one in the type of the weights (torch); and the gradient of the output layer.
+    """
+    rows = padded_vocabulary(dims.vocabulary, trainer.layout.tensor) // trainer.layout.tensor
+    limit, each = (TRITON_CHUNK_BYTES, size) if triton else (TORCH_CHUNK_BYTES, 4)
+    tokens = max(1, min(limit // (each * rows), trainer.tokens_per_microbatch))
+    held, kernel = (each, "Triton") if triton else (8 + size, "torch")
+    return Cell(
+        name=f"{role}.logits",
+        value=tokens * rows * held + (4 + size) * rows * dims.hidden,
+        unit="B",
+        formula=f"chunks of {tokens:,} tokens x {rows:,} logits x {held} B ({kernel}), and the "
+        f"gradient of {rows:,} x {dims.hidden:,} weights in float32 and once more in {size} B",
+    )
 
 
 def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:
@@ -174,19 +202,52 @@ def kv_bytes_per_token(dims: ModelDims, tensor: int, dtype: str) -> float:
     return 2 * dims.layers * max(1, dims.kv_heads // tensor) * dims.head_dim * size
 
 
+def cache_dtype(engine: EngineConfig, model_dtype: str) -> str:
+    """Type of an engine's keys and values, for a model of a type."""
+    return engine.kv_cache_dtype if engine.kv_cache_dtype != "auto" else engine.dtype(model_dtype)
+
+
+def engine_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> int:
+    """Weights of all workers of an engine: where it is quantised, a byte for each of the layers' linears and their
+    float32 scales; two for the rest.
+    """
+    size, count = DTYPE_BYTES[engine.dtype(model_dtype)], total_parameters(dims, Head.TOKEN)
+    if not engine.quantised:
+        return size * count
+    linears = dims.layers * sum(rows * columns for rows, columns in _linear_shapes(dims))
+    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in _linear_shapes(dims))
+    return size * (count - linears) + linears + 4 * scales
+
+
+def _linear_shapes(dims: ModelDims) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of a dense layer's linears as an engine joins them: q with k and v, gate with up."""
+    attention = dims.heads * dims.head_dim
+    return (
+        (attention + 2 * dims.kv_heads * dims.head_dim, dims.hidden),
+        (dims.hidden, attention),
+        (2 * dims.ffn_hidden, dims.hidden),
+        (dims.hidden, dims.ffn_hidden),
+    )
+
+
+def _scales(quantization: str, rows: int, columns: int) -> int:
+    blocks = -(-rows // 128) * -(-columns // 128)
+    return {"fp8_per_channel": rows, "fp8_per_tensor": 1, "fp8_per_block": blocks}[quantization]
+
+
 def engine_cells(dims: ModelDims, engine: EngineConfig, dtype: str) -> list[Cell]:
-    """What one worker of an engine holds."""
-    size = DTYPE_BYTES[dtype]
-    count = total_parameters(dims, Head.TOKEN)
-    each = kv_bytes_per_token(dims, engine.tensor, dtype)
+    """What one worker of an engine holds; ``dtype``: of the model."""
+    count, kept = total_parameters(dims, Head.TOKEN), engine.dtype(dtype)
+    kind = f"quantization={engine.quantization}, the rest {kept}" if engine.quantised else kept
+    each = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
     cache = engine.kv_cache_mib * 2**20
     widest = engine.max_concurrent * 4 * dims.vocabulary
     return [
         Cell(
             name="engine.weights",
-            value=count * size / engine.tensor,
+            value=engine_weight_bytes(dims, engine, dtype) / engine.tensor,
             unit="B",
-            formula=f"{count:,} parameters x {size} B / {engine.tensor} workers",
+            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers",
         ),
         Cell(
             name="engine.kv_cache",

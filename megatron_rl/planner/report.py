@@ -8,7 +8,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import Cell, device_bytes
-from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan
+from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan, together
 from megatron_rl.planner.times import Machine
 
 _SHOWN = 5
@@ -51,9 +51,17 @@ def plan_text(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
     lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
+    lines += [
+        f"{role}.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
+        for role, trainer in config.trainers.items()
+        if trainer.fp8 is not None
+    ]
     lines += _memory(found, [*config.trainers, "engine"])
-    lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
+    if found.memory and config.cluster.colocate:
+        lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
+        lines += [f"  {who:58}{held / 1e9:8.2f}" for who, held in together(config, found.memory)]
     if found.times:
+        lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
         hours = found.step_seconds * config.steps / 3600
         lines.append(f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours")
     lines.append(f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         memory: what the fullest device of each role holds.
         times: seconds of each phase; those that run side by side stand in ``step`` once.
-        problems: what does not divide or does not fit; empty when the recipe can run.
+        problems: why ``train`` refuses the recipe, or what does not fit; empty when it can run.
         devices: that it takes.
     """
 
@@ -60,40 +61,60 @@ def head_of(role: str) -> Head:
 
 
 def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
-    """Plan the recipe as it stands."""
+    """Plan the recipe as it stands; one that ``train`` would refuse has problems and nothing else.
+
+    Files may be missing, and the CUDA version is not known here.
+    """
     dtype, engine = config.model.dtype, config.engine
-    problems = [
-        f"{role}.layout: {p}" for role, trainer in config.trainers.items() for p in dims.layout_problems(trainer.layout)
-    ]
-    if dims.heads % engine.tensor:
-        problems.append(f"engine.tensor: must divide the model's {dims.heads} attention heads, got {engine.tensor}")
-    if config.samples_per_step % config.ppo.minibatch_samples:
-        legal = [n for n in legal_minibatches(config) if n]
-        problems.append(f"ppo.minibatch_samples: must divide {config.samples_per_step}; legal: {legal}")
-    devices = sum(t.layout.world_size for t in config.trainers.values()) + engine.count * engine.tensor
+    problems = list(config.contradictions(dims, _gpu(machine)))
+    if not machine.device.is_gpu:
+        problems += engine.cpu_problems()
     if problems:
-        return Plan(memory=(), times=(), problems=tuple(problems), devices=devices)
+        return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))
     for role, trainer in config.trainers.items():
-        memory += trainer_cells(role, dims, trainer, head_of(role), dtype, reference=_keeps(config, role))
+        memory += _cells(config, dims, machine, role, trainer)
     room = machine.device.memory - machine.device.reserved
-    for role in [*config.trainers, "engine"]:
-        held = device_bytes(c for c in memory if c.name.startswith(f"{role}."))
+    for who, held in together(config, memory):
         if held > room:
-            problems.append(f"{role}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
+            problems.append(f"{who}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
         problems=tuple(problems),
-        devices=devices,
+        devices=config.devices,
     )
+
+
+def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
+    """Who is on a device at the same time, and their bytes: each role alone, or with ``cluster.colocate`` policy and
+    critic, and in turn with them the engine; at the parity gate all weights lie beside it.
+    """
+
+    def held(*names: str) -> float:
+        return device_bytes(cell for cell in memory if cell.name.startswith(names))
+
+    if not config.cluster.colocate:
+        yield from ((role, held(f"{role}.")) for role in [*config.trainers, "engine"])
+        return
+    yield " with ".join(config.trainers), held(*(f"{role}." for role in config.trainers))
+    yield "engine", held("engine.")
+    if config.parity.enabled:
+        weights = [f"{role}.weights" for role in config.trainers]
+        yield f"parity.enabled: engine with {', '.join(weights)}", held("engine.", *weights)
+    else:
+        yield "push: policy.weights with engine.weights", held("policy.weights", "engine.weights")
 
 
 def legal_minibatches(config: RunConfig) -> list[int]:
     """Sizes of an optimizer step that divide the samples of a step and give each replica at least one."""
-    least = max(trainer.layout.data for trainer in config.trainers.values())
+    least = max(1, *(trainer.layout.data for trainer in config.trainers.values()))
     samples = config.samples_per_step
     return [n for n in range(least, samples + 1) if samples % n == 0]
+
+
+def _gpu(machine: Machine) -> Gpu:
+    return Gpu(capability=machine.device.capability, cuda=None)
 
 
 def _keeps(config: RunConfig, role: str) -> bool:
@@ -130,13 +151,18 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
     yield Cell(
         name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
     )
-    step = rollout.total + max(scored) + max(updated) + push
+    if config.cluster.colocate:
+        scoring, updates = sum(scored), sum(updated)
+        order = "one after the other; moving them to the host and back is not counted"
+    else:
+        scoring, updates, order = max(scored), max(updated), "side by side"
+    step = rollout.total + scoring + updates + push
     yield Cell(
         name="time.step",
         value=step,
         unit="s",
-        formula=f"rollout {rollout.total:.2f} + scoring {max(scored):.2f} + updates {max(updated):.2f} + push "
-        f"{push:.2f}; policy and critic side by side",
+        formula=f"rollout {rollout.total:.2f} + scoring {scoring:.2f} + updates {updates:.2f} + push "
+        f"{push:.2f}; policy and critic {order}",
     )
 
 
@@ -175,10 +201,35 @@ def choices(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
 ) -> list[Choice]:
     """Every layout of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot."""
+    beside = _beside(config, dims, machine, role)
     found = [
-        _judged(config, dims, machine, lengths, role, layout) for layout in _layouts(dims, ranks, machine.per_node)
+        _judged(config, dims, machine, lengths, role, layout, beside)
+        for layout in _layouts(dims, ranks, machine.per_node)
     ]
     return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.layout.pipeline, c.layout.tensor))
+
+
+def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> float:
+    """Bytes of the models that share the role's devices while it trains."""
+    if not config.cluster.colocate:
+        return 0.0
+    return sum(
+        device_bytes(_cells(config, dims, machine, other, trainer))
+        for other, trainer in config.trainers.items()
+        if other != role and not dims.layout_problems(trainer.layout)
+    )
+
+
+def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> list[Cell]:
+    return trainer_cells(
+        role,
+        dims,
+        trainer,
+        head_of(role),
+        config.model.dtype,
+        reference=_keeps(config, role),
+        on_gpu=machine.device.is_gpu,
+    )
 
 
 def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLayout]:
@@ -198,23 +249,30 @@ def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLay
 
 
 def _judged(
-    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+    config: RunConfig,
+    dims: ModelDims,
+    machine: Machine,
+    lengths: Lengths,
+    role: str,
+    layout: ParallelLayout,
+    beside: float,
 ) -> Choice:
-    if problems := dims.layout_problems(layout):
+    trainer = replace(config.trainers[role], layout=layout)
+    case = trainer.fp8_case(config.model, dims, _gpu(machine))
+    if problems := dims.layout_problems(layout) or (fp8_problems(case) if case is not None else []):
         return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
     if config.ppo.minibatch_samples < layout.data:
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
-    trainer = replace(config.trainers[role], layout=layout)
-    room = machine.device.memory - machine.device.reserved
+    room = machine.device.memory - machine.device.reserved - beside
+    there = f"the {room / 1e9:.1f} GB that the other model leaves" if beside else f"a device's {room / 1e9:.1f} GB"
     least = _least_bytes(dims, layout, head_of(role), config.model.dtype)
     if least > room:
-        problem = f"needs at least {least / 1e9:.0f} GB of a device's {room / 1e9:.1f} GB"
+        problem = f"needs at least {least / 1e9:.0f} GB of {there}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
-    cells = trainer_cells(role, dims, trainer, head_of(role), config.model.dtype, reference=_keeps(config, role))
-    held = device_bytes(cells)
+    held = device_bytes(_cells(config, dims, machine, role, trainer))
     seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
-    problem = f"needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB" if held > room else ""
+    problem = f"needs {held / 1e9:.1f} GB of {there}" if held > room else ""
     return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)
 
 

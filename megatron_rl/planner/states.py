@@ -19,7 +19,7 @@ from megatron_rl.weights.reshard import shard_shape
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.shapes import is_float32
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 
 _REGISTERED = (
     "word_embeddings.weight",
@@ -111,14 +111,7 @@ def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, 
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     at = layout.coordinates(rank)
-    stage_ranks = layout.tensor * layout.context * layout.data
-    kinds = {
-        False: (layout.data * layout.context, at.data * layout.context + at.context),
-        True: (
-            stage_ranks // (layout.expert * layout.expert_tensor),
-            rank % stage_ranks // (layout.expert * layout.expert_tensor),
-        ),
-    }
+    kinds = _replicas(layout, rank)
     parameters = padded = owned = 0
     for piece, held in enumerate(rank_parameters(dims, layout, head, rank)):
         parameters += sum(p.elements for p in held)
@@ -141,6 +134,26 @@ def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, 
         optimizer=0 if trainer.optimizer_on_host else kept * owned,
         host_optimizer=kept * owned if trainer.optimizer_on_host else 0,
     )
+
+
+def _replicas(layout: ParallelLayout, rank: int) -> dict[bool, tuple[int, int]]:
+    """How many ranks hold the same parameters as ``rank``, and which of them it is; by ``shared_out``."""
+    at = layout.coordinates(rank)
+    stage_ranks, sharing = layout.tensor * layout.context * layout.data, layout.expert * layout.expert_tensor
+    return {
+        False: (layout.data * layout.context, at.data * layout.context + at.context),
+        True: (stage_ranks // sharing, rank % stage_ranks // sharing),
+    }
+
+
+@cache
+def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, rank: int) -> float:
+    """Elements that ``rank`` sends once its gradients are summed over all that hold the same parameters, each of which
+    keeps the sum of an equal part: ``(n - 1) / n`` of those with ``n`` copies. Experts have fewer copies than the rest.
+    """
+    kinds = _replicas(layout, rank)
+    held = (p for piece in rank_parameters(dims, layout, head, rank) for p in piece)
+    return sum(p.elements * (1 - 1 / kinds[p.shared_out][0]) for p in held)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.memory import device_bytes
-from megatron_rl.planner.search import Lengths, plan
+from megatron_rl.planner.search import Lengths, Plan, plan
 from megatron_rl.planner.times import Machine
 from megatron_rl.report import summarise
 
@@ -59,8 +60,9 @@ class StudyRow:
         devices: that it takes.
         raw_seconds: predicted from the devices' figures.
         predicted_seconds: the same times what the first run took beyond its own prediction.
-        predicted_gib: of the devices' memory.
-        measured_seconds, measured_gib, accuracy: None where it has not run.
+        predicted_gib: of the devices' memory; on a CPU, where host and device are one, with what the host keeps.
+        measured_gib: the resident sets on a CPU; on GPUs, whose memory these do not say, None.
+        measured_seconds, accuracy: None where it has not run.
     """
 
     name: str
@@ -103,6 +105,12 @@ def read_study(file: Path) -> Study:
     )
 
 
+def is_done(study: Study, run: StudyRun) -> bool:
+    """Whether ``run`` was trained to its last step, not stopped before."""
+    summary = study.folder / run.name / "summary.json"
+    return summary.is_file() and "stopped_after_step" not in json.loads(summary.read_text())
+
+
 def study_rows(study: Study) -> list[StudyRow]:
     """What is predicted of each run, and what was measured of those that have a ``metrics.jsonl``.
 
@@ -125,20 +133,26 @@ def study_rows(study: Study) -> list[StudyRow]:
         seconds = measured.get("seconds_per_step_median")
         if factor is None:
             factor = 1.0 if seconds is None else seconds / planned.step_seconds
-        memory: Mapping[str, float] = measured.get("peak_rss_gib", {})
+        memory: Mapping[str, float] = {} if study.machine.device.is_gpu else measured.get("peak_rss_gib", {})
         found.append(
             StudyRow(
                 name=run.name,
                 devices=planned.devices,
                 raw_seconds=planned.step_seconds,
                 predicted_seconds=planned.step_seconds * factor,
-                predicted_gib=device_bytes(planned.memory) / 2**30,
+                predicted_gib=_predicted_bytes(study, planned) / 2**30,
                 measured_seconds=seconds,
                 measured_gib=sum(memory.values()) if memory else None,
                 accuracy=measured.get("accuracy_after"),
             )
         )
     return found
+
+
+def _predicted_bytes(study: Study, planned: Plan) -> float:
+    if study.machine.device.is_gpu:
+        return device_bytes(planned.memory)
+    return sum(cell.value for cell in planned.memory)
 
 
 def _measured(metrics: Path) -> Mapping[str, Any]:

@@ -15,8 +15,14 @@ from megatron_rl.planner.devices import (
     MEMORY_SHARE,
     Device,
 )
-from megatron_rl.planner.memory import activation_bytes_per_token, kv_bytes_per_token
-from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, state_bytes, total_parameters
+from megatron_rl.planner.memory import (
+    activation_bytes_per_token,
+    cache_dtype,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    unlike_stages,
+)
+from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, exchanged_parameters, state_bytes, total_parameters
 from megatron_rl.weights.rules import Head
 
 
@@ -74,19 +80,24 @@ def pass_time(
 ) -> PassTime:
     """Passes over ``work``: forward, or forward and backward (twice the products; once more with full recompute).
 
-    Products: :meth:`ModelDims.row_flops`. Element-wise work reads and writes about twice what a layer would keep for
-    its backward pass. Tensor ranks exchange four times a layer and pass (Korthikanti et al. 2022, section 4.2.2),
-    experts twice (Lepikhin et al., "GShard", 2020, section 3.2), context ranks gather keys and values once. A
-    pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section 2.2).
+    Products: :meth:`ModelDims.row_flops`; the stage with the most layers sets the pace, and has as much of the head's
+    products as of the layers. Element-wise work reads and writes about twice what a layer would keep for
+    its backward pass. Each exchange has one mirror image in the backward pass, however many products that has; full
+    recompute repeats the forward's. Tensor ranks exchange four times a layer each way: two gathers and two scattered
+    sums, or two sums that cost twice as much. That a backward pass gathers the inputs of two products once more under
+    sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section 4.2.2).
+    Experts exchange twice each way (Lepikhin et al., "GShard", 2020, section 3.2); context ranks gather keys and values
+    once and sum their gradients once. A pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section
+    2.2).
     """
     layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
-    share = layout.tensor * layout.pipeline * layout.context
     per_rank = max(work.tokens / layout.data, work.row_tokens) / layout.context
     micro = min(trainer.tokens_per_microbatch, per_rank)
     batches = max(1.0, per_rank / micro)
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    layers = dims.layers / layout.pipeline
-    flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro * layout.context / share
+    held = max((layout.layers_of_stage(s, dims.layers) for s in unlike_stages(layout)), key=len)
+    layers = len(held)
+    flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro / layout.tensor * layers / dims.layers
     moved = 2 * micro * layers * activation_bytes_per_token(dims, _plain(trainer), dtype)
     arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
     exchanged = 0.0
@@ -97,11 +108,11 @@ def pass_time(
         bytes_each = 2 * size * micro * (layout.context - 1) * dims.kv_heads * dims.head_dim / layout.tensor
         exchanged += layers * bytes_each / machine.link(layout.tensor * layout.context)
     if dims.experts is not None and layout.expert > 1:
-        sparse = len(dims.experts.layers) / layout.pipeline
+        sparse = len(set(dims.experts.layers) & set(held))
         routed = size * micro / layout.tensor * dims.experts.per_token * dims.hidden
         ranks = layout.expert * layout.expert_tensor
         exchanged += 2 * sparse * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)
-    exchanged *= passes
+    exchanged *= 1 if not backward else 3 if trainer.recompute == "full" else 2
     busy = arithmetic + exchanged
     bubble = busy * (layout.pipeline - 1) / layout.virtual_pipeline
     return PassTime(arithmetic=arithmetic * batches, tensor=exchanged * batches, bubble=bubble)
@@ -110,28 +121,34 @@ def pass_time(
 def update_time(
     dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, work: Work, dtype: str
 ) -> PassTime:
-    """One optimizer step.
+    """One optimizer step, at the stage whose exchange and Adam take longest.
 
     Replicas reduce float32 gradients and get weights back (Rajbhandari et al., "ZeRO", 2020, section 7.1), or reduce
-    twice as much without a distributed optimizer; none of it is hidden behind arithmetic unless communication overlaps,
-    which hides what arithmetic lasts. Adam reads gradient, main weight and moments and writes the last three and the
-    weight. On the host it takes the gradient down and the weight up, and runs at a tenth of the device's bandwidth.
+    twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is
+    hidden behind arithmetic unless communication overlaps, which hides what arithmetic lasts. Adam reads gradient, main
+    weight and moments and writes the last three and the weight. On the host it takes the gradient down and the weight
+    up, and runs at a tenth of the device's bandwidth.
     """
-    layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True)
-    states = state_bytes(dims, trainer, head, 0, dtype)
-    replicas = layout.data * layout.context
-    exchanged = (4 + (size if trainer.distributed_optimizer else 4)) * states.parameters * (replicas - 1) / replicas
-    between = exchanged / machine.link(layout.tensor * replicas)
-    if trainer.overlap_communication:
-        between = max(0.0, between - compute.arithmetic / 2)
-    return PassTime(
-        arithmetic=compute.arithmetic,
-        tensor=compute.tensor,
-        bubble=compute.bubble,
-        replicas=between,
-        optimizer=_adam(trainer, states, device, size),
+    hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
+    replicas, optimizer = max(
+        (_step_time(dims, trainer, head, machine, stage, dtype, hidden) for stage in unlike_stages(trainer.layout)),
+        key=sum,
     )
+    return replace(compute, replicas=replicas, optimizer=optimizer)
+
+
+def _step_time(
+    dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, stage: int, dtype: str, hidden: float
+) -> tuple[float, float]:
+    """Seconds of a stage's exchange between replicas, less those ``hidden`` behind arithmetic, and of its Adam."""
+    layout, size = trainer.layout, DTYPE_BYTES[dtype]
+    rank = layout.rank_of(pipeline=stage)
+    ways = 4 + (size if trainer.distributed_optimizer else 4)
+    exchanged = ways * exchanged_parameters(dims, layout, head, rank)
+    between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
+    states = state_bytes(dims, trainer, head, rank, dtype)
+    return max(0.0, between - hidden), _adam(trainer, states, machine.device, size)
 
 
 def _adam(trainer: TrainerConfig, states: StateBytes, device: Device, size: int) -> float:
@@ -175,15 +192,16 @@ def rollout_time(
     Pope et al. 2022, section 2: a step reads all weights once (of experts those that some token chose) and the keys and
     values of every sequence; it lasts as long as the larger of that and its products, and two all-reduces a layer.
     While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow; the longest
-    sample goes on alone after that, from the mean length to the limit.
+    sample goes on alone after that, from the mean length to the limit. Of a quantised engine fewer bytes are read; its
+    products are taken as those of bfloat16. ``dtype``: of the model.
     """
-    device, size = machine.device, DTYPE_BYTES[dtype]
+    device, size = machine.device, DTYPE_BYTES[engine.dtype(dtype)]
     mine = samples / engine.count
-    kv = kv_bytes_per_token(dims, engine.tensor, dtype)
+    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
     context = prompt_tokens + response_tokens / 2
     room = engine.kv_cache_mib * 2**20 / kv / (prompt_tokens + response_tokens)
     together = max(1.0, min(mine, engine.max_concurrent, room))
-    weights = total_parameters(dims, Head.TOKEN) * size / engine.tensor
+    weights = engine_weight_bytes(dims, engine, dtype) / engine.tensor
 
     def step(sequences: float) -> float:
         read = weights * _touched(dims, sequences) + sequences * context * kv

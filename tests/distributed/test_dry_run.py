@@ -8,13 +8,14 @@ from typing import Any, Literal
 import pytest
 
 from megatron_rl.config.load import parse
+from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import OptimizerConfig, RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.memory import trainer_cells
 from megatron_rl.planner.states import state_bytes
 from megatron_rl.weights.rules import Head
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import RankFailed, Ranks
 from tests.unit.weights.models import EXTRA, dims
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +103,7 @@ def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
         optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=4096, recompute=recompute
     )
     found = process.run(1, _answer, sizes, trainer, Head.VALUE, 0, dtype, 256)[0]
-    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False)
+    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False, on_gpu=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
     assert said == pytest.approx(found.activations, rel=0.05)
 
@@ -127,3 +128,11 @@ def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: R
     )[0]
     assert found.activations is None
     assert found.uncounted.startswith("how many tokens each expert gets depends on values")
+
+
+def test_weights_in_fp8_are_refused_with_the_reason(process: Ranks) -> None:
+    trainer = TrainerConfig(
+        optimizer=OptimizerConfig(lr=1e-6), distributed_optimizer=True, fp8=FP8Config(parameters=True)
+    )
+    with pytest.raises(RankFailed, match=r"fp8\.parameters must be false in a dry run"):
+        process.run(1, _answer, dims("Qwen2ForCausalLM"), trainer, Head.TOKEN, 0, "bfloat16")

@@ -60,6 +60,7 @@ def test_problems_name_the_axis_and_the_size():
 def test_stages_of_their_own_size_share_the_layers_with_the_others():
     layout = ParallelLayout(pipeline=4, first_stage_layers=1, last_stage_layers=2)
     assert [layout.stage_of_layer(layer, 9) for layer in range(9)] == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert layout.layers_of_stage(1, 9) == (1, 2, 3)
     assert layout.layer_problems(9) == []
     assert layout.layer_problems(8) == [
         "first_stage_layers=1 and last_stage_layers=2 leave 5 of the model's 8 layers to the other 2 stages; must be a "

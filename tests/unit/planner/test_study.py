@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import ConfigError
-from megatron_rl.planner.study import StudyRow, plot_study, read_study, study_rows, study_table
+from megatron_rl.planner.study import StudyRow, is_done, plot_study, read_study, study_rows, study_table
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml"
@@ -49,7 +49,32 @@ def test_the_first_run_calibrates_the_others(tmp_path):
     one, two = study_rows(study)
     assert one.predicted_seconds == pytest.approx(500.0)
     assert two.predicted_seconds == pytest.approx(two.raw_seconds * 500 / one.raw_seconds)
-    assert (two.measured_seconds, two.measured_gib) == (1100.0, 2.0)
+    assert (two.measured_seconds, two.measured_gib) == (1100.0, None)  # a resident set says nothing of GPUs
+
+
+def test_on_a_cpu_memory_is_resident_sets_and_includes_what_the_host_keeps(tmp_path):
+    file = written(tmp_path, extra='device = "cpu"\n')
+    file.write_text(file.read_text().replace("prompts_per_step=2048", "policy.optimizer_on_host=true"))
+    finished(tmp_path / "two", 1100.0)
+    one, two = study_rows(read_study(file))
+    assert two.measured_gib == 2.0
+    assert one.predicted_gib == pytest.approx(two.predicted_gib)  # the optimizer is elsewhere on the same machine
+
+
+def test_settings_on_the_command_line_are_refused(tmp_path, capsys):
+    assert main(["scale", "plan", str(written(tmp_path)), "steps=3"]) == 2
+    assert f"takes one study and no settings, got {tmp_path}/study.toml steps=3" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_not_done(tmp_path):
+    study = read_study(written(tmp_path))
+    one, two = study.runs
+    for run, summary in ((one, {"steps": 2, "stopped_after_step": 2}), (two, {"steps": 4})):
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "summary.json").write_text(json.dumps(summary))
+    assert (is_done(study, one), is_done(study, two)) == (False, True)
+    (tmp_path / "two" / "summary.json").unlink()
+    assert not is_done(study, two)
 
 
 def test_a_table_gives_error_and_efficiency(tmp_path):
