@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.object_store import object_store_bytes
 from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
@@ -174,7 +175,7 @@ class Cluster:
                 num_cpus=len(os.sched_getaffinity(0)),
                 num_gpus=self._gpus,
                 _node_ip_address=_LOOPBACK,
-                object_store_memory=_object_store_bytes(),
+                object_store_memory=object_store_bytes(psutil.virtual_memory().available),
                 **common,
             )
         else:
@@ -289,11 +290,6 @@ class Cluster:
                 _wait_gone([birth.pid for birth in self._births])
         finally:
             ray.shutdown()
-
-
-def _object_store_bytes() -> int:
-    """A quarter of the free memory, at most 4 GiB: experience batches are small, and the store is shared memory."""
-    return int(min(4 << 30, psutil.virtual_memory().available // 4))
 
 
 def _wait_gone(pids: Sequence[int]) -> None:
