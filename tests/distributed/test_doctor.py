@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import megatron_rl
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
+_START_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,24 @@ def head(tmp_path: Path) -> Iterator[Head]:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--head", "--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--num-cpus=1"]
-    subprocess.run(
-        [RAY, "start", *options, "--include-dashboard=false"],
-        env=environment | {"PYTHONPATH": str(package.parent)},
-        check=True,
-        timeout=90,
-        capture_output=True,
-    )
-    yield Head(address=address, environment=environment, package=package)
-    subprocess.run([RAY, "stop", "--force"], env=environment, check=True, timeout=60, capture_output=True)
+    log = tmp_path / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [RAY, "start", *options, "--include-dashboard=false", "--block"],
+            env=environment | {"PYTHONPATH": str(package.parent)},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        end = time.monotonic() + _START_S
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield Head(address=address, environment=environment, package=package)
+    finally:
+        process.terminate()  # ends this cluster alone; ray stop would end every cluster of the machine
+        process.wait(30)
 
 
 def doctor(head: Head, **environment: str) -> tuple[int, str]:
