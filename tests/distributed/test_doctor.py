@@ -40,6 +40,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
     token.write_text(secrets.token_hex(32))
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # a client without a token, which must fail, tries once a second
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
