@@ -93,6 +93,12 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
     for each in differences:
         if each.found is not None:
             yield _warning("versions", str(each), f"install {each.package} {each.wanted}: no test has seen the other")
+    if node.gpus and node.packages.get("torch", "").endswith("+cpu"):
+        yield _error(
+            "versions",
+            f"a node with GPUs needs a torch built for CUDA, found torch {node.packages['torch']}",
+            "pip install -e '.[gpu]' in a new environment",
+        )
     if all(name in node.packages for name in _ENGINES):
         yield _error(
             "versions",

