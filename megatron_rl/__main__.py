@@ -1,4 +1,4 @@
-"""``megatron-rl train|sft|check-parity|plan|dry-run|scale|show-config FILE.toml... key=value...``."""
+"""``megatron-rl train|sft|check-parity|plan|dry-run|scale|show-config|doctor FILE.toml... key=value...``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, dump, load, parse
-from megatron_rl.config.schema import RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
@@ -33,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("dry-run", "build the real model of one rank of any world, without memory"),
         ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
         ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
+        ("doctor", "look at this machine, or a cluster's nodes, before a run; exit status 1 where something is wrong"),
     ):
         command = commands.add_parser(name, help=text)
         if name == "scale":
             command.add_argument("action", choices=("plan", "run"))
-        command.add_argument("settings", nargs="+", metavar="FILE.toml|key=value")
+        command.add_argument("settings", nargs="*" if name == "doctor" else "+", metavar="FILE.toml|key=value")
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
         elif name == "plan":
@@ -53,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--rank", type=int, default=0)
             command.add_argument("--role", choices=("policy", "critic"), default="policy")
             command.add_argument("--row-tokens", type=int, help="count activations too, with rows of so many tokens")
+        elif name == "doctor":
+            command.add_argument(
+                "--cluster",
+                metavar="HOST:PORT",
+                help="of Ray, running or to be started here (default: cluster.address)",
+            )
     asked = parser.parse_args(arguments)
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
@@ -70,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _scale(files, overrides, measure=asked.action == "run")
         elif asked.command == "dry-run":
             _dry_run(parse(RunConfig, files, overrides), asked)
+        elif asked.command == "doctor":
+            return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
         else:
             _print(dump(load(RunConfig, files, overrides)))
     except ConfigError as error:
@@ -163,6 +173,15 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     stages = stage_parameters(dims, trainer, head)
     lines.append("  parameters of each stage: " + ", ".join(f"{count:,}" for count in stages))
     _print("\n".join(lines))
+
+
+def _doctor(config: RunConfig | None, files: Sequence[Path], address: str | None) -> int:
+    from megatron_rl.doctor.examine import examine
+
+    cluster = ClusterConfig() if config is None else config.cluster
+    report = examine(config, files, replace(cluster, address=address or cluster.address))
+    _print(str(report))
+    return report.status
 
 
 def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) -> None:

@@ -102,6 +102,9 @@ SETS: tuple[VersionSet, ...] = (
     ),
 )
 
+OLDEST_DRIVER: Mapping[int, int] = {12: 525, 13: 580}
+"""Branch of NVIDIA's driver that a major release of CUDA needs (NVIDIA, "CUDA Compatibility", minor versions)."""
+
 
 def nearest(hardware: Hardware, python: str, found: Mapping[str, str]) -> tuple[VersionSet, tuple[Difference, ...]]:
     """The set for this hardware that an installation differs from least, and where; the first of several."""

@@ -299,6 +299,10 @@ class TrainerConfig:
     """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name
     does, and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
 
+    logprob_kernel: Literal["auto", "torch"] = "auto"
+    """What log-probs and entropies are computed with, from hidden states: Triton kernels where there are a GPU and
+    Triton (``auto``), or torch in any case. The numbers are the same but for rounding."""
+
     @property
     def rounds(self) -> bool:
         """Whether linears compute in FP8, or as if."""
@@ -319,10 +323,6 @@ class TrainerConfig:
             dims=dims,
             gpu=gpu,
         )
-
-    logprob_kernel: Literal["auto", "torch"] = "auto"
-    """What log-probs and entropies are computed with, from hidden states: Triton kernels where there are a GPU and
-    Triton (``auto``), or torch in any case. The numbers are the same but for rounding."""
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""

@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.object_store import object_store_bytes
 from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
@@ -174,7 +175,7 @@ class Cluster:
                 num_cpus=len(os.sched_getaffinity(0)),
                 num_gpus=self._gpus,
                 _node_ip_address=_LOOPBACK,
-                object_store_memory=_object_store_bytes(),
+                object_store_memory=object_store_bytes(psutil.virtual_memory().available),
                 **common,
             )
         else:
@@ -291,11 +292,6 @@ class Cluster:
             ray.shutdown()
 
 
-def _object_store_bytes() -> int:
-    """A quarter of the free memory, at most 4 GiB: experience batches are small, and the store is shared memory."""
-    return int(min(4 << 30, psutil.virtual_memory().available // 4))
-
-
 def _wait_gone(pids: Sequence[int]) -> None:
     end = time.monotonic() + _STOP_DEADLINE_S
     while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in pids):
@@ -309,12 +305,15 @@ def _is_open(address: str) -> bool:
     """Whether a client without a token gets an answer. A process of its own: Ray fixes the mode when it is loaded."""
     probe = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined')"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-    done = subprocess.run(
-        [sys.executable, "-c", probe, address],
-        env=environment | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", probe, address],
+            env=environment | {"RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:  # no answer without a token; joining with one says more
+        return False
     return "joined" in done.stdout

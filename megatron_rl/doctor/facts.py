@@ -1,0 +1,271 @@
+"""What is found on a node, without an opinion. :func:`look` also runs on the other nodes, so it loads little."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+import megatron_rl
+
+_SHARED_MEMORY = Path("/dev/shm")
+_IMPORT_DEADLINE_S = 120
+_ANSWER_DEADLINE_S = 5.0
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_SETTINGS_FRAME = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apex:
+    """A package that ``import apex`` would find.
+
+    Attributes:
+        place: where it lies.
+        summary: of the installed distribution; None where it is only a folder.
+        has_optimizers: whether there is an ``apex.optimizers``, as NVIDIA's has.
+    """
+
+    place: str
+    summary: str | None
+    has_optimizers: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """The secret with which Ray's processes know each other.
+
+    Attributes:
+        path: of its file; None where it stands in the environment.
+        mode: permission bits of the file; None where there is no file.
+    """
+
+    path: str | None
+    mode: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFacts:
+    """One node.
+
+    Attributes:
+        host: its name.
+        python: release, such as ``3.11.7``.
+        packages: release by normalised name of every installed distribution.
+        code: SHA-256 of this package's Python files.
+        files: SHA-256 by path of files that all nodes should have alike; None for a file that is not there.
+        apex: what is installed under that name.
+        engine_fault: why Transformer Engine cannot be imported; None where it can, or is not there at all.
+        shared_memory: bytes free in ``/dev/shm``; None where there is none.
+        memory: bytes available.
+        disk: bytes free where the run writes, those of its own checkpoints counted as free; None without a run.
+        open_files: how many a process may open at most.
+        resolves: addresses that its own name leads to.
+        addresses: of its interfaces.
+        gpus: names.
+        driver: of the GPUs, such as ``580.82``.
+        token: Ray's.
+    """
+
+    host: str
+    python: str
+    packages: Mapping[str, str]
+    code: str
+    files: Mapping[str, str | None]
+    apex: Apex | None
+    engine_fault: str | None
+    shared_memory: int | None
+    memory: int
+    disk: int | None
+    open_files: int
+    resolves: tuple[str, ...]
+    addresses: tuple[str, ...]
+    gpus: tuple[str, ...]
+    driver: str | None
+    token: Token
+
+
+class Listener(Enum):
+    """Who answers at a port."""
+
+    NOBODY = "nobody"
+    GRPC = "a gRPC server, as Ray's is"
+    OTHER = "something else"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """One port of a cluster.
+
+    Attributes:
+        address: host name or address.
+        number: of the port.
+        option: of ray_head.sh that sets it.
+        listener: who answers.
+        leads_to: addresses that ``address`` stands for.
+        ours: whether one of them is this machine's.
+    """
+
+    address: str
+    number: int
+    option: str
+    listener: Listener
+    leads_to: tuple[str, ...]
+    ours: bool
+
+
+def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
+    """Everything about the node that this process runs on."""
+    packages = _packages()
+    gpus, driver = _gpus()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    host = socket.gethostname()
+    return NodeFacts(
+        host=host,
+        python=platform.python_version(),
+        packages=packages,
+        code=_hash_of_code(),
+        files={str(file): _hash(file) for file in files},
+        apex=_apex(),
+        engine_fault=_engine_fault(packages),
+        shared_memory=shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
+        memory=psutil.virtual_memory().available,
+        disk=None if run_dir is None else _room(run_dir),
+        open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,
+        resolves=_resolved(host),
+        addresses=_own_addresses(),
+        gpus=gpus,
+        driver=driver,
+        token=_token(),
+    )
+
+
+def look_at_port(address: str, number: int, option: str) -> Port:
+    """Who listens there."""
+    leads_to = _resolved(address)
+    return Port(
+        address=address,
+        number=number,
+        option=option,
+        listener=_listener(address, number),
+        leads_to=leads_to,
+        ours=not set(leads_to).isdisjoint(_own_addresses()),
+    )
+
+
+def _packages() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for each in metadata.distributions():
+        if name := each.metadata["Name"]:  # what an interrupted installation left has none
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
+    return found
+
+
+def _hash(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _hash_of_code() -> str:
+    folder, digest = Path(megatron_rl.__file__).parent, hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)} {_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _apex() -> Apex | None:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None
+    places = list(spec.submodule_search_locations or [str(spec.origin)])
+    try:
+        summary = metadata.metadata("apex")["Summary"]
+    except metadata.PackageNotFoundError:
+        summary = None
+    has_optimizers = any((Path(place) / "optimizers").is_dir() for place in places)
+    return Apex(place=places[0], summary=summary, has_optimizers=has_optimizers)
+
+
+def _engine_fault(packages: Mapping[str, str]) -> str | None:
+    """Tried in a process of its own: it loads torch, and may end the process that does."""
+    there = any(name.startswith("transformer-engine") for name in packages)
+    if not there and importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "import transformer_engine.pytorch"],
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_DEADLINE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its import took longer than {_IMPORT_DEADLINE_S} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"its import ended with status {done.returncode}"])[-1]
+
+
+def _room(run_dir: Path) -> int:
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+    held = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    return shutil.disk_usage(there).free + held
+
+
+def _resolved(name: str) -> tuple[str, ...]:
+    try:
+        return tuple(sorted({str(answer[4][0]) for answer in socket.getaddrinfo(name, None)}))
+    except OSError:
+        return ()
+
+
+def _own_addresses() -> tuple[str, ...]:
+    found = {each.address.partition("%")[0] for some in psutil.net_if_addrs().values() for each in some}
+    return tuple(sorted(found))
+
+
+def _gpus() -> tuple[tuple[str, ...], str | None]:
+    if shutil.which("nvidia-smi") is None:
+        return (), None
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return (), None
+    rows = [line.split(", ", 1) for line in done.stdout.splitlines() if done.returncode == 0 and ", " in line]
+    return tuple(name for _, name in rows), rows[0][0] if rows else None
+
+
+def _token() -> Token:
+    """Where Ray looks: the secret itself, then the file that is named, then its own."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return Token(path=None, mode=None)
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return Token(path=str(path), mode=stat.S_IMODE(path.stat().st_mode) if path.is_file() else None)
+
+
+def _listener(address: str, number: int) -> Listener:
+    try:
+        connection = socket.create_connection((address, number), timeout=_ANSWER_DEADLINE_S)
+    except OSError:
+        return Listener.NOBODY
+    with connection:
+        try:
+            connection.sendall(_HTTP2_HELLO)
+            frame = connection.recv(9)
+        except OSError:
+            return Listener.OTHER
+    return Listener.GRPC if len(frame) == 9 and frame[3] == _SETTINGS_FRAME else Listener.OTHER

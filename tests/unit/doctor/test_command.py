@@ -1,0 +1,67 @@
+"""The command as it is typed, on the machine that runs the tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+RECIPE = str(ROOT / "examples" / "arithmetic_cpu" / "ppo.toml")
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # cannot be imported, and is not found
+from megatron_rl.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def doctor(*arguments: str, program: tuple[str, ...] = ("-m", "megatron_rl")) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, *program, "doctor", *arguments],
+        env=kept | {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_this_machine_passes_and_is_told_what_it_computes_with() -> None:
+    done = doctor()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  Adam            torch fused AdamW" in done.stdout
+    assert "  log-probs       torch\n" in done.stdout
+    assert "not checked: batches, layouts, disk: no FILE.toml is given" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith(f"looked at {socket.gethostname()}")
+
+
+def test_without_torch_the_rest_is_still_told() -> None:
+    done = doctor(program=("-c", WITHOUT_TORCH))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch is not installed: plan, show-config and doctor do without" in done.stdout
+
+
+def test_a_batch_that_does_not_divide_ends_with_status_2() -> None:
+    done = doctor(RECIPE, "ppo.minibatch_samples=7")
+    assert done.returncode == 2
+    assert "error    configuration: ppo.minibatch_samples: must divide the 256 samples of a step" in done.stdout
+
+
+def test_a_misspelt_setting_and_an_address_without_a_port_end_with_status_2() -> None:
+    assert "unknown key; did you mean ppo.gamma?" in doctor(RECIPE, "ppo.gama=1").stderr
+    done = doctor("--cluster", "somewhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cluster.address: must be HOST:PORT" in done.stderr
+
+
+def test_an_occupied_port_ends_with_status_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        done = doctor("--cluster", address)
+    assert done.returncode == 1
+    assert f"error    port: {address} must be free for Ray, something else listens there" in done.stdout
+    assert f"not checked: clocks, other nodes: no cluster runs at {address}" in done.stdout
