@@ -30,12 +30,13 @@ TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.
 NOT_HERE_YET = re.compile(r"(no such file|no config\.json in|no tokenizer\.json in)")
 
 BELOW = {  # files that say a part alone, and what they lie over
-    "fp8.toml": ["ppo.toml"],
-    "4_nodes_a100.toml": ["simplerl_zero.toml"],
-    "4_nodes_h100.toml": ["simplerl_zero.toml"],
-    "1_node_a100.toml": ["simplerl_zero.toml"],
-    "1_node_h100.toml": ["simplerl_zero.toml"],
-    "seed_exact.toml": ["simplerl_zero.toml", "4_nodes_a100.toml"],
+    "arithmetic_cpu/fp8.toml": ["ppo.toml"],
+    "beyond_7b/fp8.toml": ["qwen2.5_14b.toml"],
+    "qwen2.5_math_7b/4_nodes_a100.toml": ["simplerl_zero.toml"],
+    "qwen2.5_math_7b/4_nodes_h100.toml": ["simplerl_zero.toml"],
+    "qwen2.5_math_7b/1_node_a100.toml": ["simplerl_zero.toml"],
+    "qwen2.5_math_7b/1_node_h100.toml": ["simplerl_zero.toml"],
+    "qwen2.5_math_7b/seed_exact.toml": ["simplerl_zero.toml", "4_nodes_a100.toml"],
 }
 
 
@@ -76,7 +77,7 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize("file", TOMLS, ids=ids(TOMLS))
 def test_every_example_configuration_loads(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    files = [*(file.parent / name for name in BELOW.get(file.name, ())), file]
+    files = [*(file.parent / name for name in BELOW.get(f"{file.parent.name}/{file.name}", ())), file]
     assert problems(schema_of(file), files) == []
 
 

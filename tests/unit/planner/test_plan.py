@@ -33,7 +33,8 @@ from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, up
 from megatron_rl.weights.rules import Head
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "examples" / "beyond_7b").glob("*.toml"))
+FP8 = ROOT / "examples" / "beyond_7b" / "fp8.toml"
+RECIPES = sorted(set((ROOT / "examples" / "beyond_7b").glob("*.toml")) - {FP8})
 H100 = Machine(device=DEVICES["h100"], per_node=8)
 LENGTHS = Lengths(prompt=100, response=800)
 
@@ -75,6 +76,10 @@ def test_every_recipe_fits_the_devices_it_asks_for(file):
     found = plan(config, dims, H100, LENGTHS)
     assert found.problems == ()
     assert found.step_seconds > 0
+    in_fp8 = parse(RunConfig, [file, FP8])
+    assert plan(in_fp8, dims, H100, LENGTHS).problems == ()
+    refused = plan(in_fp8, dims, replace(H100, device=DEVICES["a100-80g"]), LENGTHS).problems
+    assert any("needs a GPU of" in problem for problem in refused)
 
 
 def test_there_are_recipes():

@@ -13,13 +13,18 @@ import pytest
 from eval.samples import GradedSample
 from eval.tasks import TEMPLATES
 from examples.data import prepare_math
-from megatron_rl.config.load import dotted, load
+from megatron_rl.config.load import dotted, load, parse
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Finish, Outcome
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.search import Lengths, plan
+from megatron_rl.planner.times import Machine
 
 FOLDER = Path(__file__).parents[3] / "examples/qwen2.5_math_7b"
 MODEL = FOLDER.parent / "beyond_7b/models/qwen2.5_math_7b/config.json"
 PLACES = ["4_nodes_a100.toml", "4_nodes_h100.toml", "1_node_a100.toml", "1_node_h100.toml"]
+LENGTHS = Lengths(prompt=130, response=800)
 SEED = {  # train_ppo_qwen_base_math_lv35_new.sh at 17fef38, and the defaults of train_ppo_ray_box.py where it is silent
     "seed": 42,
     "prompts_per_step": 1024,  # rollout_batch_size
@@ -111,6 +116,15 @@ def test_seed_exact_sets_what_the_seed_set(inputs: Path, place: str) -> None:
     # FP8 has a gap between trainer and engine that the seed had not, and corrects it
     expected = SEED | ({"ppo.engine_correction": "tis"} if "h100" in place else {})
     assert {key: found[key] for key in SEED} == expected
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_recipe_fits_the_gpus_it_is_for(place: str) -> None:
+    config = parse(RunConfig, [FOLDER / "simplerl_zero.toml", FOLDER / place])
+    device = DEVICES["h100" if "h100" in place else "a100-80g"]
+    found = plan(config, read_model_dims(MODEL.parent), Machine(device=device, per_node=8), LENGTHS)
+    assert found.problems == ()
+    assert 0 < 120 * found.step_seconds < 5 * 86_400
 
 
 def test_without_the_overlay_the_seeds_accidents_are_mended(inputs: Path) -> None:
