@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -118,9 +119,16 @@ def test_a_killed_run_goes_on_at_another_layout(train_command: Command, tmp_path
     expected = saved_tensors(unbroken / "checkpoints/step_000006/policy")
     moments = [name for name in expected if "exp_avg" in name]
     assert len(moments) == 2 * sum(name.startswith(("decoder.", "embedding.", "output_layer.")) for name in expected)
-    for name, tensor in saved_tensors(broken / "checkpoints/step_000006/policy").items():
+    found = saved_tensors(broken / "checkpoints/step_000006/policy")
+    for name, tensor in found.items():
         gap = float((tensor - expected[name]).norm() / expected[name].norm())
         assert gap < (1e-5 if name in moments else 1e-4), (name, gap)  # measured: 1.2e-6, 1.1e-5
+    for moment in ("exp_avg_sq", "exp_avg"):
+        of_all = [name for name in moments if name.endswith(f".{moment}") or f".{moment}." in name]
+        apart = sum(float((found[name] - expected[name]).square().sum()) for name in of_all)
+        whole = sum(float(expected[name].square().sum()) for name in of_all)
+        assert len(of_all) == len(moments) / 2
+        assert math.sqrt(apart / whole) < 1e-6
     assert psutil.wait_procs([*killed.ours, *killed.rays], timeout=90)[1] == []
 
 
