@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.guardian import Guardian
 from megatron_rl.ray_runtime.object_store import object_store_bytes
 from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
@@ -138,6 +139,7 @@ class Cluster:
         self.log_dir = run_dir.resolve() / "logs"
         self._scratch = run_dir.resolve() / "scratch"
         self._group: PlacementGroup | None = None
+        self._guardian: Guardian | None = None
         self._groups: list[WorkerGroup] = []
         self._births: list[Birth] = []
         self._processes: dict[str, dict[str, Any]] = {}
@@ -155,7 +157,13 @@ class Cluster:
             ClusterProblem: the cluster cannot be reached, or asks for no token, or Ray in this process uses none.
         """
         terminate = signal.getsignal(signal.SIGTERM)
-        self._join()
+        if self.local:
+            self._guardian = Guardian()
+        try:
+            self._join()
+        except BaseException:
+            self._dismiss()
+            raise
         signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts the process, and leaves the rest to luck
         return self
 
@@ -290,6 +298,11 @@ class Cluster:
                 _wait_gone([birth.pid for birth in self._births])
         finally:
             ray.shutdown()
+            self._dismiss()
+
+    def _dismiss(self) -> None:
+        if self._guardian is not None:
+            self._guardian.dismiss()
 
 
 def _wait_gone(pids: Sequence[int]) -> None:

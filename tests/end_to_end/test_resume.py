@@ -99,8 +99,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_last_bit(train_comman
         name = f"{model}/__0_0.distcp"  # weights, main weights, both moments
         assert manifests[0][name] == manifests[1][name]
     assert manifests[0]["hf/model.safetensors"] == manifests[1]["hf/model.safetensors"]
-    # two agents of Ray's look for their cluster for a minute before they give up
-    assert psutil.wait_procs(killed.rays, timeout=90)[1] == []
+    assert psutil.wait_procs(killed.rays, timeout=15)[1] == []
 
 
 @pytest.mark.slow
@@ -129,7 +128,7 @@ def test_a_killed_run_goes_on_at_another_layout(train_command: Command, tmp_path
         whole = sum(float(expected[name].square().sum()) for name in of_all)
         assert len(of_all) == len(moments) / 2
         assert math.sqrt(apart / whole) < 1e-6
-    assert psutil.wait_procs([*killed.ours, *killed.rays], timeout=90)[1] == []
+    assert psutil.wait_procs([*killed.ours, *killed.rays], timeout=15)[1] == []
 
 
 def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Command, tmp_path: Path) -> None:
