@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 metavar="HOST:PORT",
                 help="of Ray, running or to be started here (default: cluster.address)",
             )
-    asked = parser.parse_args(arguments)
+    asked, rest = parser.parse_known_args(arguments)
+    if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    asked.settings += rest  # settings behind an option, which argparse leaves over
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
     signal.signal(signal.SIGTERM, _interrupt)

@@ -25,7 +25,7 @@ fi
 
 # the dashboard takes jobs: it listens on this node alone, and submit.sh runs here
 command=(ray start --head --node-ip-address="$ip" --port="$port" --dashboard-host=127.0.0.1
-  --dashboard-port="$dashboard" --disable-usage-stats "${resources[@]}")
+  --dashboard-port="$dashboard" --disable-usage-stats --object-store-memory="${RAY_OBJECT_STORE_BYTES:-4294967296}" "${resources[@]}")
 if [ -n "${DRY_RUN:-}" ]; then
   echo "${command[@]}"
   exit 0

@@ -23,7 +23,7 @@ if [ -z "$head" ]; then
 fi
 [ -z "${BLOCK:-}" ] || options+=(--block)
 
-command=(ray start --address="$head" --disable-usage-stats "${options[@]}")
+command=(ray start --address="$head" --disable-usage-stats --object-store-memory="${RAY_OBJECT_STORE_BYTES:-4294967296}" "${options[@]}")
 if [ -n "${DRY_RUN:-}" ]; then
   echo "${command[@]}"
   exit 0

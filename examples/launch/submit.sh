@@ -21,7 +21,8 @@ if [ $# -eq 0 ]; then
 fi
 
 case "$*" in # these start Ray themselves, unless they are told where it is
-  *megatron-rl\ train\ * | *megatron-rl\ sft\ * | *megatron-rl\ check-parity\ * | *"-m megatron_rl "*) set -- "$@" cluster.address=auto ;;
+  *megatron-rl\ train\ * | *megatron-rl\ sft\ * | *megatron-rl\ check-parity\ * | *megatron-rl\ doctor\ * | \
+    *"-m megatron_rl train "*) set -- "$@" cluster.address=auto ;;
 esac
 
 # the job's shell gets the command word by word, and its own folder and PATH

@@ -305,8 +305,9 @@ class TrainerConfig:
 
     @property
     def rounds(self) -> bool:
-        """Whether linears compute in FP8, or as if."""
-        return self.fp8 is not None or self.fake_quantization != "none"
+        """Whether linears score in FP8, or as if."""
+        in_fp8 = self.fp8 is not None and (self.fp8.logprobs or self.fp8.parameters)
+        return in_fp8 or self.fake_quantization != "none"
 
     def fp8_case(self, model: ModelConfig, dims: ModelDims | None, gpu: Gpu | None = None) -> FP8Case | None:
         """What the rules of FP8 look at; None without FP8."""

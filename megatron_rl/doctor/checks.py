@@ -154,7 +154,9 @@ def check_transformer_engine(node: NodeFacts) -> Iterator[Finding]:
 
 
 def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
-    """Room for the buckets of a push, without which it fails, and for Ray's objects, which are slow elsewhere."""
+    """Room for the buckets of a push, which need it where weights go through host memory, and for Ray's objects, which
+    are slow elsewhere.
+    """
     free, store = node.shared_memory or 0, object_store_bytes(node.memory)
     wanted = needs.buckets + store
     if free >= wanted:
@@ -163,7 +165,7 @@ def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
     parts = f"{_size(needs.buckets)} for two buckets of a push (sync.bucket_mib) and {_size(store)} for Ray's objects"
     size = f"{-(-wanted // (1 << 30)) + 1}g"
     yield Finding(
-        severity=Severity.ERROR if free < needs.buckets else Severity.WARNING,
+        severity=Severity.ERROR if free < needs.buckets and not node.gpus else Severity.WARNING,
         what="shared memory",
         found=f"{parts} must fit, {there}",
         do=f"start the container with --shm-size {size}, or as root: mount -o remount,size={size} /dev/shm",

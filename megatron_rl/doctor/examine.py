@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +129,7 @@ def _ask(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFac
 
     try:
         answers = ask_nodes(cluster, question)
-    except (ClusterProblem, subprocess.TimeoutExpired) as problem:
+    except ClusterProblem as problem:
         do = "see examples/launch: head, workers and this command need the same Python, Ray and token"
         found = Finding(severity=Severity.ERROR, what="cluster", found=str(problem), do=do)
         return _Survey(findings=[found], not_checked=["clocks, other nodes: the cluster could not be asked"])

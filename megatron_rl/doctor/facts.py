@@ -169,7 +169,8 @@ def look_at_port(address: str, number: int, option: str) -> Port:
 
 def _packages() -> dict[str, str]:
     found: dict[str, str] = {}
-    for each in metadata.distributions():
+    # what Ray brings along stands on the path only where it is loaded
+    for each in metadata.distributions(path=[place for place in sys.path if "thirdparty_files" not in place]):
         if name := each.metadata["Name"]:  # what an interrupted installation left has none
             found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.precision import Gpu, fp8_problems
-from megatron_rl.config.schema import RunConfig, TrainerConfig
+from megatron_rl.config.schema import RunConfig, TrainerConfig, fake_quantization_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells
@@ -259,7 +259,8 @@ def _judged(
 ) -> Choice:
     trainer = replace(config.trainers[role], layout=layout)
     case = trainer.fp8_case(config.model, dims, _gpu(machine))
-    if problems := dims.layout_problems(layout) or (fp8_problems(case) if case is not None else []):
+    problems = dims.layout_problems(layout) or (fp8_problems(case) if case is not None else [])
+    if problems := problems or list(fake_quantization_problems(dims, {role: trainer})):
         return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
     if config.ppo.minibatch_samples < layout.data:
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"

@@ -95,7 +95,9 @@ def pass_time(
     micro = min(trainer.tokens_per_microbatch, per_rank)
     batches = max(1.0, per_rank / micro)
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    held = max((layout.layers_of_stage(s, dims.layers) for s in unlike_stages(layout)), key=len)
+    with_experts = set() if dims.experts is None else set(dims.experts.layers)
+    stages = [layout.layers_of_stage(stage, dims.layers) for stage in unlike_stages(layout)]
+    held = max(stages, key=lambda layers: (len(layers), len(with_experts & set(layers))))
     layers = len(held)
     flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro / layout.tensor * layers / dims.layers
     moved = 2 * micro * layers * activation_bytes_per_token(dims, _plain(trainer), dtype)
@@ -108,7 +110,7 @@ def pass_time(
         bytes_each = 2 * size * micro * (layout.context - 1) * dims.kv_heads * dims.head_dim / layout.tensor
         exchanged += layers * bytes_each / machine.link(layout.tensor * layout.context)
     if dims.experts is not None and layout.expert > 1:
-        sparse = len(set(dims.experts.layers) & set(held))
+        sparse = len(with_experts & set(held))
         routed = size * micro / layout.tensor * dims.experts.per_token * dims.hidden
         ranks = layout.expert * layout.expert_tensor
         exchanged += 2 * sparse * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)

@@ -327,6 +327,9 @@ def _is_open(address: str) -> bool:
             timeout=60,
             check=False,
         )
-    except subprocess.TimeoutExpired:  # no answer without a token; joining with one says more
-        return False
+    except subprocess.TimeoutExpired as late:
+        raise ClusterProblem(
+            f"the Ray cluster at {address} did not say within {late.timeout:.0f} s whether it asks for a token; look "
+            "at its head, or set cluster.allow_open_cluster=true"
+        ) from None
     return "joined" in done.stdout

@@ -44,14 +44,17 @@ def test_addresses_ports_and_gpus_are_arguments() -> None:
     head = dry("ray_head.sh", "--ip", "10.0.0.1", "--port", "7000", "--gpus", "8")
     assert head.stdout.split() == [
         *["ray", "start", "--head", "--node-ip-address=10.0.0.1", "--port=7000", "--dashboard-host=127.0.0.1"],
-        *["--dashboard-port=8265", "--disable-usage-stats", "--num-gpus=8"],
+        *["--dashboard-port=8265", "--disable-usage-stats", "--object-store-memory=4294967296", "--num-gpus=8"],
     ]
     worker = dry("ray_worker.sh", "--head", "10.0.0.1:7000", "--gpus", "8")
     assert worker.stdout.split() == [
-        *["ray", "start", "--address=10.0.0.1:7000", "--disable-usage-stats", "--num-gpus=8"]
+        *["ray", "start", "--address=10.0.0.1:7000", "--disable-usage-stats", "--object-store-memory=4294967296"],
+        "--num-gpus=8",
     ]
     submit = dry("submit.sh", "--", "megatron-rl", "train", "my recipe.toml")
     assert "megatron-rl train my\\ recipe.toml cluster.address=auto" in submit.stdout
+    assert "doctor x.toml cluster.address=auto" in dry("submit.sh", "--", "megatron-rl", "doctor", "x.toml").stdout
+    assert "cluster.address" not in dry("submit.sh", "--", "python", "eval/run.py").stdout
 
 
 @pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "single_node.sh"])
@@ -105,6 +108,7 @@ def test_a_run_is_submitted_to_two_nodes(train_command: Callable[..., list[str]]
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": folder,
         "BLOCK": "1",
+        "RAY_OBJECT_STORE_BYTES": str(100 << 20),
         "LOGS": str(tmp_path),
     }
     environment.pop("RAY_AUTH_TOKEN", None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from megatron_rl.__main__ import _Termination, _train
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +67,18 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
         assert printed.startswith("stopped as asked after step 4 of 9; the same command goes on from there\n")
         assert json.loads((tmp_path / "summary.json").read_text())["stopped_after_step"] == 4
         assert (tmp_path / "curve.png").is_file()
+
+
+def test_settings_may_stand_behind_an_option() -> None:
+    recipe = ["plan", "examples/beyond_7b/qwen2.5_14b.toml", "--device", "h200"]
+
+    def told(*more: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "megatron_rl", *recipe, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = told("engine.count=9", "engine.tensor=1")
+    assert status == 0, text
+    assert text != told()[1]
+    assert told("steps=7", "nonsense", "--nonsense=1")[0] == 2
+    assert "unrecognized arguments: nonsense --nonsense=1" in told("nonsense", "--nonsense=1")[1]

@@ -146,6 +146,11 @@ def test_shared_memory_must_hold_two_buckets_and_rays_objects(
         assert "--shm-size 6g" in finding.do
 
 
+def test_with_gpus_buckets_need_no_shared_memory() -> None:
+    found = of(healthy(shared_memory=63 * MIB, gpus=("H100",)))
+    assert [finding.severity for finding in found if finding.what == "shared memory"] == [Severity.WARNING]
+
+
 def test_buckets_are_those_of_the_recipe() -> None:
     assert needs_of(None, None).buckets == 64 * MIB
     assert needs_of(recipe("sync.bucket_mib=100"), None) == Needs(buckets=200 * MIB, disk=0)

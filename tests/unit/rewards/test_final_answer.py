@@ -67,6 +67,14 @@ def test_the_rule_scores_answers_with_and_without_a_box_and_says_which() -> None
     assert [score.parts["boxed"] for score in scores] == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_a_long_list_that_ends_no_sentence_is_read_once() -> None:
+    start = time.process_time()
+    listed = ", ".join(map(str, range(100, 160)))
+    assert final_answer(f"The multiples are {listed} (all of them)") is None
+    final_answer(f"The answer is {listed} (and so on")
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize("piece", ["$", "\\(", "answer is ", "1", "1,", "\n", "{", "answer  ", "1 and ", "a. A"])
 def test_a_million_characters_take_less_than_two_seconds(piece: str) -> None:
     start = time.process_time()
