@@ -14,7 +14,8 @@ import pytest
 
 from megatron_rl.assemble.audit import check_engine
 from megatron_rl.config.load import ConfigError, dump, load
-from megatron_rl.config.schema import EngineConfig, RunConfig, SFTConfig, SyncConfig
+from megatron_rl.config.precision import FP8Config
+from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, SFTConfig, SyncConfig, TrainerConfig
 from megatron_rl.ray_runtime.cluster import ClusterProblem
 
 MODEL = {
@@ -476,6 +477,9 @@ def test_a_bad_configuration_is_refused_in_seconds_and_without_torch(folder):
 def test_a_trainer_that_rounds_says_so_and_rounds_in_one_way(folder):
     plain, channel = "policy.fake_quantization=none", "policy.fake_quantization=fp8_per_channel"
     assert [load(RunConfig, [Path("ppo.toml")], [asked]).policy.rounds for asked in (plain, channel)] == [False, True]
+    tables = [FP8Config(), FP8Config(logprobs=False), FP8Config(logprobs=False, parameters=True)]
+    trainers = [TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), fp8=table) for table in tables]
+    assert [trainer.rounds for trainer in trainers] == [True, False, True]
     assert (
         "policy.fake_quantization: must be 'none' with policy.fp8, which is FP8 itself, got 'fp8_per_channel'"
         in problems(channel, "policy.fp8.recipe=tensorwise")

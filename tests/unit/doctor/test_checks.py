@@ -114,7 +114,7 @@ def test_the_registrys_apex_is_not_nvidias() -> None:
 
 
 def test_a_folder_that_hides_as_apex_is_to_be_moved() -> None:
-    finding = only(of(healthy(apex=Apex(place="/work/apex", summary=None, has_optimizers=False))))
+    finding = only(of(healthy(apex=Apex(place="/opt/apex", summary=None, has_optimizers=False))))
     assert finding.do == "move that folder away"
 
 
