@@ -222,7 +222,7 @@ def verify_folder(
         dims=dims,
         trainer=TrainerConfig(layout=layout, optimizer=OptimizerConfig(lr=0.0)),
         temperature=1.0,
-        total_updates=1,
+        total_updates=None,
         seed=0,
         keep_reference=False,
     )

@@ -32,7 +32,8 @@ class WorkerSpec:
         dims: of that model.
         trainer: layout, optimizer, memory.
         temperature: the policy's logits are divided by it.
-        total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+        total_updates: optimizer steps of the whole run, for the learning-rate schedule; None: ranks only score, without
+            gradients and an optimizer's states.
         seed: of the random states.
         keep_reference: keep a frozen copy of the initial weights beside the model.
     """
@@ -43,7 +44,7 @@ class WorkerSpec:
     dims: ModelDims
     trainer: TrainerConfig
     temperature: float
-    total_updates: int
+    total_updates: int | None
     seed: int
     keep_reference: bool
 

@@ -37,7 +37,7 @@ from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
 from megatron_rl.mcore.offload import Offload
-from megatron_rl.mcore.optimizer import gather_parameters, prepare_training
+from megatron_rl.mcore.optimizer import Training, gather_parameters, prepare_training
 from megatron_rl.mcore.quantised import forget_values, plain_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
@@ -50,7 +50,7 @@ from megatron_rl.weights.weight_map import Head, weight_map
 
 
 class Worker:
-    """One rank: its stage of the model, its optimizer, and the reference's stage where one is kept."""
+    """One rank: its stage of the model, its optimizer unless it only scores, the reference's stage where one is kept."""
 
     def __init__(self, spec: WorkerSpec, *, rank: int, host: str, port: int, timeout_s: float) -> None:
         """Join the other ranks and load the model.
@@ -74,10 +74,12 @@ class Worker:
         self._rank = rank
         self._weights = weight_map(spec.dims, spec.head)
         self._at = start_groups(self._layout, rank=rank, host=host, port=port, timeout_s=timeout_s, seed=spec.seed)
-        self._training = prepare_training(self._load_chunks(), spec.trainer, spec.total_updates)
+        self._models = self._load_chunks()
+        updates = spec.total_updates
+        self._training = None if updates is None else prepare_training(self._models, spec.trainer, updates)
         self._reference = self._load_chunks() if spec.keep_reference else None
         forget_values(self._reference or ())
-        self._offload = Offload(self._training, self._reference)
+        self._offload = None if self._training is None else Offload(self._training, self._reference)
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._written: Future[dict[str, FileRecord]]
@@ -93,6 +95,25 @@ class Worker:
         else:
             load_hf(chunks, spec.model.path, self._weights, spec.dims, self._layout, self._rank)
         return chunks
+
+    @property
+    def _chunks(self) -> Sequence[Any]:
+        """What is run: the models, in training behind what gathers their parameters."""
+        return self._models if self._training is None else self._training.chunks
+
+    def _trained(self, *parts: TrainerPart) -> tuple[Training, Offload]:
+        """What only a rank has that trains; ``parts`` of it must be on the device."""
+        if self._training is None or self._offload is None:
+            raise ValueError(
+                f"{self._spec.role}: these ranks only score, they have no gradients and no optimizer; give "
+                "total_updates to have them trained, saved, loaded or moved"
+            )
+        self._offload.require(*parts)
+        return self._training, self._offload
+
+    def _require(self, part: TrainerPart) -> None:
+        if self._offload is not None:
+            self._offload.require(part)
 
     def logprobs(
         self, batch: TokenRows, temperature: float | None = None, reference: bool = False, packed: bool = True
@@ -111,10 +132,10 @@ class Worker:
         Raises:
             ValueError: no reference is kept.
         """
-        chunks = self._reference if reference else self._training.chunks
+        chunks = self._reference if reference else self._chunks
         if chunks is None:
             raise ValueError(f"{self._spec.role}: no reference is kept; set keep_reference")
-        self._offload.require(TrainerPart.STATE if reference else TrainerPart.WEIGHTS)
+        self._require(TrainerPart.STATE if reference else TrainerPart.WEIGHTS)
         read = partial(read_logprobs, temperature=self._spec.temperature if temperature is None else temperature)
         return self._forward(chunks, batch, read, packed)
 
@@ -128,10 +149,9 @@ class Worker:
             packed: see :meth:`logprobs`.
             through: [h] read the final hidden states through this instead of the value head.
         """
-        self._offload.require(TrainerPart.WEIGHTS)
-        chunks = self._training.chunks
-        with nullcontext() if through is None else read_through(chunks, through):
-            return self._forward(chunks, batch, lambda _, *output: read_values(*output).values, packed)
+        self._require(TrainerPart.WEIGHTS)
+        with nullcontext() if through is None else read_through(self._chunks, through):
+            return self._forward(self._chunks, batch, lambda _, *output: read_values(*output).values, packed)
 
     def _forward(
         self, chunks: Sequence[Any], batch: TokenRows, read: Any, packed: bool = True
@@ -150,9 +170,9 @@ class Worker:
 
     def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
-        self._offload.require(TrainerPart.WEIGHTS)
-        with scoring_precision(self._training.chunks, self._spec.trainer.fp8):
-            return layer_outputs(self._training.chunks, batch, **self._placement(packed))
+        self._require(TrainerPart.WEIGHTS)
+        with scoring_precision(self._chunks, self._spec.trainer.fp8):
+            return layer_outputs(self._chunks, batch, **self._placement(packed))
 
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
         """Whole weights whose Hugging Face name starts with one of ``prefixes``, in the map's order; rank 0 answers."""
@@ -166,7 +186,7 @@ class Worker:
         if self._rank != 0:
             return None
         name = "model.rotary_emb.inv_freq"
-        return ({name: rotary_frequencies(self._training.chunks)} if name.startswith(asked) else {}) | found
+        return ({name: rotary_frequencies(self._models)} if name.startswith(asked) else {}) | found
 
     def update(
         self,
@@ -176,9 +196,9 @@ class Worker:
         """One optimizer step; replica 0 answers.
 
         Raises:
-            ValueError: the minibatch has no response token.
+            ValueError: the minibatch has no response token, or these ranks only score.
         """
-        self._offload.require(*TrainerPart)
+        training, _ = self._trained(*TrainerPart)
         call: Any = loss
 
         def loss_of(stage: Any, output: Tensor, batch: PackedTokens) -> LossTerms:
@@ -188,17 +208,18 @@ class Worker:
                 terms = call(read_tokens(stage, output, batch, self._spec.temperature), batch)
             return terms
 
-        return train_step(self._training, minibatch, loss_of, **self._placement())
+        return train_step(training, minibatch, loss_of, **self._placement())
 
     def save(self, folder: Path) -> None:
         """Copy model, optimizer and schedule to host memory and start to write them; returns before they are written.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
+            ValueError: these ranks only score.
         """
-        self._offload.require(*TrainerPart)
-        gather_parameters(self._training)
-        staged = stage_checkpoint(folder, self._training)
+        training, _ = self._trained(*TrainerPart)
+        gather_parameters(training)
+        staged = stage_checkpoint(folder, training)
         written: Future[dict[str, FileRecord]] = Future()
 
         def write() -> None:
@@ -223,9 +244,13 @@ class Worker:
         return self._written.result()
 
     def load(self, folder: Path) -> None:
-        """Load what :meth:`save` saved, at this or another layout. The reference stays as it is."""
-        self._offload.require(*TrainerPart)
-        load_checkpoint(folder, self._training)
+        """Load what :meth:`save` saved, at this or another layout. The reference stays as it is.
+
+        Raises:
+            ValueError: these ranks only score.
+        """
+        training, _ = self._trained(*TrainerPart)
+        load_checkpoint(folder, training)
 
     def export_hf(self, folder: Path, like: Path) -> None:
         """Write the weights as a Hugging Face folder; rank 0 writes.
@@ -286,25 +311,28 @@ class Worker:
 
     def offload(self, parts: Sequence[TrainerPart]) -> MemoryUse:
         """Move parts of the model to host memory; verbs that need them are refused from then on."""
+        _, offload = self._trained()
         for part in parts:
-            self._offload.out(part)
-        return self._offload.memory()
+            offload.out(part)
+        return offload.memory()
 
     def onload(self, parts: Sequence[TrainerPart]) -> MemoryUse:
         """Bring parts of the model back to the device."""
+        _, offload = self._trained()
         for part in parts:
-            self._offload.back(part)
-        return self._offload.memory()
+            offload.back(part)
+        return offload.memory()
 
     def _full_tensors(self, plan: TransferPlan | None = None) -> Any:
-        self._offload.require(TrainerPart.WEIGHTS)
-        gather_parameters(self._training)
-        mine = plain_values(local_parameters([chunk.module for chunk in self._training.chunks]))
+        self._require(TrainerPart.WEIGHTS)
+        if self._training is not None:
+            gather_parameters(self._training)
+        mine = plain_values(local_parameters(self._models))
         return full_tensors(mine, plan or self._plan, self._layout, self._rank)
 
     def formats(self) -> list[LinearFormat]:
         """What each linear of this rank's layers multiplies in."""
-        return linear_formats([chunk.module for chunk in self._training.chunks], self._weights)
+        return linear_formats(self._models, self._weights)
 
     def capabilities(self) -> list[Capability]:
         """What the parts of training are done with here."""
@@ -312,7 +340,8 @@ class Worker:
 
     def close(self) -> None:
         """Leave the groups and free the model."""
-        self._training = self._reference = self._offload = self._channel = None  # type: ignore[assignment]
+        self._training = self._reference = self._offload = self._channel = None
+        self._models = []
         stop_groups()
 
 

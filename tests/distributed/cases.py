@@ -140,6 +140,7 @@ class Setup:
     lr: float = 1e-2
     keep_reference: bool = False
     fake_quantization: Any = "none"
+    updates: int | None = 10
 
     def __str__(self) -> str:
         """For the names of tests."""
@@ -148,6 +149,7 @@ class Setup:
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
         fake = "" if self.fake_quantization == "none" else f" {self.fake_quantization}"
+        fake += " scores-only" * (self.updates is None)
         return f"{self.layout}{switches}{recompute}{fake} {self.budget} {self.dtype}"
 
 
@@ -182,7 +184,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
             fake_quantization=setup.fake_quantization,
         ),
         temperature=TEMPERATURE,
-        total_updates=10,
+        total_updates=setup.updates,
         seed=0,
         keep_reference=setup.keep_reference,
     )

@@ -1,7 +1,8 @@
-"""What ranks run in the tests of offloading."""
+"""What ranks run in the tests of what they hold, and where."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,38 @@ def refusals(rank: int, port: int, model: Path) -> list[str]:
     attempt(worker.update, minibatch(), Reinforce())
     worker.close()
     return said
+
+
+def held_and_said(rank: int, port: int, model: Path, setup: Setup, export: Path) -> dict[str, Any]:
+    """The bytes of a fresh rank's parameters and of all tensors that came with it; its scores, activations and export;
+    what it says to verbs that train, save, load and move.
+    """
+    before = tensor_bytes()
+    worker = start(rank, port, model, setup)
+    found: dict[str, Any] = {"all": tensor_bytes() - before}
+    found["parameters"] = sum(parameter.nbytes for chunk in worker._models for parameter in chunk.parameters())
+    rows = token_rows()
+    found["scores"] = worker.logprobs(rows), worker.logprobs(rows, packed=False)
+    found["activations"] = worker.activations(rows, True)
+    worker.export_hf(export, model)
+    found["said"] = []
+    for verb, *args in (
+        (worker.update, minibatch(), Reinforce()),
+        (worker.save, export / "never"),
+        (worker.load, export),
+        (worker.offload, [TrainerPart.WEIGHTS]),
+        (worker.onload, [TrainerPart.WEIGHTS]),
+    ):
+        try:
+            verb(*args) if setup.updates is None else None
+        except ValueError as error:
+            found["said"].append(str(error))
+    worker.close()
+    return found
+
+
+def tensor_bytes() -> int:
+    """Of what is alive in this process, each storage once."""
+    gc.collect()
+    storages = (item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

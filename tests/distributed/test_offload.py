@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_rl.layout import ParallelLayout
 from tests.distributed.cases import Setup
-from tests.distributed.offload_cases import refusals, trained_with_breaks
+from tests.distributed.offload_cases import held_and_said, refusals, trained_with_breaks
 from tests.distributed.ranks import Ranks
 
 TWO = ParallelLayout(data=2)
@@ -58,3 +59,29 @@ def test_a_verb_that_needs_what_is_away_is_refused(ranks: Ranks, models: dict[st
         "weights must be in host memory to come back, they are on the device",
         "it went through",
     ]
+
+
+@pytest.mark.parametrize("layout", [TWO, ParallelLayout(pipeline=2, virtual_pipeline=2)], ids=str)
+def test_ranks_that_only_score_hold_their_weights_alone_and_say_the_same(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, layout: ParallelLayout
+) -> None:
+    setup = Setup(layout=layout, distributed_optimizer=layout.data > 1, overlap_communication=layout.data > 1)
+    training = ranks.run(2, held_and_said, models["qwen2"], setup, tmp_path / "one")
+    scoring = ranks.run(2, held_and_said, models["qwen2"], replace(setup, updates=None), tmp_path / "other")
+    for one, other in zip(training, scoring, strict=True):
+        weights = other["parameters"]
+        assert weights == one["parameters"]
+        assert weights <= other["all"] < 1.1 * weights, "rotary frequencies alone come with them"
+        assert one["all"] > 2.9 * weights, "gradients and half the moments, at the least"
+        for mine, theirs in zip(one["scores"], other["scores"], strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine[1], theirs[1])
+        assert (one["activations"] is None) == (other["activations"] is None)
+        for name, (_, states) in (one["activations"] or {}).items():
+            assert torch.equal(states, other["activations"][name][1]), name
+        assert len(other["said"]) == 5
+        assert {said.split(";")[0] for said in other["said"]} == {
+            "policy: these ranks only score, they have no gradients and no optimizer"
+        }
+    mine, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    assert mine == theirs
