@@ -15,6 +15,7 @@ from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.model_dims import ModelDims, dims_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
+from megatron_rl.weights.reshard import hf_shapes
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
 from megatron_rl.weights.shapes import full_shape, is_vocabulary
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
-_BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class SourceDamaged(ValueError):
@@ -136,19 +136,11 @@ class HfSource:
             raise ValueError(f"{self._path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
         if infos[0].dtype not in _TYPES:
             raise ValueError(f"{self._path}: {entry.hf[0]} must be float32 or bfloat16, is {dtypes[0]}; give --dtype")
-        wanted = (self.dims.vocabulary, self.dims.hidden)
-        if entry.hf[0] in _BY_VOCABULARY and infos[0].shape != wanted:
-            raise ValueError(
-                f"{self._path}: {entry.hf[0]} must have shape {list(wanted)}, the vocabulary and width of "
-                f"config.json, got {list(infos[0].shape)}"
-            )
-        widths = {info.shape[1:] for info in infos}
-        if len(widths) > 1:
-            raise ValueError(
-                f"{self._path}: {', '.join(entry.hf)} must be equally wide, got {[list(info.shape) for info in infos]}"
-            )
-        made = self.weights.to_megatron(entry, [_rows_of(info) for info in infos])
-        return TensorInfo(made.dtype, (made.shape[0], *widths.pop()))
+        try:
+            self.weights.check_hf_shapes(entry, [info.shape for info in infos])
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from error
+        return TensorInfo(infos[0].dtype, full_shape(entry, self.dims))
 
     def hf_info(self, name: str) -> TensorInfo:
         """Type and shape of a Hugging Face tensor, once dequantised and converted."""
@@ -180,14 +172,6 @@ class HfSource:
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
         return self._dtype
-
-
-def _rows_of(info: TensorInfo) -> Tensor:
-    """A tensor with the rows of ``info`` and nothing in them, on which the map tries out its shapes.
-
-    Not one on the meta device: the first ``cat`` there imports torch's compiler (0.5 s).
-    """
-    return torch.empty((info.shape[0], *(0 for _ in info.shape[1:])), dtype=info.dtype)
 
 
 def _blocks(folder: Path, quantization: Mapping[str, Any] | None) -> bool:
@@ -266,9 +250,8 @@ class MegatronSource:
 
     def hf_infos(self, entry: WeightEntry) -> list[tuple[str, TensorInfo]]:
         """Names, types and shapes of the Hugging Face tensors that :meth:`tensor` is made of."""
-        info = self.info(entry)
-        made = self.weights.to_hf(entry, _rows_of(info))
-        return [(name, TensorInfo(part.dtype, (part.shape[0], *info.shape[1:]))) for name, part in made]
+        shapes = hf_shapes(entry, self.dims)
+        return [(name, TensorInfo(self.info(entry).dtype, shape)) for name, shape in zip(entry.hf, shapes, strict=True)]
 
     def hf_tensors(self, entry: WeightEntry) -> list[tuple[str, Tensor]]:
         """The Hugging Face tensors that :meth:`tensor` is made of."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.families import EMBEDDING
-from megatron_rl.weights.reshard import Piece, cut_dim, hf_pieces, resized, shard_pieces, shard_shape
+from megatron_rl.weights.reshard import Piece, cut_dim, hf_pieces, hf_shapes, resized, shard_pieces, shard_shape
 from megatron_rl.weights.rules import Split
-from megatron_rl.weights.shapes import full_shape, is_float32
+from megatron_rl.weights.shapes import is_float32
 from megatron_rl.weights.weight_map import Stage, WeightEntry, WeightMap
 
 
@@ -210,11 +210,8 @@ class _Part:
 def _parts(entry: WeightEntry, dims: ModelDims, end: End) -> list[_Part]:
     dim = cut_dim(entry)
     if isinstance(end, HfFiles):
-        whole = full_shape(entry, dims)
-        return [
-            _Part(None, name, resized(whole, dim, sum(piece.length for piece in pieces)), dim, pieces)
-            for name, pieces in zip(entry.hf, hf_pieces(entry, dims), strict=True)
-        ]
+        parts = zip(entry.hf, hf_shapes(entry, dims), hf_pieces(entry, dims), strict=True)
+        return [_Part(None, name, shape, dim, pieces) for name, shape, pieces in parts]
     ranks = holders(entry, end, dims)
     shape = shard_shape(entry, dims, len(ranks))
     return [

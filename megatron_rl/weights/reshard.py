@@ -104,3 +104,9 @@ def hf_pieces(entry: WeightEntry, dims: ModelDims) -> tuple[tuple[Piece, ...], .
         tuple(Piece(index * length, index * group + start, length) for index in range(dims.kv_heads))
         for start, length in rows
     )
+
+
+def hf_shapes(entry: WeightEntry, dims: ModelDims) -> tuple[tuple[int, ...], ...]:
+    """The shape of each of the tensors ``entry.hf``."""
+    whole, dim = full_shape(entry, dims), cut_dim(entry)
+    return tuple(resized(whole, dim, sum(piece.length for piece in pieces)) for pieces in hf_pieces(entry, dims))

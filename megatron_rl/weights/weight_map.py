@@ -10,7 +10,9 @@ from torch import Tensor
 
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.entries import Stage, WeightEntry, weight_entries
+from megatron_rl.weights.reshard import cut_dim, hf_pieces, hf_shapes
 from megatron_rl.weights.rules import Head, Op, Split, WeightRule
+from megatron_rl.weights.shapes import full_shape
 
 __all__ = ["Head", "Op", "Split", "Stage", "WeightEntry", "WeightMap", "WeightRule", "weight_map"]
 
@@ -27,54 +29,59 @@ class WeightMap:
     dims: ModelDims
     entries: tuple[WeightEntry, ...]
 
-    def to_megatron(self, entry: WeightEntry, hf_tensors: Sequence[Tensor]) -> Tensor:
-        """Make the full Megatron tensor.
+    def check_hf_shapes(self, entry: WeightEntry, shapes: Sequence[Sequence[int]]) -> None:
+        """Refuse Hugging Face tensors that are not this model's.
 
         Args:
             entry: one of this map's.
-            hf_tensors: as ``entry.hf`` names them.
+            shapes: of the tensors that ``entry.hf`` names, in their order.
 
         Raises:
-            ValueError: their number or shapes do not fit the model's sizes.
+            ValueError: their number or one of the shapes does not fit the model's sizes.
         """
-        if len(hf_tensors) != len(entry.hf):
-            raise ValueError(f"{entry.megatron} is made of {', '.join(entry.hf)}, got {len(hf_tensors)} tensors")
+        if len(shapes) != len(entry.hf):
+            raise ValueError(f"{entry.megatron} is made of {', '.join(entry.hf)}, got {len(shapes)} tensors")
+        for name, found, wanted in zip(entry.hf, shapes, hf_shapes(entry, self.dims), strict=True):
+            self._check_shape(name, found, wanted)
+
+    def to_megatron(self, entry: WeightEntry, hf_tensors: Sequence[Tensor]) -> Tensor:
+        """Make the full Megatron tensor; of one Hugging Face tensor it is that tensor.
+
+        Args:
+            entry: one of this map's.
+            hf_tensors: of one type, as ``entry.hf`` names them.
+
+        Raises:
+            ValueError: as :meth:`check_hf_shapes`.
+        """
+        self.check_hf_shapes(entry, [tensor.shape for tensor in hf_tensors])
         if entry.op is Op.COPY:
             return hf_tensors[0]
-        if entry.op is Op.GATE_UP:
-            for name, tensor in zip(entry.hf, hf_tensors, strict=True):
-                self._check_rows(name, tensor, entry.ffn_hidden(self.dims))
-            return torch.cat(tuple(hf_tensors))
-        groups, blocks = self.dims.kv_heads, []
-        for name, tensor, rows in zip(entry.hf, hf_tensors, self.dims.group_rows, strict=True):
-            self._check_rows(name, tensor, groups * rows)
-            blocks.append(tensor.reshape(groups, rows, *tensor.shape[1:]))
-        return torch.cat(blocks, dim=1).flatten(0, 1)
+        full, dim = hf_tensors[0].new_empty(full_shape(entry, self.dims)), cut_dim(entry)
+        for tensor, pieces in zip(hf_tensors, hf_pieces(entry, self.dims), strict=True):
+            for piece in pieces:
+                full.narrow(dim, piece.whole, piece.length).copy_(tensor.narrow(dim, piece.part, piece.length))
+        return full
 
     def to_hf(self, entry: WeightEntry, full: Tensor) -> list[tuple[str, Tensor]]:
-        """Take the full Megatron tensor apart: the inverse of :meth:`to_megatron`, under Hugging Face names.
+        """Take the full Megatron tensor apart, the inverse of :meth:`to_megatron`, under Hugging Face names; what lies in
+        one piece is a view of it.
 
         Raises:
             ValueError: its shape does not fit the model's sizes.
         """
-        if entry.op is Op.COPY:
-            parts: Sequence[Tensor] = (full,)
-        elif entry.op is Op.GATE_UP:
-            width = entry.ffn_hidden(self.dims)
-            self._check_rows(entry.megatron, full, 2 * width)
-            parts = full.split(width)
-        else:
-            rows = self.dims.group_rows
-            self._check_rows(entry.megatron, full, self.dims.kv_heads * sum(rows))
-            grouped = full.reshape(self.dims.kv_heads, sum(rows), *full.shape[1:])
-            parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
-        return list(zip(entry.hf, parts, strict=True))
+        self._check_shape(entry.megatron, full.shape, full_shape(entry, self.dims))
+        dim, made = cut_dim(entry), []
+        for pieces in hf_pieces(entry, self.dims):
+            parts = [full.narrow(dim, piece.whole, piece.length) for piece in pieces]
+            made.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+        return list(zip(entry.hf, made, strict=True))
 
-    def _check_rows(self, name: str, tensor: Tensor, rows: int) -> None:
-        if tensor.dim() == 0 or tensor.shape[0] != rows:
+    def _check_shape(self, name: str, found: Sequence[int], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != wanted:
             raise ValueError(
-                f"{name} must have {rows} rows in this {self.dims.architecture}, got shape {tuple(tensor.shape)}; "
-                "check that config.json belongs to the weights"
+                f"{name} must have shape {list(wanted)} in this {self.dims.architecture}, got {list(found)}; check "
+                "that config.json belongs to the weights"
             )
 
 

@@ -484,8 +484,23 @@ def half_written(folder: Path) -> None:
         (changed_config(architectures=["GPT2LMHeadModel"]), "unknown architecture GPT2LMHeadModel; known: Deepseek"),
         (changed_config(architectures=["Qwen3ForCausalLM"]), "must hold model.layers.0.self_attn.k_norm.weight"),
         (changed_config(num_hidden_layers=1), "has a tensor model.layers.1."),
-        (changed_config(intermediate_size=32), "must have 32 rows"),
-        (changed_config(vocab_size=40), r"embed_tokens.weight must have shape \[40, 16\], the vocabulary"),
+        (
+            changed_config(intermediate_size=32),
+            r"gate_proj.weight must have shape \[32, 16\] in this .*, got \[24, 16\]",
+        ),
+        (changed_config(vocab_size=40), r"embed_tokens.weight must have shape \[40, 16\] .*, got \[32, 16\]"),
+        (
+            with_tensors(lambda t: t.update({"model.norm.weight": torch.ones(15)})),
+            r"hf: model.norm.weight must have shape \[16\] in this Qwen2ForCausalLM, got \[15\]; check that config",
+        ),
+        (
+            with_tensors(
+                lambda t: t.update(
+                    {f"model.layers.1.self_attn.{name}_proj.weight": torch.ones(16, 17) for name in "oq"}
+                )
+            ),
+            r"1.self_attn.q_proj.weight must have shape \[16, 16\] in this Qwen2ForCausalLM, got \[16, 17\]",
+        ),
         (changed_config(quantization_config={"quant_method": "awq"}), "config.json says {.quant_method.: .awq.}"),
         *(
             (

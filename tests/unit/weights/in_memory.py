@@ -16,7 +16,7 @@ from megatron_rl.weights.families import FAMILIES
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.reshard import cut_dim, shard_pieces, shard_shape
 from megatron_rl.weights.shapes import full_shape
-from megatron_rl.weights.weight_map import Head, WeightEntry, WeightMap, weight_map
+from megatron_rl.weights.weight_map import Head, Op, WeightEntry, WeightMap, weight_map
 from tests.unit.weights.models import dims
 
 Held = dict[tuple[int | None, str], Tensor]
@@ -58,6 +58,16 @@ def merge(shards: Sequence[Tensor], entry: WeightEntry, dims: ModelDims) -> Tens
         for piece in shard_pieces(entry, dims, len(shards), rank):
             full.narrow(dim, piece.whole, piece.length).copy_(shard.narrow(dim, piece.part, piece.length))
     return full
+
+
+def fused(entry: WeightEntry, dims: ModelDims, parts: Sequence[Tensor]) -> Tensor:
+    """Megatron's tensor as megatron-core describes it: query groups, each with its key and value, or gate over up."""
+    if entry.op is Op.COPY:
+        return parts[0]
+    if entry.op is Op.GATE_UP:
+        return torch.cat(tuple(parts))
+    grouped = [part.reshape(dims.kv_heads, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
 
 
 def files_of(weights: WeightMap) -> Held:

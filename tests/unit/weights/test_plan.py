@@ -22,7 +22,7 @@ from megatron_rl.weights.plan import (
 from megatron_rl.weights.rules import Split
 from megatron_rl.weights.shapes import is_float32
 from megatron_rl.weights.weight_map import Head, WeightMap, weight_map
-from tests.unit.weights.in_memory import Held, execute, files_of, legal_layouts, models, split
+from tests.unit.weights.in_memory import Held, execute, files_of, fused, legal_layouts, models, split
 from tests.unit.weights.models import EXTRA, dims, hf_tensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -41,7 +41,7 @@ def size_bytes(weights: WeightMap, files: Held, element_bytes: int) -> int:
     return sum(tensor.numel() * (4 if name in wide else element_bytes) for (_, name), tensor in files.items())
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(weights=models(), data=st.data())
 def test_any_layout_gets_each_byte_of_the_files_once_and_gives_it_back(weights: WeightMap, data: Any) -> None:
     layouts = st.sampled_from(legal_layouts(weights.dims))
@@ -60,14 +60,14 @@ def test_any_layout_gets_each_byte_of_the_files_once_and_gives_it_back(weights: 
     assert same(carried(transfer_plan(weights, second, FILES), on_second), files)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(weights=models(), data=st.data())
 def test_a_planned_shard_is_the_shard_of_the_fused_tensor(weights: WeightMap, data: Any) -> None:
     layout = data.draw(st.sampled_from(legal_layouts(weights.dims)))
     files = files_of(weights)
     shards = execute(transfer_plan(weights, FILES, layout), files)
     for entry in weights.entries:
-        full = weights.to_megatron(entry, [files[None, name] for name in entry.hf])
+        full = fused(entry, weights.dims, [files[None, name] for name in entry.hf])
         ranks = holders(entry, layout, weights.dims)
         for part, rank in enumerate(ranks):
             expected = split(full, entry, weights.dims, len(ranks), part)
@@ -75,7 +75,7 @@ def test_a_planned_shard_is_the_shard_of_the_fused_tensor(weights: WeightMap, da
     assert not shards
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(weights=models(), data=st.data())
 def test_every_first_holder_has_its_shard_and_every_copy_has_one(weights: WeightMap, data: Any) -> None:
     layout = data.draw(st.sampled_from(legal_layouts(weights.dims)))
