@@ -24,9 +24,10 @@ from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.plan import HfFiles, transfer_plan
 from megatron_rl.weights.sync import CheckedSync
 from megatron_rl.weights.transfer import Transport
-from megatron_rl.weights.weight_map import Head
+from megatron_rl.weights.weight_map import Head, weight_map
 
 _PROBE_ROWS = 8
 
@@ -116,6 +117,19 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         transport=open_channel(),
         engine_linears=engine_linears,
         restart_engines=restart_engines,
+    )
+
+
+def push_line(config: RunConfig, dims: ModelDims, transport: Transport) -> str:
+    """How weights get to the engines, and how many bytes the plan moves, in one line."""
+    element_bytes = device.dtype(config.model.dtype).itemsize
+    plan = transfer_plan(weight_map(dims, Head.TOKEN), config.policy.layout, HfFiles(), element_bytes=element_bytes)
+    given = {source: size for (source, _), size in plan.bytes_by_pair().items()}
+    total, own = sum(given.values()), given.pop(0, 0)
+    receivers = config.engine.count * config.engine.tensor
+    return (
+        f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {transport.value}: "
+        f"{total / 1e6:.1f} MB, of which {len(given)} other rank(s) give it {(total - own) / 1e6:.1f} MB first"
     )
 
 

@@ -17,6 +17,7 @@ from megatron_rl.assemble.roles import (
     checked_sync,
     engine_role,
     engine_spec,
+    push_line,
     reward_service,
     start_roles,
     start_trainer,
@@ -135,8 +136,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 start_step=start_step,
             )
         )
-        receivers = config.engine.count * config.engine.tensor
-        metrics.note(f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {roles.transport.value}")
+        metrics.note(push_line(config, dims, roles.transport))
         metrics.note(capability_line(roles.groups["policy"]))
         if roles.engine_linears is not None:
             metrics.note(roles.engine_linears)

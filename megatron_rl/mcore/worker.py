@@ -50,7 +50,7 @@ from megatron_rl.weights.weight_map import Head, weight_map
 
 
 class Worker:
-    """One rank: its stage of the model, its optimizer unless it only scores, the reference's stage where one is kept."""
+    """One rank: its stage of the model, its optimizer unless it only scores, the reference's where one is kept."""
 
     def __init__(self, spec: WorkerSpec, *, rank: int, host: str, port: int, timeout_s: float) -> None:
         """Join the other ranks and load the model.

@@ -8,7 +8,7 @@ import (:func:`megatron_rl.mcore.export.load_hf`), export and the push to the en
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.layout import ParallelLayout
@@ -99,33 +99,6 @@ class TensorMoves:
     padding: tuple[Region, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanSummary:
-    """The size of a plan.
-
-    Attributes:
-        moves: how many.
-        size_bytes: of all of them.
-        pairs: bytes by source and target rank; None stands for the files. From a rank to itself they stay where they
-            are.
-    """
-
-    moves: int
-    size_bytes: int
-    pairs: Mapping[tuple[int | None, int | None], int]
-
-    def __str__(self) -> str:
-        """A line for the whole, and one for each pair."""
-        lines = [f"{self.moves} moves, {self.size_bytes} bytes"]
-        for (source, target), size in self.pairs.items():
-            lines.append(f"  {_end(source)} -> {_end(target)}: {size} bytes")
-        return "\n".join(lines)
-
-
-def _end(rank: int | None) -> str:
-    return "files" if rank is None else f"rank {rank}"
-
-
 @dataclass(frozen=True)
 class TransferPlan:
     """All moves of a model from one form to another, tensor by tensor from the embedding up.
@@ -141,14 +114,13 @@ class TransferPlan:
         """Those of all tensors."""
         return (move for tensor in self.tensors for move in tensor.moves)
 
-    def summary(self) -> PlanSummary:
-        """Count moves and bytes, by pair of ranks: what a dry run prints."""
+    def bytes_by_pair(self) -> dict[tuple[int | None, int | None], int]:
+        """By source and target rank; None stands for the files. From a rank to itself they stay where they are."""
         pairs: dict[tuple[int | None, int | None], int] = {}
-        moves = list(self.moves)
-        for move in moves:
+        for move in self.moves:
             pair = move.source.rank, move.target.rank
             pairs[pair] = pairs.get(pair, 0) + move.size_bytes
-        return PlanSummary(moves=len(moves), size_bytes=sum(pairs.values()), pairs=pairs)
+        return pairs
 
 
 def transfer_plan(weights: WeightMap, source: End, target: End, *, element_bytes: int = 2) -> TransferPlan:

@@ -64,8 +64,9 @@ class WeightMap:
         return full
 
     def to_hf(self, entry: WeightEntry, full: Tensor) -> list[tuple[str, Tensor]]:
-        """Take the full Megatron tensor apart, the inverse of :meth:`to_megatron`, under Hugging Face names; what lies in
-        one piece is a view of it.
+        """Take the full Megatron tensor apart, the inverse of :meth:`to_megatron`, by Hugging Face names.
+
+        What lies in one piece is a view of it.
 
         Raises:
             ValueError: its shape does not fit the model's sizes.

@@ -73,9 +73,9 @@ def check(ranks: Ranks, layout: ParallelLayout, models: Iterable[Path], folder: 
             assert torch.equal(after[name], tensor), name
         planned = transfer_plan(
             weight_map(read_model_dims(trip.folder), trip.head), layout, HfFiles(), element_bytes=trip.dtype.itemsize
-        ).summary()
+        ).bytes_by_pair()
         for rank in range(1, layout.world_size):
-            assert traffic[rank][number].sent == planned.pairs.get((rank, None), 0)
+            assert traffic[rank][number].sent == planned.get((rank, None), 0)
         assert traffic[0][number].sent == 0
     return traffic
 
