@@ -34,6 +34,16 @@ def add_dtype(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help=text)
 
 
+def add_drop_padding_rows(parser: argparse.ArgumentParser) -> None:
+    """The option --drop-padding-rows."""
+    parser.add_argument(
+        "--drop-padding-rows",
+        action="store_true",
+        help="leave a Megatron checkpoint's rows behind the vocabulary even if they are not zero, as programs leave "
+        "them that train their padding",
+    )
+
+
 def size_bytes(text: str) -> int:
     """Read a size such as 500MB or 4GiB.
 

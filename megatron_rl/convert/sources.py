@@ -194,13 +194,15 @@ class MegatronSource:
         weights: the tensors of the model.
     """
 
-    def __init__(self, folder: Path, like: Path | None = None) -> None:
+    def __init__(self, folder: Path, like: Path | None = None, *, drop_padding_rows: bool = False) -> None:
         """Read what the folder holds.
 
         Args:
             folder: of the model.
             like: a Hugging Face folder of a model of the same sizes; None: the folder itself, or beside a training
                 checkpoint's model the ``hf`` folder.
+            drop_padding_rows: rows behind the vocabulary are left whatever is in them: other programs begin them at
+                random and train them. Else they must be zero, so that a wrong vocabulary shows.
 
         Raises:
             FileNotFoundError: a folder, or a part of it, is not there.
@@ -211,6 +213,7 @@ class MegatronSource:
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
         self.folder: TorchDistFolder = TorchDistFolder(folder)
+        self._drop_padding_rows = drop_padding_rows
         beside = folder.resolve().parent / "hf"
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
         self.like = own if like is None else like
@@ -237,16 +240,22 @@ class MegatronSource:
         """Megatron's tensor.
 
         Raises:
-            ValueError: its file is damaged, or rows behind the vocabulary are no padding.
+            ValueError: its file is damaged, or rows behind the vocabulary are not zero.
         """
         kept = self.folder.tensor(self.name(entry))
         rows = self.info(entry).shape[0]
-        if kept[rows:].any():
+        if not self._drop_padding_rows and kept[rows:].any():
             raise ValueError(
                 f"{self.folder.path}: the {len(kept) - rows} rows of {self.name(entry).key} behind the {rows} of the "
-                f"vocabulary must be padding, which is zero, they are not; {self._belongs()}"
+                f"vocabulary must be padding, which is zero, they are not; {self._belongs()}; if it does, another "
+                "program has trained its padding: leave these rows behind with --drop-padding-rows"
             )
         return kept[:rows]
+
+    def padding_rows(self) -> int:
+        """How many rows the embedding has behind the vocabulary."""
+        embedding = self.weights.entries[0]
+        return self.folder.info(self.name(embedding)).shape[0] - self.info(embedding).shape[0]
 
     def hf_infos(self, entry: WeightEntry) -> list[tuple[str, TensorInfo]]:
         """Names, types and shapes of the Hugging Face tensors that :meth:`tensor` is made of."""

@@ -18,6 +18,7 @@ class Summary:
         written_bytes: of tensors.
         largest_bytes: of one of Megatron's tensors.
         left_out: tensors of the source that are not converted.
+        padding_rows: behind the vocabulary, which are not converted.
     """
 
     tensors: int
@@ -26,6 +27,7 @@ class Summary:
     written_bytes: int
     largest_bytes: int
     left_out: tuple[str, ...] = ()
+    padding_rows: int = 0
 
     def __str__(self) -> str:
         """For people."""
@@ -37,6 +39,8 @@ class Summary:
         ]
         if self.left_out:
             lines.append(f"left out: {len(self.left_out)} tensors that this model does not use: {self.left_out[0]} ...")
+        if self.padding_rows:
+            lines.append(f"left out: {self.padding_rows} rows behind the vocabulary")
         return "\n".join(lines)
 
 

@@ -107,10 +107,13 @@ class ExportPlan:
             read_bytes=sum(sizes),
             written_bytes=sum(written),
             largest_bytes=max(sizes),
+            padding_rows=self.source.padding_rows(),
         )
 
 
-def plan_export(folder: Path, *, like: Path | None, form: Form, shard_bytes: int) -> ExportPlan:
+def plan_export(
+    folder: Path, *, like: Path | None, form: Form, shard_bytes: int, drop_padding_rows: bool = False
+) -> ExportPlan:
     """Plan without reading a tensor.
 
     Args:
@@ -119,11 +122,12 @@ def plan_export(folder: Path, *, like: Path | None, form: Form, shard_bytes: int
         form: of the tensors.
         shard_bytes: a file is closed before it grows beyond this; only larger tensors that are made together make a
             larger file.
+        drop_padding_rows: rows behind the vocabulary need not be zero, see :class:`.MegatronSource`.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`.MegatronSource`.
     """
-    source = MegatronSource(folder, like)
+    source = MegatronSource(folder, like, drop_padding_rows=drop_padding_rows)
     files: list[list[WeightEntry]] = [[]]
     size = 0
     for entry in source.weights.entries:

@@ -23,13 +23,17 @@ class Different(ValueError):
     """Two folders hold different models; the message names the first tensor that differs."""
 
 
-def open_source(folder: Path, dtype: torch.dtype | None = None) -> Source:
+def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_rows: bool = False) -> Source:
     """A model folder of either kind, with everything that can be checked without reading tensors.
+
+    Options as :class:`.HfSource` has ``dtype`` and :class:`.MegatronSource` ``drop_padding_rows``.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`.HfSource` and :class:`.MegatronSource`.
     """
-    return MegatronSource(folder) if (folder / METADATA).is_file() else HfSource(folder, dtype)
+    if (folder / METADATA).is_file():
+        return MegatronSource(folder, drop_padding_rows=drop_padding_rows)
+    return HfSource(folder, dtype)
 
 
 def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> bool:
@@ -67,7 +71,13 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
 
 
 def check_values(
-    folder: Path, other: Path, *, dtype: torch.dtype | None, processes: int, progress: Callable[[int], None]
+    folder: Path,
+    other: Path,
+    *,
+    dtype: torch.dtype | None,
+    processes: int,
+    progress: Callable[[int], None],
+    drop_padding_rows: bool = False,
 ) -> int:
     """Level ``values``: every element against another folder of the same model, of either kind, to the bit.
 
@@ -78,6 +88,7 @@ def check_values(
             have the same one; None: nothing is converted, and a tensor of another type differs.
         processes: at most so many at a time.
         progress: told the bytes that are compared.
+        drop_padding_rows: see :class:`.MegatronSource`.
 
     Returns:
         the tensors that were compared.
@@ -86,7 +97,7 @@ def check_values(
         FileNotFoundError, ValueError: as :func:`open_source`.
         Different: a tensor differs.
     """
-    left, right = open_source(folder, dtype), open_source(other, dtype)
+    left, right = (open_source(side, dtype, drop_padding_rows=drop_padding_rows) for side in (folder, other))
     if left.weights != right.weights:
         raise Different(
             f"{folder} and {other} must be of the same model, their configurations differ: "

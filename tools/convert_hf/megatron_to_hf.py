@@ -18,7 +18,16 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, print_written, progress_bar, run, size_bytes
+from megatron_rl.convert.console import (
+    DTYPES,
+    add_drop_padding_rows,
+    add_dtype,
+    add_processes,
+    print_written,
+    progress_bar,
+    run,
+    size_bytes,
+)
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
 
@@ -39,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fp8-blocks", action="store_true", help="linear layers in 8 bits, a scale per 128 x 128 block"
     )
     parser.add_argument("--shard-size", type=size_bytes, default="1GB", metavar="SIZE", help="of a file; default: 1GB")
+    add_drop_padding_rows(parser)
     add_processes(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an export that was interrupted")
     parser.add_argument("--dry-run", action="store_true", help="print the plan's size and stop")
@@ -52,7 +62,13 @@ def _convert(asked: argparse.Namespace) -> None:
     if not asked.resume:
         target.refuse_existing()
     form = Form(dtype=DTYPES.get(asked.dtype), fp8_blocks=asked.fp8_blocks)
-    plan = plan_export(asked.source, like=asked.like, form=form, shard_bytes=asked.shard_size)
+    plan = plan_export(
+        asked.source,
+        like=asked.like,
+        form=form,
+        shard_bytes=asked.shard_size,
+        drop_padding_rows=asked.drop_padding_rows,
+    )
     summary = plan.summary()
     print(summary)
     if asked.dry_run:

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_rl.config.schema import ClusterConfig, EngineConfig, ModelConfig, ParityConfig
-from megatron_rl.convert.console import DTYPES, add_dtype, add_processes, progress_bar, run
+from megatron_rl.convert.console import DTYPES, add_drop_padding_rows, add_dtype, add_processes, progress_bar, run
 from megatron_rl.convert.sources import HfSource, MegatronSource
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", choices=LEVELS, default=LEVELS[0], help="default: files")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="of the same model, of either kind")
     add_dtype(parser, "compare after converting to this type; ranks and vLLM compute in it")
+    add_drop_padding_rows(parser)
     add_processes(parser)
     layout = parser.add_argument_group("layout of the ranks, as in a trainer's [layout]; default: one rank")
     for field in dataclasses.fields(ParallelLayout):
@@ -71,7 +72,7 @@ def _verify(asked: argparse.Namespace) -> None:
         _check_values(asked, asked.against)
     if scoring is not None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ranks and engine end with this process
-        with _hugging_face(scoring.other, asked.processes) as reference:
+        with _hugging_face(scoring.other, asked) as reference:
             _check_scores(scoring, reference)
 
 
@@ -84,7 +85,12 @@ def _check_files(folder: Path, processes: int) -> None:
 def _check_values(asked: argparse.Namespace, other: Path) -> None:
     with progress_bar("values", _size(asked.folder)) as progress:
         count = check_values(
-            asked.folder, other, dtype=DTYPES.get(asked.dtype), processes=asked.processes, progress=progress
+            asked.folder,
+            other,
+            dtype=DTYPES.get(asked.dtype),
+            processes=asked.processes,
+            progress=progress,
+            drop_padding_rows=asked.drop_padding_rows,
         )
     print(f"values: ok, {count} tensors are the same in {asked.folder} and {other}")
 
@@ -197,15 +203,21 @@ def _workplace() -> Iterator[Path]:
 
 
 @contextmanager
-def _hugging_face(folder: Path, processes: int) -> Iterator[Path]:
+def _hugging_face(folder: Path, asked: argparse.Namespace) -> Iterator[Path]:
     """The folder, or where it is Megatron's an export of it, for the time being."""
     if not isinstance(open_source(folder), MegatronSource):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        plan = plan_export(folder, like=None, form=Form(), shard_bytes=_SHARD_BYTES)
+        plan = plan_export(
+            folder,
+            like=None,
+            form=Form(),
+            shard_bytes=_SHARD_BYTES,
+            drop_padding_rows=asked.drop_padding_rows,
+        )
         with progress_bar("export", 2 * plan.summary().written_bytes) as progress:
-            run_export(plan, Target(Path(scratch) / "hf"), resume=False, processes=processes, progress=progress)
+            run_export(plan, Target(Path(scratch) / "hf"), resume=False, processes=asked.processes, progress=progress)
         yield Path(scratch) / "hf"
 
 

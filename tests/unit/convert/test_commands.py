@@ -613,7 +613,28 @@ def test_tokens_behind_the_vocabulary_of_the_configuration_are_not_taken_for_pad
     status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")
     assert status == 1
     assert "the 8 rows of embedding.word_embeddings.weight behind the 24 of the vocabulary must be padding" in err
+    assert err.endswith("leave these rows behind with --drop-padding-rows\n")
     assert not (tmp_path / "back").exists()
+
+
+def test_padding_that_another_program_trained_is_left_behind_if_asked(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "Llama")
+    padded = write_model(tmp_path / "padded", "Llama", vocab_size=40)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    with_tensors(lambda t: t.update({name: torch.cat((t[name], torch.ones(8, 16))) for name in names}))(padded)
+    run(hf_to_megatron, padded, tmp_path / "megatron")
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    changed_config(vocab_size=32)(tmp_path / "megatron")
+    against = ("--level", "values", "--against", source)
+    for command in ((megatron_to_hf, tmp_path / "megatron", tmp_path / "b"), (verify, tmp_path / "megatron", *against)):
+        status, _, err = run(*command)
+        assert status == 1
+        assert "leave these rows behind with --drop-padding-rows" in err
+    status, out, _ = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--drop-padding-rows")
+    assert status == 0
+    assert "left out: 8 rows behind the vocabulary\n" in out
+    assert same(tmp_path / "back", source)
+    assert run(verify, tmp_path / "megatron", *against, "--drop-padding-rows")[0] == 0
 
 
 @pytest.mark.parametrize(
