@@ -13,13 +13,24 @@ import pytest
 
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.cluster import Cluster, Role, ray
+from tests.ray_nodes import free_port, ray_node
 
 RAY = Path(sys.executable).with_name("ray")
 JOIN = """
-import sys
+import sys, time
 from pathlib import Path
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime import cluster as module
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role
+
+is_open = module._is_open
+def timed(address):
+    began = time.monotonic()
+    try:
+        return is_open(address)
+    finally:
+        print(f"asked for {time.monotonic() - began:.2f} s", file=sys.stderr)
+module._is_open = timed
 
 try:
     with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, run_dir=Path(sys.argv[2])) as cluster:
@@ -61,10 +72,10 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     environment |= {"RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
     if mode == "token":
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    options = ["--head", "--node-ip-address=127.0.0.1", "--port=6391", "--num-cpus=2", "--include-dashboard=false"]
-    subprocess.run([RAY, "start", *options], env=environment, check=True, timeout=90, capture_output=True)
-    yield "127.0.0.1:6391", environment, mode
-    subprocess.run([RAY, "stop", "--force"], env=environment, check=True, timeout=60, capture_output=True)
+    port = free_port()
+    options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    with ray_node([RAY, "start", *options, "--block"], environment, tmp_path / "head.log"):
+        yield f"127.0.0.1:{port}", environment, mode
 
 
 def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
@@ -82,4 +93,4 @@ def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
     if mode == "token":
         assert "joined 0" in done.stdout, done.stdout + done.stderr
     else:
-        assert "refused: the Ray cluster at 127.0.0.1:6391 asks for no token" in done.stdout, done.stdout + done.stderr
+        assert f"refused: the Ray cluster at {address} asks for no token" in done.stdout, done.stdout + done.stderr
