@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -81,7 +83,7 @@ class Ending:
 
     Attributes:
         status: of the command.
-        says: a pattern of its standard error, in which ``PID`` stands for whom the strike hit.
+        says: a pattern of what it prints, in which ``PID`` stands for whom the strike hit.
         strike: done after the first step.
         fault: for ``faulty.py``.
     """
@@ -138,7 +140,9 @@ RARE = {
         strike=killed(lambda run: max(each.pid for each in run.tree() if "VLLM::Worker" in " ".join(each.cmdline()))),
         settings=("steps=500", "engine.tensor=2", "policy.layout.tensor=1"),
     ),
-    "a killed raylet": Ending(status=1, says="raylet", strike=killed(lambda run: run.named("raylet/raylet"))),
+    "a killed raylet": Ending(
+        status=1, says="Raylet is terminated", strike=killed(lambda run: run.named("raylet/raylet"))
+    ),
     "a killed control store of Ray's": Ending(
         status=1, says="gcs", strike=killed(lambda run: run.named("gcs/gcs_server"))
     ),
@@ -165,8 +169,16 @@ def test_nothing_is_left_and_the_cause_is_told(
     if ending.fault is not None:
         command = with_fault(ending.fault, command)
     output, errors = tmp_path / "output", tmp_path / "errors"
+    temporary = Path(tempfile.mkdtemp())  # a short path: Ray's sockets lie below
     with output.open("w") as out, errors.open("w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=err,
+            text=True,
+            env=os.environ | {"TMPDIR": str(temporary)},
+            start_new_session=True,
+        )
     run, started, struck = Going(process, tmp_path / "run"), list[psutil.Process](), 0
     try:
         if ending.strike is None:
@@ -184,8 +196,11 @@ def test_nothing_is_left_and_the_cause_is_told(
         seconds = time.monotonic() - ended
     finally:
         process.kill()
-    told = errors.read_text()
+        kept = [path.name for path in temporary.rglob("*") if path.is_socket() or path.parent == temporary]
+        shutil.rmtree(temporary)
+    told = output.read_text() + errors.read_text()
     print(f"gone {seconds:.1f} s after the command ended with {process.returncode}; it said:\n{told[-2500:]}")
     assert process.returncode == ending.status
     assert re.search(ending.says.replace("PID", str(struck)), told)
     assert left == []
+    assert kept == ["ray"]  # its logs are kept there
