@@ -77,7 +77,7 @@ def test_a_death_while_asleep_is_told_at_once(
 ) -> None:
     run = tmp_path / "run"
     command = with_fault((awake, verb, f"kill {asleep}"), train_command(*LAYOUT, "steps=500", "cluster.colocate=true"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     seconds = time.time() - (run / "logs" / STRUCK).stat().st_mtime
     assert done.returncode == 1
     assert re.search(

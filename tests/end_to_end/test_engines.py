@@ -40,6 +40,7 @@ def second_worker(engine: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("engines", "name", "struck", "says"),
     [
@@ -61,7 +62,7 @@ def test_an_engine_killed_in_a_rollout_changes_no_sample(
     says: str,
 ) -> None:
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    subprocess.run(small(train_command, whole, engines), check=True, capture_output=True, timeout=200)
+    subprocess.run(small(train_command, whole, engines), check=True, capture_output=True, timeout=400)
     command = small(train_command, hurt, engines, "engine.restarts=1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not records(hurt):  # of the evaluation before the first step, whose rollout comes next
@@ -73,7 +74,7 @@ def test_an_engine_killed_in_a_rollout_changes_no_sample(
             time.sleep(0.01)
         victim = struck(engine)
         os.kill(victim, signal.SIGKILL)
-        output, errors = process.communicate(timeout=200)
+        output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert f"{name} (pid {engine} on " in output
     assert re.search(says.replace("STRUCK", str(victim)), output), output

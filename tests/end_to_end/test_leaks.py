@@ -22,7 +22,8 @@ from tests.end_to_end.faulty import with_fault
 from tests.end_to_end.leftovers import our_processes
 from tests.end_to_end.test_train import process_of, wait_for_step
 
-GRACE_S = 30
+GRACE_S, START_S = 30, 300
+OF_A_RUN = ("gcs_server", "raylet", "ray::DashboardAgent", "ray_runtime.child", "rewards.worker", "guardian.py")
 LAYOUT = ("critic.layout.pipeline=1", "ppo.critic_warmup_steps=0")
 HOST = re.escape(socket.gethostname())
 RULE = "def rule(text, answer, finish):\n    raise ValueError('a fault was planted here')\n"
@@ -35,15 +36,27 @@ class Going:
     process: subprocess.Popen[str]
     folder: Path
 
-    def tree(self) -> list[psutil.Process]:
-        """The driver and all that it started, its own children and those that only carry the mark."""
-        driver = psutil.Process(self.process.pid)
-        found = {driver, *driver.children(recursive=True)}
-        return [*found, *(psutil.Process(pid) for pid in our_processes() - {process.pid for process in found})]
+    def tree(self) -> set[psutil.Process]:
+        """The driver and all that it started: its descendants, and those that only carry the mark of this test run."""
+        found = set[psutil.Process]()
+        with suppress(psutil.NoSuchProcess):
+            driver = psutil.Process(self.process.pid)
+            found |= {driver, *driver.children(recursive=True)}
+        for pid in our_processes():
+            with suppress(psutil.NoSuchProcess):
+                found.add(psutil.Process(pid))
+        return found
 
-    def named(self, part: str) -> int:
-        """The pid of the first process of the tree with that in its command line or title."""
-        return min(each.pid for each in self.tree() if part in " ".join([each.name(), *each.cmdline()]))
+    def named(self, part: str) -> list[int]:
+        """The pids of those with that in their command line or title, in order."""
+        return sorted(each.pid for each in self.tree() if part in command_line(each))
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone
+        return ""
 
 
 Strike = Callable[[Going], int]
@@ -136,15 +149,15 @@ RARE = {
     "a killed worker of a tensor-parallel engine": Ending(
         status=1,
         says=rf"engine \(pid \d+ on {HOST}\) exited with code 1; .*(.|\n)*"
-        r"tensor-parallel worker rank \d \(pid PID\) was killed by signal 9 \(SIGKILL\)",
-        strike=killed(lambda run: max(each.pid for each in run.tree() if "VLLM::Worker" in " ".join(each.cmdline()))),
+        r"tensor-parallel worker rank 1 \(pid PID\) was killed by signal 9 \(SIGKILL\)",
+        strike=killed(lambda run: run.named("VLLM::Worker")[1]),
         settings=("steps=500", "engine.tensor=2", "policy.layout.tensor=1"),
     ),
     "a killed raylet": Ending(
-        status=1, says="Raylet is terminated", strike=killed(lambda run: run.named("raylet/raylet"))
+        status=1, says="Raylet is terminated", strike=killed(lambda run: run.named("raylet/raylet")[0])
     ),
     "a killed control store of Ray's": Ending(
-        status=1, says="gcs", strike=killed(lambda run: run.named("gcs/gcs_server"))
+        status=1, says="gcs", strike=killed(lambda run: run.named("gcs/gcs_server")[0])
     ),
     "SIGTERM": Ending(status=0, says="asked to stop: finishing this step", strike=driver_gets(signal.SIGTERM)),
     "SIGTERM to the process group": Ending(
@@ -154,6 +167,7 @@ RARE = {
 }
 
 
+@pytest.mark.timeout(2 * START_S)
 @pytest.mark.parametrize(
     "ending",
     [
@@ -179,16 +193,16 @@ def test_nothing_is_left_and_the_cause_is_told(
             env=os.environ | {"TMPDIR": str(temporary)},
             start_new_session=True,
         )
-    run, started, struck = Going(process, tmp_path / "run"), list[psutil.Process](), 0
+    run, started, struck = Going(process, tmp_path / "run"), set[psutil.Process](), 0
     try:
         if ending.strike is None:
             while process.poll() is None:
-                with suppress(psutil.NoSuchProcess):
-                    started = [*{*started, *run.tree()}]
+                started |= run.tree()
                 time.sleep(0.5)
         else:
-            wait_for_step(run.folder, process)
+            wait_for_step(run.folder, process, START_S)
             started = run.tree()
+            assert all(any(part in command_line(each) for each in started) for part in OF_A_RUN)
             struck = ending.strike(run)
         process.wait(90)
         ended = time.monotonic()
