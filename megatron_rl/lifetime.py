@@ -1,12 +1,20 @@
-"""Processes that end with the one that started them."""
+"""Processes that end with the one that started them, or with one that they started."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 
 _PR_SET_PDEATHSIG = 1
+_LAST_SECONDS = 2.0
+"""What a process may take to end after its pipe has closed."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -17,3 +25,40 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def die_with_child(pids: Sequence[int], name: str, *, unless: Callable[[], bool]) -> None:
+    """From now on, leave at once when one of these processes ends, having said on standard error which and how.
+
+    Args:
+        pids: of processes that ``multiprocessing`` started here and nobody waited for.
+        name: of them; the place in ``pids`` is added as a rank.
+        unless: asked at the first end: whether it was meant to be, in which case nothing happens.
+
+    Raises:
+        KeyError: a pid is of no such process.
+    """
+    children = {child.pid: child for child in multiprocessing.active_children()}
+    watched = [children[pid] for pid in pids]
+
+    def watch() -> None:
+        gone = connection.wait([child.sentinel for child in watched])
+        if unless():
+            return
+        rank, child = next((rank, child) for rank, child in enumerate(watched) if child.sentinel in gone)
+        end = time.monotonic() + _LAST_SECONDS
+        while child.exitcode is None and time.monotonic() < end:
+            time.sleep(0.01)
+        print(f"{name} rank {rank} (pid {child.pid}) {ended(child.exitcode)}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)
+
+    threading.Thread(target=watch, name=f"watch {name}", daemon=True).start()
+
+
+def ended(exit_code: int | None) -> str:
+    """How a process ended; None: it has only closed its pipe."""
+    if exit_code is None:
+        return "has closed its pipe and goes on"
+    if exit_code < 0:
+        return f"was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})"
+    return f"exited with code {exit_code}"

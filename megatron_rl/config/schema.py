@@ -582,11 +582,6 @@ class RunConfig:
             )
 
     def _colocation_problems(self) -> Iterator[str]:
-        if self.engine.restarts and self.engine.tensor > 1:
-            yield (
-                "engine.restarts: must be 0 with engine.tensor > 1: an engine outlives the death of one of its "
-                f"workers, and is not started anew, got {self.engine.restarts}"
-            )
         for role, trainer in self.trainers.items():
             if self.cluster.colocate and trainer.fp8 is not None and trainer.fp8.parameters:
                 yield (

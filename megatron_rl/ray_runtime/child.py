@@ -12,6 +12,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,12 +32,14 @@ class Reply:
     Attributes:
         value: the pickled result; empty where the call raised.
         error: type, message and traceback of what it raised; empty where it did not.
+        place: pid and host of the process, for messages.
         busy_s: wall time in the method.
         peak_rss_bytes: largest resident set of the process so far.
     """
 
     value: bytes = b""
     error: str = ""
+    place: str
     busy_s: float
     peak_rss_bytes: int
 
@@ -111,6 +114,7 @@ def _serve(pipe: Connection[Any, Any], worker: _Worker) -> None:
                 Reply(
                     value=value,
                     error=error,
+                    place=f"pid {os.getpid()} on {socket.gethostname()}",
                     busy_s=time.perf_counter() - started,
                     peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 )

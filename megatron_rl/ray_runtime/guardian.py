@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ class Guardian:
         # else a process that gives itself a title, as Ray's do, overwrites its environment
         os.environ["SPT_NOENV"] = "1"
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, mark],
+            [sys.executable, "-I", "-S", __file__, mark, str(os.getpid())],
             stdin=subprocess.PIPE,
             env={},  # without the mark
             start_new_session=True,  # a terminal's Ctrl-C is for the driver
@@ -57,19 +59,27 @@ def _marked(mark: bytes) -> Iterator[int]:
                 yield int(folder.name)
 
 
-def _guard(mark: str) -> None:
+def _guard(mark: str, driver: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read(1):
         return
     time.sleep(_GRACE_S)  # for those that end by themselves
-    end = time.monotonic() + _PERSISTENCE_S
+    end, killed = time.monotonic() + _PERSISTENCE_S, set[int]()
     while (left := list(_marked(f"{_MARK}={mark}".encode()))) and time.monotonic() < end:
+        killed.update(left)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+    if select.select([], [2], [], 1.0)[1]:  # nobody may be reading any more
+        with suppress(OSError):
+            os.write(
+                2,
+                f"megatron-rl: the driver (pid {driver} on {socket.gethostname()}) is gone and has not ended its run: "
+                f"it was killed, or Ray ended it; {len(killed)} processes that were left are killed\n".encode(),
+            )
 
 
 if __name__ == "__main__":
-    _guard(sys.argv[1])
+    _guard(*sys.argv[1:])

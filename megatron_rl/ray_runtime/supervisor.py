@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.lifetime import ended
 from megatron_rl.ray_runtime.child import Call, Reply
 
 LOG_LINES = 12
@@ -47,16 +48,11 @@ class Death:
 
     def __str__(self) -> str:
         """All that is known of it, and that the rest is not."""
-        if self.exit_code < 0:
-            how = f"was killed by signal {-self.exit_code} ({signal.Signals(-self.exit_code).name})"
-            if self.exit_code == -signal.SIGKILL:
-                how += (
-                    f"; the kernel's out-of-memory killer struck {self.oom_kills} time(s) on that host meanwhile"
-                    if self.oom_kills
-                    else "; who sent it is not known, the kernel's out-of-memory killer did not strike on that host"
-                )
-        else:
-            how = f"exited with code {self.exit_code}"
+        how = ended(self.exit_code)
+        if self.oom_kills:  # also where it exited: a process of its own may have been the victim
+            how += f"; the kernel's out-of-memory killer struck {self.oom_kills} time(s) on that host meanwhile"
+        elif self.exit_code == -signal.SIGKILL:
+            how += "; who sent it is not known, the kernel's out-of-memory killer did not strike on that host"
         if full := next((line for line in self.log.splitlines() if _GPU_IS_FULL in line), None):
             how += f"; the GPU's memory was full: {full.strip()}"
         text = f"{self.worker} (pid {self.pid} on {self.host}) {how}; its last phase: {self.phase}"

@@ -146,7 +146,7 @@ class GroupCall(Generic[T]):
                 raise WorkerDied(str(reply), worker=whose)
             if reply.error:
                 watch.raise_deaths(grace_s=_GRACE_S)  # a rank that lost its peer raises before the peer's end is known
-                raise WorkerFailed(f"{whose} failed in {self._verb}:\n{reply.error}")
+                raise WorkerFailed(f"{whose} ({reply.place}) failed in {self._verb}:\n{reply.error}")
             answers[reference] = reply
         replies = [answers[reference] for reference in self._references]
         self._group.note(self._verb, replies)

@@ -24,6 +24,7 @@ import psutil
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.device import limit_threads, memory_used
 from megatron_rl.interfaces import MemoryUse, PushPhase, PushReceipt
+from megatron_rl.lifetime import die_with_child
 from megatron_rl.linear_formats import LinearFormat, first_difference
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Engine:
         self._version = spec.version
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
+        self._closing = False
         self._cache_spoilt = False
         self._asleep: frozenset[str] = frozenset()
         self._request_ids = count()
@@ -145,6 +147,8 @@ class Engine:
         self._worker_pids: list[int] = self._on_workers("pid")
         if spec.tensor > 1:
             self._on_workers("die_with_engine", os.getpid())
+            # vLLM would tell a death at the next call alone; and without a worker, the engine can do nothing more
+            die_with_child(self._worker_pids, "tensor-parallel worker", unless=lambda: self._closing)
             if spec.on_cpu:
                 self._on_workers("unname_shared_memory")
 
@@ -379,6 +383,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the channel and stop."""
+        self._closing = True
         if self._late is None:
             self._on_workers("leave_channel")
         self._engine.engine_core.shutdown()
@@ -391,6 +396,7 @@ class Engine:
             attempts = self._engine.collective_rpc("attempt", timeout=deadline_s, args=(method, *args))
         except TimeoutError as error:
             self._late = f"within {deadline_s:g} s not all workers were done with {method}: {self._worker_states()}"
+            self._closing = True
             for pid in self._worker_pids:  # a late answer would be taken for that to the next question
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -13,20 +14,24 @@ import pytest
 
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.cluster import Cluster, Role, ray
+from tests.ray_nodes import free_port, ray_node
 
 RAY = Path(sys.executable).with_name("ray")
 JOIN = """
-import sys
+import sys, time
 from pathlib import Path
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role
 
+began = time.monotonic()
 try:
     with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, run_dir=Path(sys.argv[2])) as cluster:
+        print(f"seconds {time.monotonic() - began:.1f}")
         group = cluster.start([Role(name="only", workers=1)], {})["only"]
         group.build(dict, [()]).result()
         print("joined", group.call("__len__", finish=sum).result())
 except ClusterProblem as problem:
+    print(f"seconds {time.monotonic() - began:.1f}")
     print("refused:", problem)
 """
 
@@ -61,10 +66,10 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     environment |= {"RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
     if mode == "token":
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    options = ["--head", "--node-ip-address=127.0.0.1", "--port=6391", "--num-cpus=2", "--include-dashboard=false"]
-    subprocess.run([RAY, "start", *options], env=environment, check=True, timeout=90, capture_output=True)
-    yield "127.0.0.1:6391", environment, mode
-    subprocess.run([RAY, "stop", "--force"], env=environment, check=True, timeout=60, capture_output=True)
+    port = free_port()
+    options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    with ray_node([RAY, "start", *options, "--block"], environment, tmp_path / "head.log"):
+        yield f"127.0.0.1:{port}", environment, mode
 
 
 def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
@@ -79,7 +84,10 @@ def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
         text=True,
         check=False,
     )
+    seconds = float(re.findall(r"seconds (\S+)", done.stdout)[0])
+    assert seconds < 15, "a client without a token must not be tried for the 20 s that Ray takes"
+    print(done.stdout)
     if mode == "token":
         assert "joined 0" in done.stdout, done.stdout + done.stderr
     else:
-        assert "refused: the Ray cluster at 127.0.0.1:6391 asks for no token" in done.stdout, done.stdout + done.stderr
+        assert f"refused: the Ray cluster at {address} asks for no token" in done.stdout, done.stdout + done.stderr

@@ -148,7 +148,7 @@ def test_several_engines_share_the_prompts_and_rollouts_come_back_in_order(group
 
 def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerGroup) -> None:
     started = time.monotonic()
-    with pytest.raises(WorkerFailed, match=r"pair rank 1 failed in fail:(.|\n)*rank 1 was told to fail"):
+    with pytest.raises(WorkerFailed, match=r"pair rank 1 \(pid \d+ on .+\) failed in fail:(.|\n)*rank 1 was told to"):
         group.call("fail", 1, finish=first).result()
     assert time.monotonic() - started < 10
 

@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.faulty import STRUCK, with_fault
 from tests.end_to_end.test_train import process_of, records, wait_for_step
 
 TIMED = ("seconds/", "busy_s/", "peak_rss_gib/", "tokens_per_s/", "memory/", "time", "eta_s", "checkpoint/")
@@ -59,3 +61,28 @@ def test_a_rank_that_dies_while_another_has_the_device_ends_the_run(train_comman
     assert process.returncode == 1
     assert f"critic (pid {critic} on " in errors
     assert re.search(r"its last phase: (idle after )?(offload|onload|values|update|save)", errors), json.dumps(errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("awake", "verb", "asleep", "phase"),
+    [
+        ("policy rank 0", "update", "engine", "sleep"),
+        ("engine", "generate", "policy", "offload"),
+        ("engine", "generate", "critic", "offload"),
+    ],
+)
+def test_a_death_while_asleep_is_told_at_once(
+    train_command: Command, tmp_path: Path, awake: str, verb: str, asleep: str, phase: str
+) -> None:
+    run = tmp_path / "run"
+    command = with_fault((awake, verb, f"kill {asleep}"), train_command(*LAYOUT, "steps=500", "cluster.colocate=true"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    seconds = time.time() - (run / "logs" / STRUCK).stat().st_mtime
+    assert done.returncode == 1
+    assert re.search(
+        rf"{asleep} \(pid {process_of(run, asleep)} on .*\) was killed by signal 9 .*"
+        rf"its last phase: idle after {phase}",
+        done.stderr,
+    ), done.stderr
+    assert seconds < 30, "long before any deadline of a call"

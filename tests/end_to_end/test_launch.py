@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import ROOT
+from tests.ray_nodes import free_port, ray_node
 
 LAUNCH = ROOT / "examples" / "launch"
-_START_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def dry(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,28 +67,9 @@ def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
     assert "ray_head.sh makes it on the head" in done.stderr
 
 
-@contextmanager
-def node(environment: dict[str, str], script: str, *arguments: str) -> Iterator[None]:
+def node(environment: dict[str, str], script: str, *arguments: str) -> AbstractContextManager[None]:
     """A node of a cluster while the block runs."""
-    log = Path(environment["LOGS"]) / f"{script}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [str(LAUNCH / script), *arguments], env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        end = time.monotonic() + _START_S
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    return ray_node([LAUNCH / script, *arguments], environment, Path(environment["LOGS"]) / f"{script}.log")
 
 
 def test_a_run_is_submitted_to_two_nodes(train_command: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tests.fakes import FileModel
 Command = Callable[..., list[str]]
 ONE_RANK = ("policy.layout.tensor=1", "critic.layout.pipeline=1")
 SIX_STEPS = ("steps=6", "ppo.critic_warmup_steps=1", "checkpoint.every=1")
-RAYS_OWN = {"raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 OF_THE_MACHINE = re.compile(r"time$|push/\w+_s$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/")
 
 
@@ -52,16 +51,8 @@ def finish(command: list[str]) -> str:
     return done.stdout
 
 
-@dataclass(frozen=True)
-class Killed:
-    """The processes of a run that was killed."""
-
-    ours: list[psutil.Process]
-    rays: list[psutil.Process]
-
-
-def kill_in_step_4(command: list[str], run: Path) -> Killed:
-    """Kill -9 the driver once the checkpoint of step 3 is there."""
+def kill_in_step_4(command: list[str], run: Path) -> None:
+    """Kill -9 the driver once the checkpoint of step 3 is there; all that it started is gone after that."""
     latest = run / "checkpoints" / "latest"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 200
@@ -71,18 +62,15 @@ def kill_in_step_4(command: list[str], run: Path) -> Killed:
             time.sleep(0.005)
         started = psutil.Process(process.pid).children(recursive=True)
         assert {"raylet", "gcs_server"} <= {child.name() for child in started}
-        rays = [child for child in started if child.name() in RAYS_OWN]
         process.kill()
-    return Killed(ours=[child for child in started if child not in rays], rays=rays)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers_to_the_last_bit(train_command: Command, tmp_path: Path) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(train_command(*SIX_STEPS, *ONE_RANK, f"run_dir={unbroken}"))
     command = train_command(*SIX_STEPS, *ONE_RANK, f"run_dir={broken}")
-    killed = kill_in_step_4(command, broken)
-    assert len(killed.ours) >= 2 * 3 + 1  # three supervisors with their workers, and the reward worker
-    assert psutil.wait_procs(killed.ours, timeout=15)[1] == []
+    kill_in_step_4(command, broken)
     kept = [row["time"] for row in lines(broken / "metrics.jsonl") if row["step"] < 3]
     said = finish(command)
 
@@ -99,7 +87,6 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_last_bit(train_comman
         name = f"{model}/__0_0.distcp"  # weights, main weights, both moments
         assert manifests[0][name] == manifests[1][name]
     assert manifests[0]["hf/model.safetensors"] == manifests[1]["hf/model.safetensors"]
-    assert psutil.wait_procs(killed.rays, timeout=15)[1] == []
 
 
 @pytest.mark.slow
@@ -111,7 +98,7 @@ def test_a_killed_run_goes_on_at_another_layout(train_command: Command, tmp_path
     rates = ("policy.optimizer.lr=5e-7", "critic.optimizer.lr=9e-6")
     settings = (*SIX_STEPS, "critic.layout.pipeline=1", *rates)
     finish(train_command(*settings, f"run_dir={unbroken}"))
-    killed = kill_in_step_4(train_command(*settings, f"run_dir={broken}"), broken)
+    kill_in_step_4(train_command(*settings, f"run_dir={broken}"), broken)
     finish(train_command(*settings, f"run_dir={broken}", "policy.layout.tensor=1", "policy.layout.pipeline=2"))
 
     assert lines(broken / "samples.jsonl") == lines(unbroken / "samples.jsonl")
@@ -131,7 +118,6 @@ def test_a_killed_run_goes_on_at_another_layout(train_command: Command, tmp_path
         whole = sum(float(expected[name].square().sum()) for name in of_all)
         assert len(of_all) == len(moments) / 2
         assert math.sqrt(apart / whole) < 1.5e-6, (moment, math.sqrt(apart / whole))  # measured: 6.0e-7, 9.8e-7
-    assert psutil.wait_procs([*killed.ours, *killed.rays], timeout=15)[1] == []
 
 
 def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Command, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -148,24 +147,6 @@ def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
     assert re.search(r"data\.train: \d+ prompts are longer than data\.max_prompt_tokens=22 and left out", done.stdout)
 
 
-def test_a_killed_engine_ends_the_run_with_its_cause(train_command: Command, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = train_command("steps=500", "ppo.critic_warmup_steps=0")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(run, process)
-        engine = process_of(run, "engine")
-        os.kill(engine, signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = process.communicate(timeout=90)
-        assert time.monotonic() - killed < 60
-    assert process.returncode == 1
-    assert f"engine (pid {engine} on " in errors
-    assert "signal 9 (SIGKILL)" in errors
-    assert "who sent it is not known" in errors
-    assert re.search(r"its last phase: (idle after )?(generate|receive|score)", errors)
-    assert re.search(r"at step \d+, last phase \w+", errors)
-
-
 def test_an_exception_in_a_rank_ends_the_run_with_its_cause(train_command: Command, task: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(task / "model", broken)
@@ -175,19 +156,9 @@ def test_an_exception_in_a_rank_ends_the_run_with_its_cause(train_command: Comma
         train_command("steps=1", f"model.path={broken}"), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
-    assert re.search(r"(policy|critic) rank \d failed in start|engine failed in start", done.stderr), done.stderr
-    assert "model.safetensors" in done.stderr
-
-
-def test_an_interrupt_ends_the_run(train_command: Command, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = train_command("steps=500", "policy.layout.tensor=1", "critic.layout.pipeline=1")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(run, process)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in errors
+    told = done.stderr
+    assert re.search(r"(policy rank \d|critic rank \d|engine) \(pid \d+ on .*\) failed in start", told), told
+    assert "model.safetensors" in told
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,6 @@ def test_log_probs_are_taken_at_the_temperature_of_sampling_unless_another_is_se
     assert load(RunConfig, [Path("ppo.toml")], apart).trainer_temperature == 1.0
 
 
-def test_engines_of_several_workers_are_not_started_anew(folder):
-    assert problems("engine.tensor=2", "engine.restarts=1") == [
-        "engine.restarts: must be 0 with engine.tensor > 1: an engine outlives the death of one of its workers, and is "
-        "not started anew, got 1"
-    ]
-
-
 def test_what_does_not_go_with_shared_devices_is_refused(folder):
     moved = "policy.fp8.parameters: must be false with cluster.colocate=true"
     asked = ("cluster.colocate=true", "policy.fp8.parameters=true", "policy.distributed_optimizer=true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,20 +16,24 @@ import pytest
 DRIVER = """
 import subprocess, sys, time
 from megatron_rl.ray_runtime.guardian import Guardian
-stranger = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+null = subprocess.DEVNULL
+apart = {"start_new_session": True, "stdout": null, "stderr": null}
+stranger = subprocess.Popen(["sleep", "60"], **apart)
 guardian = Guardian()
-ours = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+ours = subprocess.Popen(["sleep", "60"], **apart)
 print(guardian._process.pid, stranger.pid, ours.pid, flush=True)
 if sys.argv[1] == "dismiss":
     guardian.dismiss()
-    after = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+    after = subprocess.Popen(["sleep", "60"], **apart)
     print(after.pid, flush=True)
 time.sleep(60)
 """
 
 
 def driver(ending: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, ending], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, ending], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     pids = process.stdout.readline().split()
     if ending == "dismiss":
@@ -40,8 +45,13 @@ def driver(ending: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
 def test_what_was_started_after_it_ends_with_the_driver_and_nothing_else(number: signal.Signals) -> None:
     process, (guardian, stranger, ours) = driver("killed")
     process.send_signal(number)
-    process.communicate()
+    _, told = process.communicate(timeout=20)
     try:
+        assert re.fullmatch(
+            rf"megatron-rl: the driver \(pid {process.pid} on .+\) is gone and has not ended its run: "
+            r"it was killed, or Ray ended it; 1 processes that were left are killed\n",
+            told,
+        )
         assert psutil.wait_procs([guardian, ours], timeout=10)[1] == []
         assert stranger.is_running()
     finally:
@@ -51,7 +61,7 @@ def test_what_was_started_after_it_ends_with_the_driver_and_nothing_else(number:
 def test_a_guardian_that_is_dismissed_ends_and_kills_nobody() -> None:
     process, rest = driver("dismiss")
     process.kill()
-    process.communicate()
+    assert process.communicate()[1] == ""
     try:
         assert len(rest) == 3, "the guardian was gone when the driver said so"
         time.sleep(1.5)

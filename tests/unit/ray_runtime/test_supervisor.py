@@ -42,6 +42,9 @@ def test_a_death_says_whose_memory_was_full() -> None:
         "critic (pid 12 on node7) was killed by signal 9 (SIGKILL); the kernel's out-of-memory killer struck 1 time(s) "
         "on that host meanwhile; its last phase: update"
     )
+    assert death(1, oom_kills=2).startswith(
+        "critic (pid 12 on node7) exited with code 1; the kernel's out-of-memory killer struck 2 time(s)"
+    ), "a process of its own may have been the victim"
     log = "step\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
     assert death(1, log=log) == (
         "critic (pid 12 on node7) exited with code 1; the GPU's memory was full: torch.OutOfMemoryError: CUDA out of "

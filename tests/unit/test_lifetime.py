@@ -1,0 +1,62 @@
+"""Processes that end with another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+PARENT = """
+import multiprocessing, os, sys, time
+from megatron_rl.lifetime import die_with_child, die_with_parent
+spawn = multiprocessing.get_context("spawn")
+
+def work(parent):
+    die_with_parent(parent)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    children = [spawn.Process(target=work, args=(os.getpid(),), daemon=True) for _ in range(2)]
+    for child in children:
+        child.start()
+    meant = []
+    die_with_child([child.pid for child in children], "helper", unless=lambda: bool(meant))
+    print(children[1].pid, flush=True)
+    if sys.stdin.readline() == "meant\\n":
+        meant.append(True)
+        children[1].kill()
+        children[1].join()
+        time.sleep(0.5)
+        children[0].kill()
+        sys.exit(7)
+    time.sleep(60)
+"""
+
+
+def parent(tmp_path, meant):
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT)
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        child = int(process.stdout.readline())
+        if not meant:
+            os.kill(child, signal.SIGTERM)
+        _, errors = process.communicate("meant\n" if meant else "\n", timeout=20)
+    return process.returncode, errors, child
+
+
+def test_a_process_ends_with_its_child_and_says_how(tmp_path):
+    status, errors, child = parent(tmp_path, meant=False)
+    assert (status, errors) == (1, f"helper rank 1 (pid {child}) was killed by signal 15 (SIGTERM)\n")
+
+
+def test_an_end_that_was_meant_changes_nothing(tmp_path):
+    status, errors, _ = parent(tmp_path, meant=True)
+    assert (status, errors) == (7, "")
