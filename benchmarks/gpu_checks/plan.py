@@ -113,8 +113,8 @@ Status = Literal["passed", "missed", "failed", "overrun", "skipped", "running"]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of one check; ``missed``: it ran, and a goal was not met. ``failed``, ``overrun`` (ended at its deadline)
-    and ``running`` have the figures that it gave until then.
+    """What came of one check; ``missed``: it ran, and a goal was not met. One that ``failed``, is ``running`` or was
+    ended at its deadline (``overrun``) has the figures that it gave until then.
     """
 
     check: str

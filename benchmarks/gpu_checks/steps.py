@@ -17,6 +17,7 @@ from benchmarks.gpu_checks.costs import SHAPES, TINY_SHAPE, VOCABULARY
 from benchmarks.gpu_checks.plan import Row
 from examples.arithmetic_cpu.task import Sizes, prepare
 
+TRAIN = (sys.executable, "-m", "megatron_rl", "train", "examples/arithmetic_cpu/ppo.toml")
 _LOOK_S = 0.5
 
 
@@ -42,9 +43,7 @@ def _ppo(case: Case, name: str, settings: list[str], *, gap_bound: float) -> Ite
     log = case.scratch / f"{name}.log"
     with log.open("w") as output:
         running = subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl", "train", "examples/arithmetic_cpu/ppo.toml"]
-            + _overrides(case, folder, run_dir)
-            + settings,
+            [*TRAIN, *_overrides(case, folder, run_dir), *settings],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=output,
