@@ -103,8 +103,9 @@ def limit_threads() -> None:
 
 @functools.cache
 def prepare_megatron() -> None:
-    """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, it only gives
-    megatron-core an Adam whose states load again, if neither Transformer Engine nor Apex brings one.
+    """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, it only does what
+    megatron-core lacks without Transformer Engine: an Adam whose states load again, and experts and latent attention
+    that do not ask for it.
 
     No tensor operation is intercepted and no file of megatron-core is touched: calls that ask torch for CUDA itself
     (placement, streams, random state, type names) get the CPU's answer, and the optimizer gets an Adam with the
@@ -112,6 +113,7 @@ def prepare_megatron() -> None:
     """
     if has_cuda():
         _use_fused_adam()
+        _do_without_transformer_engine()
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("prepare_megatron() must run before megatron.core is imported, it is loaded already")
@@ -124,6 +126,7 @@ def prepare_megatron() -> None:
         warnings.simplefilter("ignore")  # each import says again that Apex and Transformer Engine are not there
         _keep_random_states_on_cpu()
         _use_fused_adam()
+        _do_without_transformer_engine()
         _route_experts_on_cpu()
     _exchange_unequal_pieces()
 
@@ -262,20 +265,25 @@ def _use_fused_adam() -> None:
     _set(distributed, ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"], True)
 
 
-def _route_experts_on_cpu() -> None:
-    """Why: these take "not on CUDA" or "no Transformer Engine" for something else, and then fail."""
+def _do_without_transformer_engine() -> None:
+    """Why: these use names of Transformer Engine's that are bound only where it is installed, on a GPU as well."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
     import megatron.core.transformer.multi_latent_attention as latent
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _set(moe_utils, ["te_general_gemm"], None)
+    if not isinstance(getattr(latent, "TELinear", type), type):
+        _set(latent, ["HAVE_TE"], False)
+
+
+def _route_experts_on_cpu() -> None:
+    """Why: this takes "not on CUDA" for a tensor that is on the host already."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     def counts(values: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return values.numpy() if as_numpy and torch.is_tensor(values) else values
 
     _set(dispatcher, ["maybe_move_tensor_to_cpu"], counts)
-    if not hasattr(moe_utils, "te_general_gemm"):
-        _set(moe_utils, ["te_general_gemm"], None)
-    if not isinstance(getattr(latent, "TELinear", type), type):
-        _set(latent, ["HAVE_TE"], False)
 
 
 def _exchange_unequal_pieces() -> None:

@@ -1,4 +1,6 @@
-"""Which checks there are, what each needs, and what came of it. Pure: what is measured stands in ``measure.py``."""
+"""Which checks there are, what each needs, and what came of it. Pure: what is measured stands in ``measure.py``,
+``trainings.py`` and ``steps.py``.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ class Check:
     """One process.
 
     Attributes:
-        name: for ``--only``; its function in ``measure.py`` has the same.
+        name: for ``--only``; its function has the same.
         about: for people.
-        deadline_s: it is ended then.
+        planned_s: it should take no longer; what is left of a command's time is divided as these are.
         parts: packages without which it is left out.
         features: settings that this version must have, else the check fails.
         colocated_features: the same where roles share one GPU.
@@ -39,7 +41,7 @@ class Check:
 
     name: str
     about: str
-    deadline_s: float
+    planned_s: float
     parts: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     colocated_features: tuple[str, ...] = ()
@@ -48,14 +50,14 @@ class Check:
 
 
 CHECKS = (
-    Check(name="ceilings", about="products, copies: what the floors are made of", deadline_s=30),
-    Check(name="logprobs", about="log-probs and entropy from hidden states", deadline_s=75, parts=("triton",)),
-    Check(name="attention", about="packed causal attention", deadline_s=40, parts=("megatron",)),
-    Check(name="training", about="training step in bfloat16", deadline_s=120, parts=("megatron",)),
+    Check(name="ceilings", about="products, copies: what the floors are made of", planned_s=25),
+    Check(name="logprobs", about="log-probs and entropy from hidden states", planned_s=65, parts=("triton",)),
+    Check(name="attention", about="packed causal attention", planned_s=25, parts=("megatron",)),
+    Check(name="training", about="training step in bfloat16", planned_s=95, parts=("megatron",)),
     Check(
         name="training_fp8",
         about="training step in FP8 beside bfloat16",
-        deadline_s=120,
+        planned_s=100,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         cpu=False,
@@ -63,14 +65,14 @@ CHECKS = (
     Check(
         name="ppo",
         about="whole PPO steps: push, sleep and wake, gap between trainer and engine",
-        deadline_s=105,
+        planned_s=140,
         parts=("megatron", "vllm"),
         colocated_features=("colocation",),
     ),
     Check(
         name="ppo_fp8",
         about="the same with trainer and engine in FP8",
-        deadline_s=105,
+        planned_s=140,
         parts=("megatron", "transformer_engine", "vllm"),
         features=("fp8", "engine_fp8"),
         colocated_features=("colocation",),
@@ -79,14 +81,14 @@ CHECKS = (
     Check(
         name="layouts",
         about="policy and critic at TP2, PP2 and TP2xPP2 beside one rank",
-        deadline_s=240,
+        planned_s=120,
         parts=("megatron",),
         gpus=2,
     ),
     Check(
         name="layouts_fp8",
         about="the same in FP8, with and without FP8 parameters",
-        deadline_s=240,
+        planned_s=220,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         gpus=2,
@@ -106,12 +108,14 @@ class Row:
     met: bool | None = None
 
 
-Status = Literal["passed", "missed", "failed", "skipped"]
+Status = Literal["passed", "missed", "failed", "overrun", "skipped", "running"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of one check; ``missed``: it ran, and a goal was not met."""
+    """What came of one check; ``missed``: it ran, and a goal was not met. One that ``failed``, is ``running`` or was
+    ended at its deadline (``overrun``) has the figures that it gave until then.
+    """
 
     check: str
     status: Status
@@ -132,6 +136,14 @@ def measured(check: str, rows: Collection[Row], seconds: float) -> Result:
     return Result(
         check=check, status="missed" if missed else "passed", reason=reason, seconds=seconds, rows=tuple(rows)
     )
+
+
+def deadline_s(check: Check, later: Collection[Check], left_s: float) -> float:
+    """Of ``left_s`` of a command, what ``check`` may take at most, so that its ``later`` ones get their part.
+
+    What a check leaves of its time is the others'; one that is left alone gets all.
+    """
+    return left_s * check.planned_s / (check.planned_s + sum(other.planned_s for other in later))
 
 
 def present_parts() -> set[str]:

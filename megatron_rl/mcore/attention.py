@@ -91,6 +91,28 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
         return [_group([start // size for start in self.starts[a : b + 1]], device) for a, b in self._cuts]
 
     @cached_property
+    def thd(self) -> PackedSeqParams:
+        """The rows as Transformer Engine takes them: bounds of whole rows, of which context ranks hold pieces r and
+        2 x size - 1 - r, as :func:`~megatron_rl.experience.packing.context_positions` deals them. Empty rows are left
+        out. The same bounds say where rows lie: what pads a row counts as its last tokens, which no other token sees.
+
+        Made once for all layers: to bring the bounds to a GPU waits for all that it has to do.
+        """
+        assert self.positions is not None
+        bounds = torch.tensor(self.starts, dtype=torch.int32, device=self.positions.device)
+        longest = int(self.max_seqlen_q)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            # the same tensor, from which Transformer Engine sees that nothing lies between rows
+            cu_seqlens_q_padded=bounds,
+            cu_seqlens_kv_padded=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    @cached_property
     def context(self) -> ContextPlan | None:
         """Where context ranks share the rows."""
         if not self.shares:

@@ -8,30 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.mcore.attention import PackedRows
-
-
-def thd(rows: PackedRows) -> PackedSeqParams:
-    """The rows as Transformer Engine takes them: bounds of whole rows, of which context ranks hold pieces r and
-    2 x size - 1 - r, as :func:`~megatron_rl.experience.packing.context_positions` deals them. Empty rows are left out.
-    The same bounds say where rows lie: what pads a row counts as its last tokens, which no other token sees.
-    """
-    assert rows.positions is not None
-    bounds = torch.tensor(rows.starts, dtype=torch.int32, device=rows.positions.device)
-    longest = int(rows.max_seqlen_q)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def packed_attention(core: type) -> type:
@@ -52,7 +31,7 @@ def packed_attention(core: type) -> type:
             if packed_seq_params is None or attention_mask is not None:
                 raise ValueError("attention needs packed rows and no mask: pass packed_seq_params=packed_rows(batch)")
             flat = (part.squeeze(1) if part.dim() == 4 else part for part in (query, key, value))
-            attended: Tensor = super().forward(*flat, None, packed_seq_params=thd(packed_seq_params), **others)
+            attended: Tensor = super().forward(*flat, None, packed_seq_params=packed_seq_params.thd, **others)
             return attended.reshape(len(query), 1, -1)
 
     return PackedFusedAttention

@@ -12,6 +12,9 @@ bytes per logit beside 6 h FLOPs: on an H100 an eighth more at h = 3584, half mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -94,18 +97,63 @@ def _config(block_t: int, block_v: int, block_h: int, warps: int, stages: int) -
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
+CONFIGS: Mapping[int, Sequence[triton.Config]] = {
+    2: (
+        _config(128, 256, 64, 8, 3),
+        _config(128, 128, 64, 8, 4),
+        _config(64, 256, 64, 8, 3),
+        _config(128, 128, 64, 8, 3),
+        _config(128, 256, 32, 8, 3),
+        _config(64, 128, 64, 4, 3),
+    ),
+    # on no tensor core: larger blocks would spill, and take a minute to compile
+    4: (_config(128, 64, 32, 8, 3), _config(64, 128, 32, 8, 3), _config(64, 64, 32, 4, 3)),
+}
+"""Blocks of the forward by the bytes of a number, the largest first."""
+_TRIED = 3
+_BARRIER_BYTES = 1024
+
+
+def shared_bytes(config: triton.Config, number_bytes: int) -> int:
+    """Bound on what a program asks of a processor's shared memory: a tile of hidden states and one of the weight for
+    each stage that is under way.
+    """
+    blocks: dict[str, int] = config.kwargs
+    tiles = blocks["BLOCK_H"] * (blocks["BLOCK_T"] + blocks["BLOCK_V"])
+    return int(config.num_stages) * number_bytes * tiles + _BARRIER_BYTES
+
+
+def fitting(number_bytes: int, limit: int) -> list[triton.Config]:
+    """The first few choices for numbers of so many bytes that need no more than ``limit`` bytes of shared memory.
+
+    Raises:
+        ValueError: none does.
+    """
+    fit = [config for config in CONFIGS[number_bytes] if shared_bytes(config, number_bytes) <= limit]
+    if not fit:
+        least = min(shared_bytes(config, number_bytes) for config in CONFIGS[number_bytes])
+        raise ValueError(
+            f"the kernel of the log-probs needs {least / 1024:.0f} KiB of shared memory per block for numbers of "
+            f"{number_bytes} bytes, this GPU has {limit / 1024:.0f} KiB: set logprob_kernel='torch'"
+        )
+    return fit[:_TRIED]
+
+
+def _prune(configs: Sequence[triton.Config], arguments: Mapping[str, Any], **ignored: Any) -> list[triton.Config]:
+    weight = arguments["weight_ptr"]
+    properties = triton.runtime.driver.active.utils.get_device_properties(weight.device.index)
+    return fitting(weight.element_size(), properties["max_shared_mem"])
+
+
 # Triton's interpreter has no clock to choose by; its blocks are small, so that small inputs fill several.
-_CONFIGS = (
-    [_config(32, 64, 32, 4, 1)]
-    if triton.knobs.runtime.interpret
-    else [_config(128, 256, 64, 8, 3), _config(128, 128, 64, 8, 4), _config(64, 256, 64, 8, 3)]
-)
+_OFFERED = [_config(32, 64, 32, 4, 1)] if triton.knobs.runtime.interpret else [*CONFIGS[2], *CONFIGS[4]]
 
 
 # Tried once for each size of model and type of weight, not for each number of tokens, which no two micro-batches share.
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=_CONFIGS,
+    configs=_OFFERED,
     key=["real", "hidden_size", "WITH_ENTROPY"],
+    prune_configs_by={"early_config_prune": _prune},
 )
 @triton.jit  # type: ignore[untyped-decorator]
 def _statistics(  # type: ignore[no-untyped-def]

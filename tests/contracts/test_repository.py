@@ -10,9 +10,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import requires as metadata_requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import megatron_rl
 from eval.settings import parse
@@ -203,6 +208,34 @@ def test_the_extras_name_what_the_requirements_name():
     for hardware in ("cpu", "gpu"):
         assert set(project["dependencies"]) | extras[hardware] == requirements(hardware)
     assert extras["dev"] == requirements("dev")
+
+
+def locked(name):
+    """Release by package of ``requirements/<name>.lock``, of those that Linux gets."""
+    pinned = [Requirement(line) for line in (ROOT / "requirements" / f"{name}.lock").read_text().splitlines() if line]
+    return {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in pinned}
+
+
+@pytest.mark.parametrize("name", ["cpu", "dev", "gpu", "modelopt", "triton"])
+def test_the_lock_holds_what_the_requirements_ask_for(name):
+    """What an extra brings is known of packages that are installed here in the release that is locked."""
+    found = locked(name)
+    for line in requirements(name):
+        asked = Requirement(line)
+        release = found.get(canonicalize_name(asked.name))
+        assert release is not None, f"{asked.name} is not in {name}.lock: make lock"
+        if asked.marker is None:
+            assert asked.specifier.contains(release), f"{line} is {release} in {name}.lock: make lock"
+        with suppress(PackageNotFoundError):
+            if asked.extras and version(asked.name) == release:
+                brought = [Requirement(each) for each in metadata_requires(asked.name) or ()]
+                wanted = {
+                    canonicalize_name(each.name)
+                    for each in brought
+                    for extra in asked.extras
+                    if each.marker is not None and each.marker.evaluate({"extra": extra})
+                }
+                assert wanted - found.keys() == set(), f"of {line}, {name}.lock lacks these: make lock"
 
 
 def test_the_cpu_environment_has_no_cuda_package():

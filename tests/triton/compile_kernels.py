@@ -1,4 +1,5 @@
-"""Compile the kernels for GPUs that need not be here, and print what each asks of them as JSON lines.
+"""Compile the kernels for a GPU that need not be here, of a compute capability (90) and so many bytes of shared memory
+per block, and print what each asks of it as JSON lines.
 
 A program of its own: where Triton interprets, it does not compile.
 """
@@ -14,6 +15,9 @@ from triton.compiler import ASTSource
 
 from megatron_rl.mcore import logprobs_triton as module
 
+NUMBERS = {"bf16": 2, "fp32": 4}
+PRODUCTS = ("wgmma", "mma.sync", "tcgen05.mma")
+
 
 def report(
     name: str, kernel: object, types: str, constants: dict[str, object], capability: int, **options: int
@@ -26,28 +30,28 @@ def report(
     source = ASTSource(kernel, signature, constants, whole)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = made.asm["ptx"]
-    found = {"kernel": name, "capability": capability, "shared_bytes": made.metadata.shared, "constants": constants}
-    found |= {"tensor_cores": "wgmma" in ptx or "mma.sync" in ptx, "asynchronous": "cp.async" in ptx}
+    found = {"kernel": name, "types": types, "shared_bytes": made.metadata.shared, "constants": constants}
+    found |= {"tensor_cores": any(each in ptx for each in PRODUCTS), "asynchronous": "cp.async" in ptx}
     print(json.dumps(found))
 
 
-for entropy in (True, False):
-    for capability in map(int, sys.argv[1:]):
-        for config in module._statistics.configs:
-            report(
-                "statistics",
-                module._statistics.fn,
-                "*bf16 *bf16 *i64 *fp32 i32 i32 i32 fp32 i32",
-                {"WITH_ENTROPY": entropy, **config.kwargs},
-                capability,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+capability, limit = map(int, sys.argv[1:])
+for name, size in NUMBERS.items():
+    for config in module.fitting(size, limit):
         report(
-            "gradients",
-            module._gradients,
-            "*bf16 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32",
-            {"WITH_ENTROPY": entropy, "BLOCK_V": 4096},
+            "statistics",
+            module._statistics.fn,
+            f"*{name} *{name} *i64 *fp32 i32 i32 i32 fp32 i32",
+            {"WITH_ENTROPY": True, **config.kwargs},  # which asks for more than without
             capability,
-            num_warps=8,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
+    report(
+        "gradients",
+        module._gradients,
+        f"*{name} *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32",
+        {"WITH_ENTROPY": True, "BLOCK_V": 4096},
+        capability,
+        num_warps=8,
+    )

@@ -27,6 +27,24 @@ with torch.device("meta"):
         assert factory(3).is_meta, factory
 assert torch.zeros(3, device="cuda").device.type == "cpu"
 """
+ON_A_GPU = """
+import torch
+
+from megatron_rl import device
+
+device.has_cuda = lambda: True
+device.prepare_megatron()
+import megatron.core.optimizer as optimizer
+import megatron.core.transformer.moe.moe_utils as moe_utils
+import megatron.core.transformer.multi_latent_attention as latent
+
+assert optimizer.Adam is device.FusedAdam
+assert torch.zeros(1).type() == "torch.FloatTensor", "torch is left as it is"
+gating = moe_utils.RouterGatingLinearFunction.apply
+found = gating(torch.ones(2, 3), torch.ones(4, 3), None, torch.float32)
+assert found.tolist() == [[3.0] * 4] * 2
+assert not latent.HAVE_TE
+"""
 TOO_LATE = "import megatron.core; from megatron_rl.device import prepare_megatron; prepare_megatron()"
 
 
@@ -37,6 +55,11 @@ def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_transformers_loads_the_same_model_beside_a_prepared_megatron(tmp_path: Path) -> None:
     done = _run(LOAD, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_experts_and_latent_attention_need_no_transformer_engine_on_a_gpu() -> None:
+    done = _run(ON_A_GPU)
     assert done.returncode == 0, done.stderr
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import Check, run_check
-from benchmarks.gpu_checks.measure import ppo_rows
+from benchmarks.gpu_checks.plan import Result
+from benchmarks.gpu_checks.steps import ppo_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -53,14 +54,41 @@ def test_what_needs_a_gpu_is_named_and_left_out(tmp_path: Path) -> None:
     assert status == 0
 
 
-def test_a_check_that_takes_too_long_is_ended_and_told() -> None:
-    found = run_check(Check(name="training", about="", deadline_s=0.1), gpus=0, asked_gpus=1)
-    assert found.status == "failed"
-    assert found.reason.startswith("not done within 0.1 s")
+STUCK = """
+import sys, time
+from benchmarks import gpu
+from benchmarks.gpu_checks.plan import Row
+
+def stuck(case):
+    yield Row(what="first", value=1.0, unit="")
+    yield Row(what="second", value=2.0, unit="s", goal="at most 1", met=False)
+    yield Row(what="first", value=3.0, unit="")
+    time.sleep(600)
+
+gpu.measures = lambda: {"stuck": stuck}
+gpu.main(sys.argv[1:])
+"""
 
 
-def test_a_check_that_raises_is_told() -> None:
-    found = run_check(Check(name="no_such_check", about="", deadline_s=30), gpus=0, asked_gpus=1)
+def test_a_check_that_takes_too_long_is_ended_and_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    told: list[Result] = []
+    check = Check(name="stuck", about="", planned_s=1)
+    found = run_check(check, 0, 1, limit_s=6.0, scratch=tmp_path, tell=told.append, program=program)
+    assert found.status == "overrun"
+    assert found.reason.startswith("not done within 6 s, 2 figures until then")
+    assert [(row.what, row.value) for row in found.rows] == [("first", 3.0), ("second", 2.0)]
+    assert [result.status for result in told] == ["running"] * len(told) != []
+    assert told[-1].rows == found.rows
+
+
+def test_a_check_that_raises_is_told(tmp_path: Path) -> None:
+    check = Check(name="no_such_check", about="", planned_s=1)
+    found = run_check(check, gpus=0, asked_gpus=1, limit_s=30.0, scratch=tmp_path)
     assert found.status == "failed"
     assert "no_such_check" in found.reason
 
@@ -79,6 +107,7 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
         },
     ]
     rows = {row.what: row for row in ppo_rows(records, copy_gbps=3000.0, gap_bound=0.02)}
+    assert rows["steps done"].value == 2
     assert rows["push: transfer"].value == pytest.approx(1.5)
     assert (rows["push: transfer"].goal, rows["push: transfer"].met) == ("at least 750", False)
     gap = rows["gap of trainer and engine on the probe, mean"]

@@ -1,0 +1,335 @@
+"""Whole updates of a few layers, by the trainer's own ranks: speed, FP8 beside bfloat16, layouts beside one rank.
+
+To start a rank takes many times as long as an update of a few layers. So the same processes go through one job after
+another, and each answer comes when it is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from benchmarks.gpu_checks.case import Case, at_least, at_most
+from benchmarks.gpu_checks.costs import SHAPES, TINY_SHAPE, Shape, mfu
+from benchmarks.gpu_checks.plan import Row
+from examples.arithmetic_cpu.task import Sizes, write_model
+from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch
+from megatron_rl.config.schema import ModelConfig, TrainerConfig
+from megatron_rl.device import release_cached
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
+from megatron_rl.mcore.spec import WorkerSpec, start_worker
+from megatron_rl.model_dims import read_model_dims
+from megatron_rl.ray_runtime.supervisor import port_kept
+from megatron_rl.weights.weight_map import Head
+
+LAYERS = 4
+_ANSWER_S = 150.0
+"""Bound on one job; that on the whole check is the command's."""
+
+
+def write_shape(folder: Path, shape: Shape, vocabulary: int) -> Path:
+    """A model of a few layers of a shape, with random weights; checks that come later find it."""
+    done = folder / "done"
+    if done.exists():
+        return folder
+    sizes = Sizes(
+        hidden=shape.hidden,
+        layers=LAYERS,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        ffn_hidden=shape.ffn_hidden,
+        vocabulary=vocabulary,
+        max_positions=8192,
+        init_std=0.02,
+    )
+    write_model(folder, sizes, seed=0)
+    done.touch()
+    return folder
+
+
+def random_experience(rows: int, length: int, vocabulary: int) -> ExperienceBatch:
+    """Rows of one length; targets of the critic are random, tokens repeat so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[:, 0] = False
+    zeros = torch.zeros(mask.shape)
+    rollouts = RolloutBatch(
+        tokens=torch.randint(2, vocabulary // 8, mask.shape, generator=generator),
+        lengths=torch.full((rows,), length),
+        response_mask=mask,
+        rollout_logprobs=zeros,
+        sampled_mask=mask,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        scores=torch.zeros(rows),
+        group=torch.zeros(rows, dtype=torch.int64),
+        policy_version=0,
+    )
+    wanted = torch.randn(mask.shape, generator=generator) * mask
+    return ExperienceBatch(
+        rollouts=rollouts,
+        old_logprobs=zeros,
+        ref_logprobs=None,
+        values=zeros,
+        rewards=zeros,
+        advantages=wanted,
+        returns=wanted,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Updates of one model on one or several ranks; picklable."""
+
+    model: Path
+    head: Head
+    trainer: TrainerConfig
+    dtype: str
+    rows: int
+    length: int
+    vocabulary: int
+    updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Of each update: its loss, gradient norm and seconds."""
+
+    losses: list[float]
+    norms: list[float]
+    seconds: list[float]
+
+
+def run_rank(job: Job, rank: int, port: int) -> Trained | None:
+    """Train in this process; None where the rank does not report."""
+    dims = read_model_dims(job.model)
+    spec = WorkerSpec(
+        role="policy" if job.head is Head.TOKEN else "critic",
+        head=job.head,
+        model=ModelConfig(path=job.model, dtype=job.dtype),
+        dims=dims,
+        trainer=job.trainer,
+        temperature=1.0,
+        total_updates=1000,
+        seed=0,
+        keep_reference=False,
+    )
+    worker = start_worker(spec, rank, "127.0.0.1", port, 120.0)
+    experience = random_experience(job.rows, job.length, job.vocabulary)
+    step = Minibatch(
+        source=experience, rows=torch.arange(job.rows), loss_weight=torch.ones(experience.rollouts.tokens.shape)
+    )
+    loss: Any = SupervisedLoss() if job.head is Head.TOKEN else ValueLoss()
+    losses, norms, taken = [], [], []
+    for _ in range(job.updates):
+        started = time.perf_counter()
+        found = worker.update(step, loss)
+        taken.append(time.perf_counter() - started)
+        if found is not None:
+            metrics = found.metrics
+            losses.append(metrics["loss" if "loss" in metrics else "value_loss"])
+            norms.append(found.grad_norm)
+    worker.close()
+    return Trained(losses=losses, norms=norms, seconds=taken) if losses else None
+
+
+def train(jobs: Sequence[Job]) -> Iterator[Trained]:
+    """One job after the other, all of as many ranks, each rank a process that lives as long as the iteration.
+
+    Raises:
+        RuntimeError: a rank raised, or did not answer.
+        ValueError: the jobs have not the same number of ranks.
+    """
+    sizes = {job.trainer.layout.world_size for job in jobs}
+    if len(sizes) > 1:
+        raise ValueError(f"jobs that share processes must have the same number of ranks, got {sorted(sizes)}")
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.Queue()
+    kept = [port_kept() for _ in jobs]
+    ports = [int(port.getsockname()[1]) for port in kept]
+    ranks = [
+        context.Process(target=_answer, args=(answers, jobs, rank, ports), daemon=True)
+        for size in sizes
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for job in jobs:
+            yield _reported(answers, job, len(ranks))
+        for process in ranks:
+            process.join(10)
+    finally:
+        for process in ranks:
+            process.kill()
+        for port in kept:
+            port.close()
+
+
+def _reported(answers: Any, job: Job, ranks: int) -> Trained:
+    """What the reporting rank says, when all have done the job."""
+    found: list[Trained] = []
+    for number in range(ranks):
+        try:
+            answer = answers.get(timeout=_ANSWER_S)
+        except Empty:
+            raise RuntimeError(f"{ranks - number} of {ranks} ranks did not answer in {_ANSWER_S:g} s: {job}") from None
+        if isinstance(answer, str):  # the others would wait for that rank
+            raise RuntimeError(answer)
+        found += [] if answer is None else [answer]
+    (reported,) = found
+    return reported
+
+
+def _answer(answers: Any, jobs: Sequence[Job], rank: int, ports: Sequence[int]) -> None:
+    for job in jobs:  # read once, when the first job loads Transformer Engine
+        os.environ.update(job.trainer.fp8.environment if job.trainer.fp8 else {})
+    for job, port in zip(jobs, ports, strict=True):
+        try:
+            answers.put(run_rank(job, rank, port))
+        except Exception as error:
+            answers.put(f"rank {rank}: {type(error).__name__}: {error}")
+            return
+        gc.collect()
+        release_cached()
+
+
+def _job(case: Case, shape: Shape, **changes: Any) -> Job:
+    """Of the policy; ``changes`` are of the job, and ``trainer`` of its trainer's settings."""
+    vocabulary = 384 if case.small else 16384
+    settings = {
+        "optimizer": {"lr": 1e-4, "warmup_fraction": 0.0},
+        "tokens_per_microbatch": 64 if case.small else 8192,
+        "distributed_optimizer": True,
+    }
+    trainer = TypeAdapter(TrainerConfig).validate_python(settings | changes.pop("trainer", {}))
+    sizes = {"rows": 4, "length": 32} if case.small else {"rows": 8, "length": 4096}
+    return Job(
+        **{
+            "model": write_shape(case.scratch / shape.name, shape, vocabulary),
+            "head": Head.TOKEN,
+            "trainer": trainer,
+            "dtype": "float32" if case.small else "bfloat16",
+            "vocabulary": vocabulary,
+            "updates": 4 if case.small else 10,
+            **sizes,
+            **changes,
+        }
+    )
+
+
+def _speed(name: str, job: Job, found: Trained) -> tuple[list[Row], float]:
+    """Figures, and the share of the GPU's peak."""
+    flops = 3 * job.rows * read_model_dims(job.model).row_flops(job.length)
+    taken = median(found.seconds[2:])
+    share = mfu(flops, taken)
+    rows = [
+        Row(what=f"{name}: tokens/s", value=job.rows * job.length / taken, unit=""),
+        Row(what=f"{name}: last loss", value=found.losses[-1], unit="nats"),
+    ]
+    return rows, share
+
+
+def _mfu(name: str, share: float, **goal: Any) -> Row:
+    return Row(what=f"{name}: MFU of 989 TFLOP/s", value=share, unit="", **goal)
+
+
+def training(case: Case) -> Iterator[Row]:
+    """Tokens/s and MFU of whole updates, optimizer included, of a few layers of each shape, the largest first."""
+    shapes = (TINY_SHAPE,) if case.small else SHAPES[::-1]
+    jobs = [_job(case, shape) for shape in shapes]
+    for shape, job, found in zip(shapes, jobs, train(jobs), strict=True):
+        rows, share = _speed(shape.name, job, found)
+        yield from rows
+        yield _mfu(shape.name, share, **(at_least(0.45, share) if shape.name == "7B" else {}))
+        falls = found.losses[-1] < found.losses[0]
+        yield Row(what=f"{shape.name}: loss fell", value=float(falls), unit="", goal="1", met=falls)
+
+
+FP8_GOALS = {"tensorwise": 1.3, "blockwise": 1.2}
+
+
+def training_fp8(case: Case) -> Iterator[Row]:
+    """The same in FP8: how much faster than bfloat16, and how far the losses of 20 steps are apart; 7B layers."""
+    # of so few layers, the first and the last in bfloat16 would be half
+    settings = [{}, *({"fp8": {"recipe": recipe, "first_last_layers_bf16": 0}} for recipe in FP8_GOALS)]
+    jobs = [_job(case, SHAPES[-1], updates=20, trainer=trainer) for trainer in settings]
+    running = train(jobs)
+    plain = next(running)
+    rows, share = _speed("bfloat16", jobs[0], plain)
+    yield from rows
+    yield _mfu("bfloat16", share)
+    for (recipe, goal), job, found in zip(FP8_GOALS.items(), jobs[1:], running, strict=True):
+        rows, share = _speed(recipe, job, found)
+        yield from rows
+        yield _mfu(recipe, share)
+        times = median(plain.seconds[2:]) / median(found.seconds[2:])
+        yield Row(what=f"{recipe}: times as fast as bfloat16", value=times, unit="", **at_least(goal, times))
+        gap = largest_gap(found.losses, plain.losses)
+        yield Row(what=f"{recipe}: largest relative loss difference", value=gap, unit="", **at_most(0.01, gap))
+
+
+def largest_gap(found: list[float], wanted: list[float]) -> float:
+    """Relative; infinite where a number is not finite."""
+    gaps = [abs(mine - other) / abs(other) for mine, other in zip(found, wanted, strict=True)]
+    return max(gaps) if all(map(math.isfinite, found)) else math.inf
+
+
+LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "TP2xPP2": {"tensor": 2, "pipeline": 2}}
+
+
+def layouts(case: Case) -> Iterator[Row]:
+    """Losses and gradient norms of policy and critic on several ranks beside those of one."""
+    return _layouts(case, {"": {}})
+
+
+def layouts_fp8(case: Case) -> Iterator[Row]:
+    """The same in FP8. Others have seen NaN with blockwise scales, FP8 parameters and more than one tensor rank."""
+    kinds = {
+        f"{recipe}{' fp8 parameters' if parameters else ''} ": {"fp8": {"recipe": recipe, "parameters": parameters}}
+        for recipe in FP8_GOALS
+        for parameters in (False, True)
+    }
+    return _layouts(case, kinds)
+
+
+def _layouts(case: Case, kinds: Mapping[str, dict[str, Any]]) -> Iterator[Row]:
+    """Processes are started once for each number of ranks, not for each layout."""
+    bound, shape = (1e-4, TINY_SHAPE) if case.small else (0.02, SHAPES[1])
+    sizes = {} if case.small else {"rows": 8, "length": 1024}
+    cases = [(kind, head) for kind in kinds for head in Head]
+
+    def run(layouts: Sequence[Mapping[str, int]]) -> Iterator[Trained]:
+        return train(
+            [
+                _job(case, shape, head=head, updates=4, trainer=kinds[kind] | {"layout": axes}, **sizes)
+                for axes in layouts
+                for kind, head in cases
+            ]
+        )
+
+    alone = list(run([{}]))
+    worlds = {name: ParallelLayout(**axes).world_size for name, axes in LAYOUTS.items()}
+    for world in sorted(size for size in set(worlds.values()) if size <= case.asked_gpus):
+        names = [name for name in LAYOUTS if worlds[name] == world]
+        running = run([LAYOUTS[name] for name in names])
+        for name in names:
+            for (kind, head), one in zip(cases, alone, strict=True):
+                found = next(running)
+                for what in ("losses", "norms"):
+                    gap = largest_gap(getattr(found, what), getattr(one, what))
+                    label = f"{kind}{head.name.lower()} head, {name}: {what}, largest relative difference from one rank"
+                    yield Row(what=label, value=gap, unit="", **at_most(bound, gap))
