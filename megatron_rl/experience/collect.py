@@ -51,14 +51,19 @@ class FreshRollouts:
 
     def draw(self, prompts: int, step: int, first_sample: int) -> list[ScoredRollout]:
         """The same, with the samples of a prompt numbered from ``first_sample``, so that a prompt that comes again in a
-        step is answered anew.
+        step is answered anew; so is one that comes twice here, where an epoch ends or is shorter than a step.
         """
         taken = self.prompts.take(prompts)
         sampling = Sampling(
             temperature=self.config.temperature, max_tokens=self.config.max_response_tokens, stop=self.config.stop
         )
         numbers = range(first_sample, first_sample + self.config.samples_per_prompt)
-        seeds = [[sample_seed(self.seed, step, prompt.id, number) for number in numbers] for prompt in taken]
+        came: Counter[str] = Counter()
+        seeds = []
+        for prompt in taken:
+            name = f"{prompt.id}/{came[prompt.id]}" if came[prompt.id] else prompt.id
+            seeds.append([sample_seed(self.seed, step, name, number) for number in numbers])
+            came[prompt.id] += 1
         scored = score_rollouts(self.engine.generate(taken, sampling, seeds), self.rewards)
         return scored if self.overlong is None else [self.overlong.apply(item) for item in scored]
 

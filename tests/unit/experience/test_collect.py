@@ -15,6 +15,7 @@ from megatron_rl.experience.collect import (
     SamplingExhausted,
     rollout_metrics,
     sample_rows,
+    sample_seed,
 )
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.rewards.overlong import OverlongPenalty
@@ -136,6 +137,21 @@ def test_a_prompt_that_comes_again_in_a_step_is_answered_anew() -> None:
     first, second = ({seed for own in seeds for seed in own} for seeds in engine.seeds)
     assert len(first) == len(second) == 100
     assert not first & second
+
+
+def test_a_prompt_that_comes_twice_at_once_is_answered_anew() -> None:
+    _, engine = collecting(even_prompts_differ)
+    prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(3)]
+    config = RolloutConfig(samples_per_prompt=2, max_response_tokens=4)
+    source = FreshRollouts(
+        prompts=PromptStream(prompts, seed=0), engine=engine, rewards=Scorer(even_prompts_differ), config=config, seed=0
+    )
+    source(8, 0)
+    assert len(set(engine.asked[0])) == 3
+    drawn = [seed for own in engine.seeds[0] for seed in own]
+    assert len(set(drawn)) == len(drawn) == 16
+    first = [sample_seed(0, 0, engine.asked[0][0], number) for number in range(2)]
+    assert list(engine.seeds[0][0]) == first
 
 
 def test_a_resumed_run_draws_the_prompts_that_come_next() -> None:

@@ -40,11 +40,46 @@ def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("row", "says"), [("{broken", r"q.jsonl:1: .*JSON"), ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]")]
+    ("row", "says"),
+    [
+        ("{broken", r"q.jsonl:1: .*JSON"),
+        ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]"),
+        ({"question": "one", "answer": None}, r"q.jsonl:1: .*lacks \['answer'\]"),
+        ({"question": [{"role": "user"}], "answer": "1"}, r"q.jsonl: every question must be text, got \[\{'role'"),
+        ("", r"q.jsonl: needs at least one line with the keys \['question', 'answer'\], has none"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, says: str) -> None:
     file = write(tmp_path / "q.jsonl", row)
     with pytest.raises(ValueError, match=says):
+        load_prompts(file, tokenizer, config(file))
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b'\n{"question": "\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"q.jsonl:2: must be UTF-8: "):
+        load_prompts(file, tokenizer, config(file))
+
+
+def test_separators_within_text_and_a_byte_order_mark_break_no_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = [{"question": "one", "answer": text} for text in ("a\u2028b", "c\x85d")]
+    text = "\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert [prompt.answer for prompt in load_prompts(file, tokenizer, config(file)).prompts] == ["a\u2028b", "c\x85d"]
+
+
+def test_an_answer_that_is_not_text_reaches_the_rule_as_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    answers = [["a", 1], {"tests": ["é"]}, 5, 0.5, True]
+    file = write(tmp_path / "q.jsonl", *({"question": "one", "answer": answer} for answer in answers))
+    found = [prompt.answer for prompt in load_prompts(file, tokenizer, config(file)).prompts]
+    assert found == ['["a", 1]', '{"tests": ["é"]}', "5", "0.5", "true"]
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(tmp_path / "q.jsonl", *({"question": "one", "answer": "1", "id": name} for name in ("a", "b", "a")))
+    with pytest.raises(ValueError, match=r"every id must be unlike the others.*got 'a' 2 times \(1 such ids\)"):
         load_prompts(file, tokenizer, config(file))
 
 
