@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rl.config.load import ConfigError, dump, load, parse
+from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("plan", "memory and time of every role from sizes alone; needs no torch, no GPU and no weights"),
         ("dry-run", "build the real model of one rank of any world, without memory"),
         ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
-        ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
+        ("show-config", "print the resolved configuration of train or sft, or everything that is wrong with it"),
         ("doctor", "look at this machine, or a cluster's nodes, before a run; exit status 1 where something is wrong"),
     ):
         command = commands.add_parser(name, help=text)
@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--explain", metavar="CELL", help="print one number's formula, such as policy.gradients"
             )
+        elif name == "show-config":
+            command.add_argument(
+                "--origins", action="store_true", help="as TOML, each setting with the file that it comes from"
+            )
         elif name == "dry-run":
             command.add_argument("--rank", type=int, default=0)
             command.add_argument("--role", choices=("policy", "critic"), default="policy")
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     asked, rest = parser.parse_known_args(arguments)
     if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = "; a setting is given as key=value, without dashes" if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     asked.settings += rest  # settings behind an option, which argparse leaves over
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
@@ -84,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "doctor":
             return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
         else:
-            _print(dump(load(RunConfig, files, overrides)))
+            config = load_any(files, overrides)
+            _print(annotated(config, origins(files, overrides)) if asked.origins else dump(config))
     except ConfigError as error:
         return _fail(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as interrupt:

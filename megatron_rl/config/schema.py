@@ -53,7 +53,8 @@ class DataConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     train: Path
-    """JSON lines with ``question`` and ``answer`` (other keys are ignored; ``id`` is used when there)."""
+    """JSON lines with ``question`` and ``answer``; ``id``, where given, is unlike any other; other keys are ignored.
+    An answer that is not text reaches the reward rule as JSON."""
     heldout: Path
     """The same, for evaluation."""
     template: str = "{question}"
@@ -80,12 +81,14 @@ class RolloutConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     samples_per_prompt: Positive = 8
+    """Responses to each prompt of a step."""
     temperature: PositiveFloat = 1.0
     """The trainer divides its logits by the same number, unless ``trainer_temperature`` says otherwise."""
     trainer_temperature: PositiveFloat | None = None
     """Log-probs in the loss and in the KL are taken at this temperature instead of that of sampling, which makes them
     those of another policy than the one that sampled (the seed recipe samples at 0.6 and trains at 1)."""
     max_response_tokens: Positive = 3000
+    """Where a response is cut. Prompt and response together must fit the model's positions."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the model's end-of-sequence tokens."""
     force_eos: bool = False
@@ -129,7 +132,9 @@ class PPOConfig:
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
     """Where advantages come from. Only ``gae`` has a critic; with the others leave the ``[critic]`` table out."""
     gamma: Fraction = 1.0
+    """Discount per token."""
     lam: Fraction = 0.95
+    """GAE's lambda."""
     critic_lam: Fraction | None = None
     """Lambda of the critic's targets (VC-PPO); unset: ``lam``."""
     lam_alpha: PositiveFloat | None = None
@@ -141,7 +146,9 @@ class PPOConfig:
     kl_coef: NonNegative = 0.01
     """0 keeps no reference at all."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL to the reference (Schulman's k1, k2 and k3)."""
     kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL is charged: each token's reward, or a term of the loss."""
     kl_target: PositiveFloat | None = None
     """Mean KL per response (nats) that an adaptive coefficient aims at; unset keeps ``kl_coef`` fixed."""
     kl_horizon: Positive = 10_000
@@ -157,6 +164,7 @@ class PPOConfig:
     value_clip: PositiveFloat = 0.2
     """How far a value may move from what it was before the update; ``inf``: as far as it likes."""
     entropy_coef: NonNegative = 0.0
+    """Of the entropy bonus in the loss."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of an optimizer step; or over the tokens of each sample and then over samples; or the same
     with ``rollout.max_response_tokens`` in place of each sample's tokens (Dr. GRPO)."""
@@ -454,6 +462,7 @@ class EvaluationConfig:
     every: Count = 0
     """Steps between evaluations; 0: only before and after."""
     prompts: Positive = 512
+    """The first so many of ``data.heldout``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,7 +474,7 @@ class CheckpointConfig:
     every: Count = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep: Positive = 2
-    """Older ones are deleted."""
+    """Newest checkpoints that are kept; older ones are deleted."""
     asynchronous: bool = True
     """Training goes on while files are written, at the price of a copy of the training state in host memory."""
 
@@ -498,7 +507,10 @@ class LoggingConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     tensorboard: bool = True
+    """Event files in ``run_dir/tensorboard``."""
     wandb_project: str | None = None
+    """A W&B project to send metrics and settings to (needs the package wandb); W&B's own environment variables say the
+    rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,13 +522,16 @@ class RunConfig:
     run_dir: Path
     """Everything that the run writes goes here."""
     steps: Positive
+    """Of the loop: a rollout, its updates, a push."""
     prompts_per_step: Positive
+    """Prompts of a rollout, each with ``rollout.samples_per_prompt`` samples."""
     model: ModelConfig
     data: DataConfig
     policy: TrainerConfig
     critic: TrainerConfig | None = None
     """Required by ``ppo.advantage = "gae"``, refused by the others."""
     seed: Count = 0
+    """Of the order of prompts and minibatches and of every sample; the same numbers on the same machine."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -606,6 +621,7 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from _folder_problems(self.run_dir)
         yield from (f"data: {problem}" for problem in self.data.missing_files())
         dims, found = model_problems(self.model.path, {})
         yield from found
@@ -679,6 +695,7 @@ class SFTConfig:
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from _folder_problems(self.run_dir)
         if not self.data.is_file():
             yield f"data: no such file: {self.data}"
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())
@@ -688,6 +705,11 @@ class SFTConfig:
         yield from found
         yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims))
         yield from fake_quantization_problems(dims, {"trainer": self.trainer})
+
+
+def _folder_problems(run_dir: Path) -> Iterator[str]:
+    if run_dir.exists() and not run_dir.is_dir():
+        yield f"run_dir: must be a folder, {run_dir} is a file"
 
 
 def _fp8_problems(role: str, case: FP8Case | None) -> list[str]:
@@ -716,7 +738,8 @@ def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[Mode
     """The model's sizes, if they can be read, and why it cannot be used or laid out as asked."""
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            return None, [f"model.path: no {name} in {path}"]
+            hint = "" if path.is_dir() else "; a model of the Hub is fetched first: hf download NAME --local-dir FOLDER"
+            return None, [f"model.path: no {name} in {path}{hint}"]
     try:
         dims = read_model_dims(path)
     except ValueError as error:
