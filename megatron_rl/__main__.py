@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,11 +106,14 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
         raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
+    workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
+    _say_starting(workers | {"engine": config.engine.count * config.engine.tensor}, config.run_dir)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
     from megatron_rl.report import plot_curve, summarise, summary_table
 
     with open_run(config, stop) as run:
+        _print(f"all of it is up after {time.monotonic() - started:.0f} s")
         if stop.asked:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
@@ -122,14 +125,22 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))
+    _print(f"{config.run_dir} has summary.json, curve.png, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/")
+
+
+def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
+    listed = ", ".join(f"{name} x {count}" for name, count in workers.items())
+    _print(f"starting Ray and {sum(workers.values())} workers ({listed}); what they print goes to {run_dir / 'logs'}")
 
 
 def _sft(config: SFTConfig) -> None:
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
+    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     with open_supervised(config) as run:
         supervise(run)
+    _print(f"the model is in {config.output}")
 
 
 def _check_parity(config: RunConfig) -> None:
@@ -239,6 +250,7 @@ def _told(text: str, error: BaseException) -> str:
 
 def _print(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()  # a pipe would show it at the end
 
 
 def _fail(text: str, status: int) -> int:

@@ -131,6 +131,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
+                settings=identity.settings,
                 sources=[*sources, machine] if sampling is None else [*sources, sampling.take_metrics, machine],
                 start_step=start_step,
             )
@@ -206,6 +207,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
+                settings=dotted(config),
             )
         )
         metrics.note(capability_line(group))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -512,6 +513,11 @@ class LoggingConfig:
     """A W&B project to send metrics and settings to (needs the package wandb); W&B's own environment variables say the
     rest."""
 
+    def missing_packages(self) -> Iterator[str]:
+        """What is not installed here."""
+        if self.wandb_project is not None and find_spec("wandb") is None:
+            yield f"wandb_project: needs the package wandb, which is not installed, got {self.wandb_project!r}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -622,6 +628,7 @@ class RunConfig:
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from _folder_problems(self.run_dir)
+        yield from (f"logging: {problem}" for problem in self.logging.missing_packages())
         yield from (f"data: {problem}" for problem in self.data.missing_files())
         dims, found = model_problems(self.model.path, {})
         yield from found
@@ -696,6 +703,7 @@ class SFTConfig:
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from _folder_problems(self.run_dir)
+        yield from (f"logging: {problem}" for problem in self.logging.missing_packages())
         if not self.data.is_file():
             yield f"data: no such file: {self.data}"
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())

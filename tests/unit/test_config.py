@@ -422,6 +422,15 @@ def test_missing_files_are_named(folder):
     assert problems(files=("nowhere.toml",)) == ["nowhere.toml: cannot be read: No such file or directory"]
 
 
+def test_a_package_that_a_setting_needs_is_looked_for_before_anything_starts(folder, monkeypatch):
+    monkeypatch.setattr("megatron_rl.config.schema.find_spec", lambda name: None)
+    says = "logging: wandb_project: needs the package wandb, which is not installed, got 'x'"
+    assert problems("logging.wandb_project=x") == [says]
+    assert problems("logging.wandb_project=x", root=SFTConfig, files=("sft.toml",)) == [says]
+    monkeypatch.setattr("megatron_rl.config.schema.find_spec", lambda name: object())
+    assert load(RunConfig, [Path("ppo.toml")], ["logging.wandb_project=x"]).logging.wandb_project == "x"
+
+
 @pytest.mark.parametrize(("root", "file"), [(RunConfig, "ppo.toml"), (SFTConfig, "sft.toml")])
 def test_a_run_needs_a_folder(folder, root, file):
     assert problems(f"run_dir={file}", root=root, files=(file,)) == [f"run_dir: must be a folder, {file} is a file"]

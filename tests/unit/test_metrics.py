@@ -242,12 +242,19 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **settings: calls.append(settings) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log, _ = open_log(tmp_path / "first", wandb_project="reasoning")
+    log, _ = open_log(tmp_path / "first", wandb_project="reasoning", settings={"ppo.lam": 0.9})
     with log, log.step(4) as step:
         step.update("rollout", {"score": 0.5})
     settings, *rest = calls
     first_id = settings.pop("id")
-    assert settings == {"project": "reasoning", "name": "first", "dir": str(tmp_path / "first"), "resume": "allow"}
+    assert settings == {
+        "project": "reasoning",
+        "name": "first",
+        "dir": str(tmp_path / "first"),
+        "resume": "allow",
+        "config": {"ppo.lam": 0.9},
+        "allow_val_change": True,
+    }
     assert rest == [(5, 0.5), "finish"]
 
     calls.clear()
