@@ -362,9 +362,10 @@ class _ConsoleTable:
                 self._line(_cells(f"{steps_done}/{self._total}", *cells, left))
         if "heldout/score" in metrics:
             cells = [f"{name} {_formatted(metrics, key, form)}" for name, key, form in _HELDOUT]
-            self._line(
-                f"held-out, greedy, after {steps_done} of {self._total} steps: {', '.join(cells)}", style="green"
-            )
+            temperature = metrics.get("heldout/temperature", 0.0)
+            drawn = f"sampled at {temperature:g}" if temperature else "greedy"
+            text = f"held-out, {drawn}, after {steps_done} of {self._total} steps: {', '.join(cells)}"
+            self._line(text, style="green")
         spoilt = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         if spoilt:
             self._line(f"not finite after {steps_done} steps: {', '.join(spoilt)}", style="red")

@@ -456,7 +456,7 @@ class ParityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Greedy accuracy on held-out prompts, before the first and after the last step and in between."""
+    """Answers to held-out prompts, before the first and after the last step and in between."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
@@ -464,6 +464,15 @@ class EvaluationConfig:
     """Steps between evaluations; 0: only before and after."""
     prompts: Positive = 512
     """The first so many of ``data.heldout``."""
+    samples: Positive = 1
+    """Responses to each; accuracy and score are means over all of them (avg@n)."""
+    temperature: NonNegative = 0.0
+    """0: greedy."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.samples > 1 and self.temperature == 0:
+            yield f"samples must be 1 with temperature=0, whose answers are all alike, got {self.samples}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,12 +512,14 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides the console and ``metrics.jsonl``."""
+    """Where metrics go besides the console and ``metrics.jsonl``, and what there is to read."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
     tensorboard: bool = True
     """Event files in ``run_dir/tensorboard``."""
+    samples: Positive = 4
+    """Prompts of each step of which the first response is put into ``samples.jsonl``."""
     wandb_project: str | None = None
     """A W&B project to send metrics and settings to (needs the package wandb); W&B's own environment variables say the
     rest."""
@@ -644,6 +655,7 @@ class RunConfig:
         yield from (f"data: {problem}" for problem in self.data.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
         yield from (f"sync: {problem}" for problem in self.sync.problems())
+        yield from (f"evaluation: {problem}" for problem in self.evaluation.problems())
         samples, minibatch = self.samples_per_step, self.ppo.minibatch_samples
         if samples % minibatch:
             nearest = min((d for d in range(1, samples + 1) if samples % d == 0), key=lambda d: abs(d - minibatch))

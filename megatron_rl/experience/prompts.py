@@ -96,8 +96,9 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
             token_ids=tuple(encoding.ids),
             answer=answer if isinstance(answer := row["answer"], str) else json.dumps(answer, ensure_ascii=False),
             source=file.stem,
+            text=text,
         )
-        for index, (row, encoding) in enumerate(zip(rows, encoded, strict=True))
+        for index, (row, text, encoding) in enumerate(zip(rows, texts, encoded, strict=True))
         if 0 < len(encoding.ids) <= config.max_prompt_tokens
     )
     if not fitting:

@@ -361,6 +361,10 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             "ppo: engine_ratio_level must be 'token' with engine_correction='icepop'; 'mis' has both, got 'sequence'",
         ),
         (
+            ("evaluation.samples=4",),
+            "evaluation: samples must be 1 with temperature=0, whose answers are all alike, got 4",
+        ),
+        (
             ("reward.overlong_buffer=49",),
             "reward.overlong_buffer: must be at most rollout.max_response_tokens=48, got 49",
         ),

@@ -35,7 +35,7 @@ def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Pat
         tmp_path / "q.jsonl", {"question": "one", "answer": 1}, {"question": "one two", "answer": "2", "id": "x"}
     )
     loaded = load_prompts(file, tokenizer, config(file))
-    assert loaded.prompts == (Prompt(id="0", token_ids=(1, 2), answer="1", source="q"),)
+    assert loaded.prompts == (Prompt(id="0", token_ids=(1, 2), answer="1", source="q", text="Q one"),)
     assert loaded.dropped == 1
 
 
