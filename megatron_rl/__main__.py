@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,7 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     if asked.role not in config.trainers:
         raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
     prepare_megatron()
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # of kernels that a rank without memory never runs
     from megatron_rl.mcore.dry_run import dry_run
 
     trainer, dims = config.trainers[asked.role], read_model_dims(config.model.path)

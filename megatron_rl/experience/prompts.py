@@ -75,6 +75,19 @@ def read_texts(file: Path, rows: Sequence[Mapping[str, Any]], key: str) -> list[
     return [row[key] for row in rows]
 
 
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ValueError: its ``tokenizer.json`` cannot be used.
+    """
+    file = model / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other type
+        raise ValueError(f"{file} must be a tokenizer as Hugging Face's library saves it: {error}") from error
+
+
 def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
     """Template and tokenise the questions of ``file``; over-long prompts are left out and counted.
 

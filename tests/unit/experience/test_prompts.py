@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.collect import sample_seed
-from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts
+from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer
 
 
 @pytest.fixture
@@ -87,6 +87,15 @@ def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer
     file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
     with pytest.raises(ValueError, match=r"no prompt has between 1 and data.max_prompt_tokens=2"):
         load_prompts(file, tokenizer, config(file))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]"])
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("Q one").ids == [1, 2]
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer as Hugging Face's library saves it: "):
+        load_tokenizer(tmp_path)
 
 
 def prompts(count: int) -> list[Prompt]:
