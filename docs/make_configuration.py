@@ -14,8 +14,19 @@ HEAD = """# Settings
 
 Written by `docs/make_configuration.py` from `megatron_rl/config/schema.py`. A TOML file has one table per section
 (`[ppo]`, `[policy.optimizer]`); several files are merged left to right, and `key.path=value` on the command line wins.
-`megatron-rl show-config FILE.toml...` prints the result for `train`, or everything that is wrong with it.
+`megatron-rl show-config FILE.toml...` prints the result, or everything that is wrong with it; with `--origins` each
+setting with the file that it comes from. A run leaves the result in `run_dir/config.json`, which commands take, too.
 """
+
+KINDS = {
+    "Positive": "int > 0",
+    "Count": "int >= 0",
+    "PositiveFloat": "float > 0",
+    "NonNegative": "float >= 0",
+    "Fraction": "float, 0 to 1",
+    "Annotated[int, Ge(2)]": "int >= 2",
+    "Path": "path",
+}
 
 
 def sections(file: Path) -> dict[str, ast.ClassDef]:
@@ -35,8 +46,32 @@ def rows(section: ast.ClassDef) -> list[tuple[str, str, str, str]]:
         meaning = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             meaning = " ".join(str(following.value.value).split())
-        kind = ast.unparse(node.annotation).replace("|", "\\|")
-        found.append((node.target.id, f"`{kind}`", default.replace("|", "\\|"), meaning.replace("|", "\\|")))
+        kind = ast.unparse(node.annotation)
+        name = kind.removesuffix(" | None")
+        if name.endswith("Config") or name == "ParallelLayout":
+            kind = f"[table](#{name.lower()})" + kind.removeprefix(name)
+        else:
+            kind = f"`{KINDS.get(name, name)}{kind.removeprefix(name)}`"
+        kind = kind.replace("|", "\\|")
+        found.append((node.target.id, kind, default.replace("|", "\\|"), meaning.replace("|", "\\|")))
+    return found
+
+
+def tables(known: dict[str, ast.ClassDef]) -> dict[str, list[str]]:
+    """The tables of a file that each section is, by the section's name."""
+    found: dict[str, list[str]] = {name: [] for name in known}
+
+    def walk(section: str, prefix: str) -> None:
+        for node in known[section].body:
+            if isinstance(node, ast.AnnAssign):
+                kind = ast.unparse(node.annotation).removesuffix(" | None")
+                if kind in known:
+                    table = prefix + ast.unparse(node.target)
+                    found[kind] += [] if table in found[kind] else [table]
+                    walk(kind, f"{table}.")
+
+    for root in ("RunConfig", "SFTConfig"):
+        walk(root, "")
     return found
 
 
@@ -47,8 +82,10 @@ def document() -> str:
         "ParallelLayout": sections(LAYOUT)["ParallelLayout"],
         "FP8Config": sections(PRECISION)["FP8Config"],
     }
+    places = tables(known)
     for name in ("RunConfig", "SFTConfig", *(name for name in known if name not in {"RunConfig", "SFTConfig"})):
-        parts.append(f"## {name}\n\n{ast.get_docstring(known[name], clean=True)}\n")
+        where = f"\n\nIn {', '.join(f'`[{table}]`' for table in places[name])}." if places[name] else ""
+        parts.append(f"## {name}\n\n{ast.get_docstring(known[name], clean=True)}{where}\n")
         parts.append("| key | type | default | meaning |\n| --- | --- | --- | --- |")
         parts.append(
             "\n".join(f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(known[name]))

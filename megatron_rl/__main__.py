@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rl.config.load import ConfigError, dump, load, parse
+from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("plan", "memory and time of every role from sizes alone; needs no torch, no GPU and no weights"),
         ("dry-run", "build the real model of one rank of any world, without memory"),
         ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
-        ("show-config", "print the resolved PPO configuration, or everything that is wrong with it"),
+        ("show-config", "print the resolved configuration of train or sft, or everything that is wrong with it"),
         ("doctor", "look at this machine, or a cluster's nodes, before a run; exit status 1 where something is wrong"),
     ):
         command = commands.add_parser(name, help=text)
@@ -51,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--explain", metavar="CELL", help="print one number's formula, such as policy.gradients"
             )
+        elif name == "show-config":
+            command.add_argument(
+                "--origins", action="store_true", help="as TOML, each setting with the file that it comes from"
+            )
         elif name == "dry-run":
             command.add_argument("--rank", type=int, default=0)
             command.add_argument("--role", choices=("policy", "critic"), default="policy")
@@ -63,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     asked, rest = parser.parse_known_args(arguments)
     if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = "; a setting is given as key=value, without dashes" if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     asked.settings += rest  # settings behind an option, which argparse leaves over
     files = [Path(item) for item in asked.settings if "=" not in item]
     overrides = [item for item in asked.settings if "=" in item]
@@ -84,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "doctor":
             return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
         else:
-            _print(dump(load(RunConfig, files, overrides)))
+            config = load_any(files, overrides)
+            _print(annotated(config, origins(files, overrides)) if asked.origins else dump(config))
     except ConfigError as error:
         return _fail(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
@@ -100,11 +107,14 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
         raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
+    workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
+    _say_starting(workers | {"engine": config.engine.count * config.engine.tensor}, config.run_dir)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
     from megatron_rl.report import plot_curve, summarise, summary_table
 
     with open_run(config, stop) as run:
+        _print(f"all of it is up after {time.monotonic() - started:.0f} s")
         if stop.asked:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
@@ -116,14 +126,22 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))
+    _print(f"{config.run_dir} has summary.json, curve.png, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/")
+
+
+def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
+    listed = ", ".join(f"{name} x {count}" for name, count in workers.items())
+    _print(f"starting Ray and {sum(workers.values())} workers ({listed}); what they print goes to {run_dir / 'logs'}")
 
 
 def _sft(config: SFTConfig) -> None:
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
+    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     with open_supervised(config) as run:
         supervise(run)
+    _print(f"the model is in {config.output}")
 
 
 def _check_parity(config: RunConfig) -> None:
@@ -164,6 +182,7 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     if asked.role not in config.trainers:
         raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
     prepare_megatron()
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # of kernels that a rank without memory never runs
     from megatron_rl.mcore.dry_run import dry_run
 
     trainer, dims = config.trainers[asked.role], read_model_dims(config.model.path)
@@ -233,6 +252,7 @@ def _told(text: str, error: BaseException) -> str:
 
 def _print(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()  # a pipe would show it at the end
 
 
 def _fail(text: str, status: int) -> int:

@@ -31,12 +31,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question, templated and tokenised, with the answer that the reward rule compares with."""
+    """One question, templated and tokenised, with the answer that the reward rule compares with; ``text`` is for people
+    who read samples.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     answer: str
     source: str
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

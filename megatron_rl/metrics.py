@@ -81,6 +81,7 @@ class MetricLog:
         total_steps: int,
         tensorboard: bool = False,
         wandb_project: str | None = None,
+        settings: Mapping[str, object] | None = None,
         console: Console | None = None,
         sources: Sequence[Source] = (),
         start_step: int = 0,
@@ -92,6 +93,7 @@ class MetricLog:
             total_steps: of the whole run, for progress and the time left.
             tensorboard: write event files.
             wandb_project: send to this W&B project; None sends nothing.
+            settings: of the run, by dotted key, for W&B to show and to filter by.
             console: where progress goes; standard output unless given. Not a terminal: plain lines.
             sources: see :data:`Source`.
             start_step: the first step to come.
@@ -110,7 +112,7 @@ class MetricLog:
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
         if wandb_project is not None:
-            self._sinks.append(_WandB(run_dir, wandb_project, start_step))
+            self._sinks.append(_WandB(run_dir, wandb_project, start_step, settings or {}))
         self._console = _ConsoleTable(Console() if console is None else console, total_steps)
         if dropped[0]:
             self.note(f"metrics.jsonl: {dropped[0]} records of step {start_step} and later are superseded and dropped")
@@ -241,7 +243,7 @@ class _WandB:
     keeps what it got first.
     """
 
-    def __init__(self, run_dir: Path, project: str, start_step: int) -> None:
+    def __init__(self, run_dir: Path, project: str, start_step: int, settings: Mapping[str, object]) -> None:
         try:
             import wandb
         except ModuleNotFoundError as error:
@@ -253,7 +255,13 @@ class _WandB:
         if start_step == 0 or not id_file.is_file():
             id_file.write_text(secrets.token_hex(8))
         self._run = wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), id=id_file.read_text(), resume="allow"
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            id=id_file.read_text(),
+            resume="allow",
+            config=dict(settings),
+            allow_val_change=True,  # a run that goes on may have other settings
         )
 
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
@@ -354,9 +362,10 @@ class _ConsoleTable:
                 self._line(_cells(f"{steps_done}/{self._total}", *cells, left))
         if "heldout/score" in metrics:
             cells = [f"{name} {_formatted(metrics, key, form)}" for name, key, form in _HELDOUT]
-            self._line(
-                f"held-out, greedy, after {steps_done} of {self._total} steps: {', '.join(cells)}", style="green"
-            )
+            temperature = metrics.get("heldout/temperature", 0.0)
+            drawn = f"sampled at {temperature:g}" if temperature else "greedy"
+            text = f"held-out, {drawn}, after {steps_done} of {self._total} steps: {', '.join(cells)}"
+            self._line(text, style="green")
         spoilt = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         if spoilt:
             self._line(f"not finite after {steps_done} steps: {', '.join(spoilt)}", style="red")

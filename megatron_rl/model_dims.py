@@ -179,7 +179,13 @@ def read_model_dims(model: Path) -> ModelDims:
     file = model / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"a model folder needs a config.json, found none in {model}")
-    return dims_from_config(json.loads(file.read_text()))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must be a JSON object, got {str(config)[:80]}")
+    return dims_from_config(config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
 from megatron_rl.experience.build import build_experience, calibration_metrics, experience_metrics
-from megatron_rl.experience.collect import rollout_metrics, sample_rows, score_rollouts
+from megatron_rl.experience.collect import rollout_metrics, sample_rows, sample_seed, score_rollouts
 from megatron_rl.interfaces import (
     AdvantageEstimator,
     Checkpoints,
@@ -36,6 +36,8 @@ from megatron_rl.interfaces import (
 )
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.metrics import MetricLog
+
+_NO_STEP = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def train(run: Run) -> None:
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
             batch = collate(scored, run.forced_eos, version=step, max_staleness=cfg.sync.max_staleness)
             log.update("rollout", rollout_metrics(scored, batch))
-            log.rows("samples", sample_rows(scored, step))
+            log.rows("samples", sample_rows(scored, step, count=cfg.logging.samples))
             with log.phase("experience"), run.phases.training():
                 experience = build_experience(
                     batch, run.policy, run.critic, run.reference, run.kl_control, run.advantage, cfg.ppo
@@ -119,12 +121,18 @@ def due(step: int, every: int, steps: int) -> bool:
     return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
 
 
-def greedy(config: RunConfig) -> Sampling:
+def heldout_sampling(config: RunConfig) -> Sampling:
     """How held-out prompts are answered."""
-    return Sampling(temperature=0.0, max_tokens=config.rollout.max_response_tokens, stop=config.rollout.stop)
+    rollout, temperature = config.rollout, config.evaluation.temperature
+    return Sampling(temperature=temperature, max_tokens=rollout.max_response_tokens, stop=rollout.stop)
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Greedy accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed."""
-    rollouts = run.engine.generate(run.heldout, greedy(run.config), [(0,)] * len(run.heldout))
-    return rollout_metrics(score_rollouts(rollouts, run.rewards))
+    """Accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed; the seeds
+    are the same each time.
+    """
+    seed, numbers = run.config.seed, range(run.config.evaluation.samples)
+    seeds = [[sample_seed(seed, _NO_STEP, prompt.id, number) for number in numbers] for prompt in run.heldout]
+    sampling = heldout_sampling(run.config)
+    scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
+    return {**rollout_metrics(scored), "temperature": sampling.temperature}

@@ -37,7 +37,7 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     """The few numbers that say how a run went; what was never measured is left out.
 
     Returns:
-        ``steps``; held-out greedy score, accuracy, format rate and length (tokens) ``before`` and ``after``; the same
+        ``steps``; held-out score, accuracy, format rate and length (tokens) ``before`` and ``after``; the same
         of the first and last rollout under ``rollout_``; ``kl_last`` (nats per token); ``explained_variance_last`` and,
         of the first rollout that the policy learns from, ``explained_variance_first_update``;
         ``engine_gap_mean_worst`` (nats); ``seconds_per_step_median``; how many ``timeouts``, ``errors`` and
@@ -114,7 +114,7 @@ def plot_curve(metrics_jsonl: Path, png: Path) -> None:
 
     for axes, metric in ((accuracy, "accuracy"), (length, "length_mean")):
         axes.plot(*_series(records, f"rollout/{metric}"), color=_BLUE, label="rollouts (sampled)")
-        axes.plot(*_series(records, f"heldout/{metric}"), "o--", color=_ORANGE, label="held-out (greedy)")
+        axes.plot(*_series(records, f"heldout/{metric}"), "o--", color=_ORANGE, label="held-out")
         axes.legend(loc="best", frameon=False)
     accuracy.set(title="Accuracy", ylabel="share of responses that are right", ylim=(-0.02, 1.02))
     length.set(title="Mean response length", ylabel="tokens")

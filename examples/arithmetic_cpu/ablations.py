@@ -35,7 +35,7 @@ from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.experience.collect import rollout_metrics, score_rollouts
 from megatron_rl.interfaces import Collect, Pending, PolicyModel, TokenLoss, UpdateResult, WeightSync
 from megatron_rl.maths.masking import whiten
-from megatron_rl.ppo import Run, greedy, train
+from megatron_rl.ppo import Run, heldout_sampling, train
 from megatron_rl.report import summarise
 
 PPO = Path(__file__).with_name("ppo.toml")
@@ -200,7 +200,7 @@ def checkpoint_accuracy(config: RunConfig) -> float:
     """Held-out greedy accuracy of the newest checkpoint in an engine that has seen no other weights."""
     newest = sorted((config.run_dir / "checkpoints").glob("step_*"))[-1] / "hf"
     with open_engine(config, newest) as (engine, rewards, heldout):
-        rollouts = engine.generate(heldout, greedy(config), [(0,)] * len(heldout))
+        rollouts = engine.generate(heldout, heldout_sampling(config), [(0,)] * len(heldout))
         return rollout_metrics(score_rollouts(rollouts, rewards))["accuracy"]
 
 

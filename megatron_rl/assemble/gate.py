@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_rl import device
@@ -26,7 +25,7 @@ from megatron_rl.config.schema import (
     TrainerConfig,
 )
 from megatron_rl.dataflow import Prompt
-from megatron_rl.experience.prompts import load_prompts
+from megatron_rl.experience.prompts import load_prompts, load_tokenizer
 from megatron_rl.hf_reference.process import HfProcess, HfScorer
 from megatron_rl.interfaces import Gate, ScoresTokens, results
 from megatron_rl.layout import ParallelLayout
@@ -59,7 +58,7 @@ def open_parity(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Gate
     check_machine(config.devices, gpus, config.cluster)
     check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
-    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(config.model.path)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with ExitStack() as stack:
         references = start_references(stack, config, run_dir)

@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from megatron_rl import device
 from megatron_rl.assemble.audit import audit_engines, check_engine
 from megatron_rl.assemble.gate import References, parity_gate, start_references
@@ -30,7 +28,7 @@ from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
-from megatron_rl.experience.prompts import PromptStream, load_prompts
+from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer
 from megatron_rl.experience.supervised import supervised_batches
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
@@ -69,7 +67,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     check_machine(config.devices, gpus, config.cluster)
     check_engine(config.engine, gpus)
     dims = read_model_dims(config.model.path)
-    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
@@ -132,6 +130,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
+                settings=identity.settings,
                 sources=[*sources, machine] if sampling is None else [*sources, sampling.take_metrics, machine],
                 start_step=start_step,
             )
@@ -183,7 +182,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
     if config.output.exists():
         raise FileExistsError(f"output: {config.output} exists; remove it or name another folder")
     dims = read_model_dims(config.model.path)
-    tokenizer = Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(config.model.path)
     batches = supervised_batches(
         config.data,
         tokenizer,
@@ -206,6 +205,7 @@ def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
+                settings=dotted(config),
             )
         )
         metrics.note(capability_line(group))
@@ -226,7 +226,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     gpus = device.gpu_count()
     check_machine(config.engine.count * config.engine.tensor, gpus, config.cluster)
     check_engine(config.engine, gpus)
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer = load_tokenizer(model)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
         _reward_service(config.reward) as rewards,

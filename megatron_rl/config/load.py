@@ -15,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_rl.config.schema import RunConfig, SFTConfig
 
 Config = TypeVar("Config", RunConfig, SFTConfig)
+Root = type[RunConfig] | type[SFTConfig]
+_COMMANDS: Mapping[Root, str] = {RunConfig: "a run (train)", SFTConfig: "a supervised stage (sft)"}
 
 
 class ConfigError(ValueError):
@@ -25,7 +27,8 @@ class ConfigError(ValueError):
 
 
 def load(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Merge ``files`` left to right, apply ``overrides`` (``ppo.clip_high=0.28``), and validate the whole once.
+    """Merge ``files`` (TOML, or a run's ``config.json``) left to right, apply ``overrides`` (``ppo.clip_high=0.28``),
+    and validate the whole once.
 
     Raises:
         ConfigError: with all problems together: unknown keys (and the nearest known one), wrong types, files that are
@@ -45,21 +48,20 @@ def parse(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = 
     Raises:
         ConfigError: unknown keys, wrong types, configuration files that are missing.
     """
-    merged: dict[str, Any] = {}
-    for file in files:
-        try:
-            _merge(merged, tomllib.loads(file.read_text()))
-        except OSError as error:
-            raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError([f"{file}: not valid TOML: {error}"]) from error
-    for override in overrides:
-        _merge(merged, _parse_override(override))
+    merged = _merged(files, overrides)
+    if (other := _root_of(merged, root)) is not root:
+        raise ConfigError([f"these are the settings of {_COMMANDS[other]}: take that command, or another file"])
     try:
         config = TypeAdapter(root).validate_python(merged)
     except ValidationError as error:
         raise ConfigError(list(_described(error, root))) from None
     return config
+
+
+def load_any(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig | SFTConfig:
+    """:func:`load` of the kind of configuration that the settings are of."""
+    root = _root_of(_merged(files, overrides), RunConfig)
+    return load(RunConfig, files, overrides) if root is RunConfig else load(SFTConfig, files, overrides)
 
 
 def dump(config: RunConfig | SFTConfig) -> str:
@@ -72,12 +74,68 @@ def dotted(config: RunConfig | SFTConfig) -> dict[str, Any]:
     return dict(_flat(TypeAdapter(type(config)).dump_python(config, mode="json")))
 
 
+def origins(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each setting that was given comes from, by dotted key: the last file that has it, or ``command line``. What
+    is not there has its default.
+    """
+    return {key: origin for origin, table in _tables(files, overrides) for key, _ in _flat(table)}
+
+
+def annotated(config: RunConfig | SFTConfig, given: Mapping[str, str]) -> str:
+    """The resolved configuration as TOML, a setting a line, each with where it comes from (of :func:`origins`)."""
+    lines = {}
+    for key, value in dotted(config).items():
+        shown = key + " is not set" if value is None else f"{key} = {_toml(value)}"
+        lines[shown if value is not None else "# " + shown] = given.get(key, "default")
+    width = min(60, max(map(len, lines)))
+    return "".join(f"{line:<{width}}  # {origin}\n" for line, origin in lines.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _tables(files: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where settings come from, and the settings, from the weakest to the strongest."""
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+            yield str(file), dict(json.loads(text)) if file.suffix == ".json" else tomllib.loads(text)
+        except OSError as error:
+            hint = "" if file.suffix else "; a setting has the form key.path=value"
+            raise ConfigError([f"{file}: cannot be read: {error.strerror}{hint}"]) from error
+        except (ValueError, TypeError) as error:  # of the parsers, text that is not UTF-8, JSON that is no object
+            raise ConfigError([f"{file}: not valid {file.suffix[1:].upper() or 'TOML'}: {error}"]) from error
+    for override in overrides:
+        yield "command line", _parse_override(override)
+
+
+def _root_of(merged: Mapping[str, Any], default: Root) -> Root:
+    """Whose settings these are: of the kind that knows more of them."""
+
+    def unknown(root: Root) -> int:
+        return len(merged.keys() - {item.name for item in dataclasses.fields(root)})
+
+    return min((default, *_COMMANDS), key=unknown)
+
+
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _merged(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for _, table in _tables(files, overrides):
+        _merge(merged, table)
+    return merged
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -106,17 +164,30 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _described(error: ValidationError, root: type[Any]) -> Iterator[str]:
-    known = dict(_keys(root))
+    known = [key for key, _ in _keys(root)]
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "unexpected_keyword_argument":
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            yield f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            yield f"{key}: unknown key{_known_instead(key, known)}"
         elif problem["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
             yield f"{key}: required, not set"
         else:
+            must = "must be a table of settings" if problem["type"] == "dataclass_type" else problem["msg"]
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-            yield f"{key}: {problem['msg']}{got}"
+            yield f"{key}: {must}{got}"
+
+
+def _known_instead(key: str, known: Sequence[str]) -> str:
+    """What may have been meant: a near name in the section, that name in another one, a near key; else the section."""
+    section, _, name = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    if nearest := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
+        return f"; did you mean {section}{'.' if section else ''}{nearest[0]}?"
+    if elsewhere := [other for other in known if other.rpartition(".")[2] == name]:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    if not section and (nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.6)):
+        return f"; did you mean {nearest[0]}?"
+    return f"; {section} has {', '.join(siblings)}" if section else ""
 
 
 def _keys(section: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:

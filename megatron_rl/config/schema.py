@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,7 +54,8 @@ class DataConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     train: Path
-    """JSON lines with ``question`` and ``answer`` (other keys are ignored; ``id`` is used when there)."""
+    """JSON lines with ``question`` and ``answer``; ``id``, where given, is unlike any other; other keys are ignored.
+    An answer that is not text reaches the reward rule as JSON."""
     heldout: Path
     """The same, for evaluation."""
     template: str = "{question}"
@@ -80,12 +82,14 @@ class RolloutConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     samples_per_prompt: Positive = 8
+    """Responses to each prompt of a step."""
     temperature: PositiveFloat = 1.0
     """The trainer divides its logits by the same number, unless ``trainer_temperature`` says otherwise."""
     trainer_temperature: PositiveFloat | None = None
     """Log-probs in the loss and in the KL are taken at this temperature instead of that of sampling, which makes them
     those of another policy than the one that sampled (the seed recipe samples at 0.6 and trains at 1)."""
     max_response_tokens: Positive = 3000
+    """Where a response is cut. Prompt and response together must fit the model's positions."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the model's end-of-sequence tokens."""
     force_eos: bool = False
@@ -129,7 +133,9 @@ class PPOConfig:
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
     """Where advantages come from. Only ``gae`` has a critic; with the others leave the ``[critic]`` table out."""
     gamma: Fraction = 1.0
+    """Discount per token."""
     lam: Fraction = 0.95
+    """GAE's lambda."""
     critic_lam: Fraction | None = None
     """Lambda of the critic's targets (VC-PPO); unset: ``lam``."""
     lam_alpha: PositiveFloat | None = None
@@ -141,7 +147,9 @@ class PPOConfig:
     kl_coef: NonNegative = 0.01
     """0 keeps no reference at all."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL to the reference (Schulman's k1, k2 and k3)."""
     kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL is charged: each token's reward, or a term of the loss."""
     kl_target: PositiveFloat | None = None
     """Mean KL per response (nats) that an adaptive coefficient aims at; unset keeps ``kl_coef`` fixed."""
     kl_horizon: Positive = 10_000
@@ -157,6 +165,7 @@ class PPOConfig:
     value_clip: PositiveFloat = 0.2
     """How far a value may move from what it was before the update; ``inf``: as far as it likes."""
     entropy_coef: NonNegative = 0.0
+    """Of the entropy bonus in the loss."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of an optimizer step; or over the tokens of each sample and then over samples; or the same
     with ``rollout.max_response_tokens`` in place of each sample's tokens (Dr. GRPO)."""
@@ -447,13 +456,23 @@ class ParityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Greedy accuracy on held-out prompts, before the first and after the last step and in between."""
+    """Answers to held-out prompts, before the first and after the last step and in between."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
     every: Count = 0
     """Steps between evaluations; 0: only before and after."""
     prompts: Positive = 512
+    """The first so many of ``data.heldout``."""
+    samples: Positive = 1
+    """Responses to each; accuracy and score are means over all of them (avg@n)."""
+    temperature: NonNegative = 0.0
+    """0: greedy."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.samples > 1 and self.temperature == 0:
+            yield f"samples must be 1 with temperature=0, whose answers are all alike, got {self.samples}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,7 +484,7 @@ class CheckpointConfig:
     every: Count = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep: Positive = 2
-    """Older ones are deleted."""
+    """Newest checkpoints that are kept; older ones are deleted."""
     asynchronous: bool = True
     """Training goes on while files are written, at the price of a copy of the training state in host memory."""
 
@@ -493,12 +512,22 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides the console and ``metrics.jsonl``."""
+    """Where metrics go besides the console and ``metrics.jsonl``, and what there is to read."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
     tensorboard: bool = True
+    """Event files in ``run_dir/tensorboard``."""
+    samples: Positive = 4
+    """Prompts of each step of which the first response is put into ``samples.jsonl``."""
     wandb_project: str | None = None
+    """A W&B project to send metrics and settings to (needs the package wandb); W&B's own environment variables say the
+    rest."""
+
+    def missing_packages(self) -> Iterator[str]:
+        """What is not installed here."""
+        if self.wandb_project is not None and find_spec("wandb") is None:
+            yield f"wandb_project: needs the package wandb, which is not installed, got {self.wandb_project!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,13 +539,16 @@ class RunConfig:
     run_dir: Path
     """Everything that the run writes goes here."""
     steps: Positive
+    """Of the loop: a rollout, its updates, a push."""
     prompts_per_step: Positive
+    """Prompts of a rollout, each with ``rollout.samples_per_prompt`` samples."""
     model: ModelConfig
     data: DataConfig
     policy: TrainerConfig
     critic: TrainerConfig | None = None
     """Required by ``ppo.advantage = "gae"``, refused by the others."""
     seed: Count = 0
+    """Of the order of prompts and minibatches and of every sample; the same numbers on the same machine."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -601,6 +633,8 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from _folder_problems(self.run_dir)
+        yield from (f"logging: {problem}" for problem in self.logging.missing_packages())
         yield from (f"data: {problem}" for problem in self.data.missing_files())
         dims, found = model_problems(self.model.path, {})
         yield from found
@@ -616,6 +650,7 @@ class RunConfig:
         yield from (f"data: {problem}" for problem in self.data.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
         yield from (f"sync: {problem}" for problem in self.sync.problems())
+        yield from (f"evaluation: {problem}" for problem in self.evaluation.problems())
         samples, minibatch = self.samples_per_step, self.ppo.minibatch_samples
         if samples % minibatch:
             nearest = min((d for d in range(1, samples + 1) if samples % d == 0), key=lambda d: abs(d - minibatch))
@@ -674,6 +709,8 @@ class SFTConfig:
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
+        yield from _folder_problems(self.run_dir)
+        yield from (f"logging: {problem}" for problem in self.logging.missing_packages())
         if not self.data.is_file():
             yield f"data: no such file: {self.data}"
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())
@@ -683,6 +720,11 @@ class SFTConfig:
         yield from found
         yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims))
         yield from fake_quantization_problems(dims, {"trainer": self.trainer})
+
+
+def _folder_problems(run_dir: Path) -> Iterator[str]:
+    if run_dir.exists() and not run_dir.is_dir():
+        yield f"run_dir: must be a folder, {run_dir} is a file"
 
 
 def _fp8_problems(role: str, case: FP8Case | None) -> list[str]:
@@ -711,7 +753,8 @@ def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[Mode
     """The model's sizes, if they can be read, and why it cannot be used or laid out as asked."""
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            return None, [f"model.path: no {name} in {path}"]
+            hint = "" if path.is_dir() else "; a model of the Hub is fetched first: hf download NAME --local-dir FOLDER"
+            return None, [f"model.path: no {name} in {path}{hint}"]
     try:
         dims = read_model_dims(path)
     except ValueError as error:

@@ -17,8 +17,6 @@ from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.interfaces import RewardScorer, RolloutEngine
 from megatron_rl.rewards.overlong import OverlongPenalty
 
-_SAMPLES_SHOWN = 4
-
 
 def sample_seed(seed: int, step: int, prompt_id: str, sample: int) -> int:
     """The engine's seed for one sample: the same for a run that was resumed or that visits prompts in another order."""
@@ -51,14 +49,19 @@ class FreshRollouts:
 
     def draw(self, prompts: int, step: int, first_sample: int) -> list[ScoredRollout]:
         """The same, with the samples of a prompt numbered from ``first_sample``, so that a prompt that comes again in a
-        step is answered anew.
+        step is answered anew; so is one that comes twice here, where an epoch ends or is shorter than a step.
         """
         taken = self.prompts.take(prompts)
         sampling = Sampling(
             temperature=self.config.temperature, max_tokens=self.config.max_response_tokens, stop=self.config.stop
         )
         numbers = range(first_sample, first_sample + self.config.samples_per_prompt)
-        seeds = [[sample_seed(self.seed, step, prompt.id, number) for number in numbers] for prompt in taken]
+        came: Counter[str] = Counter()
+        seeds = []
+        for prompt in taken:
+            name = f"{prompt.id}/{came[prompt.id]}" if came[prompt.id] else prompt.id
+            seeds.append([sample_seed(self.seed, step, name, number) for number in numbers])
+            came[prompt.id] += 1
         scored = score_rollouts(self.engine.generate(taken, sampling, seeds), self.rewards)
         return scored if self.overlong is None else [self.overlong.apply(item) for item in scored]
 
@@ -148,7 +151,8 @@ def score_rollouts(rollouts: Sequence[Rollout], rewards: RewardScorer) -> list[S
 def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None = None) -> dict[str, float]:
     """What the samples and their scores say: rates are shares of all samples, lengths are tokens of the response.
 
-    Accuracy and format rate are there where the rule tells them, as parts ``correct`` and ``boxed`` of its scores.
+    Accuracy and format rate are there where the rule tells them, as parts ``correct`` and ``boxed`` of its scores;
+    where prompts have several samples, so are the shares of prompts with a right one and with right ones alone.
     """
     samples = [sample for item in scored for sample in item.rollout.samples]
     scores = [score for item in scored for score in item.scores]
@@ -156,6 +160,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None 
     metrics = {
         "score": fmean(score.value for score in scores),
         **_shares(scores, accuracy="correct", format_rate="boxed"),
+        **_solved(scored),
         "length_mean": fmean(lengths),
         "length_max": float(max(lengths)),
         "truncation_rate": fmean(sample.finish is Finish.LENGTH for sample in samples),
@@ -182,23 +187,35 @@ def _shares(scores: Sequence[Score], **parts: str) -> dict[str, float]:
     }
 
 
-def sample_rows(scored: Sequence[ScoredRollout], step: int) -> list[dict[str, object]]:
-    """The first sample of the first few prompts, to read; each with a digest of all samples' tokens, by which two runs
-    tell whether they drew the same.
+def _solved(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Shares of prompts with any right sample (pass@n), and with right ones alone."""
+    if not any("correct" in score.parts for item in scored for score in item.scores):
+        return {}
+    right = [[score.parts.get("correct", 0.0) == 1 for score in item.scores] for item in scored]
+    if max(map(len, right)) == 1:
+        return {}
+    return {"solved_by_any": fmean(map(any, right)), "solved_by_all": fmean(map(all, right))}
+
+
+def sample_rows(scored: Sequence[ScoredRollout], step: int, *, count: int) -> list[dict[str, object]]:
+    """The first sample of the first ``count`` prompts, to read; each with a digest of all samples' tokens, by which two
+    runs tell whether they drew the same.
     """
     digest = token_digest(scored)
     return [
         {
             "step": step,
             "prompt": item.rollout.prompt.id,
+            "prompt_text": item.rollout.prompt.text,
             "answer": item.rollout.prompt.answer,
             "response": item.rollout.samples[0].text,
+            "finish": item.rollout.samples[0].finish.value,
             "token_ids": list(item.rollout.samples[0].token_ids),
             "score": item.scores[0].value,
             "outcome": item.scores[0].outcome.value,
             "step_digest": digest,
         }
-        for item in scored[:_SAMPLES_SHOWN]
+        for item in scored[:count]
     ]
 
 

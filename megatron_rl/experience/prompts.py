@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,43 +38,80 @@ class PromptSet:
 
 
 def read_rows(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file.
+    """The objects of a JSON-lines file; lines of nothing but space are skipped.
 
     Raises:
-        ValueError: a line is not JSON, or lacks one of ``keys``; names the file and the line.
+        ValueError: a line is not UTF-8 or not JSON, lacks one of ``keys`` or has null there, or there is none; names
+            the file and the line.
     """
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # text may hold other line separators
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}:{number}: must be UTF-8: {error}") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}:{number}: every line must be a JSON object: {error}") from error
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        missing = [key for key in keys if not isinstance(row, dict) or row.get(key) is None]
         if missing:
             raise ValueError(f"{file}:{number}: needs the keys {list(keys)}, lacks {missing}")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{file}: needs at least one line with the keys {list(keys)}, has none")
     return rows
+
+
+def read_texts(file: Path, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """What ``rows`` of ``file`` have under ``key``.
+
+    Raises:
+        ValueError: one is not text, as where a chat's messages are given in place of a question.
+    """
+    for row in rows:
+        if not isinstance(row[key], str):
+            raise ValueError(f"{file}: every {key} must be text, got {str(row[key])[:200]}")
+    return [row[key] for row in rows]
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ValueError: its ``tokenizer.json`` cannot be used.
+    """
+    file = model / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other type
+        raise ValueError(f"{file} must be a tokenizer as Hugging Face's library saves it: {error}") from error
 
 
 def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
     """Template and tokenise the questions of ``file``; over-long prompts are left out and counted.
 
     Raises:
-        ValueError: a line is not a question with an answer, or no prompt fits.
+        ValueError: a line is not a question with an answer, an id occurs twice, or no prompt fits.
     """
     rows = read_rows(file, ("question", "answer"))
-    texts = [config.template.replace("{question}", str(row["question"])) for row in rows]
+    ids = [str(row.get("id", index)) for index, row in enumerate(rows)]
+    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
+        raise ValueError(
+            f"{file}: every id must be unlike the others, since samples are seeded by it; got {repeated[0]!r} "
+            f"{ids.count(repeated[0])} times ({len(repeated)} such ids); without ids, rows are numbered"
+        )
+    texts = [config.template.replace("{question}", text) for text in read_texts(file, rows, "question")]
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     fitting = tuple(
         Prompt(
-            id=str(row.get("id", index)),
+            id=ids[index],
             token_ids=tuple(encoding.ids),
-            answer=str(row["answer"]),
+            answer=answer if isinstance(answer := row["answer"], str) else json.dumps(answer, ensure_ascii=False),
             source=file.stem,
+            text=text,
         )
-        for index, (row, encoding) in enumerate(zip(rows, encoded, strict=True))
+        for index, (row, text, encoding) in enumerate(zip(rows, texts, encoded, strict=True))
         if 0 < len(encoding.ids) <= config.max_prompt_tokens
     )
     if not fitting:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_rl.batches import TokenRows
-from megatron_rl.experience.prompts import read_rows
+from megatron_rl.experience.prompts import read_rows, read_texts
 
 
 def supervised_batches(
@@ -22,7 +22,7 @@ def supervised_batches(
     """
     rows = read_rows(file, ("prompt", "response"))
     prompts, responses = (
-        [encoding.ids for encoding in tokenizer.encode_batch([str(row[key]) for row in rows], add_special_tokens=False)]
+        [encoding.ids for encoding in tokenizer.encode_batch(read_texts(file, rows, key), add_special_tokens=False)]
         for key in ("prompt", "response")
     )
     pairs = [(prompt, [*response, eos_id]) for prompt, response in zip(prompts, responses, strict=True)]

@@ -8,6 +8,8 @@ import math
 import os
 import secrets
 import signal
+import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +35,7 @@ from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
 _LOOPBACK = "127.0.0.1"
+_KNOCK_DEADLINE_S = 10.0
 _STOP_DEADLINE_S = 10.0
 _LOOK_S = 10.0
 _ANSWER_S = 30.0
@@ -190,6 +193,7 @@ class Cluster:
                 **common,
             )
         else:
+            _knock(str(self._config.address))
             if not self._config.allow_open_cluster and _is_open(str(self._config.address)):
                 raise ClusterProblem(
                     f"the Ray cluster at {self._config.address} asks for no token: anyone who reaches it can run code "
@@ -315,6 +319,19 @@ def _wait_gone(pids: Sequence[int]) -> None:
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).kill()
+
+
+def _knock(address: str) -> None:
+    """Connect to ``host:port`` once: a wrong address is told at once, where Ray tries for a minute."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdigit():
+        return  # another form, which is Ray's to read
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_DEADLINE_S).close()
+    except OSError as error:
+        raise ClusterProblem(
+            f"nobody answers at cluster.address={address} ({error}): start the cluster's head there, or correct it"
+        ) from error
 
 
 def _is_open(address: str) -> bool:

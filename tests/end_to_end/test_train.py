@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end.conftest import PPO
 
+ROOT = Path(__file__).parents[2]
 GRPO = PPO.with_name("grpo.toml")
 Command = Callable[..., list[str]]
 
@@ -23,6 +24,12 @@ Command = Callable[..., list[str]]
 def records(run_dir: Path) -> list[dict[str, float]]:
     file = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def documented_metrics() -> list[str]:
+    """Patterns of the names in the tables of docs/metrics.md; ``<...>`` stands for one part of a name."""
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    return [re.sub("<.*?>", "[^/]+", name) for row in rows for name in re.findall("`(.*?)`", row)]
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen[str], deadline_s: float = 180) -> None:
@@ -65,6 +72,9 @@ def test_two_steps_whole(train_command: Command, tmp_path: Path) -> None:
         assert step["rollout/samples"] == 64
     assert [step["rollout/policy_version"] for step in steps] == [0, 1]
     assert abs(steps[0]["experience/kl"]) < 1e-6 < abs(steps[1]["experience/kl"])
+    undocumented = {key for record in records(run) for key in record} - {"step", "kind"}
+    undocumented = {key for key in undocumented if not any(re.fullmatch(name, key) for name in documented_metrics())}
+    assert undocumented == set()
     summary = json.loads((run / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "length_before", "length_after", "steps", "seconds"} <= summary.keys()
     assert summary["steps"] == 2

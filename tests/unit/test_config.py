@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from megatron_rl.assemble.audit import check_engine
-from megatron_rl.config.load import ConfigError, dump, load
+from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins
 from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, SFTConfig, SyncConfig, TrainerConfig
 from megatron_rl.ray_runtime.cluster import ClusterProblem
@@ -203,6 +203,61 @@ def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("zzz=1") == ["zzz: unknown key"]
 
 
+def test_a_key_in_the_wrong_section_names_the_right_ones_and_a_strange_one_what_its_section_has(folder):
+    assert problems("rollout.clip_low=0.1") == ["rollout.clip_low: unknown key; did you mean ppo.clip_low?"]
+    assert problems("lr=1") == ["lr: unknown key; did you mean policy.optimizer.lr or critic.optimizer.lr?"]
+    (line,) = problems("policy.optimizer.learning_rate=1")
+    assert line.startswith("policy.optimizer.learning_rate: unknown key; policy.optimizer has lr, beta1, beta2,")
+
+
+def test_settings_of_the_other_command_are_told_in_one_line(folder):
+    assert problems(files=("sft.toml",)) == [
+        "these are the settings of a supervised stage (sft): take that command, or another file"
+    ]
+    assert problems(root=SFTConfig, files=("ppo.toml",)) == [
+        "these are the settings of a run (train): take that command, or another file"
+    ]
+    assert problems("sampels=1", root=SFTConfig, files=("sft.toml",)) == ["sampels: unknown key"]
+
+
+@pytest.mark.parametrize("name", ["ppo.toml", "sft.toml"])
+def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder, name):
+    Path("more.toml").write_text("seed = 7\n[model]\ndtype = 'float32'\n")
+    overrides = ["model.dtype=bfloat16", "cluster.address='say \"a\\tb\"'"]
+    if name == "ppo.toml":
+        overrides += ["ppo.value_clip=inf", "rollout.stop=['\\n', 'é']"]
+    files = [Path(name), Path("more.toml")]
+    config = load_any(files, overrides)
+    text = annotated(config, origins(files, overrides))
+    lines = dict(line.rsplit("  # ", 1) for line in text.splitlines())
+    shown = {line.strip(): origin for line, origin in lines.items()}
+    assert shown["seed = 7"] == "more.toml"
+    assert shown['model.dtype = "bfloat16"'] == "command line"
+    assert shown['model.path = "model"'] == name
+    assert shown['model.layers = "auto"'] == "default"
+    assert shown["# logging.wandb_project is not set"] == "default"
+    Path("shown.toml").write_text(text, encoding="utf-8")
+    Path("shown.json").write_text(dump(config))
+    assert load_any([Path("shown.toml")]) == config
+    assert load_any([Path("shown.json")]) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("odd.toml", b"seed = \xff", "odd.toml: not valid TOML: "),
+        ("odd.json", b"{", "odd.json: not valid JSON: "),
+        ("odd.json", b"[1]", "odd.json: not valid JSON: "),
+        ("absent", None, "absent: cannot be read: No such file or directory; a setting has the form key.path=value"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(folder, name, content, says):
+    if content is not None:
+        Path(name).write_bytes(content)
+    (line,) = problems(files=(name,))
+    assert line.startswith(says)
+
+
 def test_a_wrong_type_says_what_was_found(folder):
     (line,) = problems("ppo.clip_low=wide")
     assert line.startswith("ppo.clip_low: Input should be a valid number")
@@ -299,6 +354,10 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             "ppo: engine_ratio_level must be 'token' with engine_correction='icepop'; 'mis' has both, got 'sequence'",
         ),
         (
+            ("evaluation.samples=4",),
+            "evaluation: samples must be 1 with temperature=0, whose answers are all alike, got 4",
+        ),
+        (
             ("reward.overlong_buffer=49",),
             "reward.overlong_buffer: must be at most rollout.max_response_tokens=48, got 49",
         ),
@@ -351,9 +410,27 @@ def test_a_minibatch_that_does_not_divide_names_the_nearest_size(folder):
 
 def test_missing_files_are_named(folder):
     assert problems("data.heldout=nowhere.jsonl") == ["data: heldout: no such file: nowhere.jsonl"]
-    assert problems("model.path=nowhere") == ["model.path: no config.json in nowhere"]
+    hub = "a model of the Hub is fetched first: hf download NAME --local-dir FOLDER"
+    assert problems("model.path=nowhere") == [f"model.path: no config.json in nowhere; {hub}"]
+    Path("model/tokenizer.json").unlink()
+    assert problems() == ["model.path: no tokenizer.json in model"]
+    Path("model/tokenizer.json").touch()
     assert problems("data=nowhere.jsonl", root=SFTConfig, files=("sft.toml",)) == ["data: no such file: nowhere.jsonl"]
     assert problems(files=("nowhere.toml",)) == ["nowhere.toml: cannot be read: No such file or directory"]
+
+
+def test_a_package_that_a_setting_needs_is_looked_for_before_anything_starts(folder, monkeypatch):
+    monkeypatch.setattr("megatron_rl.config.schema.find_spec", lambda name: None)
+    says = "logging: wandb_project: needs the package wandb, which is not installed, got 'x'"
+    assert problems("logging.wandb_project=x") == [says]
+    assert problems("logging.wandb_project=x", root=SFTConfig, files=("sft.toml",)) == [says]
+    monkeypatch.setattr("megatron_rl.config.schema.find_spec", lambda name: object())
+    assert load(RunConfig, [Path("ppo.toml")], ["logging.wandb_project=x"]).logging.wandb_project == "x"
+
+
+@pytest.mark.parametrize(("root", "file"), [(RunConfig, "ppo.toml"), (SFTConfig, "sft.toml")])
+def test_a_run_needs_a_folder(folder, root, file):
+    assert problems(f"run_dir={file}", root=root, files=(file,)) == [f"run_dir: must be a folder, {file} is a file"]
 
 
 def test_prompt_and_response_must_fit_the_model(folder):

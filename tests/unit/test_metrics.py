@@ -171,7 +171,7 @@ def run_two_steps(log):
                 step.update("experience", {"kl": 0.0123, "explained_variance": 0.4, "engine_gap_mean": 3e-6})
                 if number:
                     step.update("policy", {"entropy": 1.5, "clip_fraction": 0.02})
-                    step.update("heldout", {"score": 0.75, "accuracy": 0.875, "length_mean": 40.0})
+                    step.update("heldout", {"score": 0.75, "accuracy": 0.875, "length_mean": 40.0, "temperature": 0.6})
 
 
 def test_the_console_shows_a_row_per_step_and_each_evaluation(tmp_path):
@@ -184,7 +184,7 @@ def test_the_console_shows_a_row_per_step_and_each_evaluation(tmp_path):
     assert lines[1].split() == ("step score accuracy format length KL entropy clipped expl.var gap seconds ETA".split())
     assert lines[2].split()[:10] == "1/2 +0.250 0.500 0.750 31.5 0.0123 - - +0.400 3.0e-06".split()
     assert lines[3].split()[:10] == "2/2 +0.250 0.500 0.750 31.5 0.0123 1.500 0.020 +0.400 3.0e-06".split()
-    assert lines[4].startswith("held-out, greedy, after 2 of 2 steps: score +0.750, accuracy 0.875, format -")
+    assert lines[4].startswith("held-out, sampled at 0.6, after 2 of 2 steps: score +0.750, accuracy 0.875, format -")
     assert len(lines) == 5
     assert "\x1b" not in screen.getvalue()
 
@@ -242,12 +242,19 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **settings: calls.append(settings) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log, _ = open_log(tmp_path / "first", wandb_project="reasoning")
+    log, _ = open_log(tmp_path / "first", wandb_project="reasoning", settings={"ppo.lam": 0.9})
     with log, log.step(4) as step:
         step.update("rollout", {"score": 0.5})
     settings, *rest = calls
     first_id = settings.pop("id")
-    assert settings == {"project": "reasoning", "name": "first", "dir": str(tmp_path / "first"), "resume": "allow"}
+    assert settings == {
+        "project": "reasoning",
+        "name": "first",
+        "dir": str(tmp_path / "first"),
+        "resume": "allow",
+        "config": {"ppo.lam": 0.9},
+        "allow_val_change": True,
+    }
     assert rest == [(5, 0.5), "finish"]
 
     calls.clear()

@@ -38,6 +38,13 @@ def test_sizes_are_read_from_a_model_folder(tmp_path):
     assert (found.eos_ids, found.pad_id) == ((3,), 3)
 
 
+@pytest.mark.parametrize(("content", "says"), [("{", "must be JSON: "), ("[1]", r"must be a JSON object, got \[1\]")])
+def test_a_broken_config_is_named(tmp_path, content, says):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json {says}"):
+        read_model_dims(tmp_path)
+
+
 def test_a_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"needs a config\.json, found none in"):
         read_model_dims(tmp_path)

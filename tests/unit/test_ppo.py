@@ -125,6 +125,27 @@ def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
     assert evaluated == [0, 3, 6, 7]
 
 
+def test_an_evaluation_draws_as_many_samples_as_asked_with_the_same_seeds_each_time(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=1, evaluation=EvaluationConfig(samples=3, temperature=0.5)))
+    generate, asked = run.engine.generate, []
+
+    def watched(prompts, sampling, seeds):  # type: ignore[no-untyped-def]
+        asked.append((sampling.temperature, seeds))
+        return generate(prompts, sampling, seeds)
+
+    run.engine.generate = watched  # type: ignore[method-assign]
+    train(run)
+    (before, first), (_, rollout), (after, last) = asked
+    assert before == after == 0.5
+    assert first == last
+    assert len({seed for own in (*first, *rollout) for seed in own}) == 3 * len(run.heldout) + 64
+    evaluated = records(tmp_path)[0]
+    assert evaluated["heldout/samples"] == 3 * len(run.heldout)
+    assert evaluated["heldout/temperature"] == 0.5
+    by_all, by_any = evaluated["heldout/solved_by_all"], evaluated["heldout/solved_by_any"]
+    assert 0 <= by_all <= evaluated["heldout/accuracy"] <= by_any <= 1
+
+
 def test_a_run_that_is_asked_to_stop_saves_the_step_in_progress_and_begins_none(tmp_path: Path) -> None:
     run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(1))
     train(run)

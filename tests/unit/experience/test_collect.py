@@ -15,6 +15,7 @@ from megatron_rl.experience.collect import (
     SamplingExhausted,
     rollout_metrics,
     sample_rows,
+    sample_seed,
 )
 from megatron_rl.experience.prompts import PromptStream
 from megatron_rl.rewards.overlong import OverlongPenalty
@@ -138,6 +139,21 @@ def test_a_prompt_that_comes_again_in_a_step_is_answered_anew() -> None:
     assert not first & second
 
 
+def test_a_prompt_that_comes_twice_at_once_is_answered_anew() -> None:
+    _, engine = collecting(even_prompts_differ)
+    prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(3)]
+    config = RolloutConfig(samples_per_prompt=2, max_response_tokens=4)
+    source = FreshRollouts(
+        prompts=PromptStream(prompts, seed=0), engine=engine, rewards=Scorer(even_prompts_differ), config=config, seed=0
+    )
+    source(8, 0)
+    assert len(set(engine.asked[0])) == 3
+    drawn = [seed for own in engine.seeds[0] for seed in own]
+    assert len(set(drawn)) == len(drawn) == 16
+    first = [sample_seed(0, 0, engine.asked[0][0], number) for number in range(2)]
+    assert list(engine.seeds[0][0]) == first
+
+
 def test_a_resumed_run_draws_the_prompts_that_come_next() -> None:
     whole, engine = collecting(even_prompts_differ)
     whole(8, step=0)
@@ -161,7 +177,7 @@ def test_the_overlong_penalty_is_part_of_the_score_and_of_the_metrics() -> None:
 
 
 def with_scores(scores: Sequence[Score]) -> list[ScoredRollout]:
-    prompt = Prompt(id="p", token_ids=(1,), answer="1", source="test")
+    prompt = Prompt(id="p", token_ids=(1,), answer="1", source="test", text="What is 1?")
     samples = tuple(
         Sample(token_ids=(2,) * (index + 1), logprobs=(0.0,) * (index + 1), text="", finish=Finish.STOP)
         for index in range(len(scores))
@@ -178,19 +194,29 @@ def test_accuracy_counts_samples_that_were_not_scored_as_wrong() -> None:
     assert (metrics["length_mean"], metrics["length_max"]) == (1.5, 2.0)
 
 
+def test_prompts_that_are_solved_by_any_and_by_all_samples_are_counted() -> None:
+    def scored(*right: float) -> list[ScoredRollout]:
+        return with_scores([Score(value=value, parts={"correct": value, "boxed": 1.0}) for value in right])
+
+    metrics = rollout_metrics([*scored(1, 1), *scored(0, 1), *scored(1, 0), *scored(0, 0)])
+    assert (metrics["accuracy"], metrics["solved_by_any"], metrics["solved_by_all"]) == (0.5, 0.75, 0.25)
+    assert not {"solved_by_any", "solved_by_all"} & rollout_metrics(scored(1)).keys()
+
+
 def test_what_a_rule_does_not_tell_is_left_out() -> None:
     metrics = rollout_metrics(with_scores([Score(value=0.7), Score(value=0.1)]))
     assert metrics["score"] == pytest.approx(0.4)
-    assert not {"accuracy", "format_rate"} & metrics.keys()
+    assert not {"accuracy", "format_rate", "solved_by_any"} & metrics.keys()
 
 
 def test_rows_to_read_show_few_samples_and_tell_of_a_change_in_any() -> None:
     scored = with_scores([Score(value=0.0)] * 3) * 6
-    first, *others = sample_rows(scored, step=7)
+    first, *others = sample_rows(scored, step=7, count=4)
     assert [row["token_ids"] for row in (first, *others)] == [[2]] * 4
+    assert (first["prompt_text"], first["finish"]) == ("What is 1?", "stop")
     assert {row["step_digest"] for row in others} == {first["step_digest"]}
-    assert sample_rows(scored, step=8)[0]["step_digest"] == first["step_digest"]
+    assert sample_rows(scored, step=8, count=1)[0]["step_digest"] == first["step_digest"]
     last = scored[-1].rollout
     changed = replace(last.samples[2], token_ids=(2, 2, 3))
     other = replace(scored[-1], rollout=replace(last, samples=(*last.samples[:2], changed)))
-    assert sample_rows([*scored[:-1], other], step=7)[0]["step_digest"] != first["step_digest"]
+    assert sample_rows([*scored[:-1], other], step=7, count=4)[0]["step_digest"] != first["step_digest"]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.collect import sample_seed
-from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts
+from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer
 
 
 @pytest.fixture
@@ -35,12 +35,19 @@ def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Pat
         tmp_path / "q.jsonl", {"question": "one", "answer": 1}, {"question": "one two", "answer": "2", "id": "x"}
     )
     loaded = load_prompts(file, tokenizer, config(file))
-    assert loaded.prompts == (Prompt(id="0", token_ids=(1, 2), answer="1", source="q"),)
+    assert loaded.prompts == (Prompt(id="0", token_ids=(1, 2), answer="1", source="q", text="Q one"),)
     assert loaded.dropped == 1
 
 
 @pytest.mark.parametrize(
-    ("row", "says"), [("{broken", r"q.jsonl:1: .*JSON"), ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]")]
+    ("row", "says"),
+    [
+        ("{broken", r"q.jsonl:1: .*JSON"),
+        ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]"),
+        ({"question": "one", "answer": None}, r"q.jsonl:1: .*lacks \['answer'\]"),
+        ({"question": [{"role": "user"}], "answer": "1"}, r"q.jsonl: every question must be text, got \[\{'role'"),
+        ("", r"q.jsonl: needs at least one line with the keys \['question', 'answer'\], has none"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, says: str) -> None:
     file = write(tmp_path / "q.jsonl", row)
@@ -48,10 +55,47 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, 
         load_prompts(file, tokenizer, config(file))
 
 
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b'\n{"question": "\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"q.jsonl:2: must be UTF-8: "):
+        load_prompts(file, tokenizer, config(file))
+
+
+def test_separators_within_text_and_a_byte_order_mark_break_no_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = [{"question": "one", "answer": text} for text in ("a\u2028b", "c\x85d")]
+    text = "\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert [prompt.answer for prompt in load_prompts(file, tokenizer, config(file)).prompts] == ["a\u2028b", "c\x85d"]
+
+
+def test_an_answer_that_is_not_text_reaches_the_rule_as_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    answers = [["a", 1], {"tests": ["é"]}, 5, 0.5, True]
+    file = write(tmp_path / "q.jsonl", *({"question": "one", "answer": answer} for answer in answers))
+    found = [prompt.answer for prompt in load_prompts(file, tokenizer, config(file)).prompts]
+    assert found == ['["a", 1]', '{"tests": ["é"]}', "5", "0.5", "true"]
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(tmp_path / "q.jsonl", *({"question": "one", "answer": "1", "id": name} for name in ("a", "b", "a")))
+    with pytest.raises(ValueError, match=r"every id must be unlike the others.*got 'a' 2 times \(1 such ids\)"):
+        load_prompts(file, tokenizer, config(file))
+
+
 def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
     with pytest.raises(ValueError, match=r"no prompt has between 1 and data.max_prompt_tokens=2"):
         load_prompts(file, tokenizer, config(file))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]"])
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("Q one").ids == [1, 2]
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer as Hugging Face's library saves it: "):
+        load_tokenizer(tmp_path)
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -1,8 +1,15 @@
-"""Which workers get which devices."""
+"""Which workers get which devices, and whether there is a cluster at all."""
 
 from __future__ import annotations
 
-from megatron_rl.ray_runtime.cluster import Role, place
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, place
 
 GPU = {"GPU": 1.0, "CPU": 1.0}
 
@@ -26,3 +33,16 @@ def test_equal_ranks_of_all_roles_share_one_gpu_and_ask_for_no_more_than_there_i
     for bundle in range(3):
         sharing = [role for (role, _), at in placed.bundle_of.items() if at == bundle]
         assert sum(placed.asked[role]["GPU"] for role in sharing) <= 1
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with (
+            pytest.raises(ClusterProblem, match=rf"nobody answers at cluster\.address={address} .*refused"),
+            Cluster(ClusterConfig(address=address), gpus=0, run_dir=tmp_path),
+        ):
+            pass
+    assert time.monotonic() - started < 10
