@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
