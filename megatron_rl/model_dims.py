@@ -174,7 +174,8 @@ def read_model_dims(model: Path) -> ModelDims:
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
         UnknownArchitecture: the architecture is not one this project has a weight map for.
-        ValueError: a setting that would change the numbers is not supported (a kind of rope scaling, a bias).
+        ValueError: a setting is missing or no size, or would change the numbers and is not supported (a kind of rope
+            scaling, a bias).
     """
     file = model / "config.json"
     if not file.is_file():
@@ -203,13 +204,19 @@ class _Family:
 
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
-    architecture = (config.get("architectures") or [config.get("model_type", "?")])[0]
-    architecture = architecture.replace("ForTokenClassification", "ForCausalLM")  # a critic of the same family
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must hold the settings of a model by name, got a {type(config).__name__}")
+    named = config.get("architectures") or [config.get("model_type", "?")]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise ValueError(f"architectures of config.json must be a list of names, got {named!r}")
+    architecture = named[0].replace("ForTokenClassification", "ForCausalLM")  # a critic of the same family
     if architecture not in _FAMILIES:
         raise UnknownArchitecture(f"unknown architecture {architecture}; known: {', '.join(sorted(_FAMILIES))}")
     try:
         return _dims(architecture, _FAMILIES[architecture], config)
-    except ValueError as error:
+    except KeyError as error:
+        raise ValueError(f"{architecture}: config.json must name {error.args[0]}, found none") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{architecture}: {error}") from error
 
 

@@ -71,9 +71,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"a model folder needs a config.json, found none in {folder}")
     try:
         config: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{file} must be JSON: {error}") from error
     return config
+
+
+def _read_dims(folder: Path, config: dict[str, Any]) -> ModelDims:
+    try:
+        return dims_from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def keeps_type(name: str) -> bool:
@@ -104,7 +111,7 @@ class HfSource:
         """
         self._path, self._dtype = folder, dtype
         self.config = read_config(folder)
-        self.dims: ModelDims = dims_from_config(self.config)
+        self.dims = _read_dims(folder, self.config)
         self.weights: WeightMap = weight_map(self.dims, head_of(self.config))
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
@@ -218,8 +225,8 @@ class MegatronSource:
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
         self.like = own if like is None else like
         self.config = read_config(self.like)
+        self.dims = _read_dims(self.like, self.config)
         self.config.pop("quantization_config", None)
-        self.dims = dims_from_config(self.config)
         # a training checkpoint has its configuration from the policy
         self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else head_of(self.config)
         self.weights = weight_map(self.dims, self.head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,13 +28,16 @@ class Target:
     """
 
     def __init__(self, path: Path) -> None:
+        """Of the folder ``path``; ValueError if that has no name, as ``.`` has none."""
+        if not path.name:
+            raise ValueError(f"a target must have a name of its own, got {str(path)!r}")
         self.path = path
         self.work = path.with_name(f".{path.name}.partial")
         self.model = self.work / _MODEL
 
     def refuse_existing(self) -> None:
-        """Raise FileExistsError if the target is there."""
-        if self.path.exists():
+        """Raise FileExistsError if the target is there, were it a link to nowhere."""
+        if os.path.lexists(self.path):
             raise FileExistsError(f"{self.path} exists and is never written over; remove it or name another folder")
 
     @contextmanager
@@ -54,7 +58,7 @@ class Target:
                 except FileNotFoundError:
                     continue  # whoever had the lock was done and removed the folder
                 break
-            if self.path.exists():
+            if os.path.lexists(self.path):
                 self.discard()
             self.refuse_existing()
             yield

@@ -100,12 +100,15 @@ class TorchDistFolder:
         self.path = path
         try:
             metadata = FileSystemReader(path).read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path / METADATA} is damaged: {error}") from error
-        kept: Mapping[str, Any] = metadata.state_dict_metadata
-        self._tensors = {key: item for key, item in kept.items() if isinstance(item, TensorStorageMetadata)}
-        self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
-        self._check_sizes()
+            kept: Mapping[str, Any] = metadata.state_dict_metadata
+            self._tensors = {key: item for key, item in kept.items() if isinstance(item, TensorStorageMetadata)}
+            self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
+            ends = self._ends()
+        except OSError:
+            raise
+        except Exception as error:  # a pickle that has changed may do anything
+            raise ValueError(f"{path / METADATA} is damaged: {error!r}") from error
+        self._check_sizes(ends)
 
     @property
     def files(self) -> frozenset[str]:
@@ -179,10 +182,17 @@ class TorchDistFolder:
             raise ValueError(f"{file}: {key} must have shape {tuple(chunk.sizes)}, got {tuple(shard.shape)}")
         return shard
 
-    def _check_sizes(self) -> None:
+    def _ends(self) -> dict[str, int]:
+        """How long each file must be at the least; a tensor without a place in one is an error of any kind."""
+        for key, tensor in self._tensors.items():
+            for chunk in tensor.chunks:
+                self._places[MetadataIndex(key, chunk.offsets)]
         ends: dict[str, int] = {}
         for place in self._places.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        return ends
+
+    def _check_sizes(self, ends: Mapping[str, int]) -> None:
         for file, end in ends.items():
             found = (self.path / file).stat().st_size if (self.path / file).is_file() else None
             if found is None:

@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
         FileNotFoundError: it has none.
         Damaged: it cannot be read.
     """
-    text = (folder / MANIFEST).read_text()
+    text = (folder / MANIFEST).read_bytes()
     try:
         content = json.loads(text)
         if content["format"] != _FORMAT:
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
             files={name: FileRecord(**item) for name, item in content["files"].items()},
             shards={name: ShardRecord(**item, tensors=tensors[name]) for name, item in content["shards"].items()},
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Damaged(f"{folder / MANIFEST} cannot be read: {error!r}") from error
 
 

@@ -194,19 +194,21 @@ class HfFolder:
 
         Raises:
             FileNotFoundError: there are no weights, or a file that the index names is missing.
-            ValueError: a file is not in safetensors format.
+            ValueError: a file is not in safetensors format, or the index is none.
         """
         self._path = path
         self._open: dict[str, Any] = {}
         if (path / _INDEX).is_file():
-            self._file_of: dict[str, str] = json.loads((path / _INDEX).read_text())["weight_map"]
+            self._file_of = _read_index(path / _INDEX)
             missing = sorted(file for file in set(self._file_of.values()) if not (path / file).is_file())
             if missing:
                 raise FileNotFoundError(f"{path}: {_INDEX} names files that are not there: {', '.join(missing)}")
         elif (path / _SINGLE).is_file():
             self._file_of = dict.fromkeys(self._reader(_SINGLE).keys(), _SINGLE)
         else:
-            raise FileNotFoundError(f"a model folder needs {_SINGLE} or {_INDEX}, found neither in {path}")
+            found = sorted(file.name for file in path.glob("pytorch_model*.bin"))
+            advice = f"; {found[0]} is a pickle, which may run code: save the model as safetensors" if found else ""
+            raise FileNotFoundError(f"a model folder needs {_SINGLE} or {_INDEX}, found neither in {path}{advice}")
 
     @property
     def names(self) -> frozenset[str]:
@@ -282,6 +284,16 @@ class HfFolder:
             except SafetensorError as error:
                 raise ValueError(f"{self._path / file} is not a complete safetensors file: {error}") from error
         return self._open[file]
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(file.read_text())["weight_map"]
+        if not listed or not all(isinstance(holder, str) for holder in listed.values()):
+            raise ValueError("it must name a file for each tensor")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not an index of weight files: {error!r}") from error
+    return dict(listed)
 
 
 def save_hf_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.convert.console import progress_bar, size_bytes
+from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.parity import ParityFailed
 from tests.unit.convert.folders import folder_sums, write_model
@@ -456,6 +458,19 @@ def changed_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def without_setting(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[name]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def with_index(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(content)
+
+
 def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     return lambda folder: rewrite(folder / "model.safetensors", change)
 
@@ -480,6 +495,22 @@ def half_written(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "needs a config.json, found none"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json must be JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b'{"\xff": 1}'), "hf/config.json must be JSON"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "hf/config.json: config.json must hold the settings",
+        ),
+        (changed_config(architectures="Qwen2ForCausalLM"), "must be a list of names, got 'Qwen2ForCausalLM'"),
+        (changed_config(num_attention_heads=0), "hf/config.json: Qwen2ForCausalLM: .*zero"),
+        (changed_config(num_hidden_layers=None), "hf/config.json: Qwen2ForCausalLM: .*NoneType"),
+        (without_setting("hidden_size"), "hf/config.json: Qwen2ForCausalLM: config.json must name hidden_size, found"),
+        (with_index("{"), "model.safetensors.index.json is not an index of weight files"),
+        (with_index('{"metadata": {}}'), "model.safetensors.index.json is not an index of weight files: .*weight_map"),
+        (with_index('{"weight_map": {"model.norm.weight": 1}}'), "must name a file for each tensor"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "found neither in .*; pytorch_model.bin is a pickle, .*: save the model as safetensors",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "found neither in"),
         (changed_config(architectures=["GPT2LMHeadModel"]), "unknown architecture GPT2LMHeadModel; known: Deepseek"),
         (changed_config(architectures=["Qwen3ForCausalLM"]), "must hold model.layers.0.self_attn.k_norm.weight"),
@@ -576,6 +607,42 @@ def test_wrong_paths_and_targets_get_one_clear_error(run: Run, folders: tuple[Pa
         assert err.startswith("error: ")
         assert told in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_target_without_a_name_or_behind_a_link_to_nowhere_is_refused(
+    run: Run, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, megatron, _ = folders
+    monkeypatch.chdir(source.parent)
+    Path("link").symlink_to("nowhere")
+    for target, told in (
+        (".", "a target must have a name of its own, got '.'"),
+        ("link", "link exists and is never written over"),
+    ):
+        for command in ((hf_to_megatron, source, target), (megatron_to_hf, megatron, target)):
+            status, _, err = run(*command)
+            assert (status, err.count("\n")) == (1, 1)
+            assert told in err
+    assert sorted(path.name for path in source.parent.iterdir()) == ["back", "hf", "link", "megatron"]
+
+
+def test_metadata_of_which_a_byte_has_changed_are_told_in_one_line_or_make_no_difference(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    _, megatron, _ = folders
+    content = (megatron / ".metadata").read_bytes()
+    draw, told = random.Random(0), []
+    for _ in range(150):
+        at = draw.randrange(len(content))
+        (megatron / ".metadata").write_bytes(content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :])
+        try:
+            source = MegatronSource(megatron)
+            for entry in source.weights.entries:
+                source.tensor(entry)
+        except (ValueError, OSError) as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert all(str(megatron) in text for text in told)
 
 
 def test_a_checkpoint_that_is_not_of_the_configuration_is_refused(run: Run, folders: tuple[Path, Path, Path]) -> None:
