@@ -172,7 +172,8 @@ def _blocked(band: Tensor, scaling: Scaling) -> Tensor:
     height, width = _block(band.shape, scaling)
     height = min(height, max(1, band.shape[0]))
     filled = torch.nn.functional.pad(band.float(), (0, -band.shape[1] % width, 0, -band.shape[0] % height))
-    return filled.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    blocked: Tensor = filled.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return blocked
 
 
 def _flat(blocked: Tensor, band: Tensor) -> Tensor:

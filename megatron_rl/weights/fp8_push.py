@@ -20,7 +20,7 @@ from megatron_rl.weights.weight_map import WeightMap
 
 SCALE_SUFFIX = "_scale"
 """``x.weight`` has its scales in ``x.weight_scale``."""
-_STRATEGIES = {
+_STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8_per_channel": ({"strategy": "channel"}, {"strategy": "token"}),
     "fp8_per_tensor": ({"strategy": "tensor"}, {"strategy": "token"}),
     "fp8_per_block": (

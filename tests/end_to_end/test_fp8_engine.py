@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from megatron_rl.linear_formats import first_difference
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.parity import Pair, ParityFailed, check_parity
 from megatron_rl.vllm_engine.engine import EngineSpec
-from megatron_rl.weights.fp8_blocks import PER_CHANNEL, quantise
+from megatron_rl.weights.fp8_blocks import ENGINE_SCALINGS, PER_CHANNEL, quantise
 from megatron_rl.weights.fp8_push import quantised
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head, weight_map
 from tests.distributed.parity_cases import hugging_face
+from tests.end_to_end.fp8_layers import FFN, HEAD, HIDDEN, PREFIX, SHAPES, loaded_both_ways
 from tests.end_to_end.test_engine import (
     GREEDY,
     PARITY,
@@ -161,6 +163,28 @@ def test_a_push_in_fp8_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_
     assert filled.call("version") is None
     filled.push(5, iter(whole))
     assert filled.call("score", ROWS) == fresh.call("score", ROWS)
+
+
+@pytest.mark.parametrize("name", ENGINE_SCALINGS)
+def test_vllms_layers_make_the_same_of_what_we_push_as_of_the_weights_that_they_quantise(
+    filled: RemoteEngine, folders: dict[str, Path], name: str
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    plain = [  # of different sizes, so that it matters what shares a scale
+        (f"{PREFIX}{part}.weight", (torch.randn(shape, generator=random) * 0.02 * (1 + index)).bfloat16())
+        for index, (part, shape) in enumerate(SHAPES.items())
+    ]
+    dims = replace(
+        read_model_dims(folders["A"]), heads=2, kv_heads=1, head_dim=HEAD, hidden=HIDDEN, ffn_hidden=FFN, layers=1
+    )
+    pushed = list(quantised(plain, weight_map(dims, Head.TOKEN), name))
+    assert sum(tensor.nbytes for _, tensor in pushed) < 0.51 * sum(tensor.nbytes for _, tensor in plain)
+    [(own, ours)] = filled.call("_on_workers", loaded_both_ways, name, plain, pushed)
+    assert own.keys() == ours.keys()
+    assert len(own) == 2 * 4
+    for place, wanted in own.items():
+        assert ours[place].dtype == wanted.dtype, place
+        assert torch.equal(ours[place].view(wanted.shape).float(), wanted.float()), place
 
 
 def test_weights_that_nobody_quantised_are_refused_where_they_should_have_been(
