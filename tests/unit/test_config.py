@@ -218,7 +218,8 @@ def test_blocks_must_lie_within_what_each_engine_worker_has_of_a_weight(folder):
     asked = ("sync.quantised_by=trainer", "engine.quantization=fp8_per_block")
     for workers in (1, 2, 4):  # with 4, two share a key/value head
         assert load(RunConfig, [Path("ppo.toml")], [*asked, f"engine.tensor={workers}"]).pushed_format is not None
-    assert any("got 64 query rows, 64 feed-forward rows at engine.tensor=8" in line for line in problems(*asked, "engine.tensor=8"))
+    told = "got 64 query rows, 64 feed-forward rows at engine.tensor=8"
+    assert any(told in line for line in problems(*asked, "engine.tensor=8"))
 
 
 def test_an_engine_in_fp8_has_a_tolerance_of_its_own_unless_it_is_set():
