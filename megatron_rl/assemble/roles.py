@@ -97,7 +97,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         tensor=config.engine.tensor,
         cuda=device.has_cuda(),
         shared=config.cluster.colocate,
-        quantised=config.pushed_format,
+        pushed_format=config.pushed_format,
         timeout_s=config.cluster.start_deadline_s,
     )
 

@@ -81,7 +81,7 @@ class Worker:
         self._offload = Offload(self._training, self._reference)
         self._listener: Listener | None = None
         self._channel: Channel | None = None
-        self._sent_format: str | None = None
+        self._pushed_format: str | None = None
         self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
@@ -249,7 +249,7 @@ class Worker:
         return self._listener.host, self._listener.port
 
     def open_channel(
-        self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int, quantised: str | None
+        self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int, pushed_format: str | None
     ) -> None:
         """Meet the receivers; rank 0 does.
 
@@ -258,12 +258,12 @@ class Worker:
             timeout_s: bound on joining, and on each later wait for one receiver.
             transport: how the bytes travel.
             bucket_bytes: how many travel together.
-            quantised: the format that linears are sent in, see :mod:`megatron_rl.weights.fp8_push`; None: as they are.
+            pushed_format: that linears are sent in, see :mod:`megatron_rl.weights.fp8_push`; None: as they are.
 
         Raises:
             TransferError: a receiver did not come in time.
         """
-        self._sent_format = quantised
+        self._pushed_format = pushed_format
         if self._listener is not None:
             self._channel = Channel.open(
                 self._listener,
@@ -283,7 +283,7 @@ class Worker:
         try:
             if self._channel is None:
                 return None
-            form = self._sent_format
+            form = self._pushed_format
             return self._channel.send(version, tensors if form is None else quantised(tensors, self._weights, form))
         finally:
             _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken

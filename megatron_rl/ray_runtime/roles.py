@@ -303,7 +303,7 @@ def connect(
     tensor: int,
     cuda: bool,
     shared: bool,
-    quantised: str | None,
+    pushed_format: str | None,
     timeout_s: float,
 ) -> Transport:
     """Open the channel that weights are pushed through, from the policy's rank 0 to all workers of all engines.
@@ -315,7 +315,7 @@ def connect(
         tensor: workers of each engine.
         cuda: whether weights live on GPUs.
         shared: whether an engine may have the GPU of the policy's rank 0.
-        quantised: the format that the policy quantises linears to before it sends them; None: not at all.
+        pushed_format: what the policy quantises linears to before it sends them; None: nothing.
         timeout_s: bound on all of it.
 
     Returns:
@@ -327,7 +327,7 @@ def connect(
     world = 1 + tensor * len(hosts)
     bucket_bytes = sync.bucket_mib << 20
     opening = policy.group.call(
-        "open_channel", world, sync.bucket_deadline_s, transport, bucket_bytes, quantised, finish=lambda _: None
+        "open_channel", world, sync.bucket_deadline_s, transport, bucket_bytes, pushed_format, finish=lambda _: None
     )
     joining = [
         engine.group.call(

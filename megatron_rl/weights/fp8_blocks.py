@@ -146,7 +146,7 @@ def divided(weight: Tensor, scale_inv: Tensor, scaling: Scaling) -> Tensor:
 
 
 _BAND_NUMBERS = 1 << 22
-"""That are in float32 at a time, so that no large matrix ever is, in few calls."""
+"""So many are in float32 at a time: few calls, and never a large matrix."""
 
 
 def _block(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, int]:
