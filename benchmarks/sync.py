@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -166,11 +166,11 @@ def connected(engine: EngineProcess, transport: Transport, tensor: int) -> Chann
     return channel
 
 
-def push(engine: EngineProcess, channel: Channel, version: int, tensors: dict[str, Tensor]) -> Cost:
+def push(engine: EngineProcess, channel: Channel, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Cost:
     """One push, from the first phase to the last."""
     engine_before, sender_before, started = engine.cpu_s(), time.process_time(), time.perf_counter()
     engine.ask(call_phases, version, list(PushPhase))
-    channel.send(version, iter(tensors.items()))
+    channel.send(version, tensors)
     engine.answer()
     wall_s, sender = time.perf_counter() - started, time.process_time() - sender_before
     return Cost(wall_s=wall_s, sender_cpu_s=sender, engine_cpu_s=engine.cpu_s() - engine_before)
@@ -223,7 +223,8 @@ def main() -> None:
             with running(spec) as engine:
                 for transport in (Transport[name.upper()] for name in options.transport):
                     channel = connected(engine, transport, tensor)
-                    costs = [push(engine, channel, version, tensors) for version in range(1 + options.pushes)][1:]
+                    rounds = range(1 + options.pushes)
+                    costs = [push(engine, channel, version, tensors.items()) for version in rounds][1:]
                     channel.close()
                     best = min(costs, key=lambda cost: cost.sender_cpu_s + cost.engine_cpu_s)
                     reload_s = sum(engine.call(call_reload, folder, options.pushes))

@@ -45,6 +45,7 @@ _LAYING_OUT = (
 )
 _MACHINE = (
     *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    "sync.quantised_by",
     *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
 )

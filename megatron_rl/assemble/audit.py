@@ -10,9 +10,8 @@ from megatron_rl.linear_formats import LinearFormat, first_difference, summary, 
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.ray_runtime.cluster import ClusterProblem
 from megatron_rl.ray_runtime.roles import RemoteEngine
+from megatron_rl.weights.fp8_blocks import ENGINE_SCALINGS
 from megatron_rl.weights.safetensors_io import HfFolder
-
-_BLOCKS = {"fp8_per_tensor": (0, 0), "fp8_per_channel": (1, 0), "fp8_per_block": (128, 128)}
 
 
 class AuditFailed(RuntimeError):
@@ -75,6 +74,6 @@ def engine_formats(names: Iterable[str], engine: EngineConfig, model_dtype: str,
     layers = (name for name in sorted(names) if name.startswith("model.layers.") and name.endswith("_proj.weight"))
     if not engine.quantised:
         return [*(LinearFormat(weight=name, dtype=plain) for name in layers), *heads]
-    block = _BLOCKS[engine.quantization]
+    block = ENGINE_SCALINGS[engine.quantization].block
     scaled = (LinearFormat(weight=name, dtype="float8_e4m3fn", block=block, scale="float32") for name in layers)
     return [*scaled, *heads]

@@ -98,6 +98,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         tensor=config.engine.tensor,
         cuda=device.has_cuda(),
         shared=config.cluster.colocate,
+        pushed_format=config.pushed_format,
         timeout_s=config.cluster.start_deadline_s,
     )
 
@@ -256,5 +257,6 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
         on_cpu=not device.has_cuda(),
         version=version,
         quantization=config.engine.quantization if config.engine.quantised else None,
+        pushed_quantised=version is None and config.pushed_format is not None,
         kv_cache_dtype=config.engine.kv_cache_dtype,
     )

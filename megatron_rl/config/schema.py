@@ -358,8 +358,8 @@ class EngineConfig:
     max_concurrent: Positive = 256
     """Sequences generated at the same time."""
     quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
-    """FP8 (e4m3) for the layers' linears: the engine quantises what is pushed, with a scale per output row, tensor or
-    128 x 128 block. The rest is bfloat16 then, whatever ``model.dtype`` says. A CPU has ``fp8_per_channel``."""
+    """FP8 (e4m3) for the layers' linears, with a scale per output row, tensor or 128 x 128 block; ``sync.quantised_by``
+    says who quantises. The rest is bfloat16 then, whatever ``model.dtype`` says. A CPU has ``fp8_per_channel``."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of keys and values: that of the engine's weights, or FP8 (e4m3, unscaled), half of bfloat16's memory."""
     restarts: Count = 0
@@ -400,6 +400,9 @@ class SyncConfig:
     probe_tolerance: PositiveFloat | None = None
     """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
     1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 where policy or engine computes in FP8."""
+    quantised_by: Literal["engine", "trainer"] = "engine"
+    """Who quantises, where ``engine.quantization`` asks for it: the engine what it is sent, or the policy's rank 0 what
+    it sends, which is half of bfloat16's bytes then. What the engine computes with is the same."""
     bucket_mib: Positive = 32
     """Weights travel in buckets of this size, in MiB; two are under way at a time. On one host they lie in /dev/shm."""
     bucket_deadline_s: PositiveFloat = 120.0
@@ -631,6 +634,33 @@ class RunConfig:
                 f"that is in host memory then, got {self.engine.restarts}"
             )
 
+    @property
+    def pushed_format(self) -> str | None:
+        """What the trainer quantises the weights of linears to before it pushes them; None: nothing."""
+        by_trainer = self.sync.quantised_by == "trainer" and self.engine.quantised
+        return self.engine.quantization if by_trainer else None
+
+    def _quantised_push_problems(self, dims: ModelDims | None) -> Iterator[str]:
+        if self.sync.quantised_by == "trainer" and not self.engine.quantised:
+            yield (
+                "sync.quantised_by: 'trainer' needs engine.quantization, the format to quantise to, got "
+                f"{self.engine.quantization!r}"
+            )
+        if dims is None or dims.latent is not None or self.pushed_format != "fp8_per_block":
+            return
+        workers = self.engine.tensor
+        widths = {
+            "query": dims.heads * dims.head_dim // workers,
+            "key": max(1, dims.kv_heads // workers) * dims.head_dim,
+            "feed-forward": dims.ffn_hidden // workers,
+        }
+        if odd := [f"{width} {name} rows" for name, width in widths.items() if width % 128]:
+            yield (
+                "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides what each engine "
+                f"worker has of a weight, got {', '.join(odd)} at engine.tensor={workers}; set 'engine', or lower "
+                "engine.tensor"
+            )
+
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
         yield from _folder_problems(self.run_dir)
@@ -679,6 +709,7 @@ class RunConfig:
                 f"engine.quantization: FP8 engines are for models without experts and latent attention, which "
                 f"{dims.architecture} has: set 'none', got {self.engine.quantization!r}"
             )
+        yield from self._quantised_push_problems(dims)
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:
             yield (

@@ -11,38 +11,26 @@ Embedding, norms, output projection and value head stay as they are, as they do 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megatron_rl.model_dims import ModelDims
-
-FP8 = torch.float8_e4m3fn
-_LARGEST = torch.tensor(torch.finfo(FP8).max)
-_SMALLEST_SCALE = 1.0 / (_LARGEST.item() * 512)
-_SMALLEST_BLOCK = 1e-4
-_BLOCK = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """Which numbers share a scale, and how the engine divides by it.
-
-    Attributes:
-        block: rows x columns of one scale; 0: all of them.
-        smallest: lower bound of a scale, so that zeros have one.
-        reciprocal: numbers are multiplied by 1 / scale, which rounds a few of them to the other neighbour.
-    """
-
-    block: tuple[int, int]
-    smallest: float = _SMALLEST_SCALE
-    reciprocal: bool = False
+from megatron_rl.weights.fp8_blocks import (
+    BLOCK,
+    ENGINE_SCALINGS,
+    PER_CHANNEL,
+    Scaling,
+    dequantise,
+    divided,
+    largest,
+    scales,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +41,14 @@ class FakeFormat:
     activation: Scaling
 
 
-_PER_TOKEN = Scaling(block=(1, 0), reciprocal=True)
-FORMATS = {
-    "fp8_per_channel": FakeFormat(weight=Scaling(block=(1, 0)), activation=_PER_TOKEN),
-    "fp8_per_tensor": FakeFormat(weight=Scaling(block=(0, 0), reciprocal=True), activation=_PER_TOKEN),
-    "fp8_per_block": FakeFormat(
-        weight=Scaling(block=(_BLOCK, _BLOCK), smallest=_SMALLEST_BLOCK / _LARGEST.item(), reciprocal=True),
-        activation=Scaling(block=(1, _BLOCK)),
-    ),
+_PER_TOKEN = replace(PER_CHANNEL, reciprocal=True)
+_ACTIVATIONS = {
+    "fp8_per_channel": _PER_TOKEN,
+    "fp8_per_tensor": _PER_TOKEN,
+    "fp8_per_block": replace(PER_CHANNEL, block=(1, BLOCK)),
 }
-"""By the name of vLLM's online quantisation. Its scales: ``vllm/model_executor/layers/quantization/online/fp8.py``
-(weights), ``input_quant_fp8.py`` (inputs), ``vllm/utils/deep_gemm.py`` (blocks).
-"""
+FORMATS = {name: FakeFormat(weight=scaling, activation=_ACTIVATIONS[name]) for name, scaling in ENGINE_SCALINGS.items()}
+"""By the name of vLLM's online quantisation. The scales of inputs: ``input_quant_fp8.py`` there."""
 
 
 def quantise_dequantise(x: Tensor, scaling: Scaling, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -78,17 +62,11 @@ def quantise_dequantise(x: Tensor, scaling: Scaling, group: dist.ProcessGroup | 
     Returns:
         [rows, columns] of the type of ``x``.
     """
-    rows, columns = x.shape
-    high, wide = (size or whole for size, whole in zip(scaling.block, x.shape, strict=True))
-    blocks = F.pad(x.float(), (0, -columns % wide, 0, -rows % high)).unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-    largest = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    found = largest(x, scaling)
     if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    # a tensor as divisor: by a Python number torch may multiply with its reciprocal
-    scale = (largest / _LARGEST.to(x.device)).clamp_min(scaling.smallest)
-    small = blocks * scale.reciprocal() if scaling.reciprocal else blocks / scale
-    kept: Tensor = small.clamp(-_LARGEST.item(), _LARGEST.item()).to(FP8).float() * scale
-    return kept.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(x.dtype)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    scale = scales(found, scaling)
+    return dequantise(divided(x, scale, scaling), scale, x.dtype, scaling)
 
 
 class _StraightThrough(torch.autograd.Function):

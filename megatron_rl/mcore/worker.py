@@ -43,6 +43,7 @@ from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
 from megatron_rl.weights.formats import check_formats, expected_formats
+from megatron_rl.weights.fp8_push import quantised
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.safetensors_io import save_hf_folder
 from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
@@ -82,6 +83,7 @@ class Worker:
         self._offload = None if self._training is None else Offload(self._training, self._reference)
         self._listener: Listener | None = None
         self._channel: Channel | None = None
+        self._pushed_format: str | None = None
         self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
@@ -271,7 +273,9 @@ class Worker:
         self._listener = listen(host)
         return self._listener.host, self._listener.port
 
-    def open_channel(self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int) -> None:
+    def open_channel(
+        self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int, pushed_format: str | None
+    ) -> None:
         """Meet the receivers; rank 0 does.
 
         Args:
@@ -279,10 +283,12 @@ class Worker:
             timeout_s: bound on joining, and on each later wait for one receiver.
             transport: how the bytes travel.
             bucket_bytes: how many travel together.
+            pushed_format: that linears are sent in, see :mod:`megatron_rl.weights.fp8_push`; None: as they are.
 
         Raises:
             TransferError: a receiver did not come in time.
         """
+        self._pushed_format = pushed_format
         if self._listener is not None:
             self._channel = Channel.open(
                 self._listener,
@@ -300,7 +306,10 @@ class Worker:
         """
         tensors = self._full_tensors()
         try:
-            return None if self._channel is None else self._channel.send(version, tensors)
+            if self._channel is None:
+                return None
+            form = self._pushed_format
+            return self._channel.send(version, tensors if form is None else quantised(tensors, self._weights, form))
         finally:
             _exhaust(tensors)  # the other ranks give their shards in any case, and wait until they are taken
 

@@ -303,6 +303,7 @@ def connect(
     tensor: int,
     cuda: bool,
     shared: bool,
+    pushed_format: str | None,
     timeout_s: float,
 ) -> Transport:
     """Open the channel that weights are pushed through, from the policy's rank 0 to all workers of all engines.
@@ -314,6 +315,7 @@ def connect(
         tensor: workers of each engine.
         cuda: whether weights live on GPUs.
         shared: whether an engine may have the GPU of the policy's rank 0.
+        pushed_format: what the policy quantises linears to before it sends them; None: nothing.
         timeout_s: bound on all of it.
 
     Returns:
@@ -323,8 +325,9 @@ def connect(
     transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)
+    bucket_bytes = sync.bucket_mib << 20
     opening = policy.group.call(
-        "open_channel", world, sync.bucket_deadline_s, transport, sync.bucket_mib << 20, finish=lambda _: None
+        "open_channel", world, sync.bucket_deadline_s, transport, bucket_bytes, pushed_format, finish=lambda _: None
     )
     joining = [
         engine.group.call(

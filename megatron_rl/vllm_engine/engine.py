@@ -66,6 +66,8 @@ class EngineSpec:
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
         quantization: vLLM's name of the format that linears quantise their weights to, of those in ``model`` and of
             those pushed; None: not at all.
+        pushed_quantised: what is pushed is in that format already (:mod:`megatron_rl.weights.fp8_push`). Such an engine
+            starts with weights that mean nothing, whatever is in ``model``.
         kv_cache_dtype: of keys and values: ``auto`` (that of the weights) or ``fp8``.
     """
 
@@ -78,8 +80,21 @@ class EngineSpec:
     tensor: int = 1
     version: int | None = None
     quantization: str | None = None
+    pushed_quantised: bool = False
     kv_cache_dtype: str = "auto"
     sleeps: bool = False
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: it is to take up quantised weights, but in no format, or to generate before it has them.
+        """
+        if self.pushed_quantised and (self.quantization is None or self.version is not None):
+            raise ValueError(
+                "pushed_quantised needs a quantization, and no version: the engine has no weights before a push; got "
+                f"quantization={self.quantization}, version={self.version}"
+            )
 
 
 class WorkerError(RuntimeError):
@@ -127,7 +142,7 @@ class Engine:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
-            quantization=spec.quantization,
+            **_weights_arguments(spec),
             kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
             distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
@@ -445,6 +460,19 @@ class Engine:
             self._engine.abort_request(ids)  # else the next call would finish them
             raise
         return [outputs[request_id] for request_id in ids]
+
+
+def _weights_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """What vLLM is told of the weights to start with, and of those to come."""
+    if not spec.pushed_quantised:
+        return {"quantization": spec.quantization}
+    from megatron_rl.weights.fp8_push import quantization_config
+
+    assert spec.quantization is not None
+    return {
+        "hf_overrides": {"quantization_config": quantization_config(spec.quantization)},
+        "load_format": "dummy",  # those of the folder are not quantised
+    }
 
 
 def start_engine(spec: EngineSpec) -> Engine:

@@ -9,8 +9,8 @@ Technical Report" (2024), section 3.3.2, for blocks of 128 x 128.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,23 +33,32 @@ _LARGEST = torch.finfo(FP8).max
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """Which numbers of a weight share a scale, and which scales there are.
+    """Which numbers share a scale, which scales there are, and how numbers are divided by them.
 
     Attributes:
-        block: output rows x input columns of a block; a size of 0 stands for all of them.
+        block: rows x columns of a block (of a weight: outputs x inputs); a size of 0 stands for all of them.
         power_of_two: scales are rounded up to powers of two.
         smallest: scale; 0: a block of zeros has scale 1.
+        reciprocal: numbers are multiplied by 1 / scale, which rounds a few of them to the other neighbour.
     """
 
     block: tuple[int, int]
     power_of_two: bool = False
     smallest: float = 0.0
+    reciprocal: bool = False
 
 
 PER_BLOCK = Scaling(block=(BLOCK, BLOCK))
 PER_TENSOR = Scaling(block=(0, 0))
 PER_CHANNEL = Scaling(block=(1, 0), smallest=1 / (_LARGEST * 512))
-"""With the bits, and the smallest scale, of vLLM's ``fp8_per_channel``."""
+ENGINE_SCALINGS: Mapping[str, Scaling] = {
+    "fp8_per_channel": PER_CHANNEL,
+    "fp8_per_tensor": replace(PER_TENSOR, reciprocal=True),
+    "fp8_per_block": replace(PER_BLOCK, smallest=1e-4 / _LARGEST, reciprocal=True),
+}
+"""Of weights, with the bits of vLLM's online quantisation of that name, of bfloat16 weights in the form in which its
+layers hold them (``vllm/model_executor/layers/quantization/online/fp8.py``, blocks: ``vllm/utils/deep_gemm.py``).
+"""
 
 
 def scale_shape(shape: tuple[int, ...], scaling: Scaling = PER_BLOCK) -> tuple[int, int]:
@@ -75,9 +84,10 @@ def dequantise(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype, scaling: S
         ValueError: the scales are not one per block.
     """
     _check_scales(weight, scale_inv, scaling)
-    full = torch.empty(weight.shape, dtype=dtype)
+    full = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for rows, blocks in _bands(weight.shape, scaling):
-        full[rows] = weight[rows].float() * _spread(scale_inv[blocks].float(), weight, rows, scaling)
+        band = _blocked(weight[rows], scaling) * scale_inv[blocks].float()[:, None, :, None]
+        full[rows] = _flat(band, weight[rows])
     return full
 
 
@@ -95,39 +105,48 @@ def quantise(weight: Tensor, scaling: Scaling = PER_BLOCK) -> tuple[Tensor, Tens
     Raises:
         ValueError: it is not a matrix.
     """
-    scale_inv = _scales(_largest(weight, scaling), scaling)
-    small = torch.empty(weight.shape, dtype=FP8)
-    for rows, blocks in _bands(weight.shape, scaling):
-        quotient = weight[rows].float() / _spread(scale_inv[blocks], weight, rows, scaling)
-        # it may round to just above the largest number, which has no finite neighbour in e4m3
-        small[rows] = quotient.clamp(-_LARGEST, _LARGEST).to(FP8)
-    return small, scale_inv
+    scale_inv = scales(largest(weight, scaling), scaling)
+    return divided(weight, scale_inv, scaling), scale_inv
 
 
-def _largest(weight: Tensor, scaling: Scaling) -> Tensor:
-    """[blocks down, blocks across] f32: the largest absolute value of each block."""
-    found = torch.zeros(scale_shape(tuple(weight.shape), scaling))
-    height, width = _block(weight.shape, scaling)
+def largest(weight: Tensor, scaling: Scaling) -> Tensor:
+    """[blocks down, blocks across] f32: the largest absolute value of each block; errors as :func:`quantise`."""
+    found = torch.zeros(scale_shape(tuple(weight.shape), scaling), device=weight.device)
     for rows, blocks in _bands(weight.shape, scaling):
-        band = weight[rows].float().abs()
-        band = torch.nn.functional.pad(band, (0, -band.shape[1] % width, 0, -band.shape[0] % min(height, _BAND_ROWS)))
-        here = band.view(found[blocks].shape[0], -1, found.shape[1], width).amax(dim=(1, 3))
-        found[blocks] = torch.maximum(found[blocks], here)
+        found[blocks] = torch.maximum(found[blocks], _blocked(weight[rows], scaling).abs().amax(dim=(1, 3)))
     return found
 
 
-def _scales(largest: Tensor, scaling: Scaling) -> Tensor:
-    scales = largest / torch.tensor(_LARGEST)
+def scales(largest: Tensor, scaling: Scaling) -> Tensor:
+    """The scales of blocks whose largest absolute values are given, of the same shape, f32."""
+    # a tensor as divisor: by a Python number torch may multiply with its reciprocal
+    found = largest / largest.new_tensor(_LARGEST)
     if scaling.power_of_two:
-        mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
-        scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
+        mantissa, exponent = torch.frexp(found)  # mantissa in [0.5, 1)
+        found = torch.ldexp(torch.ones_like(found), exponent - (mantissa == 0.5).int())
     if scaling.smallest:
-        return scales.clamp_min(scaling.smallest)
-    return torch.where(largest > 0, scales, torch.ones_like(scales))
+        return found.clamp_min(scaling.smallest)
+    return torch.where(largest > 0, found, torch.ones_like(found))
 
 
-_BAND_ROWS = 128
-"""Rows that are in float32 at a time, so that no whole matrix ever is."""
+def divided(weight: Tensor, scale_inv: Tensor, scaling: Scaling) -> Tensor:
+    """[rows, columns] e4m3: each number divided by the scale of its block and rounded.
+
+    Raises:
+        ValueError: the scales are not one per block.
+    """
+    _check_scales(weight, scale_inv, scaling)
+    small = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    for rows, blocks in _bands(weight.shape, scaling):
+        band, scale = _blocked(weight[rows], scaling), scale_inv[blocks][:, None, :, None]
+        quotient = band * scale.reciprocal() if scaling.reciprocal else band / scale
+        # it may round to just above the largest number, which has no finite neighbour in e4m3
+        small[rows] = _flat(quotient.clamp(-_LARGEST, _LARGEST), weight[rows]).to(FP8)
+    return small
+
+
+_BAND_NUMBERS = 1 << 22
+"""So many are in float32 at a time: few calls, and never a large matrix."""
 
 
 def _block(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, int]:
@@ -138,19 +157,28 @@ def _block(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, int]:
 
 
 def _bands(shape: tuple[int, ...], scaling: Scaling) -> Iterator[tuple[slice, slice]]:
-    """Rows, and the rows of blocks that they lie in: whole ones, or a part of one."""
+    """Rows, and the rows of blocks that they lie in: whole ones, or a part of one that is all of the matrix."""
     height, _ = _block(shape, scaling)
-    step = _BAND_ROWS if height == shape[0] else height * max(1, _BAND_ROWS // height)
+    step = max(1, _BAND_NUMBERS // max(1, shape[1]))
+    if height < shape[0]:
+        step = max(height, step // height * height)
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         yield slice(start, stop), slice(start // height, -(-stop // height))
 
 
-def _spread(scales: Tensor, weight: Tensor, rows: slice, scaling: Scaling) -> Tensor:
-    """For each number of these rows of ``weight``, the scale of its block."""
-    height, width = _block(weight.shape, scaling)
-    band = rows.stop - rows.start
-    return scales.repeat_interleave(min(height, band), 0)[:band].repeat_interleave(width, 1)[:, : weight.shape[1]]
+def _blocked(band: Tensor, scaling: Scaling) -> Tensor:
+    """[blocks down, rows of each, blocks across, columns of each] f32, filled up with zeros."""
+    height, width = _block(band.shape, scaling)
+    height = min(height, max(1, band.shape[0]))
+    filled = torch.nn.functional.pad(band.float(), (0, -band.shape[1] % width, 0, -band.shape[0] % height))
+    blocked: Tensor = filled.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return blocked
+
+
+def _flat(blocked: Tensor, band: Tensor) -> Tensor:
+    """The inverse, of the shape of ``band``."""
+    return blocked.flatten(2, 3).flatten(0, 1)[: band.shape[0], : band.shape[1]]
 
 
 def _check_scales(weight: Tensor, scale_inv: Tensor, scaling: Scaling) -> None:

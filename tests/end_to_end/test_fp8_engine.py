@@ -1,9 +1,10 @@
-"""An engine that quantises what is pushed, and keeps keys and values in FP8."""
+"""Engines in FP8, keys and values too: one that quantises what is pushed, one that is pushed FP8."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from megatron_rl.assemble.audit import engine_formats
 from megatron_rl.assemble.gate import fp8_tolerance
 from megatron_rl.config.schema import EngineConfig, ParityConfig
 from megatron_rl.linear_formats import first_difference
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.parity import Pair, ParityFailed, check_parity
 from megatron_rl.vllm_engine.engine import EngineSpec
-from megatron_rl.weights.fp8_blocks import PER_CHANNEL, quantise
-from megatron_rl.weights.rules import Head
+from megatron_rl.weights.fp8_blocks import ENGINE_SCALINGS, PER_CHANNEL, quantise
+from megatron_rl.weights.fp8_push import quantised
 from megatron_rl.weights.safetensors_io import HfFolder
+from megatron_rl.weights.weight_map import Head, weight_map
 from tests.distributed.parity_cases import hugging_face
+from tests.end_to_end.fp8_layers import FFN, HEAD, HIDDEN, PREFIX, SHAPES, loaded_both_ways
 from tests.end_to_end.test_engine import (
     GREEDY,
     PARITY,
@@ -62,7 +66,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def running(model: Path, version: int | None = None) -> Iterator[RemoteEngine]:
+def running(model: Path, version: int | None = None, *, pushed_quantised: bool = False) -> Iterator[RemoteEngine]:
     spec = EngineSpec(
         model=model,
         dtype="bfloat16",
@@ -72,6 +76,7 @@ def running(model: Path, version: int | None = None) -> Iterator[RemoteEngine]:
         on_cpu=True,
         version=version,
         quantization=FP8.quantization,
+        pushed_quantised=pushed_quantised,
         kv_cache_dtype=FP8.kv_cache_dtype,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -101,6 +106,22 @@ def fresh(folders: dict[str, Path]) -> Iterator[RemoteEngine]:
         yield engine
 
 
+def in_fp8(folder: Path) -> list[tuple[str, Tensor]]:
+    """The weights of a folder as the trainer's rank 0 sends them when it quantises."""
+    names = weight_map(read_model_dims(folder), Head.TOKEN)
+    return list(quantised(named_weights(loaded(folder)), names, FP8.quantization))
+
+
+@pytest.fixture(scope="module")
+def filled(folders: dict[str, Path]) -> Iterator[RemoteEngine]:
+    """Started on nothing, then given B, A with use in between, and B again, quantised by us."""
+    with running(folders["A"], pushed_quantised=True) as engine:
+        for version, name in enumerate("BAB", 1):
+            engine.push(version, iter(in_fp8(folders[name])))
+            engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+        yield engine
+
+
 def test_a_push_quantises_to_the_bits_of_a_fresh_load(pushed: RemoteEngine, fresh: RemoteEngine) -> None:
     ours, theirs = (engine.call("_on_workers", quantised_tensors)[0] for engine in (pushed, fresh))
     assert ours.keys() == theirs.keys()
@@ -110,6 +131,70 @@ def test_a_push_quantises_to_the_bits_of_a_fresh_load(pushed: RemoteEngine, fres
         assert torch.equal(ours[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
     assert pushed.call("generate", PROMPTS, GREEDY, [[0]] * 4) == fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
     assert pushed.call("score", ROWS) == fresh.call("score", ROWS)
+
+
+def test_a_push_in_fp8_leaves_the_bits_that_the_engine_makes_of_the_same_weights(
+    filled: RemoteEngine, fresh: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    ours, theirs = (engine.call("_on_workers", quantised_tensors)[0] for engine in (filled, fresh))
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in ours.values()) == 8
+    assert theirs.keys() <= ours.keys()
+    assert {name.rpartition(".")[2] for name in ours.keys() - theirs.keys()} <= {"q_scale", "k_scale", "v_scale"}
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+    assert filled.call("generate", PROMPTS, GREEDY, [[0]] * 4) == fresh.call("generate", PROMPTS, GREEDY, [[0]] * 4)
+    assert filled.call("score", ROWS) == fresh.call("score", ROWS)
+    wanted = engine_formats(HfFolder(folders["B"]).infos(), FP8, "float32", tied=False)
+    assert first_difference(wanted, filled.call("linear_formats")) is None
+
+
+@pytest.mark.parametrize(
+    "left_out", ["model.layers.1.mlp.down_proj.weight_scale", "model.layers.0.mlp.down_proj.weight"]
+)
+def test_a_push_in_fp8_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_one_heals_it(
+    filled: RemoteEngine, fresh: RemoteEngine, folders: dict[str, Path], left_out: str
+) -> None:
+    whole = in_fp8(folders["B"])
+    filled.start_push(4)
+    filled.channel.send(4, (item for item in whole if item[0] != left_out))
+    with pytest.raises(EngineError, match=rf"1 of .* stay as they were, the first is {left_out}"):
+        filled.answer()
+    assert filled.call("version") is None
+    filled.push(5, iter(whole))
+    assert filled.call("score", ROWS) == fresh.call("score", ROWS)
+
+
+@pytest.mark.parametrize("name", ENGINE_SCALINGS)
+def test_vllms_layers_make_the_same_of_what_we_push_as_of_the_weights_that_they_quantise(
+    filled: RemoteEngine, folders: dict[str, Path], name: str
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    plain = [  # of different sizes, so that it matters what shares a scale
+        (f"{PREFIX}{part}.weight", (torch.randn(shape, generator=random) * 0.02 * (1 + index)).bfloat16())
+        for index, (part, shape) in enumerate(SHAPES.items())
+    ]
+    dims = replace(
+        read_model_dims(folders["A"]), heads=2, kv_heads=1, head_dim=HEAD, hidden=HIDDEN, ffn_hidden=FFN, layers=1
+    )
+    pushed = list(quantised(plain, weight_map(dims, Head.TOKEN), name))
+    assert sum(tensor.nbytes for _, tensor in pushed) < 0.51 * sum(tensor.nbytes for _, tensor in plain)
+    [(own, ours)] = filled.call("_on_workers", loaded_both_ways, name, plain, pushed)
+    assert own.keys() == ours.keys()
+    assert len(own) == 2 * 4
+    for place, wanted in own.items():
+        assert ours[place].dtype == wanted.dtype, place
+        assert torch.equal(ours[place].view(wanted.shape).float(), wanted.float()), place
+
+
+def test_weights_that_nobody_quantised_are_refused_where_they_should_have_been(
+    filled: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    filled.start_push(6)
+    filled.channel.send(6, iter(named_weights(loaded(folders["B"]))))
+    with pytest.raises(EngineError, match=r"8 of .* stay as they were, the first is .*weight_scale"):
+        filled.answer()
+    assert filled.call("version") is None
 
 
 def test_our_quantiser_gives_the_bits_of_the_engine(fresh: RemoteEngine, folders: dict[str, Path]) -> None:

@@ -189,6 +189,32 @@ def test_without_a_gpu_only_scales_per_channel_are_possible(asked):
     check_engine(EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8"), gpus=0)
 
 
+def test_the_trainer_quantises_what_it_pushes_only_to_a_format_that_the_engine_takes(folder):
+    by_trainer, block = "sync.quantised_by=trainer", "engine.quantization=fp8_per_block"
+    assert problems(by_trainer) == [
+        "sync.quantised_by: 'trainer' needs engine.quantization, the format to quantise to, got 'none'"
+    ]
+    assert problems(by_trainer, block) == [
+        "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides what each engine worker "
+        "has of a weight, got 64 query rows, 32 key rows, 192 feed-forward rows at engine.tensor=1; set 'engine', or "
+        "lower engine.tensor"
+    ]
+    assert load(RunConfig, [Path("ppo.toml")], [block]).pushed_format is None
+    for asked in ("fp8_per_channel", "fp8_per_tensor"):
+        taken = load(RunConfig, [Path("ppo.toml")], [by_trainer, f"engine.quantization={asked}"])
+        assert taken.pushed_format == asked
+
+
+def test_blocks_must_lie_within_what_each_engine_worker_has_of_a_weight(folder):
+    sizes = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+    Path("model/config.json").write_text(json.dumps(MODEL | sizes))
+    asked = ("sync.quantised_by=trainer", "engine.quantization=fp8_per_block")
+    for workers in (1, 2, 4):  # with 4, two share a key/value head
+        assert load(RunConfig, [Path("ppo.toml")], [*asked, f"engine.tensor={workers}"]).pushed_format is not None
+    told = "got 64 query rows, 64 feed-forward rows at engine.tensor=8"
+    assert any(told in line for line in problems(*asked, "engine.tensor=8"))
+
+
 def test_an_engine_in_fp8_has_a_tolerance_of_its_own_unless_it_is_set():
     quantised, cached = EngineConfig(quantization="fp8_per_channel"), EngineConfig(kv_cache_dtype="fp8")
     assert [engine.rounds for engine in (EngineConfig(), quantised, cached)] == [False, True, True]
