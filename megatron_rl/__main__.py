@@ -126,7 +126,8 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))
-    _print(f"{config.run_dir} has summary.json, curve.png, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/")
+    written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
+    _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
 
 
 def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
