@@ -136,10 +136,10 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
 
 
 def _sft(config: SFTConfig) -> None:
+    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
-    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     with open_supervised(config) as run:
         supervise(run)
     _print(f"the model is in {config.output}")
