@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.rewards.rules import load_rule
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
@@ -105,6 +106,11 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
     if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
         raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
+    if not config.reward.pools:  # whose nodes may have a file that this one has not
+        try:
+            load_rule(config.reward.rule)
+        except ValueError as error:
+            raise ConfigError([f"reward.rule: {error}"]) from error
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
     workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_rl.__main__ import _Termination, _train
+from megatron_rl.config.load import ConfigError
+from megatron_rl.config.schema import RewardConfig
 from tests.fakes import fake_config
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +86,24 @@ def test_settings_may_stand_behind_an_option() -> None:
     assert text != told()[1]
     assert told("steps=7", "nonsense", "--nonsense=1")[0] == 2
     assert "unrecognized arguments: nonsense --nonsense=1" in told("nonsense", "--nonsense=1")[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("sed", "reward.rule: unknown reward rule 'sed': it must be one of seed, "),
+        ("absent.py:f", "reward.rule: reward rule absent.py:f: there is no such file"),
+        ("mine.py:g", "reward.rule: reward rule "),
+    ],
+)
+def test_a_rule_that_cannot_be_loaded_is_told_before_anything_starts(
+    rule: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def f(text, answer, finish):\n    return 0.0\n")
+    config = fake_config(tmp_path / "run", reward=RewardConfig(rule=rule))
+    with pytest.raises(ConfigError) as refused:
+        _train(config, fresh=False)
+    assert says in str(refused.value).replace(f"{tmp_path}/", "")
+    assert capsys.readouterr().out == ""
+    assert not config.run_dir.exists()
