@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.rewards.rules import load_rule
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
@@ -105,6 +106,11 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
     if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
         raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
+    if not config.reward.pools:  # whose nodes may have a file that this one has not
+        try:
+            load_rule(config.reward.rule)
+        except ValueError as error:
+            raise ConfigError([f"reward.rule: {error}"]) from error
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
     workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
@@ -126,7 +132,8 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))
-    _print(f"{config.run_dir} has summary.json, curve.png, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/")
+    written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
+    _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
 
 
 def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
@@ -135,10 +142,10 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
 
 
 def _sft(config: SFTConfig) -> None:
+    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
-    _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     with open_supervised(config) as run:
         supervise(run)
     _print(f"the model is in {config.output}")

@@ -76,8 +76,9 @@ def train(run: Run) -> None:
         if run.gate is not None:
             with log.phase("parity"), run.phases.comparing():
                 log.update("parity", run.gate())
-        with run.phases.generating():
-            log.update("heldout", evaluate(run))
+        if cfg.evaluation.at_start:
+            with log.phase("evaluate"), run.phases.generating():
+                log.update("heldout", evaluate(run))
     for step in range(run.start_step, cfg.steps):
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():

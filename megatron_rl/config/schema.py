@@ -459,12 +459,14 @@ class ParityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Answers to held-out prompts, before the first and after the last step and in between."""
+    """Answers to held-out prompts, at the start, after the last step and in between."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
     every: Count = 0
-    """Steps between evaluations; 0: only before and after."""
+    """Steps between evaluations; 0: none between the first and the last."""
+    at_start: bool = True
+    """Before the first step, of a run that goes on from a checkpoint as well."""
     prompts: Positive = 512
     """The first so many of ``data.heldout``."""
     samples: Positive = 1

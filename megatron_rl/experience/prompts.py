@@ -95,7 +95,7 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
         ValueError: a line is not a question with an answer, an id occurs twice, or no prompt fits.
     """
     rows = read_rows(file, ("question", "answer"))
-    ids = [str(row.get("id", index)) for index, row in enumerate(rows)]
+    ids = [str(index if row.get("id") is None else row["id"]) for index, row in enumerate(rows)]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise ValueError(
             f"{file}: every id must be unlike the others, since samples are seeded by it; got {repeated[0]!r} "

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from megatron_rl.__main__ import _Termination, _train
-
-if TYPE_CHECKING:
-    from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.load import ConfigError
+from megatron_rl.config.schema import RewardConfig
+from tests.fakes import fake_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.Captu
 def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
     early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = SimpleNamespace(run_dir=tmp_path, steps=9)
+    config = fake_config(tmp_path, steps=9)
 
     @contextmanager
     def open_run(config: object, stop: _Termination) -> Iterator[object]:
@@ -56,15 +55,20 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
     monkeypatch.setattr("megatron_rl.ppo.train", train)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        _train(cast("RunConfig", config), fresh=False)
+        _train(config, fresh=False)
     finally:
         signal.signal(signal.SIGTERM, before)
-    printed = capsys.readouterr().out
+    starting, up, *lines = capsys.readouterr().out.splitlines()
+    assert starting == (
+        f"starting Ray and 3 workers (policy x 1, critic x 1, engine x 1); what they print goes to {tmp_path}/logs"
+    )
+    assert up.startswith("all of it is up after ")
     if early:
-        assert printed == "stopped as asked before step 4 of 9\n"
+        assert lines == ["stopped as asked before step 4 of 9"]
         assert list(tmp_path.iterdir()) == []
     else:
-        assert printed.startswith("stopped as asked after step 4 of 9; the same command goes on from there\n")
+        assert lines[0] == "stopped as asked after step 4 of 9; the same command goes on from there"
+        assert lines[-1] == f"{tmp_path} has summary.json, curve.png, metrics.jsonl"
         assert json.loads((tmp_path / "summary.json").read_text())["stopped_after_step"] == 4
         assert (tmp_path / "curve.png").is_file()
 
@@ -82,3 +86,24 @@ def test_settings_may_stand_behind_an_option() -> None:
     assert text != told()[1]
     assert told("steps=7", "nonsense", "--nonsense=1")[0] == 2
     assert "unrecognized arguments: nonsense --nonsense=1" in told("nonsense", "--nonsense=1")[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("sed", "reward.rule: unknown reward rule 'sed': it must be one of seed, "),
+        ("absent.py:f", "reward.rule: reward rule absent.py:f: there is no such file"),
+        ("mine.py:g", "reward.rule: reward rule "),
+    ],
+)
+def test_a_rule_that_cannot_be_loaded_is_told_before_anything_starts(
+    rule: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def f(text, answer, finish):\n    return 0.0\n")
+    config = fake_config(tmp_path / "run", reward=RewardConfig(rule=rule))
+    with pytest.raises(ConfigError) as refused:
+        _train(config, fresh=False)
+    assert says in str(refused.value).replace(f"{tmp_path}/", "")
+    assert capsys.readouterr().out == ""
+    assert not config.run_dir.exists()

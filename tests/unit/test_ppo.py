@@ -125,6 +125,13 @@ def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
     assert evaluated == [0, 3, 6, 7]
 
 
+def test_the_evaluation_at_the_start_can_be_left_out(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=4, evaluation=EvaluationConfig(every=2, at_start=False)), start_step=1)
+    train(run)
+    assert [record["step"] + 1 for record in records(tmp_path) if "heldout/accuracy" in record] == [2, 4]
+    assert records(tmp_path)[0]["kind"] == "evaluation", "the gate's figures are still told"
+
+
 def test_an_evaluation_draws_as_many_samples_as_asked_with_the_same_seeds_each_time(tmp_path: Path) -> None:
     run = fake_run(fake_config(tmp_path, steps=1, evaluation=EvaluationConfig(samples=3, temperature=0.5)))
     generate, asked = run.engine.generate, []

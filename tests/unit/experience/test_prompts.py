@@ -83,6 +83,12 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path: Path, tokenizer: Tokenizer
         load_prompts(file, tokenizer, config(file))
 
 
+def test_rows_without_an_id_are_numbered(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    row = {"question": "one", "answer": "1"}
+    file = write(tmp_path / "q.jsonl", row, {**row, "id": None}, {**row, "id": "x"})
+    assert [prompt.id for prompt in load_prompts(file, tokenizer, config(file)).prompts] == ["0", "1", "x"]
+
+
 def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
     with pytest.raises(ValueError, match=r"no prompt has between 1 and data.max_prompt_tokens=2"):
