@@ -33,7 +33,9 @@ from benchmarks.gpu_checks.plan import Row
 from benchmarks.logprob import plain
 from megatron_rl.batches import PackedTokens
 from megatron_rl.device import device, has_cuda, prepare_megatron
+from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.logprobs import Kernels, TorchKernels, choose_kernels, linear_logprobs
+from megatron_rl.ray_runtime.supervisor import port_kept
 
 
 def seconds(work: Callable[[], object], rounds: int = 5) -> float:
@@ -151,55 +153,88 @@ def _logprobs(case: Case, shape: Shape, tflops: float) -> Iterator[Row]:
 
 
 def attention(case: Case) -> Iterator[Row]:
-    """The trainer's attention over packed rows of unequal length, forward and backward, against float64 row by row."""
+    """The trainer's attention over packed rows of unequal length, forward and backward, against float64 row by row:
+    torch's, and Transformer Engine's where training would take it.
+    """
     prepare_megatron()
     from types import SimpleNamespace
 
-    from megatron_rl.mcore.attention import PackedAttention, packed_rows
+    from megatron_rl.mcore.attention import PackedAttention
+    from megatron_rl.mcore.capabilities import lacking
+    from megatron_rl.mcore.groups import start_groups
+
+    shapes = (TINY_SHAPE,) if case.small else SHAPES
+    for shape in shapes:
+        yield from _attention(case, shape, PackedAttention(SimpleNamespace(attention_dropout=0.0)), shape.name)
+    if lacking("bfloat16") is None:
+        with port_kept() as port:
+            start_groups(ParallelLayout(), rank=0, host="127.0.0.1", port=port.getsockname()[1], timeout_s=60.0, seed=0)
+        for shape in shapes:
+            yield from _attention(case, shape, _fused(shape), f"{shape.name} fused")
+
+
+def _fused(shape: Shape) -> Any:
+    """Transformer Engine's, as a layer of the trainer has it."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_rl.mcore.fused_attention import packed_attention
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        attention_dropout=0.0,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+    )
+    kind = {"attn_mask_type": AttnMaskType.causal}
+    module = packed_attention(TEDotProductAttention)(config=config, layer_number=1, attention_type="self", **kind)
+    return partial(module, attention_mask=None, **kind)
+
+
+def _attention(case: Case, shape: Shape, module: Any, label: str) -> Iterator[Row]:
+    from megatron_rl.mcore.attention import packed_rows
 
     generator = torch.Generator(device()).manual_seed(0)
-    for shape in (TINY_SHAPE,) if case.small else SHAPES:
-        module = PackedAttention(SimpleNamespace(attention_dropout=0.0))
-        for name, lengths in (("ragged", (130, 1, 257, 64)), ("rows of 4,096", (8, 8) if case.small else (4096,) * 4)):
-            total = sum(lengths)
-            bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-            zeros = torch.zeros(total, dtype=torch.int64, device=device())
-            places = torch.cat([torch.arange(length) for length in lengths]).to(device())
-            batch = PackedTokens(
-                inputs=zeros,
-                targets=zeros,
-                positions=places,
-                cu_seqlens=bounds.to(device()),
-                max_length=max(lengths),
-                loss_mask=zeros.bool(),
-                loss_weight=zeros.float(),
-            )
-            plan = packed_rows(batch)
+    for name, lengths in (("ragged", (130, 1, 257, 64)), ("rows of 4,096", (8, 8) if case.small else (4096,) * 4)):
+        total = sum(lengths)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        zeros = torch.zeros(total, dtype=torch.int64, device=device())
+        places = torch.cat([torch.arange(length) for length in lengths]).to(device())
+        batch = PackedTokens(
+            inputs=zeros,
+            targets=zeros,
+            positions=places,
+            cu_seqlens=bounds.to(device()),
+            max_length=max(lengths),
+            loss_mask=zeros.bool(),
+            loss_weight=zeros.float(),
+        )
+        plan = packed_rows(batch)
 
-            def drawn(heads: int, total: int = total, width: int = shape.head_dim) -> Tensor:
-                made = torch.randn(total, 1, heads, width, generator=generator, device=device())
-                return made.bfloat16().requires_grad_()
+        def drawn(heads: int, total: int = total) -> Tensor:
+            made = torch.randn(total, 1, heads, shape.head_dim, generator=generator, device=device())
+            return made.bfloat16().requires_grad_()
 
-            given = [drawn(shape.heads), drawn(shape.kv_heads), drawn(shape.kv_heads)]
-
-            def forward(module: Any = module, given: Any = given, plan: Any = plan) -> Tensor:
-                found: Tensor = module(*given, packed_seq_params=plan)
-                return found
-
-            out = forward()
-            slope = torch.randn(out.shape, generator=generator, device=device()).bfloat16()
-            mine = [out, *torch.autograd.grad(out, given, slope)]
-            if name == "ragged":
-                wide = [tensor.detach().double().requires_grad_() for tensor in given]
-                exact = torch.cat([_row_attention(wide, a, b) for a, b in pairwise(bounds)])
-                wanted = [exact, *torch.autograd.grad(exact, wide, slope.double().view_as(exact))]
-                for part, found, want in zip(("output", "dq", "dk", "dv"), mine, wanted, strict=True):
-                    gap = float((found.double().view_as(want) - want).norm() / want.norm())
-                    what = f"{shape.name} {name}: {part}, relative error"
-                    yield Row(what=what, value=gap, unit="", **at_most(0.01, gap))
-                continue
-            rate = attention_flops(lengths, shape.heads, shape.head_dim) / seconds(forward) / 1e12
-            yield Row(what=f"{shape.name} {name}: forward", value=rate, unit="TFLOP/s")
+        given = [drawn(shape.heads), drawn(shape.kv_heads), drawn(shape.kv_heads)]
+        forward: Callable[[], Tensor] = partial(module, *given, packed_seq_params=plan)
+        out = forward()
+        slope = torch.randn(out.shape, generator=generator, device=device()).bfloat16()
+        mine = [out, *torch.autograd.grad(out, given, slope)]
+        if name == "ragged":
+            wide = [tensor.detach().double().requires_grad_() for tensor in given]
+            exact = torch.cat([_row_attention(wide, a, b) for a, b in pairwise(bounds)])
+            wanted = [exact, *torch.autograd.grad(exact, wide, slope.double().view_as(exact))]
+            for part, found, want in zip(("output", "dq", "dk", "dv"), mine, wanted, strict=True):
+                gap = float((found.double().view_as(want) - want).norm() / want.norm())
+                yield Row(what=f"{label} {name}: {part}, relative error", value=gap, unit="", **at_most(0.01, gap))
+            continue
+        rate = attention_flops(lengths, shape.heads, shape.head_dim) / seconds(forward) / 1e12
+        yield Row(what=f"{label} {name}: forward", value=rate, unit="TFLOP/s")
 
 
 def _row_attention(given: list[Tensor], start: Tensor, stop: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_rl.device import device
 from megatron_rl.interfaces import PushReceipt
+from megatron_rl.weights.device_sum import DeviceSum
 
 _SHARED_MEMORY = Path("/dev/shm")
 _AHEAD = 2
@@ -605,11 +606,15 @@ class _CudaMemory:
 
     def staging(self, number: int) -> Tensor:
         bucket = self._memory[number % _AHEAD]
-        # the digest waits for this copy, so the sender may overwrite the bucket once the receiver has confirmed it
-        return bucket.clone() if self._received else bucket
+        if not self._received:
+            return bucket
+        mine = bucket.clone()
+        torch.accelerator.synchronize()  # once the receiver has confirmed the bucket, the sender overwrites it
+        return mine
 
     def send(self, content: Tensor, where: str) -> None:
-        """The receiver sees it already: taking the digest has waited for the GPU."""
+        """The receiver sees it, once the GPU has filled it."""
+        torch.accelerator.synchronize()
 
     def receive(self, into: Tensor, where: str) -> None:
         """It is there already."""
@@ -672,10 +677,12 @@ def _buckets_over(transport: Transport, messages: _Messages, store: Any, bucket_
 
 
 class _Digest:
-    """Counts and hashes tensors in order."""
+    """Counts and hashes tensors in order: on the host their bytes, on a GPU sums of them, which are waited for once."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
+        self._device_sum = DeviceSum()
+        self._sums: list[Tensor] = []
         self._tensors = 0
         self._size_bytes = 0
 
@@ -684,11 +691,18 @@ class _Digest:
         if piece.start == 0:
             self._hash.update(json.dumps([piece.name, piece.dtype, piece.shape]).encode())
             self._tensors += 1
-        array: Any = content.cpu().numpy()
-        self._hash.update(array)
+        if content.device.type == "cpu":
+            array: Any = content.numpy()
+            self._hash.update(array)
+        else:
+            self._sums.append(self._device_sum.of(content))
         self._size_bytes += piece.size
 
     def receipt(self, version: int) -> PushReceipt:
+        if self._sums:
+            sums: Any = torch.stack(self._sums).cpu().numpy()
+            self._hash.update(sums)
+            self._sums = []
         return PushReceipt(
             version=version, tensors=self._tensors, size_bytes=self._size_bytes, digest=self._hash.hexdigest()
         )

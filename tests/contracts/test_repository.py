@@ -188,6 +188,35 @@ def test_the_package_starts_without_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
+LIGHT = {  # command -> exit status, and what it says
+    "--help": (0, "doctor"),
+    "plan examples/beyond_7b/qwen2.5_72b.toml --device h100": (0, "192 x h100"),
+    "show-config examples/beyond_7b/qwen2.5_72b.toml": (2, "no such file"),
+    "doctor examples/beyond_7b/qwen2.5_72b.toml": (2, "torch"),
+}
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_what_only_looks_needs_none_of_the_machinery(command):
+    """As after ``pip install -e .`` alone, without torch; and Ray, which that brings, is not needed either."""
+    program = (
+        "import sys;"
+        "sys.modules |= dict.fromkeys(('torch', 'ray', 'vllm', 'megatron', 'transformers', 'triton'));"
+        "from megatron_rl.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    status, said = LIGHT[command]
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert said in done.stdout + done.stderr
+
+
 def test_the_driver_loads_neither_megatron_nor_vllm_nor_transformers():
     program = (
         "import sys, megatron_rl.assemble;"

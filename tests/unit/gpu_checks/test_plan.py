@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu import _MINUTES, _MINUTES_OF_SEVERAL, measures
-from benchmarks.gpu_checks.costs import attention_flops, floor_seconds, logprob_flops, mfu
+from benchmarks.gpu_checks.costs import SHAPES, attention_flops, floor_seconds, logprob_flops, mfu
 from benchmarks.gpu_checks.plan import CHECKS, Result, Row, deadline_s, measured, refusal
 from benchmarks.gpu_checks.table import document
+from megatron_rl.model_dims import dims_from_config
 
 ALL = {"parts": {"megatron", "transformer_engine", "triton", "vllm"}, "features": {"fp8", "engine_fp8", "colocation"}}
 BY_NAME = {check.name: check for check in CHECKS}
@@ -92,6 +93,31 @@ def test_floors_are_worked_out_by_hand() -> None:
     assert attention_flops((4, 6), heads=2, head_dim=8) == 2 * 16 * (16 + 36)
     assert floor_seconds(5e12, 500.0) == pytest.approx(0.01)
     assert mfu(989e12, 2.0) == pytest.approx(0.5)
+
+
+def test_the_work_of_the_7b_layers_is_worked_out_by_hand() -> None:
+    shape = next(shape for shape in SHAPES if shape.name == "7B")
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn_hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": 4,
+        "vocab_size": 16384,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "eos_token_id": 3,
+    }
+    dims = dims_from_config(config)
+    # weights of a layer: queries and output 2 x 3584 x 3584, keys and values 2 x 3584 x 512, MLP 3 x 3584 x 18944
+    layer, head = 25_690_112 + 3_670_016 + 203_685_888, 3584 * 16384
+    # a query of 28 heads x 128 meets half of 4096 keys: 2 x 2 x 4096 x 2048 x 3584
+    assert dims.row_flops(4096) == 2 * 4096 * (4 * layer + head) + 4 * 120_259_084_288
+    # 32,768 tokens, forward and backward, at 45 % of 989 TFLOP/s
+    assert mfu(3 * 8 * dims.row_flops(4096), 0.46368) == pytest.approx(0.45, rel=1e-3)
 
 
 def test_the_page_has_date_device_versions_command_and_every_result() -> None:
