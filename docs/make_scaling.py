@@ -16,8 +16,9 @@ from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, 
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import device_bytes
-from megatron_rl.planner.search import Lengths, Plan, plan
+from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import Cell, device_bytes
-from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan, together
+from megatron_rl.planner.search import Choice, Plan, choices, legal_minibatches, plan, together
 from megatron_rl.planner.times import Machine
 
 _SHOWN = 5

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 
 from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.layout import ParallelLayout
@@ -142,20 +143,50 @@ def _replicas(layout: ParallelLayout, rank: int) -> dict[bool, tuple[int, int]]:
     }
 
 
-@cache
 def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, rank: int) -> float:
     """Elements that ``rank`` sends once its gradients are summed over all that hold the same parameters, each of which
     keeps the sum of an equal part: ``(n - 1) / n`` of those with ``n`` copies. Experts have fewer copies than the rest.
     """
-    kinds = _replicas(layout, rank)
-    held = (p for piece in rank_parameters(dims, layout, head, rank) for p in piece)
-    return sum(p.elements * (1 - 1 / kinds[p.shared_out][0]) for p in held)
+    kinds, held = _replicas(layout, rank), stage_elements(dims, layout, head, layout.coordinates(rank).pipeline)
+    return sum(count * (1 - 1 / kinds[shared_out][0]) for shared_out, count in held.items())
+
+
+def least_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int, dtype: str) -> float:
+    """Weights, gradients and optimizer states on the device of a rank of ``stage``, but for padding and what is left
+    over where replicas cannot share equally.
+    """
+    layout, size = trainer.layout, DTYPE_BYTES[dtype]
+    kinds, held = _replicas(layout, layout.rank_of(pipeline=stage)), stage_elements(dims, layout, head, stage)
+    kept = 0 if trainer.optimizer_on_host else 12 if dtype == "bfloat16" else 8
+    shares = {kind: replicas if trainer.distributed_optimizer else 1 for kind, (replicas, _) in kinds.items()}
+    return sum(count * (size + 4 + kept / shares[kind]) for kind, count in held.items())
+
+
+def stage_elements(dims: ModelDims, layout: ParallelLayout, head: Head, stage: int) -> dict[bool, int]:
+    """Elements of the parameters on a rank of ``stage``, by ``shared_out``."""
+    found = {False: 0, True: 0}
+    held = layout.layers_of_stage(stage, dims.layers)
+    sparse = len(dims.sparse_layers.intersection(held))
+    axes = (layout.tensor, layout.expert_tensor, layout.expert)
+    for count, kind in ((len(held) - sparse, False), (sparse, True)):
+        for parameter in _layer_parameters(dims, head, kind, *axes) if count else ():
+            found[parameter.shared_out] += count * parameter.elements
+    ends = (Stage.FIRST,) * (stage == 0) + (Stage.LAST,) * (stage == layout.pipeline - 1)
+    tied = _is_tied(dims, layout, head) and stage == layout.pipeline - 1
+    for entry in _entries(dims, head).outside:
+        found[False] += _parameter(entry, dims, layout).elements * (ends.count(entry.stage) + (tied and entry.stage is Stage.FIRST))
+    return found
+
+
+def _is_tied(dims: ModelDims, layout: ParallelLayout, head: Head) -> bool:
+    """Whether first and last stage each hold a copy of the embedding."""
+    return dims.tied_embeddings and head is Head.TOKEN and layout.pipeline > 1
 
 
 @cache
 def total_parameters(dims: ModelDims, head: Head) -> int:
     """Elements of the whole model."""
-    return sum(p.elements for piece in rank_parameters(dims, ParallelLayout(), head, 0) for p in piece)
+    return sum(stage_elements(dims, ParallelLayout(), head, 0).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +219,7 @@ def _piece_parameters(
 ) -> tuple[Parameter, ...]:
     last = layout.pipeline - 1
     first_piece, last_piece = stage == 0 and piece == 0, stage == last and piece == layout.virtual_pipeline - 1
-    tied = dims.tied_embeddings and head is Head.TOKEN and layout.pipeline > 1
+    tied = _is_tied(dims, layout, head)
     outside = _entries(dims, head).outside
     found: list[Parameter] = []
     if first_piece:
@@ -217,6 +248,16 @@ def _layer_parameters(
     return tuple(_parameter(e, dims, layout) for e in kind if e.expert is None or e.expert < share)
 
 
+def linear_parameters(dims: ModelDims, layout: ParallelLayout, *, sparse: bool) -> int:
+    """Weights of a layer's linears on one rank, the router apart: what FP8 quantises."""
+    entries, share = _entries(dims, Head.VALUE), 0 if dims.experts is None else dims.experts.count // layout.expert
+    return sum(
+        _parameter(e, dims, layout).elements
+        for e in (entries.sparse if sparse else entries.dense)
+        if ".linear_" in e.megatron and e.megatron.endswith(".weight") and (e.expert is None or e.expert < share)
+    )
+
+
 def _parameter(entry: WeightEntry, dims: ModelDims, layout: ParallelLayout, *, tied: bool = False) -> Parameter:
     ranks = layout.tensor if entry.expert is None else layout.expert_tensor
     return Parameter(
@@ -238,7 +279,8 @@ class _Bucket:
         """Elements of parameters in this replica's part of the bucket."""
         part = (self.stop - self.start) // replicas
         low, high = self.start + replica * part, self.start + (replica + 1) * part
-        return sum(max(0, min(stop, high) - max(start, low)) for start, stop in self.parameters)
+        mine = takewhile(lambda parameter: parameter[0] < high, self.parameters)
+        return sum(max(0, min(stop, high) - max(start, low)) for start, stop in mine)
 
 
 def _buckets(parameters: Sequence[Parameter], replicas: int, largest: int | None) -> list[_Bucket]:

@@ -16,6 +16,7 @@ from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfi
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import (
     TORCH_CHUNK_BYTES,
     TRITON_CHUNK_BYTES,
@@ -27,7 +28,7 @@ from megatron_rl.planner.memory import (
     trainer_cells,
 )
 from megatron_rl.planner.report import plan_text
-from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan, together
+from megatron_rl.planner.search import choices, legal_minibatches, plan, together
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
