@@ -181,7 +181,7 @@ class ModelDims:
         return 2.0 * length * self.hidden * self.experts.count if sparse and self.experts is not None else 0.0
 
     def score_flops(self, length: int) -> float:
-        """The same of a layer's scores and what they weigh: each query meets, on the average, half of the row's keys."""
+        """The same of a layer's scores and of what they weigh: a query meets half of the row's keys, on average."""
         latent = self.latent
         width = 2 * self.head_dim
         if latent is not None:

@@ -78,7 +78,9 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
         heads = 2 * dims.heads * (width + latent.value_head_dim) / tensor
         ranks = latent.kv_rank + (latent.query_rank or 0)
         apart = latent.rotary_head_dim if size == 4 else 0  # in bfloat16 the norm's copy leaves the rest of it free
-        return size * (heads + norm * ranks + 4 * latent.rotary_head_dim + apart) + 4 * (1 + (latent.query_rank is not None))
+        return size * (heads + norm * ranks + 4 * latent.rotary_head_dim + apart) + 4 * (
+            1 + (latent.query_rank is not None)
+        )
     queries, keys = dims.heads * dims.head_dim / tensor, dims.kv_heads * dims.head_dim / tensor
     kept = size * (3 * queries + 3 * keys + 4 * dims.head_dim)
     if not dims.qk_norm:
@@ -152,7 +154,9 @@ def trainer_cells(
         longest_row: tokens of a row that may come: where context ranks hold more of it than
             ``tokens_per_microbatch``, it makes a micro-batch of its own.
     """
-    filled = replace(trainer, tokens_per_microbatch=max(trainer.tokens_per_microbatch, -(-longest_row // trainer.layout.context)))
+    filled = replace(
+        trainer, tokens_per_microbatch=max(trainer.tokens_per_microbatch, -(-longest_row // trainer.layout.context))
+    )
     stages = unlike_stages(trainer.layout)
     return max((_stage_cells(role, dims, filled, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
 
@@ -181,8 +185,8 @@ def _stage_cells(
     on_gpu: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    rank = layout.rank_of(pipeline=stage)
-    states = state_bytes(dims, trainer, head, rank, dtype)
+    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
+    states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
     sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
@@ -236,7 +240,7 @@ def _fp8_copies(role: str, dims: ModelDims, trainer: TrainerConfig, stage: int) 
         name=f"{role}.fp8_weights",
         value=2 * count,
         unit="B",
-        formula=f"{count:,} weights of linears in {len(held)} layers x 2 B: rows and columns in FP8, beside the weights",
+        formula=f"{count:,} weights of linears in {len(held)} layers x 2 B: rows and columns in FP8, besides",
     )
 
 

@@ -61,8 +61,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     """
     dtype, engine = config.model.dtype, config.engine
     problems = list(config.contradictions(dims, _gpu(machine)))
-    if not machine.device.is_gpu:
-        problems += engine.cpu_problems()
+    problems += engine.gpu_problems(_gpu(machine)) if machine.device.is_gpu else engine.cpu_problems()
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))
@@ -71,7 +70,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     room = machine.device.memory - machine.device.reserved
     for who, held in together(config, memory):
         if held > room:
-            problems.append(f"{who}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
+            problems.append(f"{who}: needs {_up(held)} GB of a device's {room / 1e9:.1f} GB")
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
@@ -131,9 +130,10 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
         name="time.rollout",
         value=rollout.total,
         unit="s",
-        formula=f"prefill {rollout.prefill:.2f} s + decode {rollout.full:.2f} s, and {rollout.tail:.2f} s while no more "
-        f"can start, of {config.samples_per_step} samples of {lengths.prompt:g} + {lengths.response:g} tokens (the longest "
-        f"{responses.longest_of(config.samples_per_step):,.0f}) on {engine.count} engines",
+        formula=f"prefill {rollout.prefill:.2f} s + decode {rollout.full:.2f} s while samples wait + "
+        f"{rollout.tail:.2f} s until the longest is done: {config.samples_per_step} samples of {lengths.prompt:g} + "
+        f"{lengths.response:g} tokens (longest: {responses.longest_of(config.samples_per_step):,.0f}) on "
+        f"{engine.count} engines",
     )
     scored, updated = [], []
     for role, trainer in config.trainers.items():
@@ -203,11 +203,33 @@ def choices(
     for layout in _layouts(dims, ranks, machine.per_node):
         one = _judged(config, dims, machine, lengths, role, layout, beside)
         if not one.problem:  # more pieces hold more: where one does not fit, none does
-            folded = [replace(layout, virtual_pipeline=n) for n in _pieces(dims.layers, layout)]
-            others = (_judged(config, dims, machine, lengths, role, other, beside) for other in folded)
-            one = min((one, *(other for other in others if not other.problem)), key=lambda choice: choice.seconds)
+            one = _folded(config, dims, machine, lengths, role, one, beside)
         found.append(one)
     return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.bytes))
+
+
+def _folded(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, one: Choice, beside: float
+) -> Choice:
+    """The fastest that fits of ``one`` and the same with more pieces on each stage."""
+    faster = []
+    for pieces in _pieces(dims.layers, one.layout):
+        layout = replace(one.layout, virtual_pipeline=pieces)
+        seconds = _seconds(config, dims, machine, lengths, role, layout)
+        if seconds < one.seconds:
+            faster.append((seconds, pieces, layout))
+    for _, _, layout in sorted(faster, key=lambda each: each[:2]):
+        choice = _judged(config, dims, machine, lengths, role, layout, beside)
+        if not choice.problem:
+            return choice
+    return one
+
+
+def _seconds(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+) -> float:
+    trainer = replace(config.trainers[role], layout=layout)
+    return sum(cell.value for cell in role_seconds(config, dims, machine, lengths, role, trainer))
 
 
 def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> float:
@@ -278,7 +300,9 @@ def _expert_shares(dims: ModelDims, layout: ParallelLayout, sizes: Sequence[int]
         return
     stage = layout.tensor * layout.context * layout.data
     for expert_tensor in sorted({1, layout.tensor}):
-        yield from ((n, expert_tensor) for n in sizes if stage % (n * expert_tensor) == 0)
+        shares = (n for n in sizes if stage % (n * expert_tensor) == 0)
+        # copies of experts on tensor ranks would drift apart
+        yield from ((n, expert_tensor) for n in shares if n > 1 or expert_tensor == layout.tensor)
 
 
 def _judged(
@@ -303,10 +327,15 @@ def _judged(
     stages = unlike_stages(layout)
     least = max(least_bytes(dims, trainer, head_of(role), stage, config.model.dtype) for stage in stages)
     if least > room:  # which spares laying out one by one what cannot be
-        problem = f"weights, gradients and optimizer need {least / 1e9:.1f} GB of {there}"
+        problem = f"weights, gradients and optimizer need {_up(least)} GB of {there}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
     held = device_bytes(_cells(config, dims, machine, role, trainer))
     if held > room:
-        return Choice(layout=layout, bytes=held, seconds=0, problem=f"needs {held / 1e9:.1f} GB of {there}")
-    seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
+        return Choice(layout=layout, bytes=held, seconds=0, problem=f"needs {_up(held)} GB of {there}")
+    seconds = _seconds(config, dims, machine, lengths, role, layout)
     return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
+
+
+def _up(held: float) -> str:
+    """GB, rounded up: what does not fit shall not look as if it did."""
+    return f"{math.ceil(held / 1e8) / 10:.1f}"

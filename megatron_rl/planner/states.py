@@ -7,7 +7,7 @@ holds the result against the real model of :mod:`megatron_rl.mcore.dry_run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import takewhile
@@ -93,9 +93,7 @@ def rank_parameters(
 ) -> tuple[tuple[Parameter, ...], ...]:
     """The parameters of each piece of the model on ``rank``, in the order that megatron-core registers them."""
     stage = layout.coordinates(rank).pipeline
-    return tuple(
-        _piece_parameters(dims, layout, head, stage, piece) for piece in range(layout.virtual_pipeline)
-    )
+    return tuple(_piece_parameters(dims, layout, head, stage, piece) for piece in range(layout.virtual_pipeline))
 
 
 @cache  # a search asks for the same rank more than once
@@ -151,18 +149,24 @@ def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, ra
     return sum(count * (1 - 1 / kinds[shared_out][0]) for shared_out, count in held.items())
 
 
+def optimized_elements(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> float:
+    """Elements whose optimizer states a rank of ``stage`` has, if replicas could share them equally."""
+    held = stage_elements(dims, trainer.layout, head, stage)
+    kinds = _replicas(trainer.layout, trainer.layout.rank_of(pipeline=stage))
+    return sum(n / (kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items())
+
+
 def least_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int, dtype: str) -> float:
-    """Weights, gradients and optimizer states on the device of a rank of ``stage``, but for padding and what is left
-    over where replicas cannot share equally.
+    """Weights, gradients and optimizer states on the device of a rank of ``stage``, padding left out and optimizer
+    states shared equally.
     """
-    layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    kinds, held = _replicas(layout, layout.rank_of(pipeline=stage)), stage_elements(dims, layout, head, stage)
     kept = 0 if trainer.optimizer_on_host else 12 if dtype == "bfloat16" else 8
-    shares = {kind: replicas if trainer.distributed_optimizer else 1 for kind, (replicas, _) in kinds.items()}
-    return sum(count * (size + 4 + kept / shares[kind]) for kind, count in held.items())
+    weights = (DTYPE_BYTES[dtype] + 4) * sum(stage_elements(dims, trainer.layout, head, stage).values())
+    return weights + kept * optimized_elements(dims, trainer, head, stage)
 
 
-def stage_elements(dims: ModelDims, layout: ParallelLayout, head: Head, stage: int) -> dict[bool, int]:
+@cache
+def stage_elements(dims: ModelDims, layout: ParallelLayout, head: Head, stage: int) -> Mapping[bool, int]:
     """Elements of the parameters on a rank of ``stage``, by ``shared_out``."""
     found = {False: 0, True: 0}
     held = layout.layers_of_stage(stage, dims.layers)
@@ -171,10 +175,10 @@ def stage_elements(dims: ModelDims, layout: ParallelLayout, head: Head, stage: i
     for count, kind in ((len(held) - sparse, False), (sparse, True)):
         for parameter in _layer_parameters(dims, head, kind, *axes) if count else ():
             found[parameter.shared_out] += count * parameter.elements
-    ends = (Stage.FIRST,) * (stage == 0) + (Stage.LAST,) * (stage == layout.pipeline - 1)
-    tied = _is_tied(dims, layout, head) and stage == layout.pipeline - 1
+    last = stage == layout.pipeline - 1
+    copies = {Stage.FIRST: (stage == 0) + (last and _is_tied(dims, layout, head)), Stage.LAST: int(last)}
     for entry in _entries(dims, head).outside:
-        found[False] += _parameter(entry, dims, layout).elements * (ends.count(entry.stage) + (tied and entry.stage is Stage.FIRST))
+        found[False] += copies[entry.stage] * _parameter(entry, dims, layout).elements
     return found
 
 

@@ -24,7 +24,7 @@ from megatron_rl.planner.memory import (
     layers_activation_bytes,
     unlike_stages,
 )
-from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, exchanged_parameters, state_bytes, total_parameters
+from megatron_rl.planner.states import DTYPE_BYTES, exchanged_parameters, optimized_elements, total_parameters
 from megatron_rl.weights.rules import Head
 
 
@@ -38,6 +38,14 @@ class Machine:
     def link(self, ranks: int) -> float:
         """Bytes a second between ``ranks`` that are numbered next to each other."""
         return LINK_SHARE * (self.device.link if ranks <= self.per_node else self.device.network)
+
+    def shuffle_time(self, sent: float, ranks: int) -> float:
+        """Seconds of an exchange of all with all, in which a rank sends ``sent`` bytes, as much to each of ``ranks``
+        that are numbered next to each other; it keeps its own, and links in a node and between nodes work side by side.
+        """
+        near = min(ranks, self.per_node)
+        inside, outside = sent * (near - 1) / ranks, sent * (ranks - near) / ranks
+        return max(inside / self.device.link, outside / self.device.network) / LINK_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +199,8 @@ def _layer_exchange(
     if sparse and experts is not None:
         routed = size * micro / layout.tensor * experts.per_token * dims.hidden
         if layout.expert > 1:
-            ranks = layout.expert * layout.expert_tensor
-            found += 2 * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)
+            near = max(1, machine.per_node // layout.expert_tensor)
+            found += 2 * (replace(machine, per_node=near).shuffle_time(routed, layout.expert) + LAUNCH_S)
         if layout.expert_tensor > 1:
             found += 2 * (routed * (layout.expert_tensor - 1) / machine.link(layout.expert_tensor) + LAUNCH_S)
     return found
@@ -222,22 +230,17 @@ def _step_time(
     dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, stage: int, dtype: str, hidden: float
 ) -> tuple[float, float]:
     """Seconds of a stage's exchange between replicas, less those ``hidden`` behind arithmetic, and of its Adam."""
-    layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    rank = layout.rank_of(pipeline=stage)
+    layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
     in_fp8 = trainer.fp8 is not None and trainer.fp8.parameters
     ways = 4 + ((1 if in_fp8 else size) if trainer.distributed_optimizer else 4)
-    exchanged = ways * exchanged_parameters(dims, layout, head, rank)
+    exchanged = ways * exchanged_parameters(dims, layout, head, layout.rank_of(pipeline=stage))
     between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
-    states = state_bytes(dims, trainer, head, rank, dtype)
-    return max(0.0, between - hidden), _adam(trainer, states, machine.device, size)
-
-
-def _adam(trainer: TrainerConfig, states: StateBytes, device: Device, size: int) -> float:
-    kept = 12 if size == 2 or trainer.optimizer_on_host else 8
-    elements = (states.optimizer + states.host_optimizer) / kept
+    elements = optimized_elements(dims, trainer, head, stage)
     if trainer.optimizer_on_host:
-        return elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
-    return elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
+        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
+    else:
+        adam = elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
+    return max(0.0, between - hidden), adam
 
 
 @dataclass(frozen=True, kw_only=True)
