@@ -102,13 +102,20 @@ def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
 
 
 def _ranked(found: list[Choice]) -> Iterator[str]:
-    """Layouts that can be, each slower than the one before and smaller; then why others cannot."""
+    """Layouts that can be, the fastest first and of each number of tensor ranks and stages one; the smallest; then why
+    others cannot.
+    """
     fits = [choice for choice in found if not choice.problem]
-    best = [choice for i, choice in enumerate(fits) if all(choice.bytes < faster.bytes for faster in fits[:i])]
-    for choice in best[:_SHOWN]:
+    fastest = {(choice.layout.tensor, choice.layout.pipeline): choice for choice in reversed(fits)}
+    shown = sorted(fastest.values(), key=lambda choice: choice.seconds)[:_SHOWN]
+    if fits and (smallest := min(fits, key=lambda choice: choice.bytes)) not in shown:
+        shown.append(smallest)
+    for choice in shown:
         yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
-    if len(fits) > len(best[:_SHOWN]):
-        yield f"  {len(fits) - len(best[:_SHOWN])} more fit, none of them both faster and smaller than one of these"
+    if len(fits) > len(shown):
+        yield f"  {len(fits) - len(shown)} more can be"
+    if not fits:
+        yield "  none can be: more devices, recompute, optimizer_on_host or a smaller tokens_per_microbatch may help"
     refused: dict[str, list[Choice]] = {}
     for choice in found:
         if choice.problem:
