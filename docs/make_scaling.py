@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import parse
+from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
-from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.devices import DEVICES, LINK_SHARE
+from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import device_bytes
-from megatron_rl.planner.search import Lengths, Plan, plan
-from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
+from megatron_rl.planner.search import Plan, plan
+from megatron_rl.planner.states import total_parameters
+from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, update_time
 from megatron_rl.weights.rules import Head
 
 if TYPE_CHECKING:
@@ -31,8 +34,6 @@ FILE = ROOT / "docs" / "scaling.md"
 PICTURE = FILE.with_suffix(".png")
 LENGTHS = Lengths(prompt=92, response=770)
 """Of the seed's first rollout, by a user's log."""
-FP8_GAIN = 1.57
-"""Of products with one current scale per tensor, casts included, as Transformer Engine's documentation measures it."""
 
 HEAD = """# Scaling
 
@@ -67,10 +68,16 @@ given back at once; time is CPU-seconds of all ranks.
 
 ## What to trust
 
-What is exact: bytes of weights, gradients and optimizer states. What is near: activations of dense models (5 %, against
-a pass of the real model over fake tensors). What is rough: activations of experts and of latent attention, and every
-time. Quantised engines hold and read bytes; their products, and FP8 in training, are taken as bfloat16 where the text
-beside a table does not say otherwise.
+What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which
+are as many: Transformer Engine keeps rows and columns). What is near: activations of whole models, dense, with experts
+or latent attention, against passes of the real ones on a CPU (5 %); on a GPU Transformer Engine's norms keep less, and
+in FP8 its linears do. What is rough: every time.
+
+Products of linears in FP8 are as many times faster as Transformer Engine's documentation measured for one model of 5B
+(Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
+scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
+same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
+keys and values, and an engine that has no more samples to start waits for its last ones.
 
 ![What devices hold, what a step's seconds go to, and how recipes scale](scaling.png)
 """
@@ -200,83 +207,129 @@ def seed_rows() -> Iterator[str]:
         yield (f"| {place} | {found.devices} | {memory} | {' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |")
 
 
+ALIGNER = (
+    # nodes of the policy, tokens generated, samples of a round, published seconds
+    (8, 350.7, 8, 366.7),
+    (16, 323.3, 8, 190.4),
+    (32, 331.7, 8, 108.0),
+    (64, 334.0, 16, 56.9),
+)
+
+
+def aligner_seconds(nodes: int, tokens: float, together: int) -> tuple[float, float, float]:
+    """Generation, all that policy nodes do in a step, and all that critic nodes do, in seconds."""
+    dims, h100, engine = dims_of("llama3_70b"), machine("h100"), EngineConfig(tensor=8)
+    responses = Responses(mean=tokens, longest=1024)
+    longest, prompt, padded, samples = responses.longest_of(together), 400, 2048, 1024
+    step = decode_step_time(dims, engine, h100, "bfloat16", sequences=together, context=prompt + longest / 2)
+    rollout = samples / nodes / together * longest * step
+
+    def model(gpus: int) -> TrainerConfig:
+        layout = ParallelLayout(tensor=8, pipeline=4, data=gpus // 32, sequence_parallel=True)
+        return trainer(layout, tokens_per_microbatch=padded, recompute="selective")
+
+    def phases(gpus: int, head: Head) -> tuple[float, float]:
+        rows = [Work(rows=n, row_tokens=padded) for n in (samples, 128)]
+        scored = pass_time(dims, model(gpus), h100, rows[0], "bfloat16", backward=False, head=head).total
+        return 2 * scored, samples / 128 * update_time(dims, model(gpus), head, h100, rows[1], "bfloat16").total
+
+    weights = 2 * total_parameters(dims, Head.TOKEN)
+    refit = weights / 8 / h100.link(nodes * 8)
+    moved = (12 / 2 + 1) * weights * 2 / (nodes * 8) / (LINK_SHARE * h100.device.host_link)  # Adam, initial policy
+    policy = rollout + refit + moved + sum(phases(nodes * 8, Head.TOKEN))
+    return rollout, policy, sum(phases(nodes * 4, Head.VALUE))
+
+
 def aligner_rows() -> Iterator[str]:
     yield "\n## Against what others published\n"
     yield (
-        "**NeMo-Aligner** (docs/user-guide/rlhf.rst): Llama-3 70B policy and 70B critic, 1,024 samples, minibatches of "
-        "128, about 330 tokens generated. Policy nodes generate and then train, critic nodes train beside them. "
-        "Assumed here, since we have no source for it: TP8 PP8, engines TP8 on the policy's GPUs, 400 tokens a "
-        "prompt, at most 1,024 a response, no recompute. The prediction misses these points by far: it says what the "
-        "devices would allow, of which that program used a fraction; where a step is short, the tail of the longest "
-        "response, which does not scale, weighs more than it did there.\n"
+        "**NeMo-Aligner** (docs/user-guide/rlhf.rst): PPO of a Llama-3 70B policy and a 70B critic, 1,024 samples a "
+        "step, minibatches of 128, about 330 tokens generated. Its source says how a step goes: each node of the "
+        "policy generates with TensorRT-LLM in rounds of 8 samples (16 on 64 nodes), and a round lasts as long as its "
+        "longest; then all rows are padded to one length and scored twice (policy, initial policy), weights and Adam's "
+        "states come from the host and go back, and the policy trains. Half as many nodes score with the critic "
+        "(reward, values) and train it beside; a step is the longer of both. From its example: at most 1,024 tokens a "
+        "response, rows of 2,048, micro-batches of one row. Assumed: 400 tokens a prompt, TP8 PP4 for both models, "
+        "responses that end by chance (above). No layout and no split of a step is published. What remains is what "
+        "that program took beyond what devices and links allow (its Python around each round and micro-batch, requests "
+        "to the critic, memory that is emptied and filled in each step), most of it where a step is short.\n"
     )
-    yield "| nodes | predicted s | published s | error | predicted speed-up | published |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    dims, h100 = dims_of("llama3_70b"), machine("h100")
+    columns = "nodes, generation s, policy s, critic s, predicted s, published s, error, predicted speed-up, published"
+    yield f"| {columns.replace(', ', ' | ')} |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     first = 0.0
-    for nodes, published in ((8, 366.7), (16, 190.4), (32, 108.0), (64, 56.9)):
-        layout = ParallelLayout(tensor=8, pipeline=8, data=nodes // 8, sequence_parallel=True)
-        model = trainer(layout)
-        rollout = rollout_time(
-            dims,
-            EngineConfig(count=nodes, tensor=8, kv_cache_mib=32768),
-            h100,
-            "bfloat16",
-            samples=1024,
-            prompt_tokens=400,
-            response_tokens=330,
-            longest=1024,
-        ).total
-        score = pass_time(dims, model, h100, Work(rows=1024, row_tokens=730), "bfloat16", backward=False).total
-        update = update_time(dims, model, Head.TOKEN, h100, Work(rows=128, row_tokens=730), "bfloat16").total
-        said = rollout + 2 * score + 8 * update
+    for nodes, tokens, together, published in ALIGNER:
+        rollout, policy, critic = aligner_seconds(nodes, tokens, together)
+        said = max(policy, critic)
         first = first or said
         yield (
-            f"| {nodes} + {nodes // 2} | {said:.1f} | {published} | {100 * (said / published - 1):+.0f} % | "
-            f"{first / said:.2f} | {366.7 / published:.2f} |"
+            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {said:.1f} | {published} | "
+            f"{100 * (said / published - 1):+.0f} % | {first / said:.2f} | {ALIGNER[0][3] / published:.2f} |"
         )
+
+
+BRIDGE = (
+    # model, layout, tokens of a row, rows of a step, published tokens per second and GPU
+    ("llama3_8b", ParallelLayout(data=8), 8192, 128, 14451),
+    (
+        "llama3_70b",
+        ParallelLayout(tensor=4, pipeline=8, virtual_pipeline=5, data=2, sequence_parallel=True),
+        8192,
+        256,
+        1664,
+    ),
+    (
+        "llama3.1_405b",
+        ParallelLayout(tensor=8, pipeline=8, virtual_pipeline=8, context=2, data=8, sequence_parallel=True),
+        8192,
+        1536,
+        328,
+    ),
+    ("qwen3_30b_a3b", ParallelLayout(data=16, expert=16), 4096, 1024, 8960),
+    (
+        "qwen3_235b_a22b",
+        ParallelLayout(tensor=2, pipeline=8, virtual_pipeline=4, data=16, expert=32, sequence_parallel=True),
+        4096,
+        8192,
+        1712,
+    ),
+)
+
+
+def even_layers(dims: ModelDims, layout: ParallelLayout) -> ModelDims:
+    """With as many more layers as the pieces of the layout share equally: that program deals out embedding and output
+    layer as if each were one.
+    """
+    layers = -(-dims.layers // (layout.pipeline * layout.virtual_pipeline)) * layout.pipeline * layout.virtual_pipeline
+    experts = None if dims.experts is None else replace(dims.experts, layers=tuple(range(layers)))
+    return replace(dims, layers=layers, experts=experts)
 
 
 def bridge_rows() -> Iterator[str]:
     yield (
-        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md), tokens per second "
-        f"and GPU. Products are taken {FP8_GAIN} times as fast as in BF16. We know the layout of 70B alone; the "
-        "others, rows of 8,192 tokens (Qwen3: 4,096) and steps of 128 rows (405B 1,024, Qwen3 512 and 2,048) are "
-        "assumed. Experts miss in both directions: nothing here knows that products of many small experts are slower, "
-        "or that dispatchers send a token to a node once.\n"
+        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md, which has layouts, "
+        "rows and steps as well), tokens per second and GPU; micro-batches of one row, one scale per tensor, first and "
+        "last layer in BF16, exchanges between replicas beside arithmetic. 405B and 235B are planned with two layers "
+        "more, since their layouts deal out embedding and output layer as layers. Experts miss: their dispatchers send "
+        "a token to a node once, and beside arithmetic; here it is sent to each expert, and waited for.\n"
     )
     yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
-    moe = {"expert": 8}
-    points = (
-        ("llama3_8b", 8, ParallelLayout(data=8), 8192, 128, 14451),
-        ("llama3_70b", 64, ParallelLayout(tensor=4, pipeline=8, data=2, sequence_parallel=True), 8192, 128, 1664),
-        (
-            "llama3.1_405b",
-            1024,
-            ParallelLayout(tensor=8, pipeline=9, virtual_pipeline=7, context=2, data=7, sequence_parallel=True),
-            8192,
-            1024,
-            328,
-        ),
-        ("qwen3_30b_a3b", 16, ParallelLayout(data=16, **moe), 4096, 512, 8960),
-        (
-            "qwen3_235b_a22b",
-            256,
-            ParallelLayout(tensor=2, pipeline=2, data=64, expert=32, sequence_parallel=True),
-            4096,
-            2048,
-            1712,
-        ),
-    )
-    base = DEVICES["h100"]
-    fast = Machine(device=replace(base, flops=base.flops * FP8_GAIN), per_node=8)
-    for name, gpus, layout, row, rows, published in points:
-        dims = dims_of(name)
+    for name, layout, row, rows, published in BRIDGE:
+        dims = even_layers(dims_of(name), layout)
         assert not dims.layout_problems(layout), dims.layout_problems(layout)
-        model = trainer(layout, tokens_per_microbatch=row, overlap_communication=True)
-        seconds = update_time(dims, model, Head.TOKEN, fast, Work(rows=rows, row_tokens=row), "bfloat16").total
+        model = trainer(
+            layout,
+            tokens_per_microbatch=row // layout.context,
+            overlap_communication=True,
+            fp8=FP8Config(recipe="tensorwise"),
+        )
+        work = Work(rows=rows, row_tokens=row)
+        seconds = update_time(dims, model, Head.TOKEN, machine("h100"), work, "bfloat16").total
         said = rows * row / seconds / layout.world_size
-        yield f"| {name} | {gpus} | {layout} | {said:,.0f} | {published:,} | {100 * (said / published - 1):+.0f} % |"
+        yield (
+            f"| {name} | {layout.world_size} | {layout} | {said:,.0f} | {published:,} | "
+            f"{100 * (said / published - 1):+.0f} % |"
+        )
 
 
 def draw(png: Path) -> None:

@@ -160,8 +160,8 @@ def _check_parity(config: RunConfig) -> None:
 
 def _plan(config: RunConfig, asked: argparse.Namespace) -> None:
     from megatron_rl.model_dims import read_model_dims
+    from megatron_rl.planner.lengths import Lengths
     from megatron_rl.planner.report import plan_text
-    from megatron_rl.planner.search import Lengths
 
     lengths = Lengths(
         prompt=asked.prompt_tokens or config.data.max_prompt_tokens / 4,

@@ -170,7 +170,7 @@ class ParallelLayout:
             stage: 0-based.
             layers: of the whole model.
         """
-        return tuple(layer for layer, holder in enumerate(_stages(self, layers)) if holder == stage)
+        return _held(self, layers)[stage]
 
     def coordinates(self, rank: int) -> Coordinates:
         """The place of ``rank`` on each axis.
@@ -222,6 +222,14 @@ def _stages(layout: ParallelLayout, layers: int) -> tuple[int, ...]:
         raise ValueError("; ".join(problems))
     bounds = list(accumulate(size // layout.virtual_pipeline for size in layout._stage_layers(layers)))
     return tuple(bisect(bounds, layer % bounds[-1]) for layer in range(layers))
+
+
+@cache
+def _held(layout: ParallelLayout, layers: int) -> tuple[tuple[int, ...], ...]:
+    held: list[list[int]] = [[] for _ in range(layout.pipeline)]
+    for layer, stage in enumerate(_stages(layout, layers)):
+        held[stage].append(layer)
+    return tuple(map(tuple, held))
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:

@@ -143,29 +143,54 @@ class ModelDims:
         if experts.shared_ffn_hidden % layout.tensor:
             yield f"tensor={layout.tensor} does not divide the shared expert's ffn width of {experts.shared_ffn_hidden}"
 
-    def row_flops(self, length: int) -> float:
-        """FLOPs of a forward pass over a row of ``length`` tokens (a multiply and an add are two).
+    @property
+    def sparse_layers(self) -> frozenset[int]:
+        """Those that have experts."""
+        return frozenset(() if self.experts is None else self.experts.layers)
 
-        Matrices cost the same for each token; each query meets, on the average, half of the row's keys.
-        """
+    def row_flops(self, length: int) -> float:
+        """FLOPs of a forward pass over a row of ``length`` tokens (a multiply and an add are two)."""
+        sparse = len(self.sparse_layers)
+        layers = (self.layers - sparse) * self.layer_flops(length, sparse=False)
+        if sparse:
+            layers += sparse * self.layer_flops(length, sparse=True)
+        return layers + self.output_flops(length)
+
+    def layer_flops(self, length: int, *, sparse: bool) -> float:
+        """The same of one layer, with experts or without."""
+        return self.linear_flops(length, sparse=sparse) + self.score_flops(length) + self._router_flops(length, sparse)
+
+    def linear_flops(self, length: int, *, sparse: bool) -> float:
+        """The same of a layer's linears, which FP8 makes faster: all but the scores of attention and the router."""
         hidden, experts, latent = self.hidden, self.experts, self.latent
-        sparse = 0 if experts is None else len(experts.layers)
-        ffn = (self.layers - sparse) * 3 * hidden * self.ffn_hidden
-        if experts is not None:
+        width = self.ffn_hidden
+        if sparse:
+            assert experts is not None, "only a model with experts has sparse layers"
             width = experts.per_token * experts.ffn_hidden + experts.shared_ffn_hidden
-            ffn += sparse * hidden * (3 * width + experts.count)
         if latent is None:
-            scores = values = self.heads * self.head_dim
-            attention = hidden * (2 * scores + 2 * self.kv_heads * self.head_dim)
+            attention = hidden * 2 * (self.heads + self.kv_heads) * self.head_dim
         else:
-            scores = self.heads * (latent.plain_head_dim + latent.rotary_head_dim)
-            values = self.heads * latent.value_head_dim
+            queries = self.heads * (latent.plain_head_dim + latent.rotary_head_dim)
             rank = latent.query_rank
-            attention = hidden * scores if rank is None else rank * (hidden + scores)
-            attention += hidden * (latent.kv_rank + latent.rotary_head_dim + values)
+            attention = hidden * queries if rank is None else rank * (hidden + queries)
+            attention += hidden * (latent.kv_rank + latent.rotary_head_dim + self.heads * latent.value_head_dim)
             attention += latent.kv_rank * self.heads * (latent.plain_head_dim + latent.value_head_dim)
-        matrices = 2.0 * length * (self.layers * attention + ffn + hidden * self.vocabulary)
-        return matrices + length**2 * self.layers * float(scores + values)
+        return 2.0 * length * (attention + 3 * hidden * width)
+
+    def _router_flops(self, length: int, sparse: bool) -> float:
+        return 2.0 * length * self.hidden * self.experts.count if sparse and self.experts is not None else 0.0
+
+    def score_flops(self, length: int) -> float:
+        """The same of a layer's scores and of what they weigh: a query meets half of the row's keys, on average."""
+        latent = self.latent
+        width = 2 * self.head_dim
+        if latent is not None:
+            width = latent.plain_head_dim + latent.rotary_head_dim + latent.value_head_dim
+        return length**2 * float(self.heads * width)
+
+    def output_flops(self, length: int) -> float:
+        """The same of the output layer of a policy."""
+        return 2.0 * length * self.hidden * self.vocabulary
 
 
 def read_model_dims(model: Path) -> ModelDims:

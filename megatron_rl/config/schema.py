@@ -388,6 +388,14 @@ class EngineConfig:
                 "choose 'fp8_per_channel' or 'none'"
             )
 
+    def gpu_problems(self, gpu: Gpu) -> Iterator[str]:
+        """What an engine on such a GPU cannot do."""
+        if self.quantised and gpu.capability < (8, 9):
+            yield (
+                f"engine.quantization: {self.quantization!r} needs a GPU of compute capability 8.9 or higher (Ada, "
+                f"Hopper, Blackwell), found {gpu.capability[0]}.{gpu.capability[1]}: set 'none'"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:

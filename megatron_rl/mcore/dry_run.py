@@ -96,7 +96,7 @@ def dry_run(
         states = _optimizer_bytes(training)
         activations, reason = None, "not asked for"
         if row_tokens is not None:
-            activations, reason = _count_activations(training, trainer, dims, head, row_tokens)
+            activations, reason = _fake_activations(training, trainer, dims, head, row_tokens)
         return DryRun(
             parameters=count,
             weights=sum(b.param_data.nbytes for b in buffers) if trainer.distributed_optimizer else size,
@@ -186,14 +186,28 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def _count_activations(
+def _fake_activations(
     training: Training, trainer: TrainerConfig, dims: ModelDims, head: Head, row_tokens: int
 ) -> tuple[int | None, str]:
     layout = trainer.layout
-    if dims.experts is not None:
+    if dims.sparse_layers:
         return None, "how many tokens each expert gets depends on values, which fake tensors have not"
     if layout.pipeline > 1 or layout.context > 1:
         return None, "stages and context ranks tell each other lengths and positions, which fake tensors have not"
+    return count_activations(training, trainer, head, row_tokens), ""
+
+
+def count_activations(training: Training, trainer: TrainerConfig, head: Head, row_tokens: int) -> int:
+    """The largest number of bytes that a forward and backward pass over one micro-batch has live beyond the states.
+
+    Tensors may be fake or real. The model must be whole on each tensor rank.
+
+    Args:
+        training: the model.
+        trainer: how many tokens a micro-batch has.
+        head: on top of the model.
+        row_tokens: length of each row.
+    """
     rows = max(1, trainer.tokens_per_microbatch // row_tokens)
     count = rows * row_tokens
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -219,4 +233,4 @@ def _count_activations(
         else:
             loss = read_tokens(training.chunks[0], output, batch, 1.0).logprobs.sum()
         loss.backward()
-    return live.peak, ""
+    return live.peak

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from megatron_rl.config.schema import EngineConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout, padded_vocabulary
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.planner.states import DTYPE_BYTES, rank_parameters, state_bytes, total_parameters
+from megatron_rl.planner.states import (
+    DTYPE_BYTES,
+    linear_parameters,
+    stage_elements,
+    state_bytes,
+    total_parameters,
+)
 from megatron_rl.weights.rules import Head
 
 TORCH_CHUNK_BYTES = 256 * 2**20
@@ -34,42 +40,68 @@ class Cell:
     formula: str
 
 
-def activation_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
-    """What one layer keeps for its backward pass, in bytes per token of a rank; the mean over dense and sparse layers.
+def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, *, sparse: bool) -> float:
+    """What a layer keeps for its backward pass, in bytes per token of a rank; ``sparse``: one with experts.
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equations 1, 2 and 4,
-    with the tensors of this architecture in place of GPT's. With h, a (query heads x width), k (key heads x width) and
-    f, a dense layer keeps 3 a + 3 k + 5 f elements, two norms and what enters them (6 h; 10 h in bfloat16, whose norms
-    compute in float32), four rows of angles and the softmax's float32 sums. Sequence parallelism shares the h over
-    tensor ranks. ``selective`` leaves out the sums, since the rows of this attention hold no scores; ``full`` keeps the
-    layer's input alone. For dense layers a test holds this against the real model; experts and latent attention are
-    counted likewise and not tested.
+    with the tensors of this architecture in place of GPT's: what megatron-core's own modules keep, to the byte but for
+    a few numbers per token; Transformer Engine's norms keep less. With h, a (query heads x width), k (key heads x
+    width) and f: 3 a + 3 k for attention, 5 f for a dense feed-forward block, two norms and what enters them (3 h each;
+    5 h in bfloat16, whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
+    h + 6 f for each token that they get, as many as if all were chosen alike, and the router its scores. Sequence
+    parallelism shares what has h, and the tokens of experts, over tensor ranks. ``selective`` leaves out the sums,
+    since the rows of this attention hold no scores; ``full`` keeps a layer's input, and what the dispatcher of tokens
+    remembers. A test holds all of it against passes of the real model.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    share = 1 / layout.tensor if layout.sequence_parallel else 1.0
+    experts = dims.experts if sparse else None
     if trainer.recompute == "full":
-        return size * hidden
-    latent = dims.latent
-    if latent is None:
-        heads = 3 * (dims.heads + dims.kv_heads) * dims.head_dim
-        alone = 4 * dims.head_dim
-    else:
-        heads = dims.heads * (4 * (latent.plain_head_dim + latent.rotary_head_dim) + 3 * latent.value_head_dim)
-        alone = 2 * ((latent.query_rank or 0) + latent.kv_rank + 3 * latent.rotary_head_dim)
-    experts = dims.experts
-    sparse = 0 if experts is None else len(experts.layers)
-    ffn = 5 * dims.ffn_hidden / layout.tensor * (dims.layers - sparse)
-    if experts is not None:
-        routed = experts.per_token * (5 * experts.ffn_hidden / layout.expert_tensor + 3 * dims.hidden)
-        share = 1 / layout.tensor if layout.sequence_parallel else 1.0
-        ffn += sparse * (routed * share + 5 * experts.shared_ffn_hidden / layout.tensor)
-    sums = 0.0 if trainer.recompute == "selective" else 4 * dims.heads / layout.tensor
-    return size * (_norms(size) * hidden + heads / layout.tensor + alone + ffn / dims.layers) + sums + 8
+        remembered = 0 if experts is None else size * dims.hidden + 5 * experts.count + 8 * experts.per_token
+        return (size * dims.hidden + remembered) * share
+    kept = size * 2 * _norm_rows(size) * dims.hidden * share + 8 + _attention_bytes(dims, layout.tensor, size)
+    if trainer.recompute == "none":
+        kept += 4 * dims.heads / layout.tensor
+    if experts is None:
+        return kept + size * 5 * dims.ffn_hidden / layout.tensor
+    routed = experts.per_token * (dims.hidden * layout.expert_tensor + 6 * experts.ffn_hidden)
+    kept += (size * routed + 14 * experts.count + 20 * experts.per_token) * share
+    gated = dims.hidden * share if experts.shared_gate else 0.0
+    return kept + size * (5 * experts.shared_ffn_hidden / layout.tensor + gated)
 
 
-def _norms(size: int) -> int:
-    """Elements of width h that a layer's two norms keep, their inputs included."""
-    return 10 if size == 2 else 6
+def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
+    """What attention keeps: queries, keys, values, what it makes of them, angles, and norms of heads or latents."""
+    latent, norm = dims.latent, _norm_rows(size)
+    if latent is not None:
+        width = latent.plain_head_dim + latent.rotary_head_dim
+        heads = 2 * dims.heads * (width + latent.value_head_dim) / tensor
+        ranks = latent.kv_rank + (latent.query_rank or 0)
+        apart = latent.rotary_head_dim if size == 4 else 0  # in bfloat16 the norm's copy leaves the rest of it free
+        return size * (heads + norm * ranks + 4 * latent.rotary_head_dim + apart) + 4 * (
+            1 + (latent.query_rank is not None)
+        )
+    queries, keys = dims.heads * dims.head_dim / tensor, dims.kv_heads * dims.head_dim / tensor
+    kept = size * (3 * queries + 3 * keys + 4 * dims.head_dim)
+    if not dims.qk_norm:
+        return kept
+    normed = 2 * queries + keys if size == 4 else 4 * (queries + keys)
+    return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
+
+
+def layers_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, layers: Iterable[int]) -> float:
+    """The same of these layers together."""
+    held = tuple(layers)
+    sparse = len(dims.sparse_layers.intersection(held))
+    kept = (len(held) - sparse) * layer_activation_bytes(dims, trainer, dtype, sparse=False)
+    return kept + sparse * layer_activation_bytes(dims, trainer, dtype, sparse=True)
+
+
+def _norm_rows(size: int) -> int:
+    """Elements, for each that enters it, that a norm keeps: its input, that normalised, and what it gives; in bfloat16
+    the first two are float32.
+    """
+    return 5 if size == 2 else 3
 
 
 def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
@@ -78,16 +110,36 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
-    gradients = hidden + 2 * dims.ffn_hidden / layout.tensor
+    gradients = {}
+    if len(dims.sparse_layers) < dims.layers:
+        gradients[False] = hidden + 2 * dims.ffn_hidden / layout.tensor
+    if dims.experts is not None and dims.sparse_layers:
+        # of tokens on their way from the experts: what these gave, that put in order, and weighed
+        copies = 3 if size == 4 else 4
+        gradients[True] = copies * dims.experts.per_token * hidden
+        gradients[True] += hidden if dims.experts.shared_ffn_hidden else 0.0
     if trainer.recompute == "full":
         again = replace(trainer, recompute="none")
         gathered = dims.hidden if layout.sequence_parallel else 0
-        return activation_bytes_per_token(dims, again, dtype) + size * (gradients + gathered)
-    return size * max((_norms(size) + 2 if size == 2 else 6) * hidden, gradients)
+        return max(
+            layer_activation_bytes(dims, again, dtype, sparse=sparse)
+            + size * (rows + gathered - (2 * hidden if sparse else 0))
+            for sparse, rows in gradients.items()
+        )
+    head = 12 if size == 2 else 6
+    return size * max(head * hidden, *gradients.values())
 
 
 def trainer_cells(
-    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, *, reference: bool, on_gpu: bool
+    role: str,
+    dims: ModelDims,
+    trainer: TrainerConfig,
+    head: Head,
+    dtype: str,
+    *,
+    reference: bool,
+    on_gpu: bool,
+    longest_row: int = 0,
 ) -> list[Cell]:
     """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
 
@@ -99,9 +151,14 @@ def trainer_cells(
         dtype: of its weights.
         reference: whether a frozen copy is kept.
         on_gpu: whether ``logprob_kernel="auto"`` means Triton.
+        longest_row: tokens of a row that may come: where context ranks hold more of it than
+            ``tokens_per_microbatch``, it makes a micro-batch of its own.
     """
+    filled = replace(
+        trainer, tokens_per_microbatch=max(trainer.tokens_per_microbatch, -(-longest_row // trainer.layout.context))
+    )
     stages = unlike_stages(trainer.layout)
-    return max((_stage_cells(role, dims, trainer, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
+    return max((_stage_cells(role, dims, filled, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
 
 
 def unlike_stages(layout: ParallelLayout) -> list[int]:
@@ -128,18 +185,24 @@ def _stage_cells(
     on_gpu: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    rank = layout.rank_of(pipeline=stage)
-    states = state_bytes(dims, trainer, head, rank, dtype)
+    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
+    states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
     sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
-    layers = len(layout.layers_of_stage(stage, dims.layers))
+    held = layout.layers_of_stage(stage, dims.layers)
     flying = pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage)
-    each = activation_bytes_per_token(dims, trainer, dtype)
-    passing = passing_bytes_per_token(dims, trainer, dtype)
+    kept, passing = layers_activation_bytes(dims, trainer, dtype, held), passing_bytes_per_token(dims, trainer, dtype)
+    sparse = len(dims.sparse_layers.intersection(held))
+    kinds = [(len(held) - sparse, False, "layers"), (sparse, True, "layers with experts")]
+    each = " + ".join(
+        f"{count} {what} x {layer_activation_bytes(dims, trainer, dtype, sparse=kind):,.0f} B"
+        for count, kind, what in kinds
+        if count
+    )
     formula = (
-        f"{tokens} tokens x ({layers} layers x {flying:g} micro-batches in flight x {each:,.0f} B + {passing:,.0f} B "
-        f"in passing) (recompute={trainer.recompute})"
+        f"{tokens:,} tokens x ({flying:g} micro-batches in flight x ({each}) + {passing:,.0f} B in passing) "
+        f"(recompute={trainer.recompute})"
     )
     cells = [
         Cell(name=f"{role}.weights", value=states.weights, unit="B", formula=f"{count} x {size} B, padding included"),
@@ -151,14 +214,34 @@ def _stage_cells(
             formula="on the host" if trainer.optimizer_on_host else f"{count} x {12 if size == 2 else 8} B{sharded}",
         ),
         Cell(name=f"{role}.host_optimizer", value=states.host_optimizer, unit="B", formula=f"{count} x 12 B{sharded}"),
-        Cell(name=f"{role}.activations", value=tokens * (layers * flying * each + passing), unit="B", formula=formula),
+        Cell(name=f"{role}.activations", value=tokens * (flying * kept + passing), unit="B", formula=formula),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
+    if trainer.fp8 is not None and not trainer.fp8.parameters:
+        cells.append(_fp8_copies(role, dims, trainer, stage))
     if reference:
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
     return cells
+
+
+def _fp8_copies(role: str, dims: ModelDims, trainer: TrainerConfig, stage: int) -> Cell:
+    """What Transformer Engine keeps of the weights of linears from one micro-batch to the next: as rows, for the
+    products of the forward pass, and as columns, for those of the backward pass.
+    """
+    assert trainer.fp8 is not None
+    layout, kept = trainer.layout, trainer.fp8.layers_kept
+    held = [n for n in layout.layers_of_stage(stage, dims.layers) if kept <= n < dims.layers - kept]
+    sparse = len(dims.sparse_layers.intersection(held))
+    count = (len(held) - sparse) * linear_parameters(dims, layout, sparse=False)
+    count += sparse * linear_parameters(dims, layout, sparse=True)
+    return Cell(
+        name=f"{role}.fp8_weights",
+        value=2 * count,
+        unit="B",
+        formula=f"{count:,} weights of linears in {len(held)} layers x 2 B: rows and columns in FP8, besides",
+    )
 
 
 def _logits(role: str, dims: ModelDims, trainer: TrainerConfig, size: int, triton: bool) -> Cell:
@@ -266,8 +349,5 @@ def engine_cells(dims: ModelDims, engine: EngineConfig, dtype: str) -> list[Cell
 
 def stage_parameters(dims: ModelDims, trainer: TrainerConfig, head: Head) -> list[int]:
     """Elements on the first rank of each stage: the balance of the pipeline."""
-    layout = trainer.layout
-    return [
-        sum(p.elements for piece in rank_parameters(dims, layout, head, layout.rank_of(pipeline=s)) for p in piece)
-        for s in range(layout.pipeline)
-    ]
+    stages = range(trainer.layout.pipeline)
+    return [sum(stage_elements(dims, trainer.layout, head, stage).values()) for stage in stages]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import Cell, device_bytes
-from megatron_rl.planner.search import Choice, Lengths, Plan, choices, legal_minibatches, plan, together
+from megatron_rl.planner.search import Choice, Plan, choices, legal_minibatches, plan, together
 from megatron_rl.planner.times import Machine
 
 _SHOWN = 5
@@ -40,6 +42,11 @@ def plan_text(
     """
     if device not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device}")
+    longest = config.rollout.max_response_tokens
+    if lengths.response > longest:
+        raise ValueError(
+            f"--response-tokens must be at most rollout.max_response_tokens={longest}, got {lengths.response:g}"
+        )
     machine = Machine(device=DEVICES[device], per_node=per_node)
     found = plan(config, dims, machine, lengths)
     if explain is not None:
@@ -51,11 +58,6 @@ def plan_text(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
     lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
-    lines += [
-        f"{role}.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
-        for role, trainer in config.trainers.items()
-        if trainer.fp8 is not None
-    ]
     lines += _memory(found, [*config.trainers, "engine"])
     if found.memory and config.cluster.colocate:
         lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
@@ -100,15 +102,29 @@ def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
 
 
 def _ranked(found: list[Choice]) -> Iterator[str]:
-    for choice in [c for c in found if not c.problem][:_SHOWN]:
-        yield f"  {choice.layout!s:28}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
+    """Layouts that can be, the fastest first and of each number of tensor ranks and stages one; the smallest; then why
+    others cannot.
+    """
+    fits = [choice for choice in found if not choice.problem]
+    fastest = {(choice.layout.tensor, choice.layout.pipeline): choice for choice in reversed(fits)}
+    shown = sorted(fastest.values(), key=lambda choice: choice.seconds)[:_SHOWN]
+    if fits and (smallest := min(fits, key=lambda choice: choice.bytes)) not in shown:
+        shown.append(smallest)
+    for choice in shown:
+        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
+    if len(fits) > len(shown):
+        yield f"  {len(fits) - len(shown)} more can be"
+    if not fits:
+        yield "  none can be: more devices, recompute, optimizer_on_host or a smaller tokens_per_microbatch may help"
     refused: dict[str, list[Choice]] = {}
     for choice in found:
         if choice.problem:
-            refused.setdefault(choice.problem, []).append(choice)
-    for problem, alike in list(refused.items())[:_SHOWN]:
+            refused.setdefault(_NUMBERS.sub("", choice.problem), []).append(choice)
+    for alike in sorted(refused.values(), key=len, reverse=True):
+        nearest = min(alike, key=lambda choice: choice.bytes)
         others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-        yield f"  no: {alike[0].layout}{others}: {problem}"
-    if len(refused) > _SHOWN:
-        left = list(refused.values())[_SHOWN:]
-        yield f"  {sum(map(len, left))} more cannot be, for {len(left)} other reasons"
+        yield f"  no: {nearest.layout}{others}: {nearest.problem}"
+
+
+_NUMBERS = re.compile(r"\[[^]]*\]|[\d.,]+")
+"""What layouts that cannot be for the same reason differ in."""

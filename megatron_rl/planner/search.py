@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,18 +10,11 @@ from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import RunConfig, TrainerConfig, fake_quantization_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells
-from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
+from megatron_rl.planner.lengths import Lengths, Responses
+from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells, unlike_stages
+from megatron_rl.planner.states import least_bytes
 from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Mean tokens of a prompt and of a response."""
-
-    prompt: float
-    response: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +61,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     """
     dtype, engine = config.model.dtype, config.engine
     problems = list(config.contradictions(dims, _gpu(machine)))
-    if not machine.device.is_gpu:
-        problems += engine.cpu_problems()
+    problems += engine.gpu_problems(_gpu(machine)) if machine.device.is_gpu else engine.cpu_problems()
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))
@@ -77,7 +70,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     room = machine.device.memory - machine.device.reserved
     for who, held in together(config, memory):
         if held > room:
-            problems.append(f"{who}: needs {held / 1e9:.1f} GB of a device's {room / 1e9:.1f} GB")
+            problems.append(f"{who}: needs {_up(held)} GB of a device's {room / 1e9:.1f} GB")
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
@@ -123,6 +116,7 @@ def _keeps(config: RunConfig, role: str) -> bool:
 
 def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
     dtype, engine = config.model.dtype, config.engine
+    responses = Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
     rollout = rollout_time(
         dims,
         engine,
@@ -130,15 +124,16 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
         dtype,
         samples=config.samples_per_step,
         prompt_tokens=lengths.prompt,
-        response_tokens=lengths.response,
-        longest=config.rollout.max_response_tokens,
+        responses=responses,
     )
     yield Cell(
         name="time.rollout",
         value=rollout.total,
         unit="s",
-        formula=f"prefill {rollout.prefill:.2f} s + decode {rollout.decode:.2f} s of {config.samples_per_step} samples "
-        f"of {lengths.prompt:g} + {lengths.response:g} tokens on {engine.count} engines",
+        formula=f"prefill {rollout.prefill:.2f} s + decode {rollout.full:.2f} s while samples wait + "
+        f"{rollout.tail:.2f} s until the longest is done: {config.samples_per_step} samples of {lengths.prompt:g} + "
+        f"{lengths.response:g} tokens (longest: {responses.longest_of(config.samples_per_step):,.0f}) on "
+        f"{engine.count} engines",
     )
     scored, updated = [], []
     for role, trainer in config.trainers.items():
@@ -174,7 +169,7 @@ def role_seconds(
     row = lengths.prompt + lengths.response
     whole = Work(rows=config.samples_per_step, row_tokens=row)
     part = Work(rows=config.ppo.minibatch_samples, row_tokens=row)
-    forward = pass_time(dims, trainer, machine, whole, dtype, backward=False)
+    forward = pass_time(dims, trainer, machine, whole, dtype, backward=False, head=head_of(role))
     times = 2 if _keeps(config, role) else 1
     update = update_time(dims, trainer, head_of(role), machine, part, dtype)
     count = config.updates_per_step
@@ -200,13 +195,41 @@ def role_seconds(
 def choices(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
 ) -> list[Choice]:
-    """Every layout of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot."""
+    """Layouts of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot. Of those that
+    differ in ``virtual_pipeline`` alone the fastest that fits.
+    """
     beside = _beside(config, dims, machine, role)
-    found = [
-        _judged(config, dims, machine, lengths, role, layout, beside)
-        for layout in _layouts(dims, ranks, machine.per_node)
-    ]
-    return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.layout.pipeline, c.layout.tensor))
+    found = []
+    for layout in _layouts(dims, ranks, machine.per_node):
+        one = _judged(config, dims, machine, lengths, role, layout, beside)
+        if not one.problem:  # more pieces hold more: where one does not fit, none does
+            one = _folded(config, dims, machine, lengths, role, one, beside)
+        found.append(one)
+    return sorted(found, key=lambda c: (bool(c.problem), c.seconds, c.bytes))
+
+
+def _folded(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, one: Choice, beside: float
+) -> Choice:
+    """The fastest that fits of ``one`` and the same with more pieces on each stage."""
+    faster = []
+    for pieces in _pieces(dims.layers, one.layout):
+        layout = replace(one.layout, virtual_pipeline=pieces)
+        seconds = _seconds(config, dims, machine, lengths, role, layout)
+        if seconds < one.seconds:
+            faster.append((seconds, pieces, layout))
+    for _, _, layout in sorted(faster, key=lambda each: each[:2]):
+        choice = _judged(config, dims, machine, lengths, role, layout, beside)
+        if not choice.problem:
+            return choice
+    return one
+
+
+def _seconds(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+) -> float:
+    trainer = replace(config.trainers[role], layout=layout)
+    return sum(cell.value for cell in role_seconds(config, dims, machine, lengths, role, trainer))
 
 
 def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> float:
@@ -229,23 +252,57 @@ def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trai
         config.model.dtype,
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
+        longest_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
     )
 
 
 def _layouts(dims: ModelDims, ranks: int, per_node: int) -> Iterator[ParallelLayout]:
-    for tensor in (n for n in (1, 2, 4, 8) if n <= per_node and ranks % n == 0):
+    """Ways to share a model over ``ranks``: tensor ranks in a node, any number of stages, powers of two else. Whether a
+    model can be laid out so is not looked at.
+    """
+    sizes = [2**n for n in range(8)]
+    for tensor in (n for n in sizes[:4] if n <= per_node and ranks % n == 0):
         for pipeline in (n for n in range(1, min(32, dims.layers) + 1) if ranks % (tensor * n) == 0):
-            data = ranks // (tensor * pipeline)
-            shares = [1] if dims.experts is None else [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= tensor * data]
-            for expert in shares:
-                yield ParallelLayout(
+            for context in (n for n in sizes[:4] if ranks % (tensor * pipeline * n) == 0):
+                base = ParallelLayout(
                     tensor=tensor,
                     pipeline=pipeline,
-                    data=data,
-                    expert=expert,
-                    expert_tensor=tensor if dims.experts is not None and expert == 1 else 1,
+                    context=context,
+                    data=ranks // (tensor * pipeline * context),
                     sequence_parallel=tensor > 1,
+                    **_ends(dims.layers, pipeline),
                 )
+                for expert, expert_tensor in _expert_shares(dims, base, sizes):
+                    yield replace(base, expert=expert, expert_tensor=expert_tensor)
+
+
+def _ends(layers: int, pipeline: int) -> dict[str, int]:
+    """Layers of the first and the last stage where the others cannot all have as many: fewer than they, since these
+    have the vocabulary besides.
+    """
+    if layers % pipeline == 0:
+        return {}
+    left = layers - (pipeline - 2) * -(-layers // pipeline)
+    return {"first_stage_layers": left - left // 2, "last_stage_layers": left // 2} if left >= 2 else {}
+
+
+def _pieces(layers: int, layout: ParallelLayout) -> list[int]:
+    """Numbers above 1 that divide the layers of every stage."""
+    if layout.pipeline == 1:
+        return []
+    common = math.gcd(*(len(layout.layers_of_stage(stage, layers)) for stage in range(layout.pipeline)))
+    return [n for n in range(2, common + 1) if common % n == 0]
+
+
+def _expert_shares(dims: ModelDims, layout: ParallelLayout, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    if dims.experts is None:
+        yield 1, 1
+        return
+    stage = layout.tensor * layout.context * layout.data
+    for expert_tensor in sorted({1, layout.tensor}):
+        shares = (n for n in sizes if stage % (n * expert_tensor) == 0)
+        # copies of experts on tensor ranks would drift apart
+        yield from ((n, expert_tensor) for n in shares if n > 1 or expert_tensor == layout.tensor)
 
 
 def _judged(
@@ -267,17 +324,18 @@ def _judged(
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
     room = machine.device.memory - machine.device.reserved - beside
     there = f"the {room / 1e9:.1f} GB that the other model leaves" if beside else f"a device's {room / 1e9:.1f} GB"
-    least = _least_bytes(dims, layout, head_of(role), config.model.dtype)
-    if least > room:
-        problem = f"needs at least {least / 1e9:.0f} GB of {there}"
+    stages = unlike_stages(layout)
+    least = max(least_bytes(dims, trainer, head_of(role), stage, config.model.dtype) for stage in stages)
+    if least > room:  # which spares laying out one by one what cannot be
+        problem = f"weights, gradients and optimizer need {_up(least)} GB of {there}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
     held = device_bytes(_cells(config, dims, machine, role, trainer))
-    seconds = sum(c.value for c in role_seconds(config, dims, machine, lengths, role, trainer))
-    problem = f"needs {held / 1e9:.1f} GB of {there}" if held > room else ""
-    return Choice(layout=layout, bytes=held, seconds=seconds, problem=problem)
+    if held > room:
+        return Choice(layout=layout, bytes=held, seconds=0, problem=f"needs {_up(held)} GB of {there}")
+    seconds = _seconds(config, dims, machine, lengths, role, layout)
+    return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
 
 
-def _least_bytes(dims: ModelDims, layout: ParallelLayout, head: Head, dtype: str) -> float:
-    """Weights and gradients if all were shared as far as the experts are: which spares counting them one by one."""
-    most = max(layout.tensor, layout.expert * layout.expert_tensor) * layout.pipeline
-    return total_parameters(dims, head) * (4 + DTYPE_BYTES[dtype]) / most
+def _up(held: float) -> str:
+    """GB, rounded up: what does not fit shall not look as if it did."""
+    return f"{math.ceil(held / 1e8) / 10:.1f}"

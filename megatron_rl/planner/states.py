@@ -7,9 +7,10 @@ holds the result against the real model of :mod:`megatron_rl.mcore.dry_run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 
 from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.layout import ParallelLayout
@@ -58,13 +59,11 @@ class Parameter:
     """One parameter on one rank.
 
     Attributes:
-        name: as megatron-core has it, with the global number of its layer.
         elements: of this rank's shard.
         shared_out: whether it belongs to an expert that others do not hold, and so to buffers of its own.
         tied: whether first and last stage each hold a copy, which gets a bucket of its own.
     """
 
-    name: str
     elements: int
     shared_out: bool
     tied: bool
@@ -93,12 +92,8 @@ def rank_parameters(
     dims: ModelDims, layout: ParallelLayout, head: Head, rank: int
 ) -> tuple[tuple[Parameter, ...], ...]:
     """The parameters of each piece of the model on ``rank``, in the order that megatron-core registers them."""
-    at = layout.coordinates(rank)
-    experts = layout.expert_coordinates(rank)
-    return tuple(
-        _piece_parameters(dims, layout, head, at.pipeline, piece, experts.expert)
-        for piece in range(layout.virtual_pipeline)
-    )
+    stage = layout.coordinates(rank).pipeline
+    return tuple(_piece_parameters(dims, layout, head, stage, piece) for piece in range(layout.virtual_pipeline))
 
 
 @cache  # a search asks for the same rank more than once
@@ -146,59 +141,99 @@ def _replicas(layout: ParallelLayout, rank: int) -> dict[bool, tuple[int, int]]:
     }
 
 
-@cache
 def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, rank: int) -> float:
     """Elements that ``rank`` sends once its gradients are summed over all that hold the same parameters, each of which
     keeps the sum of an equal part: ``(n - 1) / n`` of those with ``n`` copies. Experts have fewer copies than the rest.
     """
-    kinds = _replicas(layout, rank)
-    held = (p for piece in rank_parameters(dims, layout, head, rank) for p in piece)
-    return sum(p.elements * (1 - 1 / kinds[p.shared_out][0]) for p in held)
+    kinds, held = _replicas(layout, rank), stage_elements(dims, layout, head, layout.coordinates(rank).pipeline)
+    return sum(count * (1 - 1 / kinds[shared_out][0]) for shared_out, count in held.items())
+
+
+def optimized_elements(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> float:
+    """Elements whose optimizer states a rank of ``stage`` has, if replicas could share them equally."""
+    held = stage_elements(dims, trainer.layout, head, stage)
+    kinds = _replicas(trainer.layout, trainer.layout.rank_of(pipeline=stage))
+    return sum(n / (kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items())
+
+
+def least_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int, dtype: str) -> float:
+    """Weights, gradients and optimizer states on the device of a rank of ``stage``, padding left out and optimizer
+    states shared equally.
+    """
+    kept = 0 if trainer.optimizer_on_host else 12 if dtype == "bfloat16" else 8
+    weights = (DTYPE_BYTES[dtype] + 4) * sum(stage_elements(dims, trainer.layout, head, stage).values())
+    return weights + kept * optimized_elements(dims, trainer, head, stage)
+
+
+@cache
+def stage_elements(dims: ModelDims, layout: ParallelLayout, head: Head, stage: int) -> Mapping[bool, int]:
+    """Elements of the parameters on a rank of ``stage``, by ``shared_out``."""
+    found = {False: 0, True: 0}
+    held = layout.layers_of_stage(stage, dims.layers)
+    sparse = len(dims.sparse_layers.intersection(held))
+    axes = (layout.tensor, layout.expert_tensor, layout.expert)
+    for count, kind in ((len(held) - sparse, False), (sparse, True)):
+        for parameter in _layer_parameters(dims, head, kind, *axes) if count else ():
+            found[parameter.shared_out] += count * parameter.elements
+    last = stage == layout.pipeline - 1
+    copies = {Stage.FIRST: (stage == 0) + (last and _is_tied(dims, layout, head)), Stage.LAST: int(last)}
+    for entry in _entries(dims, head).outside:
+        found[False] += copies[entry.stage] * _parameter(entry, dims, layout).elements
+    return found
+
+
+def _is_tied(dims: ModelDims, layout: ParallelLayout, head: Head) -> bool:
+    """Whether first and last stage each hold a copy of the embedding."""
+    return dims.tied_embeddings and head is Head.TOKEN and layout.pipeline > 1
 
 
 @cache
 def total_parameters(dims: ModelDims, head: Head) -> int:
     """Elements of the whole model."""
-    return sum(p.elements for piece in rank_parameters(dims, ParallelLayout(), head, 0) for p in piece)
+    return sum(stage_elements(dims, ParallelLayout(), head, 0).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """Tensors that are trained, in the order that megatron-core registers them; all layers of a kind are alike."""
+
+    outside: tuple[WeightEntry, ...]
+    dense: tuple[WeightEntry, ...]
+    sparse: tuple[WeightEntry, ...]
 
 
 @cache
-def _by_layer(dims: ModelDims, head: Head) -> dict[int | None, tuple[WeightEntry, ...]]:
-    groups: dict[int | None, list[WeightEntry]] = {}
-    trained = (entry for entry in weight_entries(dims, head) if not is_float32(entry))  # the others are buffers
-    for entry in sorted(trained, key=_order):
-        groups.setdefault(entry.layer, []).append(entry)
-    return {layer: tuple(entries) for layer, entries in groups.items()}
+def _entries(dims: ModelDims, head: Head) -> _Entries:
+    experts = None if dims.experts is None else replace(dims.experts, layers=(1,))
+    two = weight_entries(replace(dims, layers=2, experts=experts), head)
+    trained = sorted((entry for entry in two if not is_float32(entry)), key=_order)  # the others are buffers
+    outside, dense, sparse = (tuple(e for e in trained if e.layer == layer) for layer in (None, 0, 1))
+    return _Entries(outside=outside, dense=dense, sparse=sparse)
 
 
-def _order(entry: WeightEntry) -> tuple[int, int, int, int]:
+def _order(entry: WeightEntry) -> tuple[int, int, int]:
     place = next((i for i, part in enumerate(_REGISTERED) if part in entry.megatron), None)
     if place is None:
         raise ValueError(f"{entry.megatron}: its place must be in megatron_rl/planner/states.py, found none")
-    return (
-        -1 if entry.layer is None else entry.layer,
-        place,
-        -1 if entry.expert is None else entry.expert,
-        int("linear_fc2" in entry.megatron),
-    )
+    return place, -1 if entry.expert is None else entry.expert, int("linear_fc2" in entry.megatron)
 
 
-@cache
 def _piece_parameters(
-    dims: ModelDims, layout: ParallelLayout, head: Head, stage: int, piece: int, expert_group: int
+    dims: ModelDims, layout: ParallelLayout, head: Head, stage: int, piece: int
 ) -> tuple[Parameter, ...]:
     last = layout.pipeline - 1
     first_piece, last_piece = stage == 0 and piece == 0, stage == last and piece == layout.virtual_pipeline - 1
-    tied = dims.tied_embeddings and head is Head.TOKEN and layout.pipeline > 1
-    outside = _by_layer(dims, head)[None]
-    found = []
+    tied = _is_tied(dims, layout, head)
+    outside = _entries(dims, head).outside
+    found: list[Parameter] = []
     if first_piece:
         found += [_parameter(e, dims, layout, tied=tied) for e in outside if e.stage is Stage.FIRST]
-    per_piece = dims.layers // layout.virtual_pipeline
-    axes = (layout.tensor, layout.expert_tensor, layout.expert, expert_group)
-    for layer in range(piece * per_piece, (piece + 1) * per_piece):
-        if layout.stage_of_layer(layer, dims.layers) == stage:
-            found += _layer_parameters(dims, head, layer, *axes)
+    held = layout.layers_of_stage(stage, dims.layers)
+    per_piece = len(held) // layout.virtual_pipeline
+    sparse = dims.sparse_layers
+    axes = (layout.tensor, layout.expert_tensor, layout.expert)
+    for layer in held[piece * per_piece : (piece + 1) * per_piece]:
+        found += _layer_parameters(dims, head, layer in sparse, *axes)
     if last_piece:
         found += [_parameter(e, dims, layout) for e in outside if e.stage is Stage.LAST]
         if tied:
@@ -206,39 +241,34 @@ def _piece_parameters(
     return tuple(found)
 
 
-@cache  # other stages and replicas of a search hold the same layers
+@cache
 def _layer_parameters(
-    dims: ModelDims, head: Head, layer: int, tensor: int, expert_tensor: int, expert: int, expert_group: int
+    dims: ModelDims, head: Head, sparse: bool, tensor: int, expert_tensor: int, expert: int
 ) -> tuple[Parameter, ...]:
+    """Of a rank whose experts are the first ones: those of the others have the same sizes."""
     layout = ParallelLayout(tensor=tensor, expert_tensor=expert_tensor, expert=expert)
-    experts = 0 if dims.experts is None else dims.experts.count // expert
-    mine = range(expert_group * experts, (expert_group + 1) * experts)
-    held = (e for e in _by_layer(dims, head)[layer] if e.expert is None or e.expert in mine)
-    return tuple(_parameter(e, dims, layout) for e in held)
+    entries, share = _entries(dims, head), 0 if dims.experts is None else dims.experts.count // expert
+    kind = entries.sparse if sparse else entries.dense
+    return tuple(_parameter(e, dims, layout) for e in kind if e.expert is None or e.expert < share)
+
+
+def linear_parameters(dims: ModelDims, layout: ParallelLayout, *, sparse: bool) -> int:
+    """Weights of a layer's linears on one rank, the router apart: what FP8 quantises."""
+    entries, share = _entries(dims, Head.VALUE), 0 if dims.experts is None else dims.experts.count // layout.expert
+    return sum(
+        _parameter(e, dims, layout).elements
+        for e in (entries.sparse if sparse else entries.dense)
+        if ".linear_" in e.megatron and e.megatron.endswith(".weight") and (e.expert is None or e.expert < share)
+    )
 
 
 def _parameter(entry: WeightEntry, dims: ModelDims, layout: ParallelLayout, *, tied: bool = False) -> Parameter:
     ranks = layout.tensor if entry.expert is None else layout.expert_tensor
     return Parameter(
-        name=entry.megatron,
-        elements=_elements(_alike(entry), dims, ranks),
+        elements=math.prod(shard_shape(entry, dims, ranks)),
         shared_out=entry.expert is not None and layout.expert > 1,
         tied=tied,
     )
-
-
-@cache
-def _alike(entry: WeightEntry) -> WeightEntry:
-    """One entry for all that differ in their layer and expert alone, and so have one shape."""
-    if entry.layer is None:
-        return entry
-    tail = entry.megatron.removeprefix(f"decoder.layers.{entry.layer}.").replace(f".{entry.expert}.", ".")
-    return replace(entry, megatron=tail, hf=(), layer=0, expert=None if entry.expert is None else 0)
-
-
-@cache
-def _elements(entry: WeightEntry, dims: ModelDims, ranks: int) -> int:
-    return math.prod(shard_shape(entry, dims, ranks))
 
 
 @dataclass(frozen=True)
@@ -253,7 +283,8 @@ class _Bucket:
         """Elements of parameters in this replica's part of the bucket."""
         part = (self.stop - self.start) // replicas
         low, high = self.start + replica * part, self.start + (replica + 1) * part
-        return sum(max(0, min(stop, high) - max(start, low)) for start, stop in self.parameters)
+        mine = takewhile(lambda parameter: parameter[0] < high, self.parameters)
+        return sum(max(0, min(stop, high) - max(start, low)) for start, stop in mine)
 
 
 def _buckets(parameters: Sequence[Parameter], replicas: int, largest: int | None) -> list[_Bucket]:

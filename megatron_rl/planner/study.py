@@ -14,8 +14,9 @@ from megatron_rl.config.load import ConfigError, parse
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import device_bytes
-from megatron_rl.planner.search import Lengths, Plan, plan
+from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.times import Machine
 from megatron_rl.report import summarise
 

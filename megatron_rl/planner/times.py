@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.schema import EngineConfig, TrainerConfig
+from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import (
     DECODE_STEP_S,
@@ -15,14 +16,15 @@ from megatron_rl.planner.devices import (
     MEMORY_SHARE,
     Device,
 )
+from megatron_rl.planner.lengths import Responses
 from megatron_rl.planner.memory import (
-    activation_bytes_per_token,
     cache_dtype,
     engine_weight_bytes,
     kv_bytes_per_token,
+    layers_activation_bytes,
     unlike_stages,
 )
-from megatron_rl.planner.states import DTYPE_BYTES, StateBytes, exchanged_parameters, state_bytes, total_parameters
+from megatron_rl.planner.states import DTYPE_BYTES, exchanged_parameters, optimized_elements, total_parameters
 from megatron_rl.weights.rules import Head
 
 
@@ -36,6 +38,14 @@ class Machine:
     def link(self, ranks: int) -> float:
         """Bytes a second between ``ranks`` that are numbered next to each other."""
         return LINK_SHARE * (self.device.link if ranks <= self.per_node else self.device.network)
+
+    def shuffle_time(self, sent: float, ranks: int) -> float:
+        """Seconds of an exchange of all with all, in which a rank sends ``sent`` bytes, as much to each of ``ranks``
+        that are numbered next to each other; it keeps its own, and links in a node and between nodes work side by side.
+        """
+        near = min(ranks, self.per_node)
+        inside, outside = sent * (near - 1) / ranks, sent * (ranks - near) / ranks
+        return max(inside / self.device.link, outside / self.device.network) / LINK_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,48 +86,124 @@ class PassTime:
 
 
 def pass_time(
-    dims: ModelDims, trainer: TrainerConfig, machine: Machine, work: Work, dtype: str, *, backward: bool
+    dims: ModelDims,
+    trainer: TrainerConfig,
+    machine: Machine,
+    work: Work,
+    dtype: str,
+    *,
+    backward: bool,
+    head: Head = Head.TOKEN,
 ) -> PassTime:
     """Passes over ``work``: forward, or forward and backward (twice the products; once more with full recompute).
 
-    Products: :meth:`ModelDims.row_flops`; the stage with the most layers sets the pace, and has as much of the head's
-    products as of the layers. Element-wise work reads and writes about twice what a layer would keep for
-    its backward pass. Each exchange has one mirror image in the backward pass, however many products that has; full
-    recompute repeats the forward's. Tensor ranks exchange four times a layer each way: two gathers and two scattered
-    sums, or two sums that cost twice as much. That a backward pass gathers the inputs of two products once more under
-    sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section 4.2.2).
-    Experts exchange twice each way (Lepikhin et al., "GShard", 2020, section 3.2); context ranks gather keys and values
-    once and sum their gradients once. A pipeline waits ``(p - 1) / (v m)`` of its time (Narayanan et al. 2021, section
-    2.2).
+    The stage that takes longest over a micro-batch sets the pace. Products: :meth:`ModelDims.layer_flops` of its own
+    layers, and of the output layer at the end of a policy; linears in FP8 are as much faster as :attr:`Device.fp8`
+    says. Element-wise work reads and writes about twice what a layer would keep for its backward pass. What is
+    exchanged: :func:`_layer_exchange`, and between stages hidden states (Narayanan et al., "Efficient Large-Scale
+    Language Model Training on GPU Clusters", 2021, section 2.2), as often as a stage has pieces. With one piece a stage
+    waits for them; several take turns, and one's are sent while another computes.
+
+    A pipeline of p stages waits while it fills: ``p - 1`` times what a piece takes, its sending included. The
+    interleaved schedule takes micro-batches by p, and where a group is not full waits for the missing ones as well.
     """
-    layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
+    layout, size = trainer.layout, DTYPE_BYTES[dtype]
     per_rank = max(work.tokens / layout.data, work.row_tokens) / layout.context
-    micro = min(trainer.tokens_per_microbatch, per_rank)
+    micro = min(max(trainer.tokens_per_microbatch, work.row_tokens / layout.context), per_rank)
     batches = max(1.0, per_rank / micro)
-    passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    with_experts = set() if dims.experts is None else set(dims.experts.layers)
-    stages = [layout.layers_of_stage(stage, dims.layers) for stage in unlike_stages(layout)]
-    held = max(stages, key=lambda layers: (len(layers), len(with_experts & set(layers))))
-    layers = len(held)
-    flops = dims.row_flops(round(work.row_tokens)) / work.row_tokens * micro / layout.tensor * layers / dims.layers
-    moved = 2 * micro * layers * activation_bytes_per_token(dims, _plain(trainer), dtype)
-    arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
-    exchanged = 0.0
-    if layout.tensor > 1:
-        bytes_each = size * micro * dims.hidden * (layout.tensor - 1) / layout.tensor
-        exchanged += 4 * layers * (bytes_each / machine.link(layout.tensor) + LAUNCH_S)
-    if layout.context > 1:
-        bytes_each = 2 * size * micro * (layout.context - 1) * dims.kv_heads * dims.head_dim / layout.tensor
-        exchanged += layers * bytes_each / machine.link(layout.tensor * layout.context)
-    if dims.experts is not None and layout.expert > 1:
-        sparse = len(with_experts & set(held))
-        routed = size * micro / layout.tensor * dims.experts.per_token * dims.hidden
-        ranks = layout.expert * layout.expert_tensor
-        exchanged += 2 * sparse * (routed * (layout.expert - 1) / layout.expert / machine.link(ranks) + LAUNCH_S)
-    exchanged *= 1 if not backward else 3 if trainer.recompute == "full" else 2
+    ways = 1 if not backward else 2
+    times = [
+        _stage_time(dims, trainer, machine, stage, micro, work.row_tokens, dtype, backward=backward, head=head)
+        for stage in unlike_stages(layout)
+    ]
+    arithmetic, exchanged = max(times, key=sum)
+    if layout.pipeline == 1:
+        return PassTime(arithmetic=arithmetic * batches, tensor=exchanged * batches, bubble=0.0)
+    hidden = size * micro * dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    hop = hidden / machine.link(layout.world_size) + LAUNCH_S
+    pieces, stages = layout.virtual_pipeline, layout.pipeline
+    sent, missing = ways * hop, 0.0
+    if pieces > 1:
+        sent = ways * pieces * LAUNCH_S + max(0.0, ways * pieces * (hop - LAUNCH_S) - arithmetic)
+        missing = math.ceil(batches / stages) * stages - batches
     busy = arithmetic + exchanged
-    bubble = busy * (layout.pipeline - 1) / layout.virtual_pipeline
-    return PassTime(arithmetic=arithmetic * batches, tensor=exchanged * batches, bubble=bubble)
+    bubble = busy * (missing + (stages - 1 - missing) / pieces) + (stages - 1) * ways * hop
+    return PassTime(arithmetic=arithmetic * batches, tensor=(exchanged + sent) * batches, bubble=bubble)
+
+
+def _stage_time(
+    dims: ModelDims,
+    trainer: TrainerConfig,
+    machine: Machine,
+    stage: int,
+    micro: float,
+    row: float,
+    dtype: str,
+    *,
+    backward: bool,
+    head: Head,
+) -> tuple[float, float]:
+    """Seconds of arithmetic and of exchanges of a stage with one micro-batch of ``micro`` tokens a rank, in rows of
+    ``row``.
+    """
+    layout, device = trainer.layout, machine.device
+    held, length = layout.layers_of_stage(stage, dims.layers), round(row)
+    kinds = {kind: [layer for layer in held if (layer in dims.sparse_layers) is kind] for kind in (False, True)}
+    kinds = {kind: layers for kind, layers in kinds.items() if layers}
+    flops = sum(len(layers) * dims.layer_flops(length, sparse=kind) for kind, layers in kinds.items())
+    if (fp8 := trainer.fp8) is not None and (backward or trainer.rounds):
+        saved, inner = 1 - 1 / device.fp8.get(fp8.recipe, 1.0), range(fp8.layers_kept, dims.layers - fp8.layers_kept)
+        for kind, layers in kinds.items():
+            flops -= saved * sum(layer in inner for layer in layers) * dims.linear_flops(length, sparse=kind)
+    if stage == layout.pipeline - 1 and head is Head.TOKEN:
+        flops += dims.output_flops(length)
+    flops *= micro / row / layout.tensor
+    moved = 2 * micro * layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held)
+    passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
+    arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
+    exchanged = sum(
+        len(layers) * _layer_exchange(dims, layout, machine, micro, length, dtype, sparse=kind)
+        for kind, layers in kinds.items()
+    )
+    return arithmetic, exchanged * (1 if not backward else 3 if trainer.recompute == "full" else 2)
+
+
+def _layer_exchange(
+    dims: ModelDims, layout: ParallelLayout, machine: Machine, micro: float, length: int, dtype: str, *, sparse: bool
+) -> float:
+    """Seconds of what ranks tell each other in one pass through a layer; that the backward pass says as much, and full
+    recompute repeats the forward's, is the caller's.
+
+    Tensor ranks exchange twice for attention and twice for the feed-forward block, experts apart: a gather and a
+    scattered sum, or a sum that costs twice as much. That a backward pass gathers the inputs of two products once more
+    under sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section
+    4.2.2). Tokens go to their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that
+    share an expert's matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu
+    et al., "Ring Attention", 2023, section 3), elsewhere before them.
+    """
+    size, experts, found = DTYPE_BYTES[dtype], dims.experts, 0.0
+    if layout.tensor > 1:
+        shared = not sparse or (experts is not None and experts.shared_ffn_hidden > 0)
+        bytes_each = size * micro * dims.hidden * (layout.tensor - 1) / layout.tensor
+        found += (4 if shared else 2) * (bytes_each / machine.link(layout.tensor) + LAUNCH_S)
+    if layout.context > 1:
+        width = 2 * dims.kv_heads * dims.head_dim
+        if (latent := dims.latent) is not None:
+            width = dims.heads * (latent.plain_head_dim + latent.rotary_head_dim + latent.value_head_dim)
+        bytes_each = size * micro * (layout.context - 1) * width / layout.tensor
+        seconds = bytes_each / machine.link(layout.tensor * layout.context)
+        if machine.device.is_gpu:
+            scores = dims.score_flops(length) * micro / length / layout.tensor
+            seconds = max(0.0, seconds - scores / (MATMUL_SHARE * machine.device.flops))
+        found += seconds + (layout.context - 1) * LAUNCH_S
+    if sparse and experts is not None:
+        routed = size * micro / layout.tensor * experts.per_token * dims.hidden
+        if layout.expert > 1:
+            near = max(1, machine.per_node // layout.expert_tensor)
+            found += 2 * (replace(machine, per_node=near).shuffle_time(routed, layout.expert) + LAUNCH_S)
+        if layout.expert_tensor > 1:
+            found += 2 * (routed * (layout.expert_tensor - 1) / machine.link(layout.expert_tensor) + LAUNCH_S)
+    return found
 
 
 def update_time(
@@ -131,7 +217,7 @@ def update_time(
     weight and moments and writes the last three and the weight. On the host it takes the gradient down and the weight
     up, and runs at a tenth of the device's bandwidth.
     """
-    compute = pass_time(dims, trainer, machine, work, dtype, backward=True)
+    compute = pass_time(dims, trainer, machine, work, dtype, backward=True, head=head)
     hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
     replicas, optimizer = max(
         (_step_time(dims, trainer, head, machine, stage, dtype, hidden) for stage in unlike_stages(trainer.layout)),
@@ -144,38 +230,40 @@ def _step_time(
     dims: ModelDims, trainer: TrainerConfig, head: Head, machine: Machine, stage: int, dtype: str, hidden: float
 ) -> tuple[float, float]:
     """Seconds of a stage's exchange between replicas, less those ``hidden`` behind arithmetic, and of its Adam."""
-    layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    rank = layout.rank_of(pipeline=stage)
-    ways = 4 + (size if trainer.distributed_optimizer else 4)
-    exchanged = ways * exchanged_parameters(dims, layout, head, rank)
+    layout, device, size = trainer.layout, machine.device, DTYPE_BYTES[dtype]
+    in_fp8 = trainer.fp8 is not None and trainer.fp8.parameters
+    ways = 4 + ((1 if in_fp8 else size) if trainer.distributed_optimizer else 4)
+    exchanged = ways * exchanged_parameters(dims, layout, head, layout.rank_of(pipeline=stage))
     between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
-    states = state_bytes(dims, trainer, head, rank, dtype)
-    return max(0.0, between - hidden), _adam(trainer, states, machine.device, size)
-
-
-def _adam(trainer: TrainerConfig, states: StateBytes, device: Device, size: int) -> float:
-    kept = 12 if size == 2 or trainer.optimizer_on_host else 8
-    elements = (states.optimizer + states.host_optimizer) / kept
+    elements = optimized_elements(dims, trainer, head, stage)
     if trainer.optimizer_on_host:
-        return elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
-    return elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
-
-
-def _plain(trainer: TrainerConfig) -> TrainerConfig:
-    return replace(trainer, recompute="none")
+        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
+    else:
+        adam = elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
+    return max(0.0, between - hidden), adam
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTime:
-    """Seconds of a rollout."""
+    """Seconds of a rollout.
+
+    Attributes:
+        prefill: reading prompts.
+        full: decoding while there are samples to start.
+        tail: decoding what runs then, ever fewer, until the longest of all is done.
+    """
 
     prefill: float
-    decode: float
+    full: float
+    tail: float
 
     @property
     def total(self) -> float:
         """Seconds."""
-        return self.prefill + self.decode
+        return self.prefill + self.full + self.tail
+
+
+_TAIL_POINTS = 64
 
 
 def rollout_time(
@@ -186,39 +274,66 @@ def rollout_time(
     *,
     samples: int,
     prompt_tokens: float,
-    response_tokens: float,
-    longest: int,
+    responses: Responses,
 ) -> RolloutTime:
-    """Generating ``samples`` on all engines.
+    """Generating ``samples`` on all engines; ``dtype``: of the model.
 
-    Pope et al. 2022, section 2: a step reads all weights once (of experts those that some token chose) and the keys and
-    values of every sequence; it lasts as long as the larger of that and its products, and two all-reduces a layer.
-    While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow; the longest
-    sample goes on alone after that, from the mean length to the limit. Of a quantised engine fewer bytes are read; its
-    products are taken as those of bfloat16. ``dtype``: of the model.
+    While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow, and a new one
+    takes the place of each that ends. Then fewer and fewer run, as :meth:`Responses.alive` says, until the last of all
+    engines has none left.
     """
-    device, size = machine.device, DTYPE_BYTES[engine.dtype(dtype)]
     mine = samples / engine.count
     kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
-    context = prompt_tokens + response_tokens / 2
-    room = engine.kv_cache_mib * 2**20 / kv / (prompt_tokens + response_tokens)
-    together = max(1.0, min(mine, engine.max_concurrent, room))
+    mean = prompt_tokens + responses.running
+    together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / mean))
+    waiting = mine - together
+    full = waiting * responses.mean / together
+    full *= decode_step_time(dims, engine, machine, dtype, sequences=together, context=mean)
+    age = responses.running if waiting else 0.0  # of those that run when no more can start
+    width, tail = responses.longest / _TAIL_POINTS, 0.0
+    for point in range(_TAIL_POINTS):
+        tokens = (point + 0.5) * width
+        step = decode_step_time(
+            dims,
+            engine,
+            machine,
+            dtype,
+            sequences=max(1.0, together * responses.alive(tokens)),
+            context=prompt_tokens + min(responses.longest, age + tokens),
+        )
+        tail += width * responses.any_alive(tokens, together * engine.count) * step
+    prefill = mine * max(1.0, prompt_tokens) * _token_time(dims, engine, machine, max(1, round(prompt_tokens)))
+    return RolloutTime(prefill=prefill, full=full, tail=tail)
+
+
+def decode_step_time(
+    dims: ModelDims, engine: EngineConfig, machine: Machine, dtype: str, *, sequences: float, context: float
+) -> float:
+    """One step of an engine: the next token of each of ``sequences``, which have ``context`` tokens on the average.
+
+    Pope et al. 2022, section 2: a step reads all weights once (of experts those that some token chose) and the keys and
+    values of every sequence; it lasts as long as the larger of that and its products, and two all-reduces a layer. Of a
+    quantised engine fewer bytes are read, and the products of its linears are faster. ``dtype``: of the model.
+    """
+    size = DTYPE_BYTES[engine.dtype(dtype)]
+    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
     weights = engine_weight_bytes(dims, engine, dtype) / engine.tensor
+    read = weights * _touched(dims, sequences) + sequences * context * kv
+    products = sequences * _token_time(dims, engine, machine, 1)
+    exchanged = 0.0
+    if engine.tensor > 1:
+        bytes_each = 2 * size * sequences * dims.hidden * (engine.tensor - 1) / engine.tensor
+        exchanged = 2 * dims.layers * (bytes_each / machine.link(engine.tensor) + LAUNCH_S)
+    return max(read / (MEMORY_SHARE * machine.device.bandwidth), products) + exchanged + DECODE_STEP_S
 
-    def step(sequences: float) -> float:
-        read = weights * _touched(dims, sequences) + sequences * context * kv
-        flops = sequences * dims.row_flops(1) / engine.tensor
-        busy = max(read / (MEMORY_SHARE * device.bandwidth), flops / (MATMUL_SHARE * device.flops))
-        exchanged = 0.0
-        if engine.tensor > 1:
-            bytes_each = 2 * size * sequences * dims.hidden * (engine.tensor - 1) / engine.tensor
-            exchanged = 2 * dims.layers * (bytes_each / machine.link(engine.tensor) + LAUNCH_S)
-        return busy + exchanged + DECODE_STEP_S
 
-    full = mine * response_tokens / together
-    tail = max(0.0, longest - response_tokens)
-    prefill = mine * dims.row_flops(max(1, round(prompt_tokens))) / engine.tensor / (MATMUL_SHARE * device.flops)
-    return RolloutTime(prefill=prefill, decode=full * step(together) + tail * step(max(1.0, together / 16)))
+def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length: int) -> float:
+    """Seconds of the products of one token, in rows of ``length``, on a worker of an engine."""
+    sparse = len(dims.sparse_layers)
+    linear = (dims.layers - sparse) * dims.linear_flops(length, sparse=False)
+    linear += sparse * dims.linear_flops(length, sparse=True) if sparse else 0.0
+    saved = linear * (1 - 1 / machine.device.engine_gain(engine.quantization))
+    return (dims.row_flops(length) - saved) / length / engine.tensor / (MATMUL_SHARE * machine.device.flops)
 
 
 def _touched(dims: ModelDims, tokens: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
 import time
@@ -16,20 +18,21 @@ from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfi
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import (
     TORCH_CHUNK_BYTES,
     TRITON_CHUNK_BYTES,
-    activation_bytes_per_token,
     device_bytes,
     engine_cells,
     kv_bytes_per_token,
+    layer_activation_bytes,
     pieces_in_flight,
     trainer_cells,
 )
 from megatron_rl.planner.report import plan_text
-from megatron_rl.planner.search import Lengths, choices, legal_minibatches, plan, together
+from megatron_rl.planner.search import choices, legal_minibatches, plan, role_seconds, together
 from megatron_rl.planner.states import total_parameters
-from megatron_rl.planner.times import Machine, Work, pass_time, rollout_time, update_time
+from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 
 ROOT = Path(__file__).parents[3]
@@ -142,14 +145,49 @@ def test_keys_and_values_by_hand():
     assert kv_bytes_per_token(model("deepseek_v3"), 8, "bfloat16") == 61 * 576 * 2
 
 
-def test_a_bubble_is_the_published_share_of_a_pipelines_time():
+def alone(**changes):
+    """A machine without what the others tell each other, unless given."""
+    return replace(H100, device=replace(H100.device, **({"link": 1e30, "network": 1e30} | changes)))
+
+
+def test_a_bubble_is_the_published_share_of_a_pipelines_time(monkeypatch):
+    monkeypatch.setattr("megatron_rl.planner.times.LAUNCH_S", 0.0)
     work = Work(rows=64, row_tokens=1024)
     flat = trainer(pipeline=4, data=1)
     folded = trainer(pipeline=4, virtual_pipeline=2, data=1)
     batches = 64 * 1024 / 8192
     for chosen, virtual in ((flat, 1), (folded, 2)):
-        found = pass_time(model("llama3_8b"), chosen, H100, work, "bfloat16", backward=True)
+        found = pass_time(model("llama3_8b"), chosen, alone(), work, "bfloat16", backward=True)
         assert found.bubble == pytest.approx(found.arithmetic * 3 / virtual / batches)
+
+
+def test_pieces_of_stages_wait_for_whole_groups_of_micro_batches(monkeypatch):
+    monkeypatch.setattr("megatron_rl.planner.times.LAUNCH_S", 0.0)
+    # two micro-batches on four stages of two pieces: the last one leaves after 4 x 2 + 1 turns of half a stage's time
+    found = pass_time(
+        model("llama3_8b"),
+        trainer(pipeline=4, virtual_pipeline=2, data=1),
+        alone(),
+        Work(rows=16, row_tokens=1024),
+        "bfloat16",
+        backward=True,
+    )
+    assert found.total == pytest.approx(found.arithmetic / 2 * (4 * 2 + 1) / 2)
+
+
+def test_stages_send_hidden_states_and_pieces_send_them_beside_arithmetic():
+    # 8,192 tokens x 4,096 x 2 B, forward and back, over 0.75 x 450 GB/s
+    hop = 8192 * 4096 * 2 / (0.75 * 450e9) + 12e-6
+    work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
+    flat = pass_time(dims, trainer(pipeline=4), H100, work, "bfloat16", backward=True)
+    folded = pass_time(dims, trainer(pipeline=4, virtual_pipeline=2), H100, work, "bfloat16", backward=True)
+    assert flat.tensor == pytest.approx(8 * 2 * hop)
+    assert flat.bubble == pytest.approx(3 * (flat.arithmetic / 8 + 2 * hop))
+    assert folded.tensor == pytest.approx(8 * 2 * 2 * 12e-6)  # twice as many, of which the launch alone is left
+    assert folded.bubble == pytest.approx(3 * (folded.arithmetic / 8 / 2 + 2 * hop))
+    slow = pass_time(dims, trainer(pipeline=4, virtual_pipeline=2), alone(link=1e8), work, "bfloat16", backward=True)
+    sent = 2 * 2 * 8192 * 4096 * 2 / (0.75 * 1e8)
+    assert slow.tensor == pytest.approx(8 * 4 * 12e-6 + 8 * sent - slow.arithmetic)  # what arithmetic cannot hide
 
 
 def test_full_recompute_costs_one_more_forward_pass():
@@ -195,6 +233,29 @@ def test_tensor_ranks_exchange_four_shares_of_the_hidden_states_a_layer():
     assert found.tensor == pytest.approx(4 * 32 * (2 * 8192 * 4096 * 0.75 / (0.75 * 450e9) + 12e-6))
 
 
+def test_context_ranks_pass_keys_and_values_around_beside_the_scores():
+    dims, chosen, work = model("llama3_8b"), trainer(context=2), Work(rows=8, row_tokens=8192)
+    passed = 2 * 8192 * 2 * 8 * 128 / (0.75 * 450e9)  # of a micro-batch of 8,192 tokens a rank, in each of 32 layers
+    scores = 8192 * 8192 * 2 * 4096 / (0.7 * 989e12)
+    assert scores > passed
+
+    def exchanged(device):
+        found = pass_time(dims, chosen, Machine(device=device, per_node=8), work, "bfloat16", backward=False)
+        return found.tensor / 4  # micro-batches
+
+    assert exchanged(H100.device) == pytest.approx(32 * 12e-6)
+    assert exchanged(replace(H100.device, link=45e9)) == pytest.approx(32 * (10 * passed - scores + 12e-6))
+    elsewhere = replace(H100.device, capability=(0, 0))
+    assert exchanged(elsewhere) == pytest.approx(32 * (passed + 12e-6))
+
+
+def test_what_experts_are_sent_stays_in_a_node_in_part():
+    h100 = replace(H100, device=replace(H100.device, link=400e9, network=100e9))
+    assert h100.shuffle_time(8e9, 8) == pytest.approx(7e9 / (0.75 * 400e9))
+    # of 32 ranks 7 others are in the node and 24 outside
+    assert h100.shuffle_time(8e9, 32) == pytest.approx(6e9 / (0.75 * 100e9))
+
+
 def test_each_stage_keeps_the_activations_of_its_own_layers():
     dims = model("llama3_8b")
     even, uneven = trainer(pipeline=4), trainer(pipeline=4, first_stage_layers=14)
@@ -202,17 +263,75 @@ def test_each_stage_keeps_the_activations_of_its_own_layers():
     for name, chosen in (("even", even), ("uneven", uneven)):
         cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=True)
         kept[name] = next(cell for cell in cells if cell.name == "policy.activations")
-    each = activation_bytes_per_token(dims, even, "bfloat16")
+    each = layer_activation_bytes(dims, even, "bfloat16", sparse=False)
     # the first of four stages holds four micro-batches of its layers: 14 of them instead of 8
     assert kept["uneven"].value - kept["even"].value == pytest.approx(8192 * (14 - 8) * 4 * each)
-    assert "14 layers x 4 micro-batches" in kept["uneven"].formula
+    assert "4 micro-batches in flight x (14 layers x " in kept["uneven"].formula
 
 
 def test_the_stage_with_the_most_layers_sets_the_pace():
     work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
-    even = pass_time(dims, trainer(pipeline=4), H100, work, "bfloat16", backward=True)
-    uneven = pass_time(dims, trainer(pipeline=4, first_stage_layers=14), H100, work, "bfloat16", backward=True)
+    even, uneven = (
+        pass_time(dims, chosen, H100, work, "bfloat16", backward=True, head=Head.VALUE)
+        for chosen in (trainer(pipeline=4), trainer(pipeline=4, first_stage_layers=14))
+    )
     assert uneven.arithmetic == pytest.approx(even.arithmetic * 14 / 8)
+
+
+def test_a_policys_last_stage_has_the_output_layer_besides():
+    work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
+    policy, critic = (
+        pass_time(dims, trainer(pipeline=4), H100, work, "bfloat16", backward=False, head=head).arithmetic
+        for head in (Head.TOKEN, Head.VALUE)
+    )
+    assert policy - critic == pytest.approx(64 * 1024 * 2 * 4096 * 128256 / (0.7 * 989e12))
+
+
+def test_of_stages_with_as_many_layers_the_one_with_experts_sets_the_pace():
+    # the first three of 61 layers have no experts; each of DeepSeek-V3's other layers computes more and exchanges
+    dims, work = model("deepseek_v3"), Work(rows=64, row_tokens=1024)
+    ends = {"first_stage_layers": 3, "last_stage_layers": 2}
+    chosen = trainer(pipeline=16, expert=8, data=8, **ends)
+    free = alone(bandwidth=1e30)
+    found = pass_time(dims, chosen, free, work, "bfloat16", backward=False, head=Head.VALUE)
+    rows = 64 / 8
+    assert found.arithmetic == pytest.approx(rows * 4 * dims.layer_flops(1024, sparse=True) / (0.7 * 989e12))
+    dense = replace(dims, experts=replace(dims.experts, layers=tuple(range(7, 61))))  # the second stage has none either
+    same = pass_time(dense, chosen, free, work, "bfloat16", backward=False, head=Head.VALUE)
+    assert same.arithmetic == pytest.approx(found.arithmetic)
+
+
+def test_products_of_linears_in_fp8_are_as_much_faster_as_published():
+    dims, work = model("llama3_8b"), Work(rows=8, row_tokens=1024)
+    free = alone(bandwidth=1e30)
+
+    def seconds(machine=free, backward=True, **fields):
+        chosen = replace(trainer(), fp8=FP8Config(**fields) if fields else None)
+        return pass_time(dims, chosen, machine, work, "bfloat16", backward=backward).arithmetic
+
+    linear = 8 * dims.linear_flops(1024, sparse=False) / (0.7 * 989e12)
+    plain = seconds()
+    assert plain - seconds(recipe="blockwise") == pytest.approx(3 * 32 * linear * (1 - 1 / 1.41))
+    # the first and the last layer stay in bfloat16
+    assert plain - seconds(recipe="tensorwise") == pytest.approx(3 * 30 * linear * (1 - 1 / 1.57))
+    assert seconds(backward=False, recipe="blockwise", logprobs=False) == pytest.approx(seconds(backward=False))
+    b200 = replace(free, device=replace(free.device, fp8=DEVICES["b200"].fp8))
+    assert plain - seconds(machine=b200, recipe="mxfp8") == pytest.approx(3 * 32 * linear * (1 - 1 / 1.44))
+
+
+def test_fp8_keeps_its_copies_of_the_weights_beside_them():
+    dims = model("qwen2.5_14b")
+    layout = ParallelLayout(tensor=2, sequence_parallel=True)
+    linears = (5120 + 2 * 1024) * 5120 + 5120 * 5120 + 3 * 5120 * 13824
+
+    def copies(**fields):
+        chosen = replace(trainer(), layout=layout, fp8=FP8Config(**fields))
+        cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=True)
+        return [cell.value for cell in cells if cell.name == "policy.fp8_weights"]
+
+    assert copies(recipe="blockwise") == [2 * 48 * linears / 2]
+    assert copies(recipe="tensorwise") == [2 * 46 * linears / 2]
+    assert copies(parameters=True) == []
 
 
 def test_products_take_their_flops_at_the_devices_share():
@@ -261,9 +380,11 @@ def test_a_step_of_an_engine_reads_all_weights_once():
     dims = model("llama3_8b")
     free = replace(H100, device=replace(H100.device, flops=1e30))
     engine = EngineConfig(count=1, tensor=1, max_concurrent=1)
-    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, response_tokens=100, longest=100)
+    responses = Responses(mean=100, longest=100)
+    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, responses=responses)
     weights, cache = 8.0303e9 * 2, 51 * 2 * 32 * 8 * 128 * 2
-    assert found.decode == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
+    assert found.full == 0
+    assert found.tail == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -299,19 +420,73 @@ def test_a_step_of_a_quantised_engine_reads_fewer_bytes():
     dims = model("llama3_8b")
     free = replace(H100, device=replace(H100.device, flops=1e30))
     engine = EngineConfig(max_concurrent=1, quantization="fp8_per_tensor", kv_cache_dtype="fp8")
-    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, response_tokens=100, longest=100)
+    responses = Responses(mean=100, longest=100)
+    found = rollout_time(dims, engine, free, "bfloat16", samples=1, prompt_tokens=1, responses=responses)
     linears = 32 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)
     weights, cache = 8.0303e9 * 2 - linears, 51 * 2 * 32 * 8 * 128
-    assert found.decode == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
+    assert found.tail == pytest.approx(100 * ((weights + cache) / (0.8 * 3.35e12) + 3e-3), rel=1e-3)
 
 
-def test_a_plan_says_that_fp8_training_is_planned_as_bfloat16():
-    config, dims = recipe("qwen2.5_14b")
-    config = replace(config, policy=replace(config.policy, fp8=FP8Config()))
-    text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
-    assert [line for line in text.splitlines() if ".fp8" in line] == [
-        "policy.fp8: planned as bfloat16: neither the time of its products nor its bytes are taken as smaller"
-    ]
+def test_products_of_a_quantised_engine_are_faster():
+    dims = model("llama3_8b")
+    free = replace(H100, device=replace(H100.device, bandwidth=1e30))
+
+    def prefill(quantization):
+        engine, responses = EngineConfig(quantization=quantization), Responses(mean=1, longest=1)
+        return rollout_time(dims, engine, free, "bfloat16", samples=8, prompt_tokens=1024, responses=responses).prefill
+
+    linear = 8 * 32 * dims.linear_flops(1024, sparse=False) / (0.7 * 989e12)
+    assert prefill("none") == pytest.approx(8 * dims.row_flops(1024) / (0.7 * 989e12))
+    assert prefill("none") - prefill("fp8_per_channel") == pytest.approx(linear * (1 - 1 / 1.57))
+    assert prefill("none") - prefill("fp8_per_block") == pytest.approx(linear * (1 - 1 / 1.41))
+
+
+def test_lengths_of_responses_by_hand():
+    free = Responses(mean=100, longest=100_000)  # exponential: the limit is never met
+    assert free.alive(100) == pytest.approx(math.exp(-1), rel=1e-3)
+    assert free.running == pytest.approx(100, rel=1e-3)  # without memory: what is over is as long as what is to come
+    assert free.longest_of(8, steps=20_000) == pytest.approx(100 * sum(1 / n for n in range(1, 9)), rel=1e-3)
+    cut = Responses(mean=100 * (1 - math.exp(-2)), longest=200)
+    assert cut.alive(100) == pytest.approx(math.exp(-1))
+    assert cut.alive(200) == 0
+    # of min(l, 200): E[l^2] = 2 x 100^2 (1 - 3 exp(-2)), E[l] = 100 (1 - exp(-2))
+    assert cut.running == pytest.approx(100 * (1 - 3 * math.exp(-2)) / (1 - math.exp(-2)))
+    assert cut.longest_of(10_000) == pytest.approx(200, rel=1e-3)
+    fixed = Responses(mean=50, longest=50)
+    assert (fixed.alive(49), fixed.alive(50), fixed.running) == (1, 0, 25)
+
+
+def test_a_rollout_waits_for_its_longest_response():
+    dims, engine = model("llama3_8b"), EngineConfig(count=4, max_concurrent=64, kv_cache_mib=32768)
+
+    def seconds(samples, **lengths):
+        return rollout_time(
+            dims, engine, H100, "bfloat16", samples=samples, prompt_tokens=100, responses=Responses(**lengths)
+        )
+
+    few = seconds(4, mean=200, longest=4000)
+    one = seconds(4, mean=200, longest=200)
+    assert few.tail > 2 * one.tail  # the longest of four is 2.08 times the mean, and reads more
+    many = seconds(1024, mean=200, longest=4000)
+    # 256 samples on each engine: 192 wait for 64 places, which turn over every 200 steps
+    step = decode_step_time(dims, engine, H100, "bfloat16", sequences=64, context=300)
+    assert many.full == pytest.approx(192 * 200 / 64 * step, rel=1e-3)
+    assert many.tail > few.tail
+
+
+def test_a_row_longer_than_a_micro_batch_is_one_and_context_ranks_share_it():
+    dims = model("llama3_8b")
+
+    def activations(longest, **axes):
+        cells = trainer_cells(
+            "policy", dims, trainer(**axes), Head.VALUE, "bfloat16", reference=False, on_gpu=True, longest_row=longest
+        )
+        return next(cell.value for cell in cells if cell.name == "policy.activations")
+
+    assert activations(8192) == activations(0)
+    assert activations(32768) == 4 * activations(0)
+    assert activations(32768, context=2) == 2 * activations(0)
+    assert activations(32768, context=4) == activations(0)
 
 
 REFUSED = {
@@ -331,6 +506,11 @@ REFUSED = {
         "a100-80g",
         "policy.fp8: recipe='blockwise' needs a GPU of compute capability 9.x (Hopper; on Blackwell take mxfp8), "
         "found 8.0",
+    ),
+    "an FP8 engine on an old GPU": (
+        lambda c: replace(c, engine=replace(c.engine, quantization="fp8_per_channel")),
+        "a100-80g",
+        "engine.quantization: 'fp8_per_channel' needs a GPU of compute capability 8.9 or higher",
     ),
     "FP8 blocks on a CPU": (
         lambda c: replace(c, engine=replace(c.engine, quantization="fp8_per_block")),
@@ -440,6 +620,71 @@ def test_what_does_not_fit_says_how_much_is_missing():
     assert [c.problem == "" for c in found] == sorted((c.problem == "" for c in found), reverse=True)
     refused = {str(c.layout): c.problem for c in found if c.problem}
     assert "GB of a device's 78.0 GB" in refused["TP1 PP1 DP16"]
+
+
+def test_layouts_are_searched_over_context_ranks_pieces_and_experts():
+    config, dims = recipe("qwen2.5_72b")
+    dense = choices(config, dims, H100, LENGTHS, "policy", 64)
+    assert {c.layout.context for c in dense} == {1, 2, 4, 8}
+    assert all(c.layout.world_size == 64 for c in dense)
+    folded = [c for c in dense if c.layout.virtual_pipeline > 1]
+    assert folded
+    for choice in folded:  # more pieces hold more and wait less
+        flat = replace(config.policy, layout=replace(choice.layout, virtual_pipeline=1))
+        cells = trainer_cells("policy", dims, flat, Head.TOKEN, "bfloat16", reference=True, on_gpu=True)
+        assert device_bytes(cells) < choice.bytes
+        assert sum(c.value for c in role_seconds(config, dims, H100, LENGTHS, "policy", flat)) > choice.seconds
+    assert not any(dims.layout_problems(c.layout) for c in dense if not c.problem)
+    config, dims = recipe("qwen3_30b_a3b")
+    sparse = {c.layout for c in choices(config, dims, H100, LENGTHS, "policy", 32)}
+    assert {(layout.expert, layout.expert_tensor) for layout in sparse if layout.tensor == 2} == {
+        (1, 2), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (2, 2), (4, 2), (8, 2), (16, 2)
+    }  # fmt: skip
+
+
+def test_stages_that_cannot_have_equal_layers_give_fewer_to_the_ends():
+    config, dims = recipe("deepseek_v3")
+    found = {str(c.layout) for c in choices(config, dims, H100, LENGTHS, "policy", 512)}
+    assert str(config.policy.layout) in found  # 3, fourteen times 4, 2 of 61 layers
+    assert "TP8+SP PP2(31..30) DP32 EP128" in found
+
+
+def test_long_rows_fit_with_context_ranks_alone():
+    config, dims = recipe("qwen2.5_14b")
+    rollout = replace(config.rollout, max_response_tokens=130_000)
+    config = replace(config, rollout=rollout, policy=replace(config.policy, recompute="none"))
+    found = choices(config, dims, H100, Lengths(prompt=100, response=8000), "policy", 64)
+    fits = {c.layout.context for c in found if not c.problem}
+    assert fits
+    assert 1 not in fits
+
+
+def test_the_layouts_shown_are_the_fastest_of_their_kind_and_the_smallest_and_the_reasons_few():
+    config, dims = recipe("deepseek_v3")
+    text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
+    lines = text.partition("policy on 512 devices")[2].partition("critic on")[0].splitlines()
+    shown = [re.fullmatch(r"  TP(\d+)\S* PP(\d+).* (\S+) s +(\S+) GB", line) for line in lines]
+    found = [(line[1], line[2], float(line[3]), float(line[4])) for line in shown if line]
+    every = [c for c in choices(config, dims, H100, LENGTHS, "policy", 512) if not c.problem]
+    assert len(found) == 6
+    assert found[0][2] == pytest.approx(every[0].seconds, abs=0.01)
+    assert [line[2] for line in found[:5]] == sorted(line[2] for line in found[:5])
+    assert len({line[:2] for line in found[:5]}) == 5
+    assert found[5][3] == pytest.approx(min(c.bytes for c in every) / 1e9, abs=0.1)
+    assert f"  {len(every) - 6} more can be" in lines
+    reasons = [line for line in lines if line.startswith("  no: ")]
+    assert 1 <= len(reasons) <= 6
+    assert any("GB of a device's 78.0 GB" in line for line in reasons)
+
+
+def test_more_tokens_than_the_limit_are_refused():
+    config, dims = recipe("qwen2.5_14b")
+    with pytest.raises(
+        ValueError, match=r"--response-tokens must be at most rollout.max_response_tokens=3000, got 5000"
+    ):
+        plan_text(
+            config, dims, device="h100", per_node=8, nodes=None, lengths=Lengths(prompt=9, response=5000), explain=None
+        )
 
 
 def test_legal_minibatches_divide_the_samples_and_feed_every_replica():

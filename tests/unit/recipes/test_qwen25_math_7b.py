@@ -18,7 +18,8 @@ from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Finish, Outcome
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
-from megatron_rl.planner.search import Lengths, plan
+from megatron_rl.planner.lengths import Lengths
+from megatron_rl.planner.search import plan
 from megatron_rl.planner.times import Machine
 
 FOLDER = Path(__file__).parents[3] / "examples/qwen2.5_math_7b"
