@@ -18,7 +18,7 @@ from benchmarks.gpu_checks.steps import ppo_rows
 ROOT = Path(__file__).parents[3]
 
 
-def run(tmp_path: Path, *arguments: str, timeout: float = 120) -> tuple[int, dict[str, Any]]:
+def run(tmp_path: Path, *arguments: str, timeout: float = 240) -> tuple[int, dict[str, Any]]:
     """Exit status, and the results by check."""
     file = tmp_path / "results.json"
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--json", str(file), *arguments]
