@@ -10,12 +10,13 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -92,7 +93,8 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         if self.device.type == "cpu":
             self._forget_expert_kernels()
         names = {name for name, _ in self.model.named_parameters()}  # a tied head is none of them, yet
-        initialize_layerwise_reload(self.model)
+        with self._configured():
+            initialize_layerwise_reload(self.model)
         self._expected = names & {name for name, _ in self.model.named_parameters()}  # scales are none of them, now
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -111,7 +113,8 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         reception = self._joined().receive(update_info.version)
         with self._left_whole():
             try:
-                loaded = self.model.load_weights(reception)
+                with self._configured():
+                    loaded = self.model.load_weights(reception)
             finally:
                 reception.drain()
             self._check_complete(loaded)
@@ -135,14 +138,32 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         try:
             yield
         except BaseException:
-            finalize_layerwise_reload(self.model, self.model_config)
+            with self._configured():
+                finalize_layerwise_reload(self.model, self.model_config)
             raise
 
     def finish_weight_update(self) -> None:
         """Put the last layers in place."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        with self._configured():
+            finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             self._repack_tied_heads()
+
+    def _configured(self) -> AbstractContextManager[None]:
+        """Why: layers that quantise and experts ask for vLLM's configuration when they are loaded, which the worker of
+        0.32 sets around a push and that of 0.26 does not.
+        """
+        context: AbstractContextManager[None] = set_current_vllm_config(self.vllm_config)
+        return context
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """Refuse: vLLM 0.26 makes no engine of a class without this, and never calls it.
+
+        Raises:
+            NotImplementedError: always; the trainer sends through its own end of the channel.
+        """
+        raise NotImplementedError("weights are sent by megatron_rl.weights.transfer.Channel.send")
 
     def _forget_expert_kernels(self) -> None:
         """Why: experts are packed for the CPU only where their kernel is made, and a reload keeps the old one:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import Check, run_check
+from benchmarks.gpu_checks import steps
+from benchmarks.gpu_checks.case import Case
 from benchmarks.gpu_checks.plan import Result
 from benchmarks.gpu_checks.steps import ppo_rows
 
 ROOT = Path(__file__).parents[3]
 
 
-def run(tmp_path: Path, *arguments: str, timeout: float = 120) -> tuple[int, dict[str, Any]]:
+def run(tmp_path: Path, *arguments: str, timeout: float = 240) -> tuple[int, dict[str, Any]]:
     """Exit status, and the results by check."""
     file = tmp_path / "results.json"
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--json", str(file), *arguments]
@@ -115,6 +118,38 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
     assert rows["seconds: push"].value == 2.5
     assert rows["parity/trainer-engine/mean"].value == 0.003
     assert rows["memory/push/gib"].value == 7.0
+
+
+TRAINS = """
+import json, sys, time
+from pathlib import Path
+
+asked = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+folder = Path(asked["run_dir"])
+folder.mkdir()
+step = {"kind": "step", "push/bytes": 1e9, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.001}
+with (folder / "metrics.jsonl").open("w") as file:
+    for number in (1, 2):
+        file.write(json.dumps(step | {"seconds/update": number}) + "\\n")
+        file.flush()
+        while not (folder / f"go {number}").exists():
+            time.sleep(0.05)
+print("said last")
+sys.exit(3)
+"""
+
+
+def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "TRAIN", (sys.executable, "-c", TRAINS))
+    found = steps.ppo(Case(gpus=0, asked_gpus=1, scratch=tmp_path))
+    for number in (1, 2):
+        rows = {row.what: row.value for row in itertools.islice(found, 4)}
+        assert (rows["steps done"], rows["seconds: update"]) == (number, number)
+        (tmp_path / "ppo" / f"go {number}").touch()
+    with pytest.raises(RuntimeError, match="ended with 3: said last"):
+        list(found)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.vllm_engine import engine
 from megatron_rl.vllm_engine.engine import _chosen, _stop_ids
 
 
@@ -20,6 +22,22 @@ class Listed:
 def test_importing_the_module_loads_no_vllm() -> None:
     program = "import sys, megatron_rl.vllm_engine.engine; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+ASKED = {  # abstract methods of vLLM's WeightTransferEngine
+    "0.26": {"init_transfer_engine", "start_weight_update", "finish_weight_update", "receive_weights", "shutdown"}
+    | {"trainer_send_weights"},
+    "0.32": {"init_transfer_engine", "start_weight_update", "finish_weight_update", "receive_weights", "shutdown"},
+}
+
+
+@pytest.mark.parametrize("release", ASKED)
+def test_the_receiver_has_what_each_release_of_vllm_asks_of_one(release: str) -> None:
+    """It is read, not loaded: only one of the releases can be installed."""
+    tree = ast.parse((Path(engine.__file__).with_name("receiver.py")).read_text())
+    (receiver,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ChannelReceiver"]
+    defined = {node.name for node in receiver.body if isinstance(node, ast.FunctionDef)}
+    assert ASKED[release] - defined == set()
 
 
 def test_each_token_gets_its_own_log_prob() -> None:
