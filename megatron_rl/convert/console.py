@@ -101,8 +101,13 @@ class _Lines:
         sys.stderr.write(f"{self._what}: {done:.0%}, {rate / 1e9:.2f} GB/s, {left:.0f} s left\n")
 
 
-def print_written(target: Path, size_bytes: int, began_s: float) -> None:
-    """A conversion's last line: what it wrote, in what time since ``began_s`` of the monotonic clock, at what rate."""
+def print_written(target: Path, size_bytes: int, began_s: float, *, written: bool) -> None:
+    """A conversion's last line: what it wrote, in what time since ``began_s`` of the monotonic clock, at what rate; or
+    that nothing was left to do.
+    """
+    if not written:
+        print(f"{target} is complete already")  # noqa: T201
+        return
     took = time.monotonic() - began_s
     print(f"wrote {target} in {took:.2f} s, {size_bytes / took / 1e9:.2f} GB/s")  # noqa: T201
 

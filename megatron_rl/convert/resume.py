@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _RECORDS, _PLAN = "records", "plan"
+_KEPT = "files that are complete are kept: make room and go on with --resume"
 _Record = TypeVar("_Record", bound="DataclassInstance")
+
+
+class NotWritten(OSError):
+    """The system did not take what was to be written, for instance because the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Conversion:
     digest: str
 
 
-def convert(conversion: Conversion, target: Target, work: Callable[[], None], *, resume: bool) -> None:
+def convert(conversion: Conversion, target: Target, work: Callable[[], None], *, resume: bool) -> bool:
     """Do ``work``, which fills ``target.model``, and give the target its name.
 
     Args:
@@ -43,30 +48,34 @@ def convert(conversion: Conversion, target: Target, work: Callable[[], None], *,
         work: keeps those complete files that it finds, see :func:`complete_file`.
         resume: go on with a conversion that was interrupted.
 
+    Returns:
+        False: there was nothing left to do.
+
     Raises:
         FileExistsError: the target, or (without ``resume``) a part of it, is there.
         OSError: it cannot be written, or the source cannot be read. Complete files stay in the hidden folder, to go on
-            with; the target itself is not there.
+            with, and nothing else; the target itself is not there.
         SourceDamaged: a file of the source is damaged; nothing is left.
         ValueError: what was interrupted was another plan.
     """
     if resume and _is_complete(conversion, target):
         target.discard()
-        return
+        return False
     target.refuse_existing()
     if target.work.exists() and not resume:
         raise FileExistsError(
             f"{target.work} is there: an {conversion.name} to {target.path} was interrupted; go on with --resume, or "
             "remove it"
         )
-    with target.open():
-        _take_up(conversion, target)
-        try:
-            work()
-        except SourceDamaged:
-            target.discard()  # nothing can be made of it
-            raise
-        target.finish()
+    try:
+        with target.open():
+            _do(conversion, target, work)
+    except OSError as error:
+        if error.errno is None or isinstance(error, NotWritten | SourceUnreadable):
+            raise  # it says what is wrong
+        cause = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise NotWritten(error.errno, f"{target.path} could not be written ({cause}); {_KEPT}") from error
+    return True
 
 
 def complete_file(
@@ -87,7 +96,8 @@ def complete_file(
         write: the file, flushed.
 
     Raises:
-        OSError: it cannot be written, or the source cannot be read.
+        NotWritten: it cannot be written.
+        SourceUnreadable: the source cannot be read.
     """
     kept = target.work / _RECORDS / f"{name}.json"
     if kept.is_file():
@@ -105,12 +115,25 @@ def complete_file(
     except SourceUnreadable:
         raise
     except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"{target.path / name} could not be written ({error.strerror}); files that are complete are kept: make "
-            "room and go on with --resume",
+        raise NotWritten(
+            error.errno, f"{target.path / name} could not be written ({error.strerror}); {_KEPT}"
         ) from error
     return written
+
+
+def _do(conversion: Conversion, target: Target, work: Callable[[], None]) -> None:
+    _take_up(conversion, target)
+    try:
+        work()
+    except SourceDamaged:
+        target.discard()  # nothing can be made of it
+        raise
+    except OSError:
+        for path in target.model.iterdir():  # half of what makes the files look like a model
+            if not (target.work / _RECORDS / f"{path.name}.json").is_file():
+                path.unlink()
+        raise
+    target.finish()
 
 
 def _is_complete(conversion: Conversion, target: Target) -> bool:

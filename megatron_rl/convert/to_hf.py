@@ -145,7 +145,7 @@ def plan_export(
 
 def run_export(
     plan: ExportPlan, target: Target, *, resume: bool, processes: int, progress: Callable[[int], None]
-) -> None:
+) -> bool:
     """Write the folder: each file under a temporary name, flushed, read back from the disk, then given its name.
 
     Args:
@@ -154,6 +154,9 @@ def run_export(
         resume: go on with an export that was interrupted, keeping the files that are complete and undamaged.
         processes: at most so many at a time.
         progress: told the bytes done: written and read back.
+
+    Returns:
+        False: it was complete already.
 
     Raises:
         FileExistsError: the target, or (without ``resume``) a part of it, is there.
@@ -165,7 +168,7 @@ def run_export(
     conversion = Conversion(
         name="export", made_of="checkpoint, --like, --dtype, --fp8-blocks or --shard-size", digest=plan.digest
     )
-    convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
+    return convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:

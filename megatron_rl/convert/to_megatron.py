@@ -77,7 +77,7 @@ def plan_import(folder: Path, *, dtype: torch.dtype | None, processes: int) -> I
 
 def run_import(
     plan: ImportPlan, target: Target, *, resume: bool, processes: int, progress: Callable[[int], None]
-) -> None:
+) -> bool:
     """Write the checkpoint, with configuration and tokenizer, so that the way back needs nothing else.
 
     Args:
@@ -87,11 +87,14 @@ def run_import(
         processes: at most so many at a time.
         progress: told the bytes done: written and read back.
 
+    Returns:
+        False: it was complete already.
+
     Raises:
         FileExistsError, OSError, SourceDamaged, ValueError: as :func:`.convert`.
     """
     conversion = Conversion(name="import", made_of="model, --dtype or --processes", digest=plan.digest)
-    convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
+    return convert(conversion, target, lambda: _write(plan, target, processes, progress), resume=resume)
 
 
 def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:

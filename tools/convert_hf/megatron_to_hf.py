@@ -74,8 +74,8 @@ def _convert(asked: argparse.Namespace) -> None:
     if asked.dry_run:
         return
     with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
-        run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
-    print_written(asked.target, summary.written_bytes, began)
+        written = run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
+    print_written(asked.target, summary.written_bytes, began, written=written)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,14 @@ def test_a_model_goes_there_and_back_to_the_bit(
         assert f"values: ok, {len(tensors(source))} tensors are the same" in out
 
 
+def test_what_is_complete_is_told_as_such(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    for command, name, target in ((hf_to_megatron, "hf", "megatron"), (megatron_to_hf, "megatron", "back")):
+        assert f"wrote {tmp_path / target} in " in run(command, source.parent / name, tmp_path / target)[1]
+        status, out, _ = run(command, source.parent / name, tmp_path / target, "--resume")
+        assert (status, out.splitlines()[-1]) == (0, f"{tmp_path / target} is complete already")
+
+
 def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf", kind="TokenClassification")
     assert run(hf_to_megatron, source, tmp_path / "megatron", "--dtype", "bfloat16")[0] == 0

@@ -188,6 +188,29 @@ def test_a_full_disk_ends_an_export_which_goes_on_when_there_is_room(
     assert folder_sums(out) == folder_sums(exported(checkpoint, tmp_path / "unbroken"))
 
 
+def test_a_disk_that_is_full_for_what_is_no_weights_leaves_complete_files_alone(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> list[str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        for module in ("to_hf", "to_megatron"):
+            patch.setattr(f"megatron_rl.convert.{module}.copy_companions", full)
+        with pytest.raises(
+            OSError, match=r"out could not be written \(No space left on device\); .* go on with --resume"
+        ):
+            convert(out)
+    assert not out.exists()
+    kept = {file.name: stamp(file) for file in Target(out).model.iterdir()}
+    assert sorted(kept) == [file.name for file in kept_files(out)]
+    assert kept, "files that are complete"
+    convert(out, resume=True)
+    assert kept.items() <= {path.name: stamp(path) for path in out.iterdir()}.items()
+    assert folder_sums(out) == folder_sums(convert(tmp_path / "unbroken"))
+
+
 @pytest.mark.parametrize("at", ["header", "tensor"])
 def test_an_export_notices_a_byte_that_the_disk_gives_back_otherwise(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
