@@ -63,7 +63,7 @@ given back at once; time is CPU-seconds of all ranks.
 | 4 rows of 1,024 | 849 | 850 | -0 % | 1.85 | 1.85 | +0 % |
 | full recompute | 535 | 534 | +0 % | 2.21 | 2.23 | -1 % |
 | TP2 SP | 582 | 597 | -3 % | 1.71 | 1.91 | -10 % |
-| PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.66 | 1.68 | -1 % |
+| PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.70 | 1.68 | +1 % |
 | DP2 | 606 | 614 | -1 % | 1.68 | 1.63 | +3 % |
 
 ## What to trust
@@ -188,9 +188,8 @@ def seed_rows() -> Iterator[str]:
     yield (
         "`examples/qwen2.5_math_7b/simplerl_zero.toml` with each file of its places: Qwen2.5-Math-7B, 1,024 prompts x "
         f"8 samples, 64 updates of 128 a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average. H100 "
-        "trains and generates in FP8; training is planned as in BF16, the engines' weights as bytes. The seed reports "
-        "less than one day for 60 steps and 1.5 days for 120 on 32 GPUs, and calls 6 GPUs untested. Its figure is of "
-        "another program, which scores answers one after the other.\n"
+        "trains and generates in FP8. The seed reports less than one day for 60 steps and 1.5 days for 120 on 32 GPUs, "
+        "and calls 6 GPUs untested. Its figure is of another program, which scores answers one after the other.\n"
     )
     yield (
         "| place | GPUs | policy GB | critic GB | engine GB | rollout s | scoring s | updates s | step s | 60 steps, "

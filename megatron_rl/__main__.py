@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.rewards.rules import load_rule
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
@@ -159,18 +160,18 @@ def _check_parity(config: RunConfig) -> None:
 
 
 def _plan(config: RunConfig, asked: argparse.Namespace) -> None:
-    from megatron_rl.model_dims import read_model_dims
     from megatron_rl.planner.lengths import Lengths
     from megatron_rl.planner.report import plan_text
 
+    prompt, response = asked.prompt_tokens, asked.response_tokens
     lengths = Lengths(
-        prompt=asked.prompt_tokens or config.data.max_prompt_tokens / 4,
-        response=asked.response_tokens or config.rollout.max_response_tokens / 3,
+        prompt=config.data.max_prompt_tokens / 4 if prompt is None else prompt,
+        response=config.rollout.max_response_tokens / 3 if response is None else response,
     )
     _print(
         plan_text(
             config,
-            read_model_dims(config.model.path),
+            _sizes(config),
             device=asked.device,
             per_node=asked.gpus_per_node,
             nodes=asked.nodes,
@@ -180,19 +181,27 @@ def _plan(config: RunConfig, asked: argparse.Namespace) -> None:
     )
 
 
+def _sizes(config: RunConfig) -> ModelDims:
+    """Of the model, whose folder needs no weights for this."""
+    try:
+        return read_model_dims(config.model.path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError([f"model.path: {error}"]) from error
+
+
 def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
-    from megatron_rl.device import prepare_megatron
-    from megatron_rl.model_dims import read_model_dims
     from megatron_rl.planner.memory import stage_parameters
     from megatron_rl.planner.search import head_of
 
     if asked.role not in config.trainers:
         raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
+    trainer, dims = config.trainers[asked.role], _sizes(config)
+    from megatron_rl.device import prepare_megatron
+
     prepare_megatron()
     warnings.filterwarnings("ignore", module=r"megatron\.")  # of kernels that a rank without memory never runs
     from megatron_rl.mcore.dry_run import dry_run
 
-    trainer, dims = config.trainers[asked.role], read_model_dims(config.model.path)
     head = head_of(asked.role)
     found = dry_run(dims, trainer, head, asked.rank, config.model.dtype, asked.row_tokens)
     lines = [f"{asked.role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]

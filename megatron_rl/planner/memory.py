@@ -213,7 +213,12 @@ def _stage_cells(
             unit="B",
             formula="on the host" if trainer.optimizer_on_host else f"{count} x {12 if size == 2 else 8} B{sharded}",
         ),
-        Cell(name=f"{role}.host_optimizer", value=states.host_optimizer, unit="B", formula=f"{count} x 12 B{sharded}"),
+        Cell(
+            name=f"{role}.host_optimizer",
+            value=states.host_optimizer,
+            unit="B",
+            formula=f"{count} x 12 B{sharded}" if trainer.optimizer_on_host else "on the device",
+        ),
         Cell(name=f"{role}.activations", value=tokens * (flying * kept + passing), unit="B", formula=formula),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
@@ -38,15 +39,10 @@ def plan_text(
         explain: the name of a cell, to print its formula alone.
 
     Raises:
-        ValueError: there is no such device or cell.
+        ConfigError: there is no such device or cell, or a number is out of its range.
     """
-    if device not in DEVICES:
-        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device}")
-    longest = config.rollout.max_response_tokens
-    if lengths.response > longest:
-        raise ValueError(
-            f"--response-tokens must be at most rollout.max_response_tokens={longest}, got {lengths.response:g}"
-        )
+    if problems := list(_option_problems(config, device, per_node, nodes, lengths)):
+        raise ConfigError(problems)
     machine = Machine(device=DEVICES[device], per_node=per_node)
     found = plan(config, dims, machine, lengths)
     if explain is not None:
@@ -77,12 +73,28 @@ def plan_text(
     return "\n".join(lines) + "\n"
 
 
+def _option_problems(
+    config: RunConfig, device: str, per_node: int, nodes: int | None, lengths: Lengths
+) -> Iterator[str]:
+    if device not in DEVICES:
+        yield f"--device must be one of {', '.join(DEVICES)}, got {device}"
+    if per_node < 1:
+        yield f"--gpus-per-node must be at least 1, got {per_node}"
+    if nodes is not None and nodes < 1:
+        yield f"--nodes must be at least 1, got {nodes}"
+    for name, mean, key, limit in (
+        ("prompt", lengths.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
+        ("response", lengths.response, "rollout.max_response_tokens", config.rollout.max_response_tokens),
+    ):
+        if not 0 < mean <= limit:
+            yield f"--{name}-tokens must be above 0 and at most {key}={limit}, got {mean:g}"
+
+
 def _explained(found: Plan, name: str) -> str:
     cells = {cell.name: cell for cell in (*found.memory, *found.times)}
     if name not in cells:
-        raise ValueError(
-            f"--explain must name one of {', '.join(cells) or 'no cell: ' + '; '.join(found.problems)}, got {name}"
-        )
+        reason = "; ".join(found.problems)
+        raise ConfigError([f"--explain must name one of {', '.join(cells) or 'no cell: ' + reason}, got {name}"])
     return f"{name} = {_amount(cells[name])} = {cells[name].formula}\n"
 
 
@@ -114,8 +126,8 @@ def _ranked(found: list[Choice]) -> Iterator[str]:
         yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
     if len(fits) > len(shown):
         yield f"  {len(fits) - len(shown)} more can be"
-    if not fits:
-        yield "  none can be: more devices, recompute, optimizer_on_host or a smaller tokens_per_microbatch may help"
+    if not fits and any(choice.bytes for choice in found):
+        yield "  none fits: more devices, recompute, optimizer_on_host or a smaller tokens_per_microbatch may help"
     refused: dict[str, list[Choice]] = {}
     for choice in found:
         if choice.problem:

@@ -108,6 +108,79 @@ def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
     assert said == pytest.approx(found.activations, rel=0.05)
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,  # of queries: torch's attention on a CPU keeps scores where they differ
+}
+WIDE = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 128}
+SPARSE = {"head_dim": 64, "num_experts": 8, "moe_intermediate_size": 192}
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "norms of heads": ("Qwen3", {"head_dim": 64}, {}),
+    "latent": ("DeepseekV3", LATENT | {"q_lora_rank": 96, "first_k_dense_replace": 4}, {}),
+    "latent without query rank": ("DeepseekV2", LATENT | {"first_k_dense_replace": 4}, {}),
+    "experts": ("Qwen3Moe", SPARSE | {"num_experts_per_tok": 2}, {}),
+    "many experts a token": ("Qwen3Moe", SPARSE | {"moe_intermediate_size": 96, "num_experts_per_tok": 4}, {}),
+    "a gated shared expert": (
+        "Qwen2Moe",
+        {"num_experts": 8, "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384},
+        {},
+    ),
+    "dense and sparse, latent": (
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": 96, "n_routed_experts": 8, "moe_intermediate_size": 192, "first_k_dense_replace": 2},
+        {},
+    ),
+    "experts EP2": ("Qwen3Moe", SPARSE | {"num_experts_per_tok": 2}, {"data": 2, "expert": 2}),
+    "experts TP2 ETP2": (
+        "Qwen3Moe",
+        SPARSE | {"num_experts_per_tok": 2},
+        {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2},
+    ),
+}
+
+
+def _count(rank: int, port: int, sizes: Any, trainer: TrainerConfig, dtype: str, row_tokens: int) -> int:
+    """What a pass of the real model with real tensors holds: experts get what a router of random weights says."""
+    import torch
+
+    from megatron_rl.device import dtype as torch_dtype
+    from megatron_rl.mcore.dry_run import count_activations
+    from megatron_rl.mcore.groups import start_groups, stop_groups
+    from megatron_rl.mcore.model import build_chunks
+    from megatron_rl.mcore.optimizer import prepare_training
+
+    start_groups(trainer.layout, rank=rank, host="127.0.0.1", port=port, timeout_s=60.0, seed=0)
+    try:
+        torch.manual_seed(0)
+        chunks = build_chunks(sizes, trainer, torch_dtype(dtype), Head.VALUE)
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            torch.nn.init.normal_(parameter.data, std=0.02)
+        training = prepare_training(chunks, trainer, total_updates=1)
+        return count_activations(training, trainer, Head.VALUE, row_tokens)
+    finally:
+        stop_groups()
+
+
+@pytest.mark.parametrize(("dtype", "recompute"), [("float32", "full"), ("bfloat16", "none")])
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_predicted_activations_of_experts_and_latent_attention_are_near_those_of_the_real_model(
+    case: str, dtype: str, recompute: Literal["none", "full"], process: Ranks
+) -> None:
+    family, changes, axes = ACTIVATIONS[case]
+    sizes = dims(f"{family}ForCausalLM", **(WIDE | EXTRA.get(family, {}) | {"mlp_only_layers": []} | changes))
+    layout = ParallelLayout(**axes)
+    trainer = TrainerConfig(
+        optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=512, recompute=recompute
+    )
+    found = max(process.run(layout.world_size, _count, sizes, trainer, dtype, 128))
+    cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False, on_gpu=False)
+    said = next(cell.value for cell in cells if cell.name == "critic.activations")
+    assert said == pytest.approx(found, rel=0.05)
+
+
 RECIPES = sorted(set((ROOT / "examples" / "beyond_7b").glob("*.toml")) - {ROOT / "examples" / "beyond_7b" / "fp8.toml"})
 SEED = ROOT / "examples" / "qwen2.5_math_7b"
 SEED_MODEL = ROOT / "examples" / "beyond_7b" / "models" / "qwen2.5_math_7b"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
 from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfig, RunConfig, TrainerConfig
@@ -677,14 +678,34 @@ def test_the_layouts_shown_are_the_fastest_of_their_kind_and_the_smallest_and_th
     assert any("GB of a device's 78.0 GB" in line for line in reasons)
 
 
-def test_more_tokens_than_the_limit_are_refused():
-    config, dims = recipe("qwen2.5_14b")
-    with pytest.raises(
-        ValueError, match=r"--response-tokens must be at most rollout.max_response_tokens=3000, got 5000"
-    ):
-        plan_text(
-            config, dims, device="h100", per_node=8, nodes=None, lengths=Lengths(prompt=9, response=5000), explain=None
-        )
+def test_options_out_of_range_are_refused_together(capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+    wrong = [
+        "--gpus-per-node",
+        "0",
+        "--nodes",
+        "0",
+        "--device",
+        "tpu",
+        "--prompt-tokens",
+        "0",
+        "--response-tokens=5000",
+    ]
+    assert main(["plan", recipe, path, *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "--gpus-per-node must be at least 1, got 0" in said
+    assert "--nodes must be at least 1, got 0" in said
+    assert "--device must be one of a100-80g, h100, h200, b200, cpu, got tpu" in said
+    assert "--prompt-tokens must be above 0 and at most data.max_prompt_tokens=1024, got 0" in said
+    assert "--response-tokens must be above 0 and at most rollout.max_response_tokens=3000, got 5000" in said
+
+
+@pytest.mark.parametrize("command", ["plan", "dry-run"])
+def test_a_model_that_is_not_there_is_named_by_its_key(command, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    assert main([command, recipe, "model.path=/nowhere"]) == 2
+    assert "model.path: a model folder needs a config.json, found none in /nowhere" in capsys.readouterr().err
 
 
 def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
