@@ -158,13 +158,7 @@ RARE = {
     "a killed raylet": Ending(
         status=1, says="Raylet is terminated", strike=killed(lambda run: run.named("raylet/raylet")[0])
     ),
-    "a killed control store of Ray's": Ending(
-        status=1, says="gcs", strike=killed(lambda run: run.named("gcs/gcs_server")[0])
-    ),
     "SIGTERM": Ending(status=0, says="asked to stop: finishing this step", strike=driver_gets(signal.SIGTERM)),
-    "SIGTERM to the process group": Ending(
-        status=0, says="asked to stop: finishing this step", strike=driver_gets(signal.SIGTERM, group=True)
-    ),
     "SIGTERM twice": Ending(status=130, says="interrupted", strike=driver_gets(signal.SIGTERM, times=2)),
 }
 
