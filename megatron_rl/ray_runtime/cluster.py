@@ -353,8 +353,8 @@ def _is_open(address: str) -> bool:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 return False
             raise ClusterProblem(
-                f"the Ray cluster at {address} did not say within {_ANSWER_S:.0f} s whether it asks for a token "
-                f"({error.code().name}: {error.details()}); look at the address and at its head, or set "
+                f"the Ray cluster at {address} did not say within {_ANSWER_S:.0f} s whether it asks for a token, "
+                f"{error.code().name}: {error.details()}; look at the address and at its head, or set "
                 "cluster.allow_open_cluster=true"
             ) from None
     return True

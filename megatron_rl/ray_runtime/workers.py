@@ -146,6 +146,8 @@ class GroupCall(Generic[T]):
                 raise WorkerDied(str(reply), worker=whose)
             if reply.error:
                 watch.raise_deaths(grace_s=_GRACE_S)  # a rank that lost its peer raises before the peer's end is known
+                if death := self._group.death_within(whose, _GRACE_S):  # it may end for what it raised
+                    raise WorkerDied(death, worker=whose)
                 raise WorkerFailed(f"{whose} ({reply.place}) failed in {self._verb}:\n{reply.error}")
             answers[reference] = reply
         replies = [answers[reference] for reference in self._references]
@@ -194,6 +196,7 @@ class WorkerGroup:
         self._numbers = [itertools.count() for _ in self._supervisors]
         self._statistics = Statistics()
         self._counting = threading.Lock()
+        self._restartable = restartable
         if not restartable:
             for worker, supervisor in zip(self.names, self._supervisors, strict=True):
                 watch.add(worker, supervisor.death.remote())
@@ -216,6 +219,14 @@ class WorkerGroup:
             else:
                 found |= {} if death is None else {rank: str(death)}
         return found
+
+    def death_within(self, worker: str, seconds: float) -> str | None:
+        """How a worker ended, where it is gone within ``seconds``; None also where the watch would have told."""
+        if not self._restartable:
+            return None
+        asked = self._supervisors[self.names.index(worker)].death.remote()
+        ended, _ = ray.wait([asked], timeout=seconds)
+        return str(ray.get(asked)) if ended else None
 
     def restart(self, rank: int) -> None:
         """Put a new process in the place of a rank's old one; it waits for what to build."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,9 @@ class Engine:
             raise RuntimeError("stale")
         for death in sorted(self.deaths.glob(f"{self.rank}-*")):
             death.unlink()
+            if death.name.endswith("after-raising"):
+                threading.Timer(0.5, os._exit, [1]).start()
+                raise RuntimeError("a worker of mine is gone")
             os.kill(os.getpid(), signal.SIGKILL)
         return [
             Rollout(
@@ -124,6 +128,18 @@ def test_both_may_die_at_once(start: Callable[[int], Started]) -> None:
     for rank in range(2):
         (run.deaths / f"{rank}-first").touch()
     assert run.engines.generate(PROMPTS, SAMPLING, SEEDS) == whole
+
+
+def test_an_engine_that_raises_and_then_ends_is_started_anew(start: Callable[[int], Started]) -> None:
+    run = start(1)
+    run.engines.push(7)
+    (run.deaths / "1-after-raising").touch()
+    drawn = run.engines.generate(PROMPTS, SAMPLING, SEEDS)
+    assert [[sample.token_ids[0] for sample in rollout.samples] for rollout in drawn] == [[*seeds] for seeds in SEEDS]
+    (told,) = run.told
+    assert told.startswith("engine rank 1 (pid ")
+    assert "exited with code 1" in told
+    assert "a worker of mine is gone" in told
 
 
 def test_restarts_that_are_used_up_end_the_run_with_the_cause(start: Callable[[int], Started]) -> None:

@@ -52,6 +52,7 @@ def second_worker(engine: int) -> int:
             r"tensor-parallel worker rank 1 \(pid STRUCK\) was killed by signal 9",
         ),
     ],
+    ids=["engine", "worker of an engine"],
 )
 def test_an_engine_killed_in_a_rollout_changes_no_sample(
     train_command: Callable[..., list[str]],

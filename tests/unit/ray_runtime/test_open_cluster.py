@@ -65,10 +65,10 @@ def test_an_open_cluster_is_refused_however_slow_it_is(tmp_path: Path, monkeypat
 
 def test_a_cluster_that_says_nothing_of_tokens_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with head(broken) as address:
-        assert "whether it asks for a token (INTERNAL: out of order)" in refused(address, tmp_path)
+        assert "whether it asks for a token, INTERNAL: out of order;" in refused(address, tmp_path)
     monkeypatch.setattr(cluster, "_ANSWER_S", 1.0)
     with head(after(3.0)) as address:
-        assert "did not say within 1 s whether it asks for a token (DEADLINE_EXCEEDED" in refused(address, tmp_path)
+        assert "did not say within 1 s whether it asks for a token, DEADLINE_EXCEEDED" in refused(address, tmp_path)
     nobody = f"127.0.0.1:{free_port()}"
     assert f"the Ray cluster at {nobody} did not say within 1 s" in refused(nobody, tmp_path)
     assert refused("nowhere", tmp_path).startswith("cannot find the Ray cluster at nowhere: ")
