@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 LOAD_FORMAT = "megatron_rl_unloaded"
-_CACHE_SCALES = frozenset({"q_scale", "k_scale", "v_scale", "prob_scale"})
+_CACHE_SCALES = frozenset({"q_scale", "k_scale", "v_scale"})
 """Of attention in a model whose configuration says that it is quantised."""
 
 
@@ -21,10 +21,12 @@ class Unloaded(DummyModelLoader):  # type: ignore[misc]
 
     def load_weights(self, model: Any, model_config: Any) -> None:
         """Fill all but the scales of keys and values, which no push brings: they stay as vLLM makes them, 1."""
-        scales = [
-            (name, tensor) for name, tensor in model.named_parameters() if name.rpartition(".")[2] in _CACHE_SCALES
-        ]
-        kept = [tensor.detach().clone() for _, tensor in scales]
+        kept = {
+            name: tensor.detach().clone()
+            for name, tensor in model.named_parameters()
+            if name.rpartition(".")[2] in _CACHE_SCALES
+        }
         super().load_weights(model, model_config)
-        for (_, tensor), values in zip(scales, kept, strict=True):
-            tensor.data.copy_(values)
+        for name, tensor in model.named_parameters():
+            if name in kept:
+                tensor.data.copy_(kept[name])
