@@ -466,12 +466,13 @@ def _weights_arguments(spec: EngineSpec) -> dict[str, Any]:
     """What vLLM is told of the weights to start with, and of those to come."""
     if not spec.pushed_quantised:
         return {"quantization": spec.quantization}
+    from megatron_rl.vllm_engine import unloaded
     from megatron_rl.weights.fp8_push import quantization_config
 
     assert spec.quantization is not None
     return {
         "hf_overrides": {"quantization_config": quantization_config(spec.quantization)},
-        "load_format": "dummy",  # those of the folder are not quantised
+        "load_format": unloaded.LOAD_FORMAT,  # the folder's are not quantised
     }
 
 

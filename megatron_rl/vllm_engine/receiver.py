@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_rl.interfaces import PushReceipt
 from megatron_rl.lifetime import die_with_parent
+from megatron_rl.vllm_engine import unloaded  # noqa: F401 - every worker must know it before it loads its model
 from megatron_rl.weights.transfer import Channel
 
 BACKEND = "megatron_rl"

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_rl.vllm_engine import engine
-from megatron_rl.vllm_engine.engine import _chosen, _stop_ids
+from megatron_rl.vllm_engine.engine import EngineSpec, _chosen, _stop_ids
 
 
 @dataclass
@@ -70,3 +71,18 @@ def test_a_model_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must name eos_token_id"):
         _stop_ids(tmp_path)
+
+
+@pytest.mark.parametrize(("quantization", "version"), [(None, None), ("fp8_per_channel", 0)])
+def test_an_engine_that_is_pushed_fp8_names_the_format_and_has_nothing_to_sample_from_before(
+    tmp_path: Path, quantization: str | None, version: int | None
+) -> None:
+    asked: dict[str, Any] = {
+        "max_model_len": 64,
+        "kv_cache_mib": 16,
+        "max_concurrent": 8,
+        "on_cpu": True,
+        "pushed_quantised": True,
+    }
+    with pytest.raises(ValueError, match="pushed_quantised needs a quantization, and no version"):
+        EngineSpec(model=tmp_path, dtype="bfloat16", quantization=quantization, version=version, **asked)
