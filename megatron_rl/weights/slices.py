@@ -108,6 +108,11 @@ class Window(Tensor):
         window._region, window._content, window._reads = region, content, reads
         return window
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Where it is; its elements may be elsewhere."""
+        here = self._region
+        return f"Window({here.name} {here.shape}: {here.start} to {here.stop} of dim {here.dim})"
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Cuts are answered, copies are windows; all else computes with the whole tensor.
@@ -199,10 +204,12 @@ class Slicing:
         self._lanes = lanes
         self._kept: dict[int, dict[str, Kept]] = {rank: {} for lane in lanes for rank in lane}
         self._sent: dict[str, tuple[tuple[int, ...], int]] = {}
+        self._agreed: dict[tuple[str, tuple[int, ...]], list[Region] | None] = {}
 
     def learn(self, rank: int, kept: Mapping[str, Kept]) -> None:
         """What a worker keeps of some tensors."""
         self._kept[rank] |= kept
+        self._agreed.clear()
 
     def regions(self, name: str, tensor: Tensor) -> list[Region] | None:
         """By lane, what to send of a tensor; None: all of it to all."""
@@ -211,6 +218,11 @@ class Slicing:
         return self._regions(name, shape)
 
     def _regions(self, name: str, shape: tuple[int, ...]) -> list[Region] | None:
+        if (name, shape) not in self._agreed:
+            self._agreed[name, shape] = self._agree(name, shape)
+        return self._agreed[name, shape]
+
+    def _agree(self, name: str, shape: tuple[int, ...]) -> list[Region] | None:
         by_lane = [{self._region(rank, name, shape) for rank in ranks} for ranks in self._lanes]
         agreed = [next(iter(regions)) for regions in by_lane if len(regions) == 1]
         regions = [region for region in agreed if region is not None]

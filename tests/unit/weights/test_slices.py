@@ -86,7 +86,10 @@ def test_a_window_gives_what_the_whole_tensor_would(dim: int, start: int, stop: 
         (lambda w: w[1:4], "w: the engine asks for indices 1 to 4 of dim 0, of the tensor it was sent 2 to 5 of dim 0"),
         (lambda w: w[4:6], "asks for indices 4 to 6 of dim 0"),
         (lambda w: w[:, 0:2], "asks for indices 0 to 2 of dim 1"),
-        (lambda w: torch.empty(6, 4).copy_(w), r"w: the engine reads the whole tensor \(a copy\), it was sent .* 2 to 5"),
+        (
+            lambda w: torch.empty(6, 4).copy_(w),
+            r"w: the engine reads the whole tensor \(a copy\), it was sent .* 2 to 5",
+        ),
         (lambda w: w.t(), r"reads the whole tensor \(aten.t.default\)"),
         (lambda w: w[2:5:2], r"reads the whole tensor \(a cut with steps\)"),
     ],

@@ -139,7 +139,9 @@ def test_log_probs_that_are_no_numbers_are_caught() -> None:
         sync(trainer, Engine(trainer, loads=False, weight=math.nan)).push(4)
 
 
-@pytest.mark.parametrize("change", [{"digest": "bb"}, {"tensors": 2}, {"slices": 1}, {"size_bytes": 40}, {"version": 3}])
+@pytest.mark.parametrize(
+    "change", [{"digest": "bb"}, {"tensors": 2}, {"slices": 1}, {"size_bytes": 40}, {"version": 3}]
+)
 def test_a_receipt_that_differs_is_caught_with_both_sides_figures(change: dict[str, Any]) -> None:
     trainer = Trainer()
     with pytest.raises(WeightMismatch) as caught:
