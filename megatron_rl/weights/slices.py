@@ -98,14 +98,16 @@ class Window(Tensor):
     _region: Region
     _content: Tensor
     _reads: Reads | None
+    _led: bool
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, region: Region, content: Tensor, reads: Reads | None = None) -> Window:
-        """What is there, its elements in the region's shape, and who notes what is read."""
+    def __new__(cls, region: Region, content: Tensor, reads: Reads | None = None, led: bool = False) -> Window:
+        """What is there, its elements in the region's shape, and who notes what is read; led by a dim of size 1."""
         make: Any = Tensor._make_wrapper_subclass
-        window: Window = make(cls, region.shape, dtype=content.dtype, device=content.device)
-        window._region, window._content, window._reads = region, content, reads
+        shape = (1, *region.shape) if led else region.shape
+        window: Window = make(cls, shape, dtype=content.dtype, device=content.device)
+        window._region, window._content, window._reads, window._led = region, content, reads, led
         return window
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -117,15 +119,22 @@ class Window(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Cuts are answered, copies are windows; all else computes with the whole tensor.
 
+        So is one in a list of one, a dim of size 1 that is put in front and taken away again: thus vLLM goes through
+        experts that may come together or one by one.
+
         Raises:
             ValueError: what is read is not there.
         """
         kwargs = kwargs or {}
+        here = args[0]
         if func in _ALIKE:
-            here = args[0]
-            return cls(here._region, func(here._content, *args[1:], **kwargs), here._reads)
-        if func is _aten.slice.Tensor:
-            return args[0]._cut(*args[1:], **kwargs)
+            return cls(here._region, func(here._content, *args[1:], **kwargs), here._reads, here._led)
+        if func is _aten.unsqueeze.default and args[1] == 0 and not here._led:
+            return cls(here._region, here._content, here._reads, led=True)
+        if func is _aten.unbind.int and args[1:] in ((), (0,)) and here._led:
+            return [cls(here._region, here._content, here._reads)]
+        if func is _aten.slice.Tensor and not here._led:
+            return here._cut(*args[1:], **kwargs)
         by = None if func is _aten.copy_.default else str(func)
         args, kwargs = tree_map_only(Window, lambda window: window._all(by), (args, kwargs))
         return func(*args, **kwargs)
@@ -158,7 +167,7 @@ class Window(Tensor):
             )
         if self._reads is not None:
             self._reads.note_whole(here.name, by)
-        return self._content
+        return self._content.unsqueeze(0) if self._led else self._content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +190,12 @@ class SlicePlan:
 
     def __str__(self) -> str:
         """In a line."""
-        others = ", ".join(f"{name} ({by})" for name, by in self.read_otherwise.items())
+        first = {by: name for name, by in reversed([*self.read_otherwise.items()])}
+        others = ", ".join(f"{[*self.read_otherwise.values()].count(by)} by {by}, as {first[by]}" for by in first)
         return (
             f"a push sends each of an engine's {len(self.worker_bytes)} workers its own slice of {self.slices} tensors "
             f"and {self.whole} whole: {max(self.worker_bytes)} of {self.model_bytes} bytes"
-            + (f"; whole because vLLM does more than cut or copy: {others}" if others else "")
+            + (f"; whole because vLLM does more than cut or copy, {others}" if others else "")
         )
 
 

@@ -34,6 +34,7 @@ def kept_by(reader: Callable[[Tensor], object], whole: Tensor = WHOLE) -> Kept:
         (lambda w: w.to(torch.bfloat16).contiguous().narrow(0, 2, 3), region(0, 2, 5)),
         (lambda w: w.data.detach()[2:3], region(0, 2, 3)),
         (lambda w: w.narrow(0, 6, 0), region(0, 6, 6)),
+        (lambda w: [expert[:, 1:2] for expert in w.unsqueeze(0).unbind()], region(1, 1, 2)),
         (lambda w: w.shape, region(0, 0, 0)),
         (lambda w: torch.empty(6, 4).copy_(w[0:6]), region(0, 0, 6)),
         (lambda w: torch.empty(6, 4, device="meta").copy_(w), region(0, 0, 6)),
@@ -48,6 +49,8 @@ def test_what_is_cut_out_of_a_tensor_is_noted(reader: Callable[[Tensor], object]
     [
         (lambda w: w.t(), "aten.t.default"),
         (lambda w: torch.cat([w, w]), "aten.cat.default"),
+        (lambda w: w.unsqueeze(0)[:, 1:2], "aten.slice.Tensor"),
+        (lambda w: w.unsqueeze(1).unbind(), "aten.unsqueeze.default"),
         (lambda w: w[::2], "a cut with steps"),
         (lambda w: (w[1:2], w[:, 1:2]), "cuts along several dims"),
         (lambda w: (w[1:2], w.sum()), "aten.sum.default"),
@@ -62,6 +65,8 @@ def test_a_tensor_that_is_read_in_any_other_way_is_kept_whole_and_it_is_said_why
 def test_a_watched_tensor_gives_what_it_would_have_given() -> None:
     watched = Reads().watch("w", WHOLE)
     assert torch.equal(watched.t(), WHOLE.t())
+    assert torch.equal(watched.unsqueeze(0) + 0, WHOLE[None])
+    assert torch.equal(watched.unsqueeze(0).unbind()[0][1:3], WHOLE[1:3])
     assert torch.equal(watched[1:5:2], WHOLE[1:5:2])
     assert torch.equal(watched[2:4], WHOLE[2:4])
     assert torch.equal(torch.empty(6, 4).copy_(watched), WHOLE)
@@ -134,14 +139,18 @@ def test_what_all_keep_whole_goes_to_all_and_what_one_keeps_whole_to_that_one() 
 def test_the_plan_counts_tensors_and_bytes_and_says_why_some_are_whole() -> None:
     slicing = Slicing([[1], [2]])
     for rank, (start, stop) in ((1, (0, 4)), (2, (4, 6))):
-        cast = {"cast": Kept(region=region(0, 0, 3, (3,), "cast"), by="aten.t.default")}
-        slicing.learn(rank, rows(start, stop) | cast)
-    for name, tensor in (("w", WHOLE), ("cast", torch.zeros(3)), ("scalar", torch.tensor(1.0))):
+        turned = {
+            name: Kept(region=region(0, 0, 3, (3,), name), by=f"aten.{name[:-1]}.default")
+            for name in ("t1", "t2", "exp1")
+        }
+        slicing.learn(rank, rows(start, stop) | turned)
+    vectors = [(name, torch.zeros(3)) for name in ("t1", "t2", "exp1")]
+    for name, tensor in (("w", WHOLE), *vectors, ("scalar", torch.tensor(1.0))):
         slicing.regions(name, tensor)
     plan = slicing.plan()
-    # 4 and 2 of 6 rows of 16 bytes; 12 and 4 bytes whole
-    assert (plan.worker_bytes, plan.model_bytes) == ((64 + 16, 32 + 16), 96 + 16)
+    # 4 and 2 of 6 rows of 16 bytes; three times 12 and 4 bytes whole
+    assert (plan.worker_bytes, plan.model_bytes) == ((64 + 40, 32 + 40), 96 + 40)
     assert str(plan) == (
-        "a push sends each of an engine's 2 workers its own slice of 1 tensors and 2 whole: 80 of 112 bytes; whole "
-        "because vLLM does more than cut or copy: cast (aten.t.default)"
+        "a push sends each of an engine's 2 workers its own slice of 1 tensors and 4 whole: 104 of 136 bytes; whole "
+        "because vLLM does more than cut or copy, 1 by aten.exp.default, as exp1, 2 by aten.t.default, as t1"
     )
