@@ -161,7 +161,7 @@ def connected(engine: EngineProcess, transport: Transport, tensor: int) -> Chann
     """A channel to all workers of the engine."""
     listener = listen("127.0.0.1")
     engine.ask(call_join, listener.port, 1 + tensor)
-    channel = Channel.open(listener, world_size=1 + tensor, timeout_s=DEADLINE_S, transport=transport)
+    channel = Channel.open(listener, world_size=1 + tensor, timeout_s=DEADLINE_S, transport=transport, lanes=tensor)
     engine.answer()
     return channel
 

@@ -70,18 +70,24 @@ class UpdateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PushReceipt:
-    """What one side of a weight push saw: equal on both sides, or the push failed.
+    """What one side of a weight push saw of what one worker of each engine was sent: equal on both sides, or the push
+    failed.
 
     Attributes:
         version: of the weights.
         tensors: how many were moved.
-        size_bytes: their size.
-        digest: xxh3-128 over names, types, shapes and bytes, in order, before anything was loaded.
+        slices: of how many of them the part alone that the worker keeps.
+        size_bytes: of what was moved.
+        tensor_bytes: of the tensors, whole.
+        digest: two of xxh3-128, over names, types, shapes, parts and bytes, in order, before anything was loaded: of
+            what all workers were sent, and of what this one was.
     """
 
     version: int
     tensors: int
+    slices: int
     size_bytes: int
+    tensor_bytes: int
     digest: str
 
 

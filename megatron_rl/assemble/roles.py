@@ -200,7 +200,7 @@ class _VerifiedInTurn:
     engine: RemoteEngine
     turns: TakingTurns
 
-    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...] | None]:
         return self.engine.advance(phase, version, deadline_s)
 
     def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:

@@ -97,6 +97,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             restarts=config.engine.restarts,
             restart=roles.restart_engines,
             tell=lambda text: metrics.note(text),
+            describe=(lambda: str(policy.slice_plan().result())) if config.engine.tensor > 1 else None,
         )
         stream = PromptStream(prompts.prompts, config.seed)
         kl_control = KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon)

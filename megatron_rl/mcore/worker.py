@@ -46,6 +46,7 @@ from megatron_rl.weights.formats import check_formats, expected_formats
 from megatron_rl.weights.fp8_push import quantised
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.safetensors_io import save_hf_folder
+from megatron_rl.weights.slices import SlicePlan
 from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
 from megatron_rl.weights.weight_map import Head, weight_map
 
@@ -274,7 +275,13 @@ class Worker:
         return self._listener.host, self._listener.port
 
     def open_channel(
-        self, world_size: int, timeout_s: float, transport: Transport, bucket_bytes: int, pushed_format: str | None
+        self,
+        world_size: int,
+        timeout_s: float,
+        transport: Transport,
+        bucket_bytes: int,
+        lanes: int,
+        pushed_format: str | None,
     ) -> None:
         """Meet the receivers; rank 0 does.
 
@@ -283,6 +290,7 @@ class Worker:
             timeout_s: bound on joining, and on each later wait for one receiver.
             transport: how the bytes travel.
             bucket_bytes: how many travel together.
+            lanes: workers of each engine.
             pushed_format: that linears are sent in, see :mod:`megatron_rl.weights.fp8_push`; None: as they are.
 
         Raises:
@@ -296,9 +304,20 @@ class Worker:
                 timeout_s=timeout_s,
                 transport=transport,
                 bucket_bytes=bucket_bytes,
+                lanes=lanes,
             )
 
-    def send(self, version: int) -> PushReceipt | None:
+    def slice_plan(self) -> SlicePlan:
+        """What the next push sends to each worker of an engine; asked of rank 0.
+
+        Raises:
+            ValueError: there is no channel.
+        """
+        if self._channel is None:
+            raise ValueError("a channel must be open before it has a plan; call open_channel first")
+        return self._channel.slice_plan()
+
+    def send(self, version: int) -> tuple[PushReceipt, ...] | None:
         """Send the weights to the receivers that joined; every rank takes part, rank 0 answers.
 
         Raises:

@@ -29,6 +29,7 @@ class Engines:
         restarts: int,
         restart: Callable[[Sequence[int]], None],
         tell: Callable[[str], None],
+        describe: Callable[[], str] | None = None,
     ) -> None:
         """Take note.
 
@@ -38,6 +39,7 @@ class Engines:
             restarts: of each.
             restart: makes those of the given ranks anew, and opens the channel of the pushes again.
             tell: gets a line about each death.
+            describe: what pushes send, known after the first, which is told then.
         """
         self._engine = engine
         self._sync = sync
@@ -45,6 +47,7 @@ class Engines:
         self._restarts = restarts
         self._restart = restart
         self._tell = tell
+        self._describe = describe
         self._version: int | None = None
         self._expected = ExpectedLength()
 
@@ -88,6 +91,8 @@ class Engines:
         if dead := self._engine.group.deaths():
             self._start_anew(dead)
         found = self._sync.push(version)
+        if self._version is None and self._describe is not None:
+            self._tell(self._describe())
         self._version = version
         return found
 

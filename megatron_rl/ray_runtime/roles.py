@@ -32,6 +32,7 @@ from megatron_rl.interfaces import (
 )
 from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.weights.slices import SlicePlan
 from megatron_rl.weights.transfer import Transport, choose_transport
 
 HELD_TYPES = (TokenRows, ExperienceBatch)
@@ -115,9 +116,13 @@ class RemotePolicy(RemoteTrainer):
         """One optimizer step."""
         return self._updated(minibatch, loss)
 
-    def send(self, version: int, deadline_s: float) -> Pending[PushReceipt]:
+    def send(self, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...]]:
         """Send the weights to the engines that joined."""
         return self.group.call("send", version, finish=_only, deadline_s=deadline_s)
+
+    def slice_plan(self) -> Pending[SlicePlan]:
+        """What the next push sends to each worker of an engine."""
+        return self.group.call("slice_plan", finish=_only, ranks=[0])
 
 
 class RemoteReference(RemoteTrainer):
@@ -179,10 +184,10 @@ class RemoteEngine:
         """Get it back; what the engine with the most then uses."""
         return self.group.call("wake", weights, cache, finish=_most)
 
-    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...] | None]:
         """Take every engine through the next phase of a push; all must have received the same."""
 
-        def finish(receipts: list[PushReceipt | None]) -> PushReceipt | None:
+        def finish(receipts: list[tuple[PushReceipt, ...] | None]) -> tuple[PushReceipt, ...] | None:
             if any(receipt != receipts[0] for receipt in receipts):
                 raise ValueError(f"version {version}: all engines must receive the same, got {receipts}")
             return receipts[0]
@@ -325,9 +330,15 @@ def connect(
     transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)
-    bucket_bytes = sync.bucket_mib << 20
     opening = policy.group.call(
-        "open_channel", world, sync.bucket_deadline_s, transport, bucket_bytes, pushed_format, finish=lambda _: None
+        "open_channel",
+        world,
+        sync.bucket_deadline_s,
+        transport,
+        sync.bucket_mib << 20,
+        tensor,
+        pushed_format,
+        finish=lambda _: None,
     )
     joining = [
         engine.group.call(

@@ -295,7 +295,7 @@ class Engine:
         where = {"host": host, "port": port, "rank": rank, "world_size": world_size}
         self._on_workers("init_weight_transfer_engine", {**where, "timeout_s": timeout_s})
 
-    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> PushReceipt | None:
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> tuple[PushReceipt, ...] | None:
         """Go through one phase of a push. The engine is stale from the first to the last, and after an error until a
         push comes to its end.
 
@@ -305,10 +305,10 @@ class Engine:
             deadline_s: bound on the phase; the workers get nine tenths of it, so that there is time to say who is late.
 
         Returns:
-            what arrived, in the transfer; else None.
+            what arrived at each worker, in the transfer; else None.
 
         Raises:
-            RuntimeError: the phase is not the next one, or the workers differ in what they received.
+            RuntimeError: the phase is not the next one.
             WorkerError: the sender gave up, is gone or is silent for too long, or the model cannot load what it sent.
             TimeoutError: a worker is late; the engine can only be started anew.
         """
@@ -320,24 +320,21 @@ class Engine:
                 f"{'the first' if self._next is None else f'{self._next[0].value} of version {self._next[1]}'}"
             )
         self._version, self._next = None, None
-        receipt = self._go_through(phase, version, 0.9 * deadline_s)
+        receipts = self._go_through(phase, version, 0.9 * deadline_s)
         if phase is order[-1]:
             self._version = version
         else:
             self._next = order[order.index(phase) + 1], version
-        return receipt
+        return receipts
 
-    def _go_through(self, phase: PushPhase, version: int, deadline_s: float) -> PushReceipt | None:
+    def _go_through(self, phase: PushPhase, version: int, deadline_s: float) -> tuple[PushReceipt, ...] | None:
         if phase is PushPhase.DRAIN and self._engine.has_unfinished_requests():
             raise RuntimeError(f"version {version}: no request may be under way when weights change")
         if phase is PushPhase.START:
             self._on_workers("start_weight_update", deadline_s=deadline_s)
         if phase is PushPhase.TRANSFER:
             self._on_workers("update_weights", {"version": version}, deadline_s=deadline_s)
-            receipts: list[PushReceipt] = self._on_workers("push_receipt", deadline_s=deadline_s)
-            if not all(receipt == receipts[0] for receipt in receipts):
-                raise RuntimeError(f"version {version}: all workers must receive the same, got {receipts}")
-            return receipts[0]
+            return tuple(self._on_workers("push_receipt", deadline_s=deadline_s))
         if phase is PushPhase.FINISH:
             self._on_workers("finish_weight_update", deadline_s=deadline_s)
         if phase is PushPhase.RESET_CACHE:

@@ -60,7 +60,9 @@ class PushInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore[misc]
-    """Loads what arrives through a channel; full tensors under Hugging Face names, which the model cuts and fuses."""
+    """Loads what arrives through a channel: tensors under Hugging Face names, which the model cuts and fuses. Of those
+    that it cuts, a tensor-parallel worker gets no more than it has seen its model read in a push before.
+    """
 
     init_info_cls = JoinInfo
     update_info_cls = PushInfo
@@ -119,6 +121,7 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             finally:
                 reception.drain()
             self._check_complete(loaded)
+        self._joined().keep(reception.reads)
         self.receipt = reception.receipt
 
     def _check_complete(self, loaded: set[str] | None) -> None:

@@ -22,8 +22,8 @@ class WeightMismatch(RuntimeError):
 class WeightSender(Protocol):
     """The trainer's side of a push."""
 
-    def send(self, version: int, deadline_s: float) -> Pending[PushReceipt]:
-        """Send the current weights."""
+    def send(self, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...]]:
+        """Send the current weights; what each worker of an engine was sent."""
 
     def logprobs(self, batch: TokenRows, temperature: float) -> Pending[Tensor]:
         """[B, T] f32 log-probs of the response tokens, 0 elsewhere."""
@@ -32,8 +32,8 @@ class WeightSender(Protocol):
 class WeightReceiver(Protocol):
     """The engine's side of a push."""
 
-    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[PushReceipt | None]:
-        """Go through the next phase; a receipt comes of the transfer alone."""
+    def advance(self, phase: PushPhase, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...] | None]:
+        """Go through the next phase; of the transfer alone come receipts, of each worker of an engine."""
 
     def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
         """By each engine, for each row: the log-prob of each token given those before it, at temperature 1; 0.0 for the
@@ -75,7 +75,8 @@ class CheckedSync:
         """Push the weights as ``version`` and check them.
 
         Returns:
-            ``bytes`` sent; ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats); for each phase
+            ``bytes`` sent to the workers of an engine together, and ``tensor_bytes``, what sending all tensors whole
+            would be; ``probe_mean_abs`` and ``probe_max_abs``, the difference in log-prob (nats); for each phase
             and the check, as in ``transfer_s``, its seconds.
 
         Raises:
@@ -96,7 +97,7 @@ class CheckedSync:
                 entered = {"the engine": self.receiver.advance(phase, version, self.phase_deadline_s)}
                 if phase is PushPhase.TRANSFER:
                     sending = {"the trainer": self.sender.send(version, self.phase_deadline_s)}
-                    found["bytes"] = _same(version, *_all(sending | entered))
+                    found |= _same(version, *_all(sending | entered))
                 else:
                     _all(entered)
             found[f"{phase.value}_s"] = time.monotonic() - started
@@ -139,14 +140,20 @@ def _marked(version: int, probe: TokenRows, scores: Sequence[Sequence[float]]) -
     return whole[probe.response_mask]
 
 
-def _same(version: int, sent: PushReceipt, received: PushReceipt) -> float:
-    """The bytes of a push of which both sides say the same."""
-    if sent != received or sent.version != version:
-        raise WeightMismatch(
-            f"version {version}: both sides must report the same, the trainer sent {sent}, the engine received "
-            f"{received}"
-        )
-    return float(sent.size_bytes)
+def _same(version: int, sent: Sequence[PushReceipt], received: Sequence[PushReceipt]) -> dict[str, float]:
+    """The bytes of a push of which both sides say the same, worker by worker."""
+    if len(sent) != len(received):
+        raise WeightMismatch(f"version {version}: the trainer sent to {len(sent)} workers, {len(received)} received")
+    for rank, (ours, theirs) in enumerate(zip(sent, received, strict=True)):
+        if ours != theirs or ours.version != version:
+            raise WeightMismatch(
+                f"version {version}: both sides must report the same of each worker of an engine, to rank {rank} the "
+                f"trainer sent {ours}, the engine received {theirs}"
+            )
+    return {
+        "bytes": float(sum(receipt.size_bytes for receipt in sent)),
+        "tensor_bytes": float(sum(receipt.tensor_bytes for receipt in sent)),
+    }
 
 
 @contextmanager

@@ -9,13 +9,16 @@ travels is data only, JSON headers and raw bytes, as a sequence of messages from
 * ABORT: why the sender gives up, so that nobody waits for the rest.
 
 Messages and confirmations go to and from one rank at a time, so that whoever does not answer is known by its rank.
+
+The workers of an engine keep different parts of a tensor. Receivers are divided into *lanes*, one for each
+tensor-parallel rank; a bucket has a run of bytes for all receivers and one for each lane, and no receiver gets another
+lane's. Each tells what it keeps of the tensors of a push (:meth:`Channel.keep`), and the next push sends it no more.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import secrets
 import socket
@@ -25,37 +28,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from enum import Enum, IntEnum
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 
 from megatron_rl.device import device
 from megatron_rl.interfaces import PushReceipt
-from megatron_rl.weights.device_sum import DeviceSum
+from megatron_rl.weights.buckets import DTYPES, Piece, Run, Tally, filled, streams
+from megatron_rl.weights.slices import Kept, Reads, SlicePlan, Slicing, Window
 
 _SHARED_MEMORY = Path("/dev/shm")
 _AHEAD = 2
 """Buckets that may be under way: the sender fills one while receivers take the one before."""
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float64,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.int32,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
 
 
 class TransferError(RuntimeError):
@@ -95,21 +83,6 @@ class _Kind(IntEnum):
     DATA = 0
     END = 1
     ABORT = 2
-
-
-class _Piece(NamedTuple):
-    """Some bytes of a tensor: as many as go into one bucket."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-    @property
-    def whole(self) -> int:
-        """Size of the tensor, in bytes."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -153,12 +126,16 @@ class Channel:
         transport: how the bytes travel.
     """
 
-    def __init__(self, messages: _Messages, buckets: _Buckets, transport: Transport, bucket_bytes: int) -> None:
+    def __init__(
+        self, messages: _Messages, buckets: _Buckets, store: Any, transport: Transport, bucket_bytes: int
+    ) -> None:
         """Use :meth:`open` or :meth:`join`."""
         self.transport = transport
         self._messages = messages
         self._buckets: _Buckets | None = buckets
         self._bucket_bytes = bucket_bytes
+        self._notices = _Notices(store, messages)
+        self._slicing = Slicing([messages.lane(lane) for lane in range(messages.lanes)])
 
     @classmethod
     def open(
@@ -169,6 +146,7 @@ class Channel:
         timeout_s: float,
         transport: Transport = Transport.GLOO,
         bucket_bytes: int = 32 << 20,
+        lanes: int = 1,
     ) -> Channel:
         """Meet the receivers, as the sender, rank 0; returns when all have joined.
 
@@ -178,6 +156,8 @@ class Channel:
             timeout_s: bound on joining, and later on every wait for one receiver; theirs is the same.
             transport: how bytes travel.
             bucket_bytes: size of a bucket; two of them bound what is under way.
+            lanes: receivers of one engine. Ranks follow one another within an engine, so that the lane of a rank from 1
+                is ``(rank - 1) % lanes``.
 
         Raises:
             TransferError: somebody did not come in time, joined with another world size, or cannot reach the memory.
@@ -187,15 +167,18 @@ class Channel:
             raise ValueError(
                 f"there must be a receiver (world_size >= 2) and bytes in a bucket, got {world_size}, {bucket_bytes}"
             )
+        if lanes < 1 or (world_size - 1) % lanes:
+            raise ValueError(f"lanes must divide the {world_size - 1} receivers, got {lanes}")
         memory: _SharedMemory | _CudaMemory | None = None
         if transport is Transport.SHARED_MEMORY:
             memory = _SharedMemory.create(bucket_bytes)
         elif transport is Transport.CUDA_IPC:
             memory = _CudaMemory.create(bucket_bytes)
         try:
-            offer = _Offer(transport.value, bucket_bytes, timeout_s, None if memory is None else memory.name)
+            offer = _Offer(transport.value, bucket_bytes, timeout_s, lanes, None if memory is None else memory.name)
             listener._store.set("offer", json.dumps(asdict(offer)))
             messages = _Messages.meet(listener._store, listener.host, listener.port, 0, world_size, timeout_s)
+            messages.lanes = lanes
             if memory is not None:
                 for rank in range(1, world_size):  # each has it open
                     messages.receive(rank, torch.empty(1, dtype=torch.int64), "joining: the shared memory")
@@ -203,7 +186,7 @@ class Channel:
             if memory is not None:
                 memory.unname()  # whoever has it open keeps it; nothing is left whichever way this process ends
         buckets = memory or _buckets_over(transport, messages, listener._store, bucket_bytes)
-        return cls(messages, buckets, transport, bucket_bytes)
+        return cls(messages, buckets, listener._store, transport, bucket_bytes)
 
     @classmethod
     def join(cls, at: tuple[str, int], *, rank: int, world_size: int, timeout_s: float) -> Channel:
@@ -226,7 +209,7 @@ class Channel:
         store = _connect(host, port, timeout_s)
         messages = _Messages.meet(store, host, port, rank, world_size, timeout_s)
         offer = _Offer(**json.loads(store.get("offer")))
-        messages.timeout_s = offer.timeout_s
+        messages.timeout_s, messages.lanes = offer.timeout_s, offer.lanes
         transport = Transport(offer.transport)
         if offer.memory is None:
             buckets: _Buckets = _buckets_over(transport, messages, store, offer.bucket_bytes)
@@ -234,17 +217,18 @@ class Channel:
             end = _CudaMemory if transport is Transport.CUDA_IPC else _SharedMemory
             buckets = end.open(offer.memory, offer.bucket_bytes)
             messages.send(0, torch.zeros(1, dtype=torch.int64), "joining: the shared memory")
-        return cls(messages, buckets, transport, offer.bucket_bytes)
+        return cls(messages, buckets, store, transport, offer.bucket_bytes)
 
-    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> PushReceipt:
-        """Send tensors to every receiver; an exception of the iterable reaches them as an abort.
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> tuple[PushReceipt, ...]:
+        """Send tensors to every receiver: of each what the receiver keeps, as far as all have told it. An exception of
+        the iterable reaches them as an abort.
 
         Args:
             version: the receivers must ask for the same.
             tensors: name and tensor, consumed one by one.
 
         Returns:
-            what was sent; every receiver has taken it.
+            by lane, what was sent; every receiver has taken it.
 
         Raises:
             TransferError: a receiver is gone or does not take the data in time.
@@ -252,37 +236,64 @@ class Channel:
         """
         if self._messages.rank:
             raise ValueError(f"only rank 0 sends, this is rank {self._messages.rank}")
-        digest, sent = _Digest(), _Sent(self._messages)
+        lanes = range(self._messages.lanes)
+        tally, sent, slicing = Tally(), _Sent(self._messages), self._heard()
+        parts = (streams(name, tensor, slicing.regions(name, tensor)) for name, tensor in tensors)
         try:
-            for bucket in _cut(tensors, self._bucket_bytes):
-                self._send_bucket(version, bucket, sent, digest)
+            for bucket in filled(parts, self._bucket_bytes):
+                self._send_bucket(version, bucket, sent, tally)
         except TransferError:
             raise  # the group is broken: there is nobody to tell
         except BaseException as error:
             with suppress(TransferError):
-                reason = f"{type(error).__name__}: {error}"
-                self._tell(_Kind.ABORT, {"version": version, "reason": reason}, f"version {version}: giving up")
+                header = {"version": version, "reason": f"{type(error).__name__}: {error}"}
+                self._tell(_Kind.ABORT, [header for _ in lanes], f"version {version}: giving up")
                 sent.wait(0)
             raise
-        receipt = digest.receipt(version)
-        counts = {"version": version, "tensors": receipt.tensors, "size_bytes": receipt.size_bytes}
+        receipts = tuple(tally.receipt(version, lane) for lane in lanes)
+        counts = [{"version": version, "tensors": r.tensors, "size_bytes": r.size_bytes} for r in receipts]
         self._tell(_Kind.END, counts, f"version {version}: the end")
         sent.wait(0)
-        return receipt
+        return receipts
 
-    def _send_bucket(self, version: int, bucket: Sequence[tuple[_Piece, Tensor]], sent: _Sent, digest: _Digest) -> None:
-        where = f"version {version}: {_names([piece for piece, _ in bucket])}"
+    def _send_bucket(self, version: int, bucket: Sequence[Run], sent: _Sent, tally: Tally) -> None:
+        where = f"version {version}: {_names([piece for run in bucket for piece in run.pieces])}"
         sent.wait(_AHEAD - 1)
         staging = self._opened().staging(sent.count)
-        pieces, size = [piece for piece, _ in bucket], 0
-        for piece, content in bucket:
-            part = staging[size : size + piece.size]
-            part.copy_(content)
-            digest.update(piece, part)
-            size += piece.size
-        self._tell(_Kind.DATA, {"version": version, "pieces": pieces}, where)
-        self._opened().send(staging[:size], where)
+        placed: list[tuple[int | None, Tensor]] = []
+        headers: list[list[Any]] = [[] for _ in range(self._messages.lanes)]
+        start = 0
+        for run in bucket:
+            here = staging[start : start + run.size]
+            for piece, content, part in zip(run.pieces, run.contents, _split(here, run.pieces), strict=True):
+                part.copy_(content)
+                tally.update(run.lane, piece, part)
+            placed.append((run.lane, here))
+            for header in headers if run.lane is None else [headers[run.lane]]:
+                header.append([run.lane is not None, start, run.pieces])
+            start += run.size
+        if self.transport is Transport.CUDA_IPC:
+            torch.accelerator.synchronize()  # the receiver reads as soon as it is told
+        self._tell(_Kind.DATA, [{"version": version, "runs": runs} for runs in headers], where)
+        self._opened().send(placed, where)
         sent.add(where)
+
+    def keep(self, reads: Reads) -> None:
+        """Tell the sender, as a receiver of a push, what was read of it.
+
+        Raises:
+            TransferError: the sender is gone.
+        """
+        self._notices.tell(reads.kept())
+
+    def slice_plan(self) -> SlicePlan:
+        """What the next push sends, if its tensors are those of the last one; asked of the sender."""
+        return self._heard().plan()
+
+    def _heard(self) -> Slicing:
+        for rank, kept in self._notices.hear():
+            self._slicing.learn(rank, kept)
+        return self._slicing
 
     def receive(self, version: int) -> Reception:
         """Receive what the sender sends as ``version``; errors come while the result is iterated."""
@@ -293,6 +304,7 @@ class Channel:
     def close(self) -> None:
         """Leave the group; whoever still waits for this process gets an error."""
         self._messages.close()
+        self._notices.close()
         self._buckets = None
 
     def _opened(self) -> _Buckets:
@@ -300,10 +312,11 @@ class Channel:
             raise TransferError("the channel is closed; join again")
         return self._buckets
 
-    def _tell(self, kind: _Kind, header: Mapping[str, Any], where: str) -> None:
-        body = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-        for part in (torch.tensor([kind, len(body)]), body):
-            self._messages.send_all(part, where)
+    def _tell(self, kind: _Kind, headers: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Say to each lane what is its own."""
+        bodies = [torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8) for header in headers]
+        for parts in ([torch.tensor([kind, len(body)]) for body in bodies], bodies):
+            self._messages.send_all(enumerate(parts), where)
 
     def _next_message(self, where: str) -> tuple[_Kind, dict[str, Any]]:
         kind, length = self._messages.receive(0, torch.empty(2, dtype=torch.int64), where).tolist()
@@ -315,13 +328,18 @@ class Channel:
 class Reception(Iterator[tuple[str, Tensor]]):
     """The tensors of one push as they arrive, each in memory of its own: iterate it once.
 
+    Where there are several lanes, tensors of at least one dim are windows
+    (:class:`megatron_rl.weights.slices.Window`): of a slice, and of a whole tensor to see what is read of it.
+
     Attributes:
         receipt: what arrived; None until the iteration has come to its end.
+        reads: of the tensors that came whole.
     """
 
     def __init__(self, channel: Channel, version: int) -> None:
         """Use :meth:`Channel.receive`."""
         self.receipt: PushReceipt | None = None
+        self.reads = Reads()
         self._channel = channel
         self._version = version
         self._tensors = self._arriving()
@@ -341,9 +359,10 @@ class Reception(Iterator[tuple[str, Tensor]]):
                 pass
 
     def _arriving(self) -> Iterator[tuple[str, Tensor]]:
-        digest, channel, version = _Digest(), self._channel, self._version
+        tally, channel, version = Tally(), self._channel, self._version
+        lane = channel._messages.own_lane
         stranger: int | None = None
-        content = torch.empty(0, dtype=torch.uint8)
+        open_: dict[str, Tensor] = {}
         count, last, taken = 0, "the first tensor", _Taken(channel._messages)
         while True:
             kind, header = channel._next_message(f"version {version}: {last}")
@@ -355,31 +374,45 @@ class Reception(Iterator[tuple[str, Tensor]]):
                 raise TransferError(f"version {header['version']}: the sender gave up: {header['reason']}")
             if kind is _Kind.END:
                 break
-            pieces = [_Piece(*fields) for fields in header["pieces"]]
-            where = f"version {version}: {_names(pieces)}"
-            staging = channel._opened().staging(count)[: sum(piece.size for piece in pieces)]
-            channel._opened().receive(staging, where)
-            # a stranger is heard to its end, so that the sender is not left waiting
-            for piece, part in zip(pieces, staging.split([piece.size for piece in pieces]), strict=True):
-                if stranger is not None:
-                    continue
-                digest.update(piece, part)
-                if piece.start == 0:
-                    content = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
-                content[piece.start : piece.start + piece.size] = part
-                if piece.start + piece.size == piece.whole:
-                    yield piece.name, content.view(_DTYPES[piece.dtype]).view(tuple(piece.shape))
+            staging = channel._opened().staging(count)
+            runs = [
+                (lane if own else None, start, [Piece(*fields) for fields in pieces])
+                for own, start, pieces in header["runs"]
+            ]
+            placed = [
+                (whose, staging[start : start + sum(piece.size for piece in pieces)]) for whose, start, pieces in runs
+            ]
+            pieces = [piece for _, _, pieces in runs for piece in pieces]
+            where = f"version {version}: {_names(pieces) if pieces else 'what others get'}"
+            channel._opened().receive(placed, where)
+            for (whose, _, of_run), (_, here) in zip(runs, placed, strict=True):
+                for piece, part in zip(of_run, _split(here, of_run), strict=True):
+                    # a stranger is heard to its end, so that the sender is not left waiting
+                    if stranger is not None:
+                        continue
+                    tally.update(whose, piece, part)
+                    if piece.start == 0:
+                        open_[piece.name] = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
+                    open_[piece.name][piece.start : piece.start + piece.size] = part
+                    if piece.start + piece.size == piece.whole:
+                        yield piece.name, self._tensor(piece, open_.pop(piece.name))
             taken.confirm(where)
-            count, last = count + 1, f"what follows {pieces[-1].name}"
+            count, last = count + 1, f"what follows {pieces[-1].name}" if pieces else last
         if stranger is not None:
             raise TransferError(f"asked for version {version}, the sender sends version {stranger}")
-        receipt = digest.receipt(version)
+        receipt = tally.receipt(version, lane)
         if (receipt.tensors, receipt.size_bytes) != (header["tensors"], header["size_bytes"]):
             raise TransferError(
                 f"version {version}: the sender sent {header['tensors']} tensors of {header['size_bytes']} bytes, "
                 f"{receipt.tensors} of {receipt.size_bytes} arrived"
             )
         self.receipt = receipt
+
+    def _tensor(self, piece: Piece, content: Tensor) -> Tensor:
+        tensor = content.view(DTYPES[piece.dtype]).view(piece.content_shape)
+        if (region := piece.region) is not None:
+            return Window(region, tensor)
+        return self.reads.watch(piece.name, tensor) if self._channel._messages.lanes > 1 and tensor.dim() else tensor
 
 
 @dataclass(frozen=True)
@@ -389,6 +422,7 @@ class _Offer:
     transport: str
     bucket_bytes: int
     timeout_s: float
+    lanes: int
     memory: str | None
 
 
@@ -398,6 +432,7 @@ class _Messages:
     def __init__(self, group: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank = rank
         self.receivers = range(1, world_size)
+        self.lanes = 1
         self.timeout_s = timeout_s
         self._group = group
         self._numbers = itertools.count()
@@ -418,9 +453,18 @@ class _Messages:
     def send(self, to: int, tensor: Tensor, where: str) -> None:
         self.start_send(to, tensor, where)()
 
-    def send_all(self, tensor: Tensor, where: str) -> None:
-        """To each receiver, at the same time."""
-        for wait in [self.start_send(rank, tensor, where) for rank in self.receivers]:
+    @property
+    def own_lane(self) -> int:
+        """Of this receiver."""
+        return (self.rank - 1) % self.lanes
+
+    def lane(self, lane: int | None) -> range:
+        """The ranks of its receivers; of None all receivers."""
+        return self.receivers if lane is None else self.receivers[lane :: self.lanes]
+
+    def send_all(self, parts: Iterable[tuple[int | None, Tensor]], where: str) -> None:
+        """To each receiver what is for its lane or for all, at the same time."""
+        for wait in [self.start_send(rank, part, where) for lane, part in parts for rank in self.lane(lane)]:
             wait()
 
     def receive(self, source: int, into: Tensor, where: str) -> Tensor:
@@ -430,26 +474,26 @@ class _Messages:
     def start_send(self, to: int, tensor: Tensor, where: str) -> Callable[[], None]:
         return self.start(lambda: self.open(where).send([tensor], to, 0), to, where)
 
-    def start(self, begin: Callable[[], Any], peer: int | None, where: str) -> Callable[[], None]:
+    def start(self, begin: Callable[[], Any], peer: int | range, where: str) -> Callable[[], None]:
         """Begin some work; what comes back waits for it. A peer that is known to be gone fails it at the beginning.
 
         Neither ``begin`` nor what comes back holds the group or the work: an error that is handled would hold both,
         and would keep a channel open that was closed.
         """
         number = next(self._numbers)
-        with self._named(peer, where):
+        with self.named(peer, where):
             self._works[number] = begin()
 
         def wait() -> None:
             if number not in self._works:
                 raise TransferError(f"{where}: the channel is closed; join again")
-            with self._named(peer, where):
+            with self.named(peer, where):
                 self._works.pop(number).wait(timedelta(seconds=self.timeout_s))
 
         return wait
 
     @contextmanager
-    def _named(self, peer: int | None, where: str) -> Iterator[None]:
+    def named(self, peer: int | range, where: str) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield
@@ -457,10 +501,9 @@ class _Messages:
             raise
         except RuntimeError as error:
             waited = time.monotonic() - started
-            whom = {0: "rank 0, the sender", None: f"the receivers, ranks 1 to {self.receivers[-1]}"}
             raise TransferError(
-                f"{where}: rank {self.rank} waited {waited:.1f} s (at most {self.timeout_s:g}) for "
-                f"{whom.get(peer, f'rank {peer}, a receiver')}: {str(error).splitlines()[0]}"
+                f"{where}: rank {self.rank} waited {waited:.1f} s (at most {self.timeout_s:g}) for {_whom(peer)}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
 
     def open(self, where: str) -> Any:
@@ -471,6 +514,45 @@ class _Messages:
     def close(self) -> None:
         self._group = None
         self._works.clear()
+
+
+class _Notices:
+    """What receivers tell the sender they keep. It lies in the store until the sender looks, so that nobody waits."""
+
+    def __init__(self, store: Any, messages: _Messages) -> None:
+        self._store = store
+        self._messages = messages
+        self._told: dict[str, Kept] = {}
+        self._numbers = dict.fromkeys([*messages.receivers], 0)
+
+    def tell(self, kept: Mapping[str, Kept]) -> None:
+        new = {name: part for name, part in kept.items() if self._told.get(name) != part}
+        if not new:
+            return
+        text = json.dumps({name: part.to_json() for name, part in new.items()})
+        with self._messages.named(0, "telling which parts of the tensors are kept"):
+            self._opened().set(self._next(self._messages.rank), text)
+        self._told |= new
+
+    def hear(self) -> Iterator[tuple[int, dict[str, Kept]]]:
+        for rank in self._messages.receivers:
+            while self._opened().check([key := f"kept/{rank}/{self._numbers[rank]}"]):
+                found = json.loads(self._opened().get(key))
+                self._opened().delete_key(self._next(rank))
+                yield rank, {name: Kept.from_json(part) for name, part in found.items()}
+
+    def _next(self, rank: int) -> str:
+        key = f"kept/{rank}/{self._numbers[rank]}"
+        self._numbers[rank] += 1
+        return key
+
+    def _opened(self) -> Any:
+        if self._store is None:
+            raise TransferError("the channel is closed; join again")
+        return self._store
+
+    def close(self) -> None:
+        self._store = None
 
 
 class _Sent:
@@ -519,11 +601,11 @@ class _Buckets(Protocol):
     def staging(self, number: int) -> Tensor:
         """Where the sender fills bucket ``number`` (from 0 in each push) and a receiver finds it: bytes."""
 
-    def send(self, content: Tensor, where: str) -> None:
-        """Get what is in the staging to the receivers, who were told its size."""
+    def send(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
+        """Get parts of the staging to the receivers, who were told where they lie: to one lane, or (None) to all."""
 
-    def receive(self, into: Tensor, where: str) -> None:
-        """Fill the staging."""
+    def receive(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
+        """Fill this receiver's parts of the staging."""
 
 
 class _SharedMemory:
@@ -570,10 +652,10 @@ class _SharedMemory:
     def staging(self, number: int) -> Tensor:
         return self._memory[number % _AHEAD]
 
-    def send(self, content: Tensor, where: str) -> None:
+    def send(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
         """The receivers see it already."""
 
-    def receive(self, into: Tensor, where: str) -> None:
+    def receive(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
         """It is there already."""
 
 
@@ -612,11 +694,10 @@ class _CudaMemory:
         torch.accelerator.synchronize()  # once the receiver has confirmed the bucket, the sender overwrites it
         return mine
 
-    def send(self, content: Tensor, where: str) -> None:
-        """The receiver sees it, once the GPU has filled it."""
-        torch.accelerator.synchronize()
+    def send(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
+        """The receiver sees it already."""
 
-    def receive(self, into: Tensor, where: str) -> None:
+    def receive(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
         """It is there already."""
 
 
@@ -631,7 +712,7 @@ def decode_handle(text: str) -> tuple[int | bytes | None, ...]:
 
 
 class _GlooBuckets:
-    """A buffer at each end, and one transfer to each receiver."""
+    """A buffer at each end, and transfers to each receiver."""
 
     def __init__(self, messages: _Messages, bucket_bytes: int) -> None:
         self._messages = messages
@@ -640,32 +721,41 @@ class _GlooBuckets:
     def staging(self, number: int) -> Tensor:
         return self._buffer
 
-    def send(self, content: Tensor, where: str) -> None:
-        self._messages.send_all(content, where)
+    def send(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
+        self._messages.send_all([(lane, content) for lane, content in runs if len(content)], where)
 
-    def receive(self, into: Tensor, where: str) -> None:
-        self._messages.receive(0, into, where)
+    def receive(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
+        for _, into in runs:
+            if len(into):
+                self._messages.receive(0, into, where)
 
 
 class _NcclBuckets:
-    """A buffer on each GPU, and a broadcast over a group of their own."""
+    """A buffer on each GPU, and broadcasts: over a group of all, and over one of the sender and each lane."""
 
     def __init__(self, messages: _Messages, store: Any, bucket_bytes: int) -> None:
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timedelta(seconds=messages.timeout_s)
-        self._group = nccl(dist.PrefixStore("nccl", store), messages.rank, len(messages.receivers) + 1, options)
+        lanes = range(messages.lanes) if messages.rank == 0 else [messages.own_lane]
+        self._groups: dict[int | None, Any] = {}
+        for lane in [None, *lanes] if messages.lanes > 1 else [None]:
+            members = [0, *messages.lane(lane)]
+            prefix = dist.PrefixStore("nccl" if lane is None else f"nccl/{lane}", store)
+            self._groups[lane] = nccl(prefix, members.index(messages.rank), len(members), options)
         self._messages = messages
         self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device="cuda")
 
     def staging(self, number: int) -> Tensor:
         return self._buffer
 
-    def send(self, content: Tensor, where: str) -> None:
+    def send(self, runs: Sequence[tuple[int | None, Tensor]], where: str) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        peer = 0 if self._messages.rank else None
-        self._messages.start(lambda: self._group.broadcast([content], options), peer, where)()
+        for lane, content in runs:  # one after the other: groups at work together must be so in one order on all GPUs
+            if len(content):
+                peer = 0 if self._messages.rank else self._messages.lane(lane)
+                self._messages.start(partial(self._groups[lane].broadcast, [content], options), peer, where)()
 
     receive = send  # a broadcast is the same call at both ends
 
@@ -676,61 +766,19 @@ def _buckets_over(transport: Transport, messages: _Messages, store: Any, bucket_
     return _GlooBuckets(messages, bucket_bytes)
 
 
-class _Digest:
-    """Counts and hashes tensors in order: on the host their bytes, on a GPU sums of them, which are waited for once."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-        self._device_sum = DeviceSum()
-        self._sums: list[Tensor] = []
-        self._tensors = 0
-        self._size_bytes = 0
-
-    def update(self, piece: _Piece, content: Tensor) -> None:
-        """Take in the next bytes."""
-        if piece.start == 0:
-            self._hash.update(json.dumps([piece.name, piece.dtype, piece.shape]).encode())
-            self._tensors += 1
-        if content.device.type == "cpu":
-            array: Any = content.numpy()
-            self._hash.update(array)
-        else:
-            self._sums.append(self._device_sum.of(content))
-        self._size_bytes += piece.size
-
-    def receipt(self, version: int) -> PushReceipt:
-        if self._sums:
-            sums: Any = torch.stack(self._sums).cpu().numpy()
-            self._hash.update(sums)
-            self._sums = []
-        return PushReceipt(
-            version=version, tensors=self._tensors, size_bytes=self._size_bytes, digest=self._hash.hexdigest()
-        )
+def _split(content: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
+    """The bytes of each piece of a run."""
+    parts: Sequence[Tensor] = content.split([piece.size for piece in pieces])
+    return parts
 
 
-def _cut(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[_Piece, Tensor]]]:
-    """Buckets of at most ``bucket_bytes``, each but the last full: pieces and their bytes."""
-    bucket: list[tuple[_Piece, Tensor]] = []
-    room = bucket_bytes
-    for name, tensor in tensors:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise ValueError(f"{name}: type must be one of {', '.join(_DTYPES)}, got {dtype}")
-        content, start = tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0
-        while True:
-            size = min(room, len(content) - start)
-            bucket.append((_Piece(name, dtype, tuple(tensor.shape), start, size), content[start : start + size]))
-            start, room = start + size, room - size
-            if room == 0:
-                yield bucket
-                bucket, room = [], bucket_bytes
-            if start == len(content):
-                break
-    if bucket:
-        yield bucket
+def _whom(peer: int | range) -> str:
+    if isinstance(peer, range):
+        return f"the receivers, ranks {', '.join(map(str, peer))}"
+    return "rank 0, the sender" if peer == 0 else f"rank {peer}, a receiver"
 
 
-def _names(pieces: Sequence[_Piece]) -> str:
+def _names(pieces: Sequence[Piece]) -> str:
     first, last = pieces[0].name, pieces[-1].name
     return first if first == last else f"{first} to {last}"
 

@@ -84,6 +84,7 @@ class RemoteEngine:
             timeout_s=TIMEOUT_S,
             transport=Transport.SHARED_MEMORY,
             bucket_bytes=50_000,
+            lanes=self.tensor,
         )
         self.answer()
 
@@ -108,7 +109,7 @@ class RemoteEngine:
         self.call("advance", PushPhase.START, version, TIMEOUT_S)
         self.ask("advance", PushPhase.TRANSFER, version, TIMEOUT_S)
 
-    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> PushReceipt:
+    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> tuple[PushReceipt, ...]:
         self.start_push(version)
         sent = self.channel.send(version, tensors)
         assert self.answer() == sent
@@ -273,12 +274,15 @@ def test_a_tied_head_is_pushed_with_its_embedding(folders: dict[str, Path]) -> N
             assert_greedy_by(model, tied.call("generate", PROMPTS, GREEDY, [[0]] * 4))
 
 
-def test_experts_are_pushed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_experts_are_pushed(tmp_path: Path, tensor: int) -> None:
     started, other = (build_model(tmp_path / name, seed, False, experts=True) for seed, name in enumerate("AB"))
     weights = load_file(other / "model.safetensors")  # transformers has all experts of a layer in one parameter
-    with running(started) as engine:
+    with running(started, tensor) as engine:
         for version in (1, 2):  # the second finds what the first has packed
-            engine.push(version, iter(weights.items()))
+            sent = engine.push(version, iter(weights.items()))
+            # of each layer q, o and four times gate, up, down; the one key/value head is both workers' whole
+            assert {r.slices for r in sent} == {2 + 2 * (2 + 12) if tensor > 1 < version else 0}
             assert_greedy_by(hf_model(other), engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
 
 
@@ -491,17 +495,56 @@ def test_the_phases_of_a_push_must_follow_one_another(engine: RemoteEngine) -> N
         engine.call("generate", PROMPTS, GREEDY, [[0]] * 4)
 
 
-def test_two_tensor_parallel_workers_are_pushed_to_and_a_late_one_is_named(folders: dict[str, Path]) -> None:
-    model = loaded(folders["B-tied"])
-    with running(folders["A-tied"], tensor=2) as engine:
+def what_it_computes_with(worker: Any) -> dict[str, Tensor]:
+    """One worker's weights, by vLLM's names; runs in the worker. Packed ones are read as ``inside.tensors`` does."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    found = {name: parameter.clone() for name, parameter in worker.get_model().named_parameters()}
+    for name, module in worker.get_model().named_modules():
+        if isinstance(module, LinearBase):
+            identity = torch.eye(getattr(module, "input_size_per_partition", module.input_size))
+            found[f"{name}.weight"] = module.quant_method.apply(module, identity, None).T.clone()
+    return found
+
+
+def push_slices(engine: RemoteEngine, version: int, model: Any, *, slices: int) -> None:
+    """A push of which each of two workers must get so many tensors in slices."""
+    sent = engine.push(version, iter(named_weights(model)))
+    whole = sum(tensor.nbytes for _, tensor in named_weights(model))
+    assert [(receipt.slices, receipt.tensor_bytes) for receipt in sent] == [(slices, whole)] * 2
+    assert (sent[0].size_bytes < 0.7 * whole) == (slices > 0)
+    assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+
+
+def test_two_tensor_parallel_workers_are_pushed_to_in_slices_and_a_late_one_is_named(folders: dict[str, Path]) -> None:
+    other, model = loaded(folders["A-tied"]), loaded(folders["B-tied"])
+    with running(folders["B-tied"], tensor=2) as engine:
         assert engine.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        engine.start_push(1)
+        fresh, rows = engine.call("_on_workers", what_it_computes_with), [p.token_ids for p in PROMPTS]
+        scores = engine.call("score", rows)
+        push_slices(engine, 1, other, slices=0)
+        # of each layer q and its bias, o, gate, up, down; norms and the one key/value head are whole on both workers
+        push_slices(engine, 2, other, slices=1 + 2 * 6)
+        plan = engine.channel.slice_plan()
+        assert (plan.slices, plan.whole, plan.read_otherwise) == (13, 13, {})
+        engine.start_push(3)
         with pytest.raises(RuntimeError, match="a training rank died"):
-            engine.channel.send(1, cut_short(named_weights(model)))
+            engine.channel.send(3, cut_short(named_weights(model)))
         with pytest.raises(EngineError, match=r"worker rank 0: .* gave up: .*; worker rank 1: .* gave up"):
             engine.answer()
-        engine.push(2, iter(named_weights(model)))
-        assert_greedy_by(model, engine.call("generate", PROMPTS, GREEDY, [[0]] * 4))
+        push_slices(engine, 4, model, slices=13)
+        assert engine.call("score", rows) == scores
+        for started, pushed in zip(fresh, engine.call("_on_workers", what_it_computes_with), strict=True):
+            assert started.keys() == pushed.keys()
+            for name, tensor in started.items():
+                assert tensor.numel() > 0
+                assert torch.equal(tensor, pushed[name]), name
+        short = [(n, t) for n, t in named_weights(model) if n != "model.layers.1.mlp.down_proj.weight"]
+        engine.start_push(5)
+        engine.channel.send(5, iter(short))
+        with pytest.raises(EngineError, match=r"rank 1: .* stay as they were, the first is model\.layers\.1\.mlp\."):
+            engine.answer()
+        push_slices(engine, 2, model, slices=13)
         assert engine.call("version") == 2
 
         first, second = (process for process in engine.descendants() if "VLLM::Worker" in " ".join(process.cmdline()))

@@ -137,6 +137,9 @@ def test_one_push_serves_all_engines_and_their_workers(
     (step,) = [record for record in records(run) if "rollout/score" in record]
     assert step["push/probe_max_abs"] < 1e-3
     assert step["experience/engine_gap_max"] < 1e-3
+    sliced = "engine.tensor" in setting
+    assert ("a push sends each of an engine's 2 workers its own slice of" in done.stdout) == sliced
+    assert (step["push/bytes"] < 0.7 * step["push/tensor_bytes"]) == sliced
 
 
 def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(

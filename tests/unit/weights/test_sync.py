@@ -32,7 +32,7 @@ class Done:
 
 
 def receipt(version: int) -> PushReceipt:
-    return PushReceipt(version=version, tensors=3, size_bytes=48, digest="aa")
+    return PushReceipt(version=version, tensors=3, slices=2, size_bytes=48, tensor_bytes=80, digest="aa")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Trainer:
 
     def send(self, version: int, deadline_s: float) -> Done:
         self.asked.append(("send", deadline_s))
-        return Done(self.failure or receipt(version))
+        return Done(self.failure or (receipt(version), receipt(version)))
 
     def logprobs(self, batch: TokenRows, temperature: float) -> Done:
         self.asked.append(temperature)
@@ -73,7 +73,7 @@ class Engine:
             return Done(None)
         if self.loads:
             self.weight = self.trainer.weight
-        return Done(dataclasses.replace(receipt(version), **self.change))
+        return Done((receipt(version), dataclasses.replace(receipt(version), **self.change)))
 
     def score(self, rows: Sequence[Sequence[int]]) -> Done:
         assert rows == [[5, 6, 7], [8, 9]]
@@ -90,7 +90,7 @@ def test_a_good_push_tells_bytes_and_differences() -> None:
     engine = Engine(trainer)
     found = sync(trainer, engine).push(4)
     seconds = {name: found.pop(name) for name in [*found] if name.endswith("_s")}
-    assert found == {"bytes": 48.0, "probe_mean_abs": 0.0, "probe_max_abs": 0.0}
+    assert found == {"bytes": 96.0, "tensor_bytes": 160.0, "probe_mean_abs": 0.0, "probe_max_abs": 0.0}
     assert list(seconds) == ["drain_s", "start_s", "transfer_s", "finish_s", "reset_cache_s", "check_s", "commit_s"]
     assert all(0 <= took < 1 for took in seconds.values())
     assert trainer.asked == [("send", 7.0), 1.0]
@@ -139,13 +139,15 @@ def test_log_probs_that_are_no_numbers_are_caught() -> None:
         sync(trainer, Engine(trainer, loads=False, weight=math.nan)).push(4)
 
 
-@pytest.mark.parametrize("change", [{"digest": "bb"}, {"tensors": 2}, {"size_bytes": 40}, {"version": 3}])
+@pytest.mark.parametrize(
+    "change", [{"digest": "bb"}, {"tensors": 2}, {"slices": 1}, {"size_bytes": 40}, {"version": 3}]
+)
 def test_a_receipt_that_differs_is_caught_with_both_sides_figures(change: dict[str, Any]) -> None:
     trainer = Trainer()
     with pytest.raises(WeightMismatch) as caught:
         sync(trainer, Engine(trainer, change=change)).push(4)
     sent, received = receipt(4), dataclasses.replace(receipt(4), **change)
-    assert f"the trainer sent {sent}, the engine received {received}" in str(caught.value)
+    assert f"to rank 1 the trainer sent {sent}, the engine received {received}" in str(caught.value)
     assert caught.value.__notes__ == ["in phase transfer of the push of version 4; the engine is stale"]
 
 
