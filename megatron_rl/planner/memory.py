@@ -50,15 +50,14 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     5 h in bfloat16, whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
     h + 6 f for each token that they get, as many as if all were chosen alike, and the router its scores. Sequence
     parallelism shares what has h, and the tokens of experts, over tensor ranks. ``selective`` leaves out the sums,
-    since the rows of this attention hold no scores; ``full`` keeps a layer's input, and what the dispatcher of tokens
-    remembers. A test holds all of it against passes of the real model.
+    since the rows of this attention hold no scores; ``full`` keeps a layer's input. A test holds all of it against
+    passes of the real model.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     share = 1 / layout.tensor if layout.sequence_parallel else 1.0
     experts = dims.experts if sparse else None
     if trainer.recompute == "full":
-        remembered = 0 if experts is None else size * dims.hidden + 5 * experts.count + 8 * experts.per_token
-        return (size * dims.hidden + remembered) * share
+        return size * dims.hidden * share
     kept = size * 2 * _norm_rows(size) * dims.hidden * share + 8 + _attention_bytes(dims, layout.tensor, size)
     if trainer.recompute == "none":
         kept += 4 * dims.heads / layout.tensor
@@ -87,6 +86,19 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
         return kept
     normed = 2 * queries + keys if size == 4 else 4 * (queries + keys)
     return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
+
+
+def remembered_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
+    """What the dispatcher of tokens in a layer with experts still holds of the last micro-batch when nothing else of
+    the layer is kept, by the same test: hidden states, and where experts are elsewhere those on their way there twice;
+    probabilities, which experts were chosen, and the order of tokens.
+    """
+    experts, layout = dims.experts, trainer.layout
+    if experts is None or trainer.recompute != "full":
+        return 0.0
+    rows = dims.hidden * (1 + (2 * experts.per_token if layout.expert > 1 else 0))
+    share = 1 / layout.tensor if layout.sequence_parallel else 1.0
+    return (DTYPE_BYTES[dtype] * rows + 5 * experts.count + 8 * experts.per_token) * share
 
 
 def layers_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, layers: Iterable[int]) -> float:
@@ -200,9 +212,11 @@ def _stage_cells(
         for count, kind, what in kinds
         if count
     )
+    remembered = sparse * remembered_bytes_per_token(dims, trainer, dtype)
+    dispatched = f" + {remembered:,.0f} B of dispatchers" if remembered else ""
     formula = (
-        f"{tokens:,} tokens x ({flying:g} micro-batches in flight x ({each}) + {passing:,.0f} B in passing) "
-        f"(recompute={trainer.recompute})"
+        f"{tokens:,} tokens x ({flying:g} micro-batches in flight x ({each}) + {passing:,.0f} B in passing"
+        f"{dispatched}) (recompute={trainer.recompute})"
     )
     cells = [
         Cell(name=f"{role}.weights", value=states.weights, unit="B", formula=f"{count} x {size} B, padding included"),
@@ -219,7 +233,9 @@ def _stage_cells(
             unit="B",
             formula=f"{count} x 12 B{sharded}" if trainer.optimizer_on_host else "on the device",
         ),
-        Cell(name=f"{role}.activations", value=tokens * (flying * kept + passing), unit="B", formula=formula),
+        Cell(
+            name=f"{role}.activations", value=tokens * (flying * kept + passing + remembered), unit="B", formula=formula
+        ),
     ]
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
