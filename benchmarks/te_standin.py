@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+NOTE = "Transformer Engine is not installed: names stand for it, layers are megatron-core's own"
 _NAME = "transformer_engine"
 
 

@@ -67,7 +67,7 @@ class BridgedFamily:
         for pattern, why in self.refused.items():
             if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
                 return why
-        return "megatron-bridge does not name it"
+        return "megatron-bridge names none of this kind in a model of these sizes"
 
 
 def bridged_family(folder: Path, architecture: str) -> BridgedFamily:

@@ -39,7 +39,7 @@ def check_coverage(
         names: of its tensors.
         weights: of the model.
         new_head: whether a value head may be missing, since training begins with one of zeros.
-        hint: what may be the cause of a tensor that is not known; None: another architecture.
+        hint: what is the cause of a tensor that is not known, which is then told first; None: another architecture.
 
     Returns:
         the names that the model leaves.
@@ -50,13 +50,13 @@ def check_coverage(
     wanted = {name for entry in weights.entries for name in entry.hf}
     what = f"{weights.dims.architecture}{' critic' if wanted & _HEAD_NAMES[Head.VALUE] else ''}"
     missing = sorted(wanted - names - (_HEAD_NAMES[Head.VALUE] if new_head else set()))
-    if missing:
+    beyond = frozenset(names - wanted)
+    unknown = sorted(name for name in beyond if not _may_be_left(name, weights))
+    if missing and not (unknown and hint):
         raise ValueError(
             f"{folder} must hold {missing[0]}, a tensor of every {what}, and does not ({len(missing)} are missing); "
             "the shards are incomplete, or config.json is another model's"
         )
-    beyond = frozenset(names - wanted)
-    unknown = sorted(name for name in beyond if not _may_be_left(name, weights))
     if unknown:
         cause = "check the architecture in config.json" if hint is None else hint(unknown[0])
         raise ValueError(f"{folder}: no {what} has a tensor {unknown[0]} ({len(unknown)} are unknown); {cause}")
