@@ -1,8 +1,8 @@
 """Another converter at work, run by ``benchmarks/convert.py`` with the Python of that converter's own environment.
 
 ``PYTHON benchmarks/convert_peers.py PEER import|export SOURCE TARGET HF`` follows the peer's own documentation for one
-process on a CPU. It imports nothing of this project but ``te_standin``, which lets a peer be imported where Transformer
-Engine is not installed; the peer's own code converts, or says why it cannot.
+process on a CPU. Of this project it imports what lets a peer begin there: the CPU's answers to calls that ask torch for
+CUDA, and names for Transformer Engine. The peer's own code converts, or says why it cannot.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 
 from te_standin import NOTE, install
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_rl.device import has_cuda, prepare_megatron
 
 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 os.environ.setdefault("MASTER_PORT", "29517")
@@ -65,6 +69,8 @@ def mbridge(action: str, source: str, target: str, hf: str, *, stand_in: bool) -
 
 
 if __name__ == "__main__":
+    if not has_cuda():
+        prepare_megatron()
     stand_in = install()
     if stand_in:
         print(NOTE)

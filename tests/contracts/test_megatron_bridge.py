@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import te_standin
 from megatron_rl.convert.sources import HfSource
+from megatron_rl.device import prepare_megatron
 from megatron_rl.mcore.bridge import bridged_dims, bridged_rules
 from megatron_rl.model_dims import dims_from_config
 from megatron_rl.weights.entries import weight_entries
@@ -59,6 +60,7 @@ NEW = {"Glm4Moe": GLM, "HYV3": HUNYUAN, "Gemma": {"head_dim": 4, "tie_word_embed
 
 @pytest.fixture(scope="module")
 def auto_bridge() -> Any:
+    prepare_megatron()
     te_standin.install()
     return importlib.import_module("megatron.bridge").AutoBridge
 
@@ -109,18 +111,22 @@ def one_rank() -> Iterator[None]:
 def loaded(opened: Any) -> torch.nn.Module:
     """The model with its weights, as megatron-bridge fills it, of megatron-core's own layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.enums import AttnBackend
 
     provider = opened.to_megatron_provider()
     provider.transformer_layer_spec = partial(get_gpt_decoder_block_spec, use_transformer_engine=False)
     provider.apply_rope_fusion = provider.gradient_accumulation_fusion = provider.moe_grouped_gemm = False
     provider.moe_permute_fusion = provider.persist_layer_norm = False
+    provider.attention_backend = AttnBackend.auto
     provider.bf16, provider.params_dtype = False, torch.float32
     provider.finalize()
     [model] = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     return model
 
 
-@pytest.mark.parametrize(("family", "extra"), [("Qwen3", {"head_dim": 8}), ("Glm4Moe", GLM), ("Gemma", NEW["Gemma"])])
+@pytest.mark.parametrize(
+    ("family", "extra"), [("Qwen3", EXTRA["Qwen3"]), ("Qwen3Moe", EXTRA["Qwen3Moe"]), ("HYV3", HUNYUAN)]
+)
 def test_its_own_loader_makes_the_same_tensors(
     auto_bridge: Any, one_rank: None, tmp_path: Path, family: str, extra: dict[str, Any]
 ) -> None:
