@@ -51,10 +51,12 @@ MODELS = {
     },
 }
 MAKE = """
-import sys, torch, transformers
+import sys, tokenizers, torch, transformers
 torch.set_default_dtype(torch.bfloat16)
 config = transformers.LlamaConfig(**eval(sys.argv[1]), tie_word_embeddings=True, eos_token_id=1)
 transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[2], max_shard_size="1GB")
+words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(sys.argv[2])
 """
 
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-NOTE = "no Transformer Engine, names stand for it: layers are megatron-core's own; megatron_rl/device.py stands for CUDA"
+NOTE = (
     "no Transformer Engine: names stand for it, layers are megatron-core's own; megatron_rl/device.py stands for CUDA"
 )
 _NAME = "transformer_engine"
