@@ -50,11 +50,12 @@ def megatron_bridge(action: str, source: str, target: str, hf: str, *, stand_in:
 def mbridge(action: str, source: str, target: str, hf: str, *, stand_in: bool) -> None:
     import torch
     from mbridge import AutoBridge
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
     began = time.monotonic()
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
     bridge = AutoBridge.from_pretrained(hf)
     models = bridge.get_model()
     state = models[0].sharded_state_dict()
