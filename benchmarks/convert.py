@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+from te_standin import NOTE
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools" / "convert_hf"
@@ -50,22 +51,27 @@ MODELS = {
     },
 }
 MAKE = """
-import sys, torch, transformers
+import sys, tokenizers, torch, transformers
 torch.set_default_dtype(torch.bfloat16)
 config = transformers.LlamaConfig(**eval(sys.argv[1]), tie_word_embeddings=True, eos_token_id=1)
 transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[2], max_shard_size="1GB")
+words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(sys.argv[2])
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a command; ``inside_s`` is what it says of itself, bytes are the largest of one and of all."""
+    """One run of a command; ``inside_s`` is what it says of itself, bytes are the largest of one and of all, ``note``
+    is what it says of how it ran.
+    """
 
     seconds: float
     inside_s: float | None
     one_bytes: int
     all_bytes: int
     error: str = ""
+    note: str = ""
 
 
 def held_bytes(process: psutil.Process) -> int:
@@ -101,10 +107,11 @@ def measure(command: list[object]) -> Measured:
     took = time.monotonic() - began
     ended.set()
     sampler.join()
-    said = re.search(r"in (\d+\.\d+) s", output)
+    said = re.findall(r"in (\d+\.\d+) s", output)
     lines = output.strip().splitlines() or ["no output"]
     error = "" if run.returncode == 0 else lines[-1]
-    return Measured(took, float(said[1]) if said else None, peaks[0], peaks[1], error)
+    note = NOTE if NOTE in output else ""
+    return Measured(took, float(said[-1]) if said else None, peaks[0], peaks[1], error, note)
 
 
 def copied_s(source: Path, target: Path) -> float:
@@ -129,13 +136,14 @@ def repeated(command: list[object], target: Path, repeat: int) -> Measured:
 
 
 def row(name: str, run: Measured, size: int, copy_s: float) -> str:
+    told = f"\n{'':<28} ({run.note})" if run.note else ""
     if run.error:
-        return f"{name:<28} cannot run: {run.error}"
+        return f"{name:<28} cannot run: {run.error}{told}"
     inside = f"{run.inside_s:8.2f}" if run.inside_s is not None else " " * 8
     seconds = run.inside_s if run.inside_s is not None else run.seconds
     return (
         f"{name:<28} {run.seconds:7.2f} ({inside}) {size / seconds / 1e9:6.2f} {seconds / copy_s:7.2f} "
-        f"{run.one_bytes / 2**20:9.0f} {run.all_bytes / 2**20:9.0f}"
+        f"{run.one_bytes / 2**20:9.0f} {run.all_bytes / 2**20:9.0f}{told}"
     )
 
 

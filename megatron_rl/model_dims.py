@@ -248,10 +248,7 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
 def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> ModelDims:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be silu, got {config['hidden_act']}")
-    eos = config.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
-    if not eos_ids:
-        raise ValueError("config.json must name eos_token_id, found none")
+    eos_ids, pad_id = token_ids(config)
     heads = int(config["num_attention_heads"])
     theta, scaling = read_rope(config)
     return ModelDims(
@@ -271,11 +268,21 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> Mode
         rope_theta=theta,
         rope_scaling=scaling,
         eos_ids=eos_ids,
-        pad_id=eos_ids[0] if config.get("pad_token_id") is None else int(config["pad_token_id"]),
+        pad_id=pad_id,
         experts=None if family.experts is None else family.experts(config),
         latent=_latent(config, scaling),
         further_layers=int(config.get("num_nextn_predict_layers") or 0),
     )
+
+
+def token_ids(config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The tokens that end a text, of which there must be one, and the one that fills rows up."""
+    eos = config.get("eos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    if not eos_ids:
+        raise ValueError("config.json must name eos_token_id, found none")
+    pad = config.get("pad_token_id")
+    return eos_ids, eos_ids[0] if pad is None else int(pad)
 
 
 def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
-from megatron_rl.model_dims import ModelDims, dims_from_config
+from megatron_rl.model_dims import ModelDims, UnknownArchitecture, dims_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.reshard import hf_shapes
@@ -76,11 +77,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_dims(folder: Path, config: dict[str, Any]) -> ModelDims:
+def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, BridgedFamily | None]:
+    """Sizes of the model, and the family where megatron-bridge alone knows it."""
     try:
-        return dims_from_config(config)
+        return dims_from_config(config), None
+    except UnknownArchitecture as unknown:
+        try:
+            bridged = bridged_family(folder, (config.get("architectures") or ["?"])[0])
+        except UnknownArchitecture as further:
+            raise UnknownArchitecture(f"{unknown}; {further}") from further
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return bridged.dims, bridged
+
+
+def _weight_map(dims: ModelDims, head: Head, bridged: BridgedFamily | None) -> WeightMap:
+    return weight_map(dims, head, None if bridged is None else bridged.rules)
 
 
 def keeps_type(name: str) -> bool:
@@ -93,6 +105,7 @@ class HfSource:
 
     Attributes:
         config: of the folder, without what it says of quantisation.
+        bridged: the model's family where megatron-bridge alone knows it.
         weights: the tensors of the model.
         quantised: whether the folder's linear layers have 8 bits.
         left_out: tensors of the folder that the model is not made of, see :func:`.check_coverage`.
@@ -111,13 +124,14 @@ class HfSource:
         """
         self._path, self._dtype = folder, dtype
         self.config = read_config(folder)
-        self.dims = _read_dims(folder, self.config)
-        self.weights: WeightMap = weight_map(self.dims, head_of(self.config))
+        self.dims, self.bridged = _read_family(folder, self.config)
+        self.weights: WeightMap = _weight_map(self.dims, head_of(self.config), self.bridged)
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
         scales = {name + SCALE_SUFFIX for entry in self.weights.entries for name in entry.hf}
-        self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights)
+        hint = None if self.bridged is None else self.bridged.hint
+        self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights, hint=hint)
         for entry in self.weights.entries:
             self.info(entry)
 
@@ -198,6 +212,7 @@ class MegatronSource:
     Attributes:
         like: where its configuration and tokenizer are.
         config: of the model.
+        bridged: its family where megatron-bridge alone knows it.
         weights: the tensors of the model.
     """
 
@@ -225,11 +240,11 @@ class MegatronSource:
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
         self.like = own if like is None else like
         self.config = read_config(self.like)
-        self.dims = _read_dims(self.like, self.config)
         self.config.pop("quantization_config", None)
+        self.dims, self.bridged = _read_family(self.like, self.config)
         # a training checkpoint has its configuration from the policy
         self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else head_of(self.config)
-        self.weights = weight_map(self.dims, self.head)
+        self.weights = _weight_map(self.dims, self.head, self.bridged)
         for entry in self.weights.entries:
             self._check(entry)
         self._check_keys()

@@ -128,6 +128,11 @@ def plan_export(
         FileNotFoundError, ValueError: as :class:`.MegatronSource`.
     """
     source = MegatronSource(folder, like, drop_padding_rows=drop_padding_rows)
+    if form.fp8_blocks and source.bridged is not None:
+        raise ValueError(
+            f"--fp8-blocks needs a family that has a table here: {source.dims.architecture} is known through "
+            "megatron-bridge, which does not say which of its layers loaders take in 8 bits"
+        )
     files: list[list[WeightEntry]] = [[]]
     size = 0
     for entry in source.weights.entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ def head_of(config: Mapping[str, Any]) -> Head:
     return Head.VALUE if (config.get("architectures") or [""])[0].endswith(_CRITIC) else Head.TOKEN
 
 
-def check_coverage(folder: Path, names: Set[str], weights: WeightMap, *, new_head: bool = False) -> frozenset[str]:
+def check_coverage(
+    folder: Path,
+    names: Set[str],
+    weights: WeightMap,
+    *,
+    new_head: bool = False,
+    hint: Callable[[str], str] | None = None,
+) -> frozenset[str]:
     """Hold the tensors of a Hugging Face folder against those of a model.
 
     A folder may hold more than the model is made of: the other head, since a critic starts from a policy's folder and
@@ -32,6 +39,7 @@ def check_coverage(folder: Path, names: Set[str], weights: WeightMap, *, new_hea
         names: of its tensors.
         weights: of the model.
         new_head: whether a value head may be missing, since training begins with one of zeros.
+        hint: what is the cause of a tensor that is not known, which is then told first; None: another architecture.
 
     Returns:
         the names that the model leaves.
@@ -42,18 +50,16 @@ def check_coverage(folder: Path, names: Set[str], weights: WeightMap, *, new_hea
     wanted = {name for entry in weights.entries for name in entry.hf}
     what = f"{weights.dims.architecture}{' critic' if wanted & _HEAD_NAMES[Head.VALUE] else ''}"
     missing = sorted(wanted - names - (_HEAD_NAMES[Head.VALUE] if new_head else set()))
-    if missing:
+    beyond = frozenset(names - wanted)
+    unknown = sorted(name for name in beyond if not _may_be_left(name, weights))
+    if missing and not (unknown and hint):
         raise ValueError(
             f"{folder} must hold {missing[0]}, a tensor of every {what}, and does not ({len(missing)} are missing); "
             "the shards are incomplete, or config.json is another model's"
         )
-    beyond = frozenset(names - wanted)
-    unknown = sorted(name for name in beyond if not _may_be_left(name, weights))
     if unknown:
-        raise ValueError(
-            f"{folder}: no {what} has a tensor {unknown[0]} ({len(unknown)} are unknown); check the architecture in "
-            "config.json"
-        )
+        cause = "check the architecture in config.json" if hint is None else hint(unknown[0])
+        raise ValueError(f"{folder}: no {what} has a tensor {unknown[0]} ({len(unknown)} are unknown); {cause}")
     return beyond
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,21 +51,28 @@ class WeightEntry:
         return dims.experts.ffn_hidden if self.ffn is Ffn.EXPERT else dims.experts.shared_ffn_hidden
 
 
-def weight_entries(dims: ModelDims, head: Head) -> tuple[WeightEntry, ...]:
+def weight_entries(dims: ModelDims, head: Head, family: Sequence[WeightRule] | None = None) -> tuple[WeightEntry, ...]:
     """The tensors of the model that ``dims`` describes, under ``head``, each once, from the embedding up.
 
     A critic has an output layer of its own and so never shares its embedding.
 
+    Args:
+        dims: sizes of the model.
+        head: on top of it.
+        family: the table below the head; None: that of the model's architecture.
+
     Raises:
         UnknownArchitecture: there is no table for the model's family.
     """
-    if dims.architecture not in FAMILIES:
-        raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
-    rules = [rule for rule in FAMILIES[dims.architecture] if rule.when(dims)]
+    if family is None:
+        if dims.architecture not in FAMILIES:
+            raise UnknownArchitecture(f"no weight map for {dims.architecture}; known: {', '.join(sorted(FAMILIES))}")
+        family = FAMILIES[dims.architecture]
+    rules = [rule for rule in family if rule.when(dims)]
     if head is Head.VALUE or not dims.tied_embeddings:
         rules += HEADS[head]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]
-    single = [rule for rule in rules if "{layer}" not in rule.megatron and rule is not EMBEDDING]
+    single = [rule for rule in rules if "{layer}" not in rule.megatron and rule != EMBEDDING]
     sparse = () if dims.experts is None else dims.experts.layers
     return (
         _entry(EMBEDDING, Stage.FIRST),

@@ -86,6 +86,6 @@ class WeightMap:
             )
 
 
-def weight_map(dims: ModelDims, head: Head) -> WeightMap:
-    """The tensors of the model that ``dims`` describes, under ``head``; errors as :func:`.entries.weight_entries`."""
-    return WeightMap(dims, weight_entries(dims, head))
+def weight_map(dims: ModelDims, head: Head, family: Sequence[WeightRule] | None = None) -> WeightMap:
+    """The tensors of the model that ``dims`` describes; arguments and errors as :func:`.entries.weight_entries`."""
+    return WeightMap(dims, weight_entries(dims, head, family))
