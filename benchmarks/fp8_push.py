@@ -23,7 +23,7 @@ from benchmarks.sync import build_model, connected, loaded, push, running
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.vllm_engine.engine import EngineSpec
 from megatron_rl.weights.fp8_push import quantised
-from megatron_rl.weights.transfer import Transport
+from megatron_rl.weights.transports import Transport
 from megatron_rl.weights.weight_map import Head, weight_map
 
 FORMAT = "fp8_per_channel"

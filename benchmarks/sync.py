@@ -31,7 +31,9 @@ from torch import Tensor
 
 from megatron_rl.interfaces import PushPhase
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
-from megatron_rl.weights.transfer import Channel, Transport, listen
+from megatron_rl.weights.messages import listen
+from megatron_rl.weights.transfer import Channel
+from megatron_rl.weights.transports import Transport
 
 GOAL_CPU_S_PER_GIB = 2.0
 DEADLINE_S = 120.0

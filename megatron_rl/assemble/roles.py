@@ -26,7 +26,7 @@ from megatron_rl.rewards.service import RewardService
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.plan import HfFiles, transfer_plan
 from megatron_rl.weights.sync import CheckedSync
-from megatron_rl.weights.transfer import Transport
+from megatron_rl.weights.transports import Transport
 from megatron_rl.weights.weight_map import Head, weight_map
 
 _PROBE_ROWS = 8

@@ -44,10 +44,12 @@ from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
 from megatron_rl.weights.formats import check_formats, expected_formats
 from megatron_rl.weights.fp8_push import quantised
+from megatron_rl.weights.messages import Listener, listen
 from megatron_rl.weights.plan import HfFiles, TransferPlan, transfer_plan
 from megatron_rl.weights.safetensors_io import save_hf_folder
 from megatron_rl.weights.slices import SlicePlan
-from megatron_rl.weights.transfer import Channel, Listener, Transport, listen
+from megatron_rl.weights.transfer import Channel
+from megatron_rl.weights.transports import Transport
 from megatron_rl.weights.weight_map import Head, weight_map
 
 

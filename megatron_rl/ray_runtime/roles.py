@@ -33,7 +33,7 @@ from megatron_rl.interfaces import (
 from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.weights.slices import SlicePlan
-from megatron_rl.weights.transfer import Transport, choose_transport
+from megatron_rl.weights.transports import Transport, choose_transport
 
 HELD_TYPES = (TokenRows, ExperienceBatch)
 """What model workers keep once they have got it."""

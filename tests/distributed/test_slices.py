@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.interfaces import PushReceipt
-from megatron_rl.weights.transfer import Channel, TransferError, Transport, listen
+from megatron_rl.weights.messages import TransferError, listen
+from megatron_rl.weights.transfer import Channel
+from megatron_rl.weights.transports import Transport
 
 TIMEOUT_S = 20.0
 WORKERS, ENGINES = 2, 2

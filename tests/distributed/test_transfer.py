@@ -17,17 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.interfaces import PushReceipt
-from megatron_rl.weights.transfer import (
-    Channel,
-    Listener,
-    TransferError,
-    Transport,
-    _SharedMemory,
-    choose_transport,
-    decode_handle,
-    encode_handle,
-    listen,
-)
+from megatron_rl.weights.messages import Listener, TransferError, listen
+from megatron_rl.weights.transfer import Channel
+from megatron_rl.weights.transports import SharedMemory, Transport, choose_transport, decode_handle, encode_handle
 
 TIMEOUT_S = 20.0
 LARGE = [("large", torch.zeros(64 << 20, dtype=torch.uint8))]  # more than the sockets hold
@@ -359,7 +351,7 @@ def test_a_killed_sender_is_named_at_once_and_leaves_no_memory_behind(
 
 def test_memory_that_is_not_on_this_host_is_told(receivers: list[ProcessPoolExecutor]) -> None:
     with pytest.raises(TransferError, match=r"must be on this host, there is no /dev/shm/megatron_rl-0: "):
-        _SharedMemory.open(Path("/dev/shm/megatron_rl-0"), 10)
+        SharedMemory.open(Path("/dev/shm/megatron_rl-0"), 10)
 
 
 def test_too_little_shared_memory_is_told_before_anything_is_sent() -> None:

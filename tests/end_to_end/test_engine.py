@@ -22,8 +22,10 @@ from megatron_rl.dataflow import Finish, Prompt, Sampling
 from megatron_rl.interfaces import PushPhase, PushReceipt
 from megatron_rl.parity import Pair, ParityFailed, Tolerance, check_parity, parity_rows, place_distances
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.weights.messages import TransferError, listen
 from megatron_rl.weights.rules import Head
-from megatron_rl.weights.transfer import Channel, TransferError, Transport, listen
+from megatron_rl.weights.transfer import Channel
+from megatron_rl.weights.transports import Transport
 from tests.distributed.parity_cases import Recorded, hugging_face
 
 TIMEOUT_S = 60.0

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl.assemble.roles import push_line
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.weights.transfer import Transport
+from megatron_rl.weights.transports import Transport
 from tests.unit.weights.models import dims
 
 SIZES = dims("LlamaForCausalLM", hidden_size=1000, head_dim=250, intermediate_size=2000, vocab_size=3000)
