@@ -138,7 +138,7 @@ def run_check(
         reason = f"not done within {limit_s:.3g} s, {len(rows)} figures until then: {log.read_text()[-300:]}"
         return _result(check, "overrun", reason, started, rows)
     if status:
-        return _result(check, "failed", f"exit status {status}: {log.read_text()[-600:]}", started, rows)
+        return _result(check, "failed", f"exit status {status}: {log.read_text()[-1500:]}", started, rows)
     return measured(check.name, rows, time.monotonic() - started)
 
 

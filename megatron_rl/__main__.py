@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
         else:
             config = load_any(files, overrides)
+            if isinstance(config, RunConfig):
+                _check_rule(config)
             _print(annotated(config, origins(files, overrides)) if asked.origins else dump(config))
     except ConfigError as error:
         return _fail(str(error), _USAGE_ERROR)
@@ -107,11 +109,7 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
     if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
         raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
-    if not config.reward.pools:  # whose nodes may have a file that this one has not
-        try:
-            load_rule(config.reward.rule)
-        except ValueError as error:
-            raise ConfigError([f"reward.rule: {error}"]) from error
+    _check_rule(config)
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
     workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
@@ -135,6 +133,15 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     _print(summary_table(summary))
     written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
     _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
+
+
+def _check_rule(config: RunConfig) -> None:
+    if config.reward.pools and ":" in config.reward.rule:
+        return  # their nodes may have a file that this one has not
+    try:
+        load_rule(config.reward.rule)
+    except ValueError as error:
+        raise ConfigError([f"reward.rule: {error}"]) from error
 
 
 def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
@@ -216,6 +223,8 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
 def _doctor(config: RunConfig | None, files: Sequence[Path], address: str | None) -> int:
     from megatron_rl.doctor.examine import examine
 
+    if config is not None:
+        _check_rule(config)
     cluster = ClusterConfig() if config is None else config.cluster
     report = examine(config, files, replace(cluster, address=address or cluster.address))
     _print(str(report))

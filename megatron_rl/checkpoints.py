@@ -44,7 +44,8 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "evaluation", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *("run_dir", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *("evaluation.every", "evaluation.at_start"),
     "sync.quantised_by",
     *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),
     *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),

@@ -37,7 +37,8 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     """The few numbers that say how a run went; what was never measured is left out.
 
     Returns:
-        ``steps``; held-out score, accuracy, format rate and length (tokens) ``before`` and ``after``; the same
+        ``steps``; held-out score, accuracy, format rate and length (tokens) ``before`` the first step,
+        where that was asked for, and ``after``; the same
         of the first and last rollout under ``rollout_``; ``kl_last`` (nats per token); ``explained_variance_last`` and,
         of the first rollout that the policy learns from, ``explained_variance_first_update``;
         ``engine_gap_mean_worst`` (nats); ``seconds_per_step_median``; how many ``timeouts``, ``errors`` and
@@ -49,6 +50,7 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     records = read_records(metrics_jsonl)
     steps = [record for record in records if record["kind"] == "step"]
     summary: dict[str, Any] = {"steps": len(steps)}
+    at_start = any(record["kind"] == "evaluation" and record["step"] == 0 for record in records)
     for prefix, label, first, last in (("heldout", "", "before", "after"), ("rollout", "rollout_", "first", "last")):
         named = (
             ("score", "score"),
@@ -57,9 +59,11 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
             ("length", "length_mean"),
         )
         for name, metric in named:
-            found = _values(records, f"{prefix}/{metric}")
-            if found:
-                summary[f"{label}{name}_{first}"], summary[f"{label}{name}_{last}"] = found[0], found[-1]
+            if not (found := _values(records, f"{prefix}/{metric}")):
+                continue
+            if prefix == "rollout" or at_start:
+                summary[f"{label}{name}_{first}"] = found[0]
+            summary[f"{label}{name}_{last}"] = found[-1]
     for name in ("kl", "explained_variance"):
         if found := _values(steps, f"experience/{name}"):
             summary[f"{name}_last"] = found[-1]

@@ -40,27 +40,23 @@ def _ppo(case: Case, name: str, settings: list[str], *, gap_bound: float) -> Ite
     if not (folder / "done").exists():
         _prepare(case, folder)
         (folder / "done").touch()
-    log = case.scratch / f"{name}.log"
-    with log.open("w") as output:
-        running = subprocess.Popen(
-            [*TRAIN, *_overrides(case, folder, run_dir), *settings],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=output,
-            stderr=output,
-        )
-        known = 0
-        while True:
-            ended = running.poll() is not None
-            records = _records(run_dir / "metrics.jsonl")
-            if len(records) > known:
-                known = len(records)
-                yield from ppo_rows(records, copy_gbps=None, gap_bound=gap_bound)
-            if ended:
-                break
-            time.sleep(_LOOK_S)
+    running = subprocess.Popen(  # what it says is the check's own output, of which an overrun too tells the end
+        [*TRAIN, *_overrides(case, folder, run_dir), *settings],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    known = 0
+    while True:
+        ended = running.poll() is not None
+        records = _records(run_dir / "metrics.jsonl")
+        if len(records) > known:
+            known = len(records)
+            yield from ppo_rows(records, copy_gbps=None, gap_bound=gap_bound)
+        if ended:
+            break
+        time.sleep(_LOOK_S)
     if running.returncode:
-        raise RuntimeError(f"megatron-rl train ended with {running.returncode}: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"megatron-rl train ended with {running.returncode}; its last lines are above")
     if not case.small:  # not before: the engine asks how much memory is free
         yield from ppo_rows(records, copy_gbps=measure.copy_gbps(2**31), gap_bound=gap_bound)
 
@@ -125,7 +121,7 @@ def ppo_rows(records: list[dict[str, Any]], *, copy_gbps: float | None, gap_boun
         for key, value in sorted(record.items()):
             if key.startswith("parity/") and key.endswith("/mean"):
                 yield Row(what=key, value=value, unit="nats")
-    steps = [record for record in records if record["kind"] == "step"]
+    steps = [record for record in records if record["kind"] == "step" and not record.get("aborted")]
     if not steps:
         return
     last = steps[-1]

@@ -323,6 +323,9 @@ def _layouts(case: Case, kinds: Mapping[str, dict[str, Any]]) -> Iterator[Row]:
 
     alone = list(run([{}]))
     worlds = {name: ParallelLayout(**axes).world_size for name, axes in LAYOUTS.items()}
+    for name, size in worlds.items():
+        if size > case.asked_gpus:
+            yield Row(what=f"{name} is left out: it needs --gpus {size} or more, got", value=case.asked_gpus, unit="")
     for world in sorted(size for size in set(worlds.values()) if size <= case.asked_gpus):
         names = [name for name in LAYOUTS if worlds[name] == world]
         running = run([LAYOUTS[name] for name in names])

@@ -128,9 +128,11 @@ def push_line(config: RunConfig, dims: ModelDims, transport: Transport) -> str:
     given = {source: size for (source, _), size in plan.bytes_by_pair().items()}
     total, own = sum(given.values()), given.pop(0, 0)
     receivers = config.engine.count * config.engine.tensor
+    quantised = "" if config.pushed_format is None else f", which it quantises to {config.pushed_format}"
     return (
         f"weights go from the policy's rank 0 to {receivers} engine worker(s) by {transport.value}: "
-        f"{total / 1e6:.1f} MB, of which {len(given)} other rank(s) give it {(total - own) / 1e6:.1f} MB first"
+        f"{total / 1e6:.1f} MB of {config.model.dtype}{quantised}; "
+        f"{len(given)} other rank(s) give it {(total - own) / 1e6:.1f} MB first"
     )
 
 

@@ -75,10 +75,10 @@ def dotted(config: RunConfig | SFTConfig) -> dict[str, Any]:
 
 
 def origins(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Where each setting that was given comes from, by dotted key: the last file that has it, or ``command line``. What
-    is not there has its default.
+    """Where each setting, and each empty table, that was given comes from, by dotted key: the last file that has it, or
+    ``command line``. What is not there has its default.
     """
-    return {key: origin for origin, table in _tables(files, overrides) for key, _ in _flat(table)}
+    return {key: origin for origin, table in _tables(files, overrides) for key, _ in _flat(table, empty=True)}
 
 
 def annotated(config: RunConfig | SFTConfig, given: Mapping[str, str]) -> str:
@@ -86,9 +86,15 @@ def annotated(config: RunConfig | SFTConfig, given: Mapping[str, str]) -> str:
     lines = {}
     for key, value in dotted(config).items():
         shown = key + " is not set" if value is None else f"{key} = {_toml(value)}"
-        lines[shown if value is not None else "# " + shown] = given.get(key, "default")
+        lines[shown if value is not None else "# " + shown] = given.get(key) or _default(key, given)
     width = min(60, max(map(len, lines)))
     return "".join(f"{line:<{width}}  # {origin}\n" for line, origin in lines.items())
+
+
+def _default(key: str, given: Mapping[str, str]) -> str:
+    """Of a section that is only there since somebody gave it, who did."""
+    section = key.rpartition(".")[0]
+    return f"default; [{section}] is of {given[section]}" if section in given else "default"
 
 
 def _toml(value: Any) -> str:
@@ -123,10 +129,10 @@ def _root_of(merged: Mapping[str, Any], default: Root) -> Root:
     return min((default, *_COMMANDS), key=unknown)
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(section: Mapping[str, Any], prefix: str = "", *, empty: bool = False) -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and (value or not empty):
+            yield from _flat(value, f"{prefix}{key}.", empty=empty)
         else:
             yield prefix + key, value
 

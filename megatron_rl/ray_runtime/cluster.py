@@ -107,9 +107,10 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     """Refuse, before anything starts, what this machine cannot hold. A joined cluster is asked once it is joined.
 
     Raises:
-        ClusterProblem: too few GPUs, or too few CPUs where there is no GPU.
+        ClusterProblem: too few GPUs, or too few CPUs where there is no GPU; nobody answers at the cluster's address.
     """
     if config.address is not None:
+        _knock(config.address)
         return
     if gpus:
         if workers > gpus:
@@ -192,7 +193,6 @@ class Cluster:
                 **common,
             )
         else:
-            _knock(str(self._config.address))
             if not self._config.allow_open_cluster and _is_open(str(self._config.address)):
                 raise ClusterProblem(
                     f"the Ray cluster at {self._config.address} asks for no token: anyone who reaches it can run code "
@@ -327,7 +327,7 @@ def _knock(address: str) -> None:
         return  # another form, which is Ray's to read
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_DEADLINE_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second of a name that none can have
         raise ClusterProblem(
             f"nobody answers at cluster.address={address} ({error}): start the cluster's head there, or correct it"
         ) from error

@@ -49,10 +49,15 @@ class DeadlineExceeded(TimeoutError):
 class Statistics:
     """What the workers of a group say of themselves since it was last taken."""
 
-    busy_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds of the busiest rank, by verb."""
+    busy_of: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    """Seconds by verb and rank: a verb may be one call to all ranks, or one to each."""
     peak_rss_bytes: int = 0
     """Of the largest rank."""
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Seconds of the busiest rank, by verb."""
+        return {verb: max(seconds.values()) for verb, seconds in self.busy_of.items()}
 
 
 class Watch:
@@ -151,7 +156,7 @@ class GroupCall(Generic[T]):
                 raise WorkerFailed(f"{whose} ({reply.place}) failed in {self._verb}:\n{reply.error}")
             answers[reference] = reply
         replies = [answers[reference] for reference in self._references]
-        self._group.note(self._verb, replies)
+        self._group.note(self._verb, dict(zip(self._references.values(), replies, strict=True)))
         return self._finish([pickle.loads(reply.value) for reply in replies])
 
 
@@ -315,11 +320,12 @@ class WorkerGroup:
         hold.append((key, data))
         return key
 
-    def note(self, verb: str, replies: Sequence[Reply]) -> None:
-        """Count what the ranks said of one call."""
+    def note(self, verb: str, replies: Mapping[str, Reply]) -> None:
+        """Count what the ranks, by name, said of one call."""
         with self._counting:  # a save is waited for by a thread of its own
-            self._statistics.busy_s[verb] += max(reply.busy_s for reply in replies)
-            peak = max(reply.peak_rss_bytes for reply in replies)
+            for name, reply in replies.items():
+                self._statistics.busy_of[verb][name] += reply.busy_s
+            peak = max(reply.peak_rss_bytes for reply in replies.values())
             self._statistics.peak_rss_bytes = max(self._statistics.peak_rss_bytes, peak)
 
     def take_statistics(self) -> Statistics:

@@ -331,7 +331,7 @@ class Engine:
         if phase is PushPhase.DRAIN and self._engine.has_unfinished_requests():
             raise RuntimeError(f"version {version}: no request may be under way when weights change")
         if phase is PushPhase.START:
-            self._on_workers("start_weight_update", deadline_s=deadline_s)
+            self._on_workers("start_push", deadline_s=deadline_s)
         if phase is PushPhase.TRANSFER:
             self._on_workers("update_weights", {"version": version}, deadline_s=deadline_s)
             return tuple(self._on_workers("push_receipt", deadline_s=deadline_s))

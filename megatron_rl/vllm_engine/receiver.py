@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -113,28 +114,44 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             TransferError: the stream did not come to its proper end.
             Exception: what the model's loader raised.
         """
-        reception = self._joined().receive(update_info.version)
+        reception, arrived = self._joined().receive(update_info.version), set[str]()
         with self._left_whole():
             try:
                 with self._configured():
-                    loaded = self.model.load_weights(reception)
+                    loaded = self.model.load_weights(_noted(reception, arrived))
             finally:
                 reception.drain()
-            self._check_complete(loaded)
-        self._joined().keep(reception.reads)
+            self._check_complete(loaded, arrived)
+            self._joined().keep(reception.reads)
         self.receipt = reception.receipt
 
-    def _check_complete(self, loaded: set[str] | None) -> None:
+    def _check_complete(self, loaded: set[str] | None, arrived: Set[str]) -> None:
         """Why: a layer that gets nothing, or a part of its tensors, keeps the old ones, which is no error of vLLM's;
         a small step is far below what scores can show.
         """
         if loaded is None:
             return
-        if stale := sorted(self._expected - loaded):
+        stale = self._expected - loaded
+        for name in self._expected:
+            if parts := self._parts(name):
+                stale |= parts - arrived
+        if stale:
             raise ValueError(
                 f"the push must bring every tensor of the engine's model, {len(stale)} of {len(self._expected)} stay "
-                f"as they were, the first is {stale[0]}"
+                f"as they were, the first is {min(stale)}"
             )
+
+    def _parts(self, name: str) -> set[str]:
+        """What a fused tensor is made of, by Hugging Face names; nothing for another one. vLLM takes the fused one for
+        loaded when one of them is.
+        """
+        fused: Mapping[str, Sequence[str]] = getattr(self.model, "packed_modules_mapping", {})
+        path = name.split(".")
+        return {
+            ".".join([*path[:place], part, *path[place + 1 :]])
+            for place, module in enumerate(path)
+            for part in fused.get(module, ())
+        }
 
     @contextmanager
     def _left_whole(self) -> Iterator[None]:
@@ -150,6 +167,7 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         """Put the last layers in place."""
         with self._configured():
             finalize_layerwise_reload(self.model, self.model_config)
+        self._reset_cache_scales()
         if self.device.type == "cpu":
             self._repack_tied_heads()
 
@@ -168,6 +186,15 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             NotImplementedError: always; the trainer sends through its own end of the channel.
         """
         raise NotImplementedError("weights are sent by megatron_rl.weights.transfer.Channel.send")
+
+    def _reset_cache_scales(self) -> None:
+        """Why: keys and values are kept unscaled, and no push brings their scales; where 0.26 has them as parameters, a
+        sleep that throws weights away takes them along.
+        """
+        for module in self.model.modules():
+            for name in ("_q_scale", "_k_scale", "_v_scale"):
+                if isinstance(scale := getattr(module, name, None), torch.Tensor):
+                    scale.data.fill_(1.0)
 
     def _forget_expert_kernels(self) -> None:
         """Why: experts are packed for the CPU only where their kernel is made, and a reload keeps the old one:
@@ -201,6 +228,12 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
 
 
 def _is_about_weights(record: logging.LogRecord) -> bool:
@@ -238,6 +271,12 @@ class WorkerExtension:
         except Exception as error:
             traceback.print_exc()
             return Attempt(error=f"{type(error).__name__}: {error}")
+
+    def start_push(self) -> None:
+        """Begin a push, whatever became of the last one: vLLM lets none begin before the last has ended."""
+        if self._weight_update_active:  # type: ignore[attr-defined]
+            self.finish_weight_update()  # type: ignore[attr-defined]
+        self.start_weight_update()  # type: ignore[attr-defined]
 
     def pid(self) -> int:
         """Of this worker's process."""

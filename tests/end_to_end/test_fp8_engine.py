@@ -150,7 +150,12 @@ def test_a_push_in_fp8_leaves_the_bits_that_the_engine_makes_of_the_same_weights
 
 
 @pytest.mark.parametrize(
-    "left_out", ["model.layers.1.mlp.down_proj.weight_scale", "model.layers.0.mlp.down_proj.weight"]
+    "left_out",
+    [
+        "model.layers.1.mlp.down_proj.weight_scale",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.v_proj.weight_scale",
+    ],
 )
 def test_a_push_in_fp8_that_leaves_a_tensor_out_is_refused_by_name_and_the_next_one_heals_it(
     filled: RemoteEngine, fresh: RemoteEngine, folders: dict[str, Path], left_out: str

@@ -18,15 +18,20 @@ SIZES = dims("LlamaForCausalLM", hidden_size=1000, head_dim=250, intermediate_si
 @pytest.mark.parametrize(
     ("layout", "dtype", "told"),
     [
-        (ParallelLayout(), "bfloat16", "48.0 MB, of which 0 other rank(s) give it 0.0 MB first"),
-        (ParallelLayout(pipeline=2), "bfloat16", "48.0 MB, of which 1 other rank(s) give it 24.0 MB first"),
-        (ParallelLayout(pipeline=2, data=2), "float32", "96.0 MB, of which 1 other rank(s) give it 48.0 MB first"),
+        (ParallelLayout(), "bfloat16", "48.0 MB of bfloat16; 0 other rank(s) give it 0.0 MB first"),
+        (ParallelLayout(pipeline=2), "bfloat16", "48.0 MB of bfloat16; 1 other rank(s) give it 24.0 MB first"),
+        (ParallelLayout(pipeline=2, data=2), "float32", "96.0 MB of float32; 1 other rank(s) give it 48.0 MB first"),
     ],
     ids=str,
 )
 def test_a_run_says_what_each_push_moves(layout: ParallelLayout, dtype: str, told: str) -> None:
     config: Any = SimpleNamespace(
-        engine=EngineConfig(count=2), model=SimpleNamespace(dtype=dtype), policy=SimpleNamespace(layout=layout)
+        engine=EngineConfig(count=2),
+        model=SimpleNamespace(dtype=dtype),
+        policy=SimpleNamespace(layout=layout),
+        pushed_format=None,
     )
     line = push_line(config, SIZES, Transport.SHARED_MEMORY)
     assert line == f"weights go from the policy's rank 0 to 2 engine worker(s) by shared memory: {told}"
+    config.pushed_format = "fp8_per_block"
+    assert f" of {dtype}, which it quantises to fp8_per_block; " in push_line(config, SIZES, Transport.SHARED_MEMORY)

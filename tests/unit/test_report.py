@@ -79,6 +79,19 @@ def test_the_summary_of_a_run(metrics):
     }
 
 
+def test_there_is_no_before_where_nothing_was_evaluated_before_the_first_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 0, "kind": "step", "rollout/accuracy": 0.2, "nonfinite": 0},
+        {"step": 1, "kind": "step", "rollout/accuracy": 0.4, "heldout/accuracy": 0.9, "nonfinite": 0},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = summarise(file)
+    assert "accuracy_before" not in summary
+    assert summary["accuracy_after"] == 0.9
+    assert (summary["rollout_accuracy_first"], summary["rollout_accuracy_last"]) == (0.2, 0.4)
+
+
 def test_the_table_flattens_and_aligns():
     table = summary_table({"steps": 3, "accuracy": 0.123456, "peak": {"policy": 1.5, "lost": math.nan}, "run": "a"})
     assert table == ("steps        3\naccuracy     0.1235\npeak/policy  1.5\npeak/lost    nan\nrun          a\n")

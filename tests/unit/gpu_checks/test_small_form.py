@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import Check, run_check
 from benchmarks.gpu_checks import steps
 from benchmarks.gpu_checks.case import Case
-from benchmarks.gpu_checks.plan import Result
+from benchmarks.gpu_checks.plan import Result, Row
 from benchmarks.gpu_checks.steps import ppo_rows
 
 ROOT = Path(__file__).parents[3]
@@ -134,13 +134,14 @@ with (folder / "metrics.jsonl").open("w") as file:
         file.flush()
         while not (folder / f"go {number}").exists():
             time.sleep(0.05)
+    file.write(json.dumps({"kind": "step", "aborted": True}) + "\\n")
 print("said last")
 sys.exit(3)
 """
 
 
 def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steps, "TRAIN", (sys.executable, "-c", TRAINS))
     found = steps.ppo(Case(gpus=0, asked_gpus=1, scratch=tmp_path))
@@ -148,8 +149,11 @@ def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_sa
         rows = {row.what: row.value for row in itertools.islice(found, 4)}
         assert (rows["steps done"], rows["seconds: update"]) == (number, number)
         (tmp_path / "ppo" / f"go {number}").touch()
-    with pytest.raises(RuntimeError, match="ended with 3: said last"):
-        list(found)
+    left: list[Row] = []
+    with pytest.raises(RuntimeError, match="ended with 3; its last lines are above"):
+        left.extend(found)
+    assert all(row.value == 2 for row in left if row.what == "steps done")  # the last one was cut off
+    assert capfd.readouterr().out == "said last\n"
 
 
 @pytest.mark.slow

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
 
 import pytest
 
 from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, place
+from megatron_rl.ray_runtime.cluster import ClusterProblem, Role, check_machine, place
 
 GPU = {"GPU": 1.0, "CPU": 1.0}
 
@@ -35,14 +34,13 @@ def test_equal_ranks_of_all_roles_share_one_gpu_and_ask_for_no_more_than_there_i
         assert sum(placed.asked[role]["GPU"] for role in sharing) <= 1
 
 
-def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
+def test_an_address_where_nobody_listens_is_told_before_anything_starts() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         started = time.monotonic()
-        with (
-            pytest.raises(ClusterProblem, match=rf"nobody answers at cluster\.address={address} .*refused"),
-            Cluster(ClusterConfig(address=address), gpus=0, run_dir=tmp_path),
-        ):
-            pass
+        with pytest.raises(ClusterProblem, match=rf"nobody answers at cluster\.address={address} .*refused"):
+            check_machine(2, 0, ClusterConfig(address=address))
+        with pytest.raises(ClusterProblem, match=r"nobody answers at cluster\.address=a\.\.b:1 "):
+            check_machine(2, 0, ClusterConfig(address="a..b:1"))
     assert time.monotonic() - started < 10
