@@ -15,11 +15,12 @@ from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, dims_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
+from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.reshard import hf_shapes
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
-from megatron_rl.weights.shapes import full_shape, is_vocabulary
+from megatron_rl.weights.shapes import full_shape, is_float32, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
+_VALUE_HEAD = frozenset(rule.hf for rule in HEADS[Head.VALUE])
 
 
 class SourceDamaged(ValueError):
@@ -95,9 +97,12 @@ def _weight_map(dims: ModelDims, head: Head, bridged: BridgedFamily | None) -> W
     return weight_map(dims, head, None if bridged is None else bridged.rules)
 
 
-def keeps_type(name: str) -> bool:
-    """Whether a Hugging Face tensor keeps its type whatever is asked for: training has float32 in it in any model."""
-    return name.startswith("score.") or name.endswith("e_score_correction_bias")
+def keeps_type(entry: WeightEntry) -> bool:
+    """Whether a tensor keeps its type whatever is asked for: training has float32 in it in a model of any type.
+
+    So it is with a router's bias, whatever a family calls it, and with a value head.
+    """
+    return is_float32(entry) or entry.hf in _VALUE_HEAD
 
 
 class HfSource:
@@ -151,7 +156,7 @@ class HfSource:
             ValueError: its Hugging Face tensors have several types, or one that is none of training's, or do not fit
                 the configuration.
         """
-        infos = [self.hf_info(name) for name in entry.hf]
+        infos = [self._hf_info(entry, name) for name in entry.hf]
         dtypes = sorted({str(info.dtype) for info in infos})
         if len(dtypes) > 1:
             raise ValueError(f"{self._path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
@@ -163,8 +168,8 @@ class HfSource:
             raise ValueError(f"{self._path}: {error}") from error
         return TensorInfo(infos[0].dtype, full_shape(entry, self.dims))
 
-    def hf_info(self, name: str) -> TensorInfo:
-        """Type and shape of a Hugging Face tensor, once dequantised and converted."""
+    def _hf_info(self, entry: WeightEntry, name: str) -> TensorInfo:
+        """Once dequantised and converted."""
         info = self._infos[name]
         if info.dtype is FP8:
             scale = self._infos.get(name + SCALE_SUFFIX)
@@ -174,21 +179,24 @@ class HfSource:
                     f"quantization_config, and {name}{SCALE_SUFFIX} hold a scale per block; it is {scale}"
                 )
             return TensorInfo(self._dtype or torch.bfloat16, info.shape)
-        return TensorInfo(self._type(name, info.dtype), info.shape)
+        return TensorInfo(self._type(entry, name, info.dtype), info.shape)
 
     def tensor(self, entry: WeightEntry) -> Tensor:
         """Megatron's tensor; of one Hugging Face tensor that needs no conversion, a view of the file."""
-        return self.weights.to_megatron(entry, [self.hf_tensor(name) for name in entry.hf])
+        return self.weights.to_megatron(entry, self.hf_tensors(entry))
 
-    def hf_tensor(self, name: str) -> Tensor:
-        """A Hugging Face tensor, dequantised and converted."""
+    def hf_tensors(self, entry: WeightEntry) -> list[Tensor]:
+        """The Hugging Face tensors of ``entry``, dequantised and converted."""
+        return [self._hf_tensor(entry, name) for name in entry.hf]
+
+    def _hf_tensor(self, entry: WeightEntry, name: str) -> Tensor:
         tensor = self._folder.tensor(name)
         if tensor.dtype is FP8:
             return dequantise(tensor, self._folder.tensor(name + SCALE_SUFFIX), self._dtype or torch.bfloat16)
-        return tensor.to(self._type(name, tensor.dtype))
+        return tensor.to(self._type(entry, name, tensor.dtype))
 
-    def _type(self, name: str, found: torch.dtype) -> torch.dtype:
-        if self._dtype is None or (found is torch.float32 and keeps_type(name)):
+    def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
+        if self._dtype is None or (found is torch.float32 and keeps_type(entry)):
             return found
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")

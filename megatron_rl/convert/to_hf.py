@@ -56,25 +56,25 @@ class Form:
     dtype: torch.dtype | None = None
     fp8_blocks: bool = False
 
-    def infos(self, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
-        """What one Hugging Face tensor is written as."""
+    def infos(self, entry: WeightEntry, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+        """What one Hugging Face tensor of ``entry`` is written as."""
         if self._quantises(name):
             scale = TensorInfo(torch.float32, scale_shape(info.shape))
             return {name: TensorInfo(FP8, info.shape), name + SCALE_SUFFIX: scale}
-        return {name: TensorInfo(self._type(name, info.dtype), info.shape)}
+        return {name: TensorInfo(self._type(entry, info.dtype), info.shape)}
 
-    def tensors(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    def tensors(self, entry: WeightEntry, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """The same of the tensor itself."""
         if self._quantises(name):
             small, scale = quantise(tensor)
             return [(name, small), (name + SCALE_SUFFIX, scale)]
-        return [(name, tensor.to(self._type(name, tensor.dtype)))]
+        return [(name, tensor.to(self._type(entry, tensor.dtype)))]
 
     def _quantises(self, name: str) -> bool:
         return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
 
-    def _type(self, name: str, found: torch.dtype) -> torch.dtype:
-        return found if self.dtype is None or keeps_type(name) else self.dtype
+    def _type(self, entry: WeightEntry, found: torch.dtype) -> torch.dtype:
+        return found if self.dtype is None or keeps_type(entry) else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
         with reading(plan.source.folder.path):
             parts = plan.source.hf_tensors(entry)
         while parts:
-            yield from plan.form.tensors(*parts.pop(0))
+            yield from plan.form.tensors(entry, *parts.pop(0))
 
 
 def _check_written(path: Path, infos: dict[str, TensorInfo], given: dict[str, str], shard: ShardRecord) -> None:
@@ -242,7 +242,7 @@ def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...])
         written: written_info
         for entry in entries
         for name, info in source.hf_infos(entry)
-        for written, written_info in form.infos(name, info).items()
+        for written, written_info in form.infos(entry, name, info).items()
     }
 
 

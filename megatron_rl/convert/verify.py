@@ -110,7 +110,7 @@ def check_values(
     def compare(number: int, moved: Callable[[int], None]) -> str | None:
         for entry in parts[number]:
             for name, mine, theirs in _pairs(left, right, entry):
-                difference = _difference(*_converted(name, mine, theirs, dtype))
+                difference = _difference(*_converted(entry, mine, theirs, dtype))
                 if difference:
                     return f"{name}: {difference}"
                 moved(mine.nbytes)
@@ -132,11 +132,11 @@ def _pairs(left: Source, right: Source, entry: WeightEntry) -> list[tuple[str, T
 def _hf_tensors(source: Source, entry: WeightEntry) -> list[tuple[str, Tensor]]:
     if isinstance(source, MegatronSource):
         return source.hf_tensors(entry)
-    return [(name, source.hf_tensor(name)) for name in entry.hf]
+    return list(zip(entry.hf, source.hf_tensors(entry), strict=True))
 
 
-def _converted(name: str, mine: Tensor, theirs: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    if dtype is None or (keeps_type(name) and mine.dtype == theirs.dtype):
+def _converted(entry: WeightEntry, mine: Tensor, theirs: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    if dtype is None or (keeps_type(entry) and mine.dtype == theirs.dtype):
         return mine, theirs
     return mine.to(dtype), theirs.to(dtype)
 

@@ -100,6 +100,21 @@ def test_other_families_go_there_and_back_to_the_bit(auto_bridge: Any, tmp_path:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_bias_of_routers_stays_in_float32_whatever_its_family_calls_it(auto_bridge: Any, tmp_path: Path) -> None:
+    hf, tensors = written(tmp_path, "HYV3", HUNYUAN)
+    there, back, narrow = tmp_path / "there", tmp_path / "back", tmp_path / "narrow"
+    assert hf_to_megatron.main([str(hf), str(there), "--dtype", "bfloat16"]) == 0
+    assert megatron_to_hf.main([str(there), str(back)]) == 0
+    assert verify.main([str(back), "--level", "values", "--against", str(hf), "--dtype", "bfloat16"]) == 0
+    assert hf_to_megatron.main([str(hf), str(tmp_path / "wide")]) == 0
+    assert megatron_to_hf.main([str(tmp_path / "wide"), str(narrow), "--dtype", "bfloat16"]) == 0
+    for folder in (back, narrow):
+        found = load_file(folder / "model.safetensors")
+        wide = {name for name, tensor in found.items() if tensor.dtype is torch.float32}
+        assert wide == {name for name in tensors if name.endswith("mlp.expert_bias")} != set()
+        assert all(torch.equal(found[name], tensors[name]) for name in wide)
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     from megatron.bridge.training.model_load_save import temporary_distributed_context

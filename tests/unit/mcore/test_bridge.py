@@ -285,6 +285,29 @@ def test_a_model_of_a_family_without_a_table_goes_there_and_back_to_the_bit(glm:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_the_bias_of_routers_stays_in_float32_whatever_its_family_calls_it(
+    glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = "mlp.gate.e_score_correction_bias", "mlp.expert_bias"  # as Hunyuan V3 calls it
+    table = [one for one in sparse() if one.hf_param != HF + ours]
+    named = [*table, AutoMapping(f"{MEGATRON}mlp.router.expert_bias", HF + theirs)]
+    auto_bridge = sys.modules["megatron.bridge"].AutoBridge
+    monkeypatch.setattr(auto_bridge._model_bridge, "mapping_registry", lambda: named)
+    wide = {name.replace(ours, theirs): t for name, t in load_file(glm / "model.safetensors").items()}
+    save_file(wide, glm / "model.safetensors")
+    assert hf_to_megatron.main([str(glm), str(tmp_path / "there"), "--dtype", "bfloat16"]) == 0
+    assert megatron_to_hf.main([str(tmp_path / "there"), str(tmp_path / "back")]) == 0
+    assert hf_to_megatron.main([str(glm), str(tmp_path / "wide")]) == 0
+    assert megatron_to_hf.main([str(tmp_path / "wide"), str(tmp_path / "narrow"), "--dtype", "bfloat16"]) == 0
+    for folder in ("back", "narrow"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        kept = {name for name, tensor in found.items() if tensor.dtype is torch.float32}
+        assert kept == {f"model.layers.1.{theirs}"}
+        assert all(torch.equal(found[name], wide[name]) for name in kept)
+    asked = ["--level", "values", "--against", str(glm), "--dtype", "bfloat16"]
+    assert verify.main([str(tmp_path / "back"), *asked]) == 0
+
+
 def test_such_a_model_is_neither_scored_nor_quantised_nor_trained(
     glm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
