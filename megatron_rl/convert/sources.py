@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
-from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
+from megatron_rl.mcore.sharded_names import ShardedName, sharded_name, stacks_layers
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, dims_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.families import HEADS
@@ -243,6 +243,7 @@ class MegatronSource:
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
         self.folder: TorchDistFolder = TorchDistFolder(folder)
+        self._stacked = stacks_layers(self.folder.keys)
         self._drop_padding_rows = drop_padding_rows
         beside = folder.resolve().parent / "hf"
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
@@ -259,7 +260,7 @@ class MegatronSource:
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
-        return sharded_name(entry, self.dims)
+        return sharded_name(entry, self.dims, stacked=self._stacked)
 
     def info(self, entry: WeightEntry) -> TensorInfo:
         """Type and shape of a tensor; without the rows that pad the vocabulary."""

@@ -6,7 +6,7 @@ rules with what ``sharded_state_dict`` of the real models says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_rl.model_dims import ModelDims
@@ -42,23 +42,36 @@ class ShardedName:
     axes: tuple[int, ...]
 
 
-def sharded_name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
+def sharded_name(entry: WeightEntry, dims: ModelDims, *, stacked: bool | None = None) -> ShardedName:
     """Where ``entry`` of a model of these sizes is kept.
 
-    Layers share a key, stacked along the first axis, where all are alike; in a model with experts the layers have keys
-    of their own, and the experts of a layer share one.
+    Layers share a key, stacked along the first axis, or have keys of their own; the experts of a layer share a key in
+    any case.
+
+    Args:
+        entry: which tensor it is.
+        dims: sizes of the model.
+        stacked: whether layers share keys; None: as a model of ours keeps them, stacked unless some have experts.
+            megatron-core stacks layers that have experts, too, where its ``moe_layer_freq`` is the number 1, not a list.
     """
     if entry.layer is None:
         return ShardedName(entry.megatron, (), ())
     tail = entry.megatron.removeprefix(f"{_LAYERS}{entry.layer}.")
     if dims.latent is None:
         tail = _FUSED_NORMS.get(tail, tail)
-    if dims.experts is None:
-        return ShardedName(_LAYERS + tail, (entry.layer,), (dims.layers,))
-    if entry.expert is None:
-        return ShardedName(f"{_LAYERS}{entry.layer}.{tail}", (), ())
+    if dims.experts is None if stacked is None else stacked:
+        prefix, index, axes = _LAYERS, (entry.layer,), (dims.layers,)
+    else:
+        prefix, index, axes = f"{_LAYERS}{entry.layer}.", (), ()
+    if entry.expert is None or dims.experts is None:
+        return ShardedName(prefix + tail, index, axes)
     tail = tail.replace(f"{_EXPERTS}.{entry.expert}.", f"{_STACKED_EXPERTS}.")
-    return ShardedName(f"{_LAYERS}{entry.layer}.{tail}", (entry.expert,), (dims.experts.count,))
+    return ShardedName(prefix + tail, (*index, entry.expert), (*axes, dims.experts.count))
+
+
+def stacks_layers(keys: Iterable[str]) -> bool:
+    """Whether the layers of the model that these keys are of share them."""
+    return not any(key.startswith(f"{_LAYERS}0.") for key in keys)
 
 
 def extra_states(weights: WeightMap) -> Iterator[str]:

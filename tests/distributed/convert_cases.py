@@ -16,12 +16,20 @@ def metadata() -> dict[str, str]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def kept_names(rank: int, port: int, model: Path, role: str) -> tuple[set[Any], set[str]]:
-    """What megatron-core's own sharded_state_dict says: key, offset and shape of each tensor; keys of other objects."""
+def kept_names(
+    rank: int, port: int, model: Path, role: str, moe_layer_freq: int | None = None
+) -> tuple[set[Any], set[str]]:
+    """What megatron-core's own sharded_state_dict says: key, offset and shape of each tensor; keys of other objects.
+
+    ``moe_layer_freq`` is as another program may set it, where our models have a list.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
     worker = start(rank, port, model, Setup(), role)
-    state = worker._training.chunks[0].module.sharded_state_dict(metadata=metadata())
+    module = worker._training.chunks[0].module
+    if moe_layer_freq is not None:
+        module.config.moe_layer_freq = moe_layer_freq
+    state = module.sharded_state_dict(metadata=metadata())
     worker.close()
     first_shards = {key: value.key for key, value in state.items() if hasattr(value, "key")}
     apply_factories(state)

@@ -14,7 +14,7 @@ from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
 from megatron_rl.convert.to_megatron import plan_import, run_import
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.mcore.sharded_names import extra_states, sharded_name
+from megatron_rl.mcore.sharded_names import extra_states, sharded_name, stacks_layers
 from tests.distributed.cases import CRITIC, POLICY, Setup
 from tests.distributed.convert_cases import kept_names, loaded, saved_and_exported
 from tests.distributed.ranks import Ranks
@@ -70,12 +70,27 @@ def test_the_names_are_those_of_megatron_core(ranks: Ranks, models: dict[str, Pa
     folder = critic if name == CRITIC else models[name]
     ((kept, objects),) = ranks.run(1, kept_names, folder, CRITIC if name == CRITIC else POLICY)
     source = HfSource(folder)
+    assert named(source) == kept
+    assert set(extra_states(source.weights)) == objects
+
+
+def test_the_names_of_stacked_layers_with_experts_are_those_of_megatron_core(
+    ranks: Ranks, models: dict[str, Path]
+) -> None:
+    ((kept, _),) = ranks.run(1, kept_names, models["qwen3-moe"], POLICY, 1)
+    keys = {key for key, _, _ in kept}
+    assert "decoder.layers.mlp.router.weight" in keys
+    assert stacks_layers(keys)
+    assert named(HfSource(models["qwen3-moe"]), stacked=True) == kept
+
+
+def named(source: HfSource, *, stacked: bool | None = None) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Key, index in it and shape of it of each tensor, by our rules."""
     mine = set()
     for entry in source.weights.entries:
-        place = sharded_name(entry, source.dims)
+        place = sharded_name(entry, source.dims, stacked=stacked)
         mine.add((place.key, place.index, place.axes + source.info(entry).shape))
-    assert mine == kept
-    assert set(extra_states(source.weights)) == objects
+    return mine
 
 
 @pytest.mark.parametrize(

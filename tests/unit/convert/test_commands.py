@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.mcore.torch_dist import TorchDistFolder
 from megatron_rl.parity import ParityFailed
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
@@ -79,6 +82,22 @@ def test_a_model_goes_there_and_back_to_the_bit(
         status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
         assert status == 0
         assert f"values: ok, {len(tensors(source))} tensors are the same" in out
+
+
+@pytest.mark.parametrize(("family", "stacked"), [("Qwen3Moe", True), ("Qwen3", False)])
+def test_a_model_comes_back_whose_layers_another_program_keeps_otherwise(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, stacked: bool
+) -> None:
+    """Stacked layers with experts, layers without experts that have keys of their own."""
+    source = write_model(tmp_path / "hf", family)
+    name = partial(to_megatron.sharded_name, stacked=stacked)
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron, "sharded_name", name)
+        assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    keys = TorchDistFolder(tmp_path / "megatron").keys
+    assert ("decoder.layers.self_attention.linear_qkv.weight" in keys) == stacked
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
 
 
 def test_what_is_complete_is_told_as_such(run: Run, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_a_tensor_of_another_shape_than_the_sizes_give_is_named(
     tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(32)  # over all heads, as in OLMoE
     save_file(tensors, glm / "model.safetensors")
     assert hf_to_megatron.main([str(glm), str(tmp_path / "there")]) == 1
-    assert "q_norm.weight must make a tensor of shape [8] in this Glm4MoeForCausalLM" in capsys.readouterr().err
+    assert "q_norm.weight must have shape [8] in this Glm4MoeForCausalLM, got [32]" in capsys.readouterr().err
 
 
 def test_without_megatron_bridge_an_unknown_family_is_refused_with_the_known_ones(
