@@ -110,6 +110,23 @@ class ModelDims:
         found += self._expert_problems(layout)
         return found
 
+    def engine_problems(self, workers: int) -> Iterator[str]:
+        """Why vLLM cannot cut this model over so many tensor-parallel workers, one sentence each; nothing when it can.
+
+        Source: ``divide`` in ``vllm/model_executor/layers/linear.py``, and ``fused_moe/config.py``.
+        """
+        if self.heads % workers:
+            yield f"must divide the model's {self.heads} attention heads, got {workers}"
+        if self.latent is None and self.kv_heads % workers and workers % self.kv_heads:
+            yield f"must divide the model's {self.kv_heads} key/value heads or be a multiple of them, got {workers}"
+        widths = {"ffn width": self.ffn_hidden} if len(self.sparse_layers) < self.layers else {}
+        if self.experts is not None:
+            widths |= {"experts' ffn width": self.experts.ffn_hidden}
+            widths |= {"shared expert's ffn width": self.experts.shared_ffn_hidden}
+        for what, width in widths.items():
+            if width % workers:
+                yield f"must divide the model's {what} of {width}, got {workers}"
+
     def _shares_heads(self, ranks: int) -> bool:
         """Whether each rank has as many query heads, with whole query groups or an equal part of one.
 

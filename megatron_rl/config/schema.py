@@ -712,8 +712,8 @@ class RunConfig:
                 yield from (f"{role}.layout: {problem}" for problem in dims.layout_problems(trainer.layout))
             yield from _fp8_problems(role, trainer.fp8_case(self.model, dims, gpu))
         yield from fake_quantization_problems(dims, self.trainers)
-        if dims is not None and dims.heads % self.engine.tensor:
-            yield f"engine.tensor: must divide the model's {dims.heads} attention heads, got {self.engine.tensor}"
+        if dims is not None:
+            yield from (f"engine.tensor: {problem}" for problem in dims.engine_problems(self.engine.tensor))
         if dims is not None and self.engine.quantised and (dims.experts or dims.latent) is not None:
             yield (
                 f"engine.quantization: FP8 engines are for models without experts and latent attention, which "

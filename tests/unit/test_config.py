@@ -130,10 +130,11 @@ def test_deadlines_of_a_push_that_hide_one_another_are_refused(folder):
 
 
 def test_an_engine_whose_workers_cannot_share_the_heads_is_refused(folder):
-    heads = MODEL["num_attention_heads"]
-    assert problems(f"engine.tensor={heads + 1}") == [
-        f"engine.tensor: must divide the model's {heads} attention heads, got {heads + 1}"
+    assert problems("engine.tensor=3") == [
+        "engine.tensor: must divide the model's 8 attention heads, got 3",
+        "engine.tensor: must divide the model's 4 key/value heads or be a multiple of them, got 3",
     ]
+    load(RunConfig, [Path("ppo.toml")], ["engine.tensor=8"])  # two workers share a key/value head
 
 
 def test_log_probs_are_taken_at_the_temperature_of_sampling_unless_another_is_set(folder):

@@ -226,6 +226,21 @@ def test_layouts_that_would_not_train_experts_right_are_refused():
     ]
 
 
+def test_engines_whose_workers_cannot_share_a_feed_forward_block_are_refused():
+    assert [*dims().engine_problems(4)] == []
+    assert [*dims(intermediate_size=190).engine_problems(4)] == ["must divide the model's ffn width of 190, got 4"]
+    switches = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    sparse = {"architectures": ["Qwen2MoeForCausalLM"], "intermediate_size": 190, **switches}
+    # no layer has the dense block
+    assert [*dims(**sparse, shared_expert_intermediate_size=10).engine_problems(4)] == [
+        "must divide the model's experts' ffn width of 6, got 4",
+        "must divide the model's shared expert's ffn width of 10, got 4",
+    ]
+    some = dims(**sparse, shared_expert_intermediate_size=8, mlp_only_layers=[0])
+    assert [*some.engine_problems(2)] == []
+    assert "ffn width of 190" in next(some.engine_problems(4))
+
+
 def test_the_flops_of_a_row_by_hand():
     sizes = dims(num_hidden_layers=1, hidden_size=8, intermediate_size=16, vocab_size=32)
     assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (8, 4, 1)
