@@ -19,7 +19,7 @@ from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.reshard import hf_shapes
 from megatron_rl.weights.rules import Head
-from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo
+from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo, read_companions, write_companions
 from megatron_rl.weights.shapes import full_shape, is_float32, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
@@ -58,6 +58,18 @@ def reading(folder: Path) -> Iterator[None]:
             f"{error.filename or folder} could not be read ({error.strerror}); files that are complete are kept: go "
             "on with --resume",
         ) from error
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what a model folder has beside weights and ``config.json``.
+
+    Raises:
+        SourceUnreadable: the source cannot be read.
+        OSError: the target cannot be written.
+    """
+    with reading(source):
+        companions = read_companions(source)
+    write_companions(companions, target)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

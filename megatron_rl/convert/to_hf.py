@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import MegatronSource, keeps_type, reading
+from megatron_rl.convert.sources import MegatronSource, copy_tokenizer, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
@@ -32,7 +32,6 @@ from megatron_rl.weights.manifest import (
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import (
     TensorInfo,
-    copy_companions,
     file_names,
     header_of,
     model_config,
@@ -185,7 +184,7 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
         total = sum(record.end - record.begin for record in tensors.values())
         write_index(model, {name: record.file for name, record in tensors.items()}, total)
     (model / "config.json").write_text(json.dumps(_config(plan), indent=2) + "\n")
-    copy_companions(plan.source.like, model)
+    copy_tokenizer(plan.source.like, model)
     names = dict(zip(file_names(len(shards)), shards, strict=True))
     others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
     manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import HfSource, reading
+from megatron_rl.convert.sources import HfSource, copy_tokenizer, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name
 from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter, WrittenFile, written_file
 from megatron_rl.weights.manifest import MANIFEST, Manifest
-from megatron_rl.weights.safetensors_io import copy_companions, model_config
+from megatron_rl.weights.safetensors_io import model_config
 from megatron_rl.weights.weight_map import WeightEntry
 
 _FILE_BYTES = 1 << 30
@@ -120,7 +120,7 @@ def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[
     widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
     config = model_config(source.config, None, widest.dtype)
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_companions(plan.folder, model)
+    copy_tokenizer(plan.folder, model)
     files = {writer.path(number).name: file.record for number, file in enumerate(written)}
     others = sorted(path for path in model.iterdir() if path.name not in files and path.name != MANIFEST)
     files |= {path.name: read_record(path) for path in others}

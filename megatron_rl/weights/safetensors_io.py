@@ -340,10 +340,20 @@ def save_hf_folder(
 
 def copy_companions(like: Path, folder: Path) -> list[str]:
     """Copy what a model folder has beside weights and ``config.json``: its tokenizer above all; the names of it."""
-    names = [name for name in _COPIED if (like / name).is_file()]
-    for name in names:
-        shutil.copyfile(like / name, folder / name)
-    return names
+    companions = read_companions(like)
+    write_companions(companions, folder)
+    return [*companions]
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """The content of what :func:`copy_companions` copies, by name."""
+    return {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
+
+
+def write_companions(companions: Mapping[str, bytes], folder: Path) -> None:
+    """Write what :func:`read_companions` gave."""
+    for name, content in companions.items():
+        (folder / name).write_bytes(content)
 
 
 def write_index(folder: Path, file_of: Mapping[str, str], total_bytes: int) -> None:

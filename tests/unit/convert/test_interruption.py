@@ -24,6 +24,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.processes import ProcessDied, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, SourceDamaged
 from megatron_rl.convert.target import Target
+from megatron_rl.convert.to_hf import Form, plan_export, run_export
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
 from megatron_rl.weights.weight_map import WeightEntry
@@ -197,7 +198,7 @@ def test_a_disk_that_is_full_for_what_is_no_weights_leaves_complete_files_alone(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         for module in ("to_hf", "to_megatron"):
-            patch.setattr(f"megatron_rl.convert.{module}.copy_companions", full)
+            patch.setattr(f"megatron_rl.convert.{module}.copy_tokenizer", full)
         with pytest.raises(
             OSError, match=r"out could not be written \(No space left on device\); .* go on with --resume"
         ):
@@ -209,6 +210,36 @@ def test_a_disk_that_is_full_for_what_is_no_weights_leaves_complete_files_alone(
     convert(out, resume=True)
     assert kept.items() <= {path.name: stamp(path) for path in out.iterdir()}.items()
     assert folder_sums(out) == folder_sums(convert(tmp_path / "unbroken"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_told_as_a_full_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_model(tmp_path / "hf")
+    read_bytes = Path.read_bytes
+
+    def unreadable(path: Path) -> bytes:
+        if path == source / "tokenizer.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_bytes(path)
+
+    megatron = imported(source, tmp_path / "megatron")
+    for work in (
+        lambda: imported(source, tmp_path / "out"),
+        lambda: run_export(
+            plan_export(megatron, like=source, form=Form(), shard_bytes=9 << 20),
+            Target(tmp_path / "out"),
+            resume=False,
+            processes=2,
+            progress=ignore,
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", unreadable)
+            with pytest.raises(OSError, match=r"hf/tokenizer.json could not be read \(Input/output error\)"):
+                work()
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(Target(tmp_path / "out").work)
 
 
 @pytest.mark.parametrize("at", ["header", "tensor"])
