@@ -16,7 +16,7 @@ class Summary:
         files: that hold them on the side that is written.
         read_bytes: of tensors.
         written_bytes: of tensors.
-        largest_bytes: of one of Megatron's tensors.
+        largest_bytes: a process holds of one of Megatron's tensors: as it is read, and as it is written or taken apart.
         left_out: tensors of the source that are not converted.
         padding_rows: behind the vocabulary, which are not converted.
     """
@@ -34,8 +34,8 @@ class Summary:
         lines = [
             f"{self.tensors} tensors: reads {_size(self.read_bytes)}, writes {_size(self.written_bytes)} into "
             f"{self.files} file(s)",
-            f"memory of a process: at most {_size(2 * self.largest_bytes + _GIB)} beyond its imports (twice the "
-            f"largest tensor, {_size(self.largest_bytes)}, and 1 GiB)",
+            f"memory of a process: at most {_size(self.largest_bytes + _GIB)} beyond its imports (the largest tensor, "
+            f"as it is read and as it is written, {_size(self.largest_bytes)}, and 1 GiB)",
         ]
         if self.left_out:
             lines.append(f"left out: {len(self.left_out)} tensors that this model does not use: {self.left_out[0]} ...")

@@ -105,9 +105,14 @@ class ExportPlan:
             files=len(self.files),
             read_bytes=sum(sizes),
             written_bytes=sum(written),
-            largest_bytes=max(sizes),
+            largest_bytes=max(self._held_bytes(entry) for file in self.files for entry in file),
             padding_rows=self.source.padding_rows(),
         )
+
+    def _held_bytes(self, entry: WeightEntry) -> int:
+        read = self.source.info(entry).size_bytes
+        written = sum(info.size_bytes for info in _infos(self.source, self.form, (entry,)).values())
+        return read + max(read, written)
 
 
 def plan_export(

@@ -50,7 +50,7 @@ class ImportPlan:
             files=len(self.files),
             read_bytes=self.source.read_bytes,
             written_bytes=sum(sizes),
-            largest_bytes=max(sizes),
+            largest_bytes=2 * max(sizes),  # what is read is mapped; its parts are converted, then put together
             left_out=tuple(sorted(self.source.left_out)),
         )
 
