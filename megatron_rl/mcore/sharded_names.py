@@ -52,17 +52,16 @@ def sharded_name(entry: WeightEntry, dims: ModelDims, *, stacked: bool | None = 
         entry: which tensor it is.
         dims: sizes of the model.
         stacked: whether layers share keys; None: as a model of ours keeps them, stacked unless some have experts.
-            megatron-core stacks layers that have experts, too, where its ``moe_layer_freq`` is the number 1, not a list.
+            megatron-core stacks layers with experts, too, where its ``moe_layer_freq`` is the number 1, not a list.
     """
     if entry.layer is None:
         return ShardedName(entry.megatron, (), ())
     tail = entry.megatron.removeprefix(f"{_LAYERS}{entry.layer}.")
     if dims.latent is None:
         tail = _FUSED_NORMS.get(tail, tail)
+    prefix, index, axes = f"{_LAYERS}{entry.layer}.", tuple[int, ...](), tuple[int, ...]()
     if dims.experts is None if stacked is None else stacked:
         prefix, index, axes = _LAYERS, (entry.layer,), (dims.layers,)
-    else:
-        prefix, index, axes = f"{_LAYERS}{entry.layer}.", (), ()
     if entry.expert is None or dims.experts is None:
         return ShardedName(prefix + tail, index, axes)
     tail = tail.replace(f"{_EXPERTS}.{entry.expert}.", f"{_STACKED_EXPERTS}.")
