@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.weights.fp8_blocks import BLOCK, FP8
+from megatron_rl.weights.fp8_push import quantization_config
 from megatron_rl.weights.plan import Region
 from megatron_rl.weights.slices import Kept, Reads, Window
 
@@ -22,7 +24,8 @@ HIDDEN, HEAD, HEADS, FFN = 8, 4, 4, 12
 
 @contextmanager
 def tensor_rank(rank: int, size: int) -> Iterator[None]:
-    """Layers made here are those of one worker of ``size``; nothing packs or quantises them."""
+    """Layers made here are those of one worker of ``size``; nothing packs them."""
+    from vllm import distributed
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
@@ -31,6 +34,7 @@ def tensor_rank(rank: int, size: int) -> Iterator[None]:
         for module in (linear, parameter, vocab_parallel_embedding):
             stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_rank", return_value=rank))
             stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_world_size", return_value=size))
+        stack.enter_context(mock.patch.object(distributed, "get_tensor_model_parallel_world_size", return_value=size))
         stack.enter_context(set_current_vllm_config(VllmConfig()))
         yield
 
@@ -60,6 +64,41 @@ def embedding() -> Any:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return VocabParallelEmbedding(130, HIDDEN, params_dtype=torch.float32)
+
+
+def quantised(name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A layer that loads weights which the trainer quantised; no kernel multiplies with them here."""
+
+    def made() -> Any:
+        from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+            CompressedTensorsConfig,
+        )
+        from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8
+
+        of = CompressedTensorsConfig.from_config(quantization_config(name))
+        of.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+        with (
+            mock.patch.object(compressed_tensors_w8a8_fp8, "init_fp8_linear_kernel"),
+            mock.patch.object(compressed_tensors_w8a8_fp8, "expose_input_quant_key"),
+            mock.patch.object(compressed_tensors_w8a8_fp8, "get_current_vllm_config"),
+        ):
+            return make(of)
+
+    return made
+
+
+def wide_attention(quant_config: Any) -> Any:
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    common = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": quant_config}
+    return QKVParallelLinear(BLOCK, BLOCK, HEADS, 2, prefix="model.layers.0.self_attn.qkv_proj", **common)
+
+
+def wide_down(quant_config: Any) -> Any:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    common = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": quant_config}
+    return RowParallelLinear(4 * BLOCK, BLOCK, prefix="model.layers.0.mlp.down_proj", **common)
 
 
 Source = tuple[str, str, tuple[int, ...], tuple[Any, ...]]
@@ -118,6 +157,41 @@ CASES: dict[str, tuple[Callable[[], Any], list[Source], list[dict[str, Bounds]]]
 }
 
 
+def of_blocks(scales: int) -> list[dict[str, Bounds]]:
+    """Of four workers, two to a key/value head; each head has 128 rows, and ``scales`` scales."""
+    found = []
+    for rank in range(4):
+        heads = {"q": rank, "k": rank // 2, "v": rank // 2}
+        found.append(
+            {part: (0, BLOCK * head, BLOCK * head + BLOCK) for part, head in heads.items()}
+            | {f"{part} scale": (0, scales * head, scales * head + scales) for part, head in heads.items()}
+        )
+    return found
+
+
+def fp8_cases(name: str, scales: int, columns: int) -> dict[str, Any]:
+    """With ``scales`` scales down 128 rows; whether 512 columns have ``columns`` scales across, which are cut, or 1."""
+    heads = {"q": 4, "k": 2, "v": 2}
+    qkv: list[Source] = [(part, "weight", (count * BLOCK, BLOCK), (part,)) for part, count in heads.items()]
+    qkv += [(f"{part} scale", "weight_scale", (count * scales, 1), (part,)) for part, count in heads.items()]
+    down: list[Source] = [
+        ("down", "weight", (BLOCK, 4 * BLOCK), ()),
+        ("down scale", "weight_scale", (scales, columns), ()),
+    ]
+    cut = [(1, rank, rank + 1) if columns == 4 else (0, 0, scales) for rank in range(4)]
+    return {
+        f"{name}, attention": (quantised(name, wide_attention), qkv, of_blocks(scales)),
+        f"{name}, columns": (
+            quantised(name, wide_down),
+            down,
+            [{"down": (1, BLOCK * rank, BLOCK * rank + BLOCK), "down scale": cut[rank]} for rank in range(4)],
+        ),
+    }
+
+
+CASES |= fp8_cases("fp8_per_channel", BLOCK, 1) | fp8_cases("fp8_per_block", 1, 4)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What one worker's layer read, and its parameters after it was given whole tensors, watched ones and slices."""
@@ -132,7 +206,11 @@ def load_three_times(case: str) -> list[Loaded]:
     """By each of four workers; runs in a process that may import vLLM."""
     make, sources, _ = CASES[case]
     generator = torch.Generator().manual_seed(0)
-    whole = {name: torch.randn(shape, generator=generator) for name, _, shape, _ in sources}
+    small = case.startswith("fp8")
+    whole = {
+        name: torch.randn(shape, generator=generator).to(FP8 if small and of == "weight" else torch.float32)
+        for name, of, shape, _ in sources
+    }
     found = []
     for rank in range(4):
         with tensor_rank(rank, 4):
@@ -165,6 +243,6 @@ def test_a_layer_loads_the_slices_that_it_was_seen_to_read_as_the_whole_tensors(
             region = Region(rank=None, name=name, shape=shape, dim=dim, start=start, stop=stop)
             assert found.kept[name] == Kept(region=region)
         for name, parameter in found.plain.items():
-            assert not torch.isnan(parameter).any()
-            assert torch.equal(found.watched[name], parameter)
-            assert torch.equal(found.sliced[name], parameter)
+            assert not torch.isnan(parameter.float()).any()
+            assert torch.equal(found.watched[name].float(), parameter.float())
+            assert torch.equal(found.sliced[name].float(), parameter.float())
