@@ -615,6 +615,27 @@ def test_layouts_of_a_model_that_shares_devices_leave_room_for_the_other():
     assert len(alone) > len(fits)
 
 
+@pytest.mark.parametrize("parity", [True, False])
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_layouts_that_can_be_can_be_planned(role, parity):
+    """With the engine on the same devices, whose cache leaves little to the weights beside it."""
+    config, dims = shared(parity=ParityConfig(enabled=parity))
+
+    def judged(cache):
+        tight = replace(config, engine=replace(config.engine, count=16, kv_cache_mib=cache))
+        for choice in choices(tight, dims, H100, LENGTHS, role, 16):
+            laid = replace(tight, **{role: replace(tight.trainers[role], layout=choice.layout)})
+            yield choice.problem, plan(laid, dims, H100, LENGTHS).problems
+
+    tight, loose = list(judged(40960)), list(judged(38912))
+    assert all(not planned for problem, planned in tight + loose if not problem)
+    assert any(not problem for problem, _ in loose)
+    if parity:  # 72.8 GB of an engine leave 5.2 GB to the weights of both models
+        said = "parity.enabled: engine with policy.weights, critic.weights: needs "
+        assert all(problem for problem, _ in tight)
+        assert any(problem.startswith(said) for problem, _ in tight)
+
+
 def test_what_does_not_fit_says_how_much_is_missing():
     config, dims = recipe("qwen2.5_14b")
     found = choices(config, dims, H100, LENGTHS, "policy", 16)
