@@ -260,6 +260,7 @@ def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trai
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
         longest_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        rows=config.ppo.minibatch_samples,
     )
 
 

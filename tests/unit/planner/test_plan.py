@@ -139,6 +139,30 @@ def test_a_pipeline_holds_micro_batches_as_its_schedule_says():
     assert pieces_in_flight(4, 2, 0) == 5.5
 
 
+@pytest.mark.parametrize(
+    ("axes", "budget", "flying"),
+    [
+        # 16 rows make 4 of each replica, and a row of 4,024 tokens fills more than half of 5,000
+        ({"pipeline": 16, "data": 4}, 5000, 4),
+        ({"pipeline": 16, "data": 4}, 8192, 2),
+        ({"pipeline": 16, "data": 3, "first_stage_layers": 6, "last_stage_layers": 4}, 5000, 6),
+        ({"pipeline": 2, "data": 4}, 5000, 2),  # what a full pipeline holds
+        ({"pipeline": 16, "data": 2, "context": 2}, 5000, 4),  # 10,000 tokens of context ranks take two rows
+        # interleaved, 4 become 16, and (2 x 15 + 4 x 16 + 1) / 5 = 19 would be held of more; 4 by 4 stay 4
+        ({"pipeline": 16, "data": 4, "virtual_pipeline": 5}, 5000, 16),
+        ({"pipeline": 4, "data": 4, "virtual_pipeline": 5}, 5000, 4),
+    ],
+)
+def test_no_more_micro_batches_are_held_than_an_optimizer_step_has(axes, budget, flying):
+    config, dims = recipe("qwen2.5_72b")
+    layout = ParallelLayout(**axes)
+    policy = replace(config.policy, layout=layout, tokens_per_microbatch=budget, recompute="none")
+    config = replace(config, policy=policy, ppo=replace(config.ppo, minibatch_samples=16, kl_coef=0))
+    roomy = replace(H100, device=replace(H100.device, memory=1e15))
+    cells = {cell.name: cell for cell in plan(config, dims, roomy, LENGTHS).memory}
+    assert f" x ({flying:g} micro-batches in flight x " in cells["policy.activations"].formula
+
+
 def test_keys_and_values_by_hand():
     # 80 layers x (key + value) x 8 heads / 8 workers x 128 x 2 B
     assert kv_bytes_per_token(model("llama3_70b"), 8, "bfloat16") == 80 * 2 * 128 * 2
