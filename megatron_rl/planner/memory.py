@@ -297,7 +297,8 @@ def most_micro_batches(layout: ParallelLayout, rows: int, together: int) -> int:
     them fill one; the interleaved schedule takes them by as many as there are stages. Of shorter rows there may be more
     micro-batches, of no more tokens in all.
     """
-    count = -(-(-(-rows // layout.data)) // together)
+    share = -(-rows // layout.data)
+    count = -(-share // together)
     return count if layout.virtual_pipeline == 1 else -(-count // layout.pipeline) * layout.pipeline
 
 

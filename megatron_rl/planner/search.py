@@ -145,10 +145,10 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
         updated.append(update.value)
         yield passes
         yield update
-    push = push_time(dims, config.policy, engine, machine, dtype)
-    yield Cell(
-        name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
-    )
+    form = config.pushed_format
+    push = push_time(dims, config.policy, engine, machine, dtype, quantised=form is not None)
+    stream = "in one stream" if form is None else f"in one stream, quantised to {form}"
+    yield Cell(name="time.push", value=push, unit="s", formula=f"all weights to rank 0, then to the engines {stream}")
     if config.cluster.colocate:
         scoring, updates = sum(scored), sum(updated)
         order = "one after the other; moving them to the host and back is not counted"

@@ -499,6 +499,21 @@ def test_a_rollout_waits_for_its_longest_response():
     assert many.tail > few.tail
 
 
+def test_weights_that_the_trainer_quantised_travel_to_the_engines_in_a_byte_each():
+    config, dims = recipe("qwen2.5_14b")
+    engine = replace(config.engine, quantization="fp8_per_channel")
+
+    def seconds(by):
+        changed = replace(config, engine=engine, sync=replace(config.sync, quantised_by=by))
+        return next(c.value for c in plan(changed, dims, H100, LENGTHS).times if c.name == "time.push")
+
+    # query with key and value, output, gate with up, down: widths of 5,120 and 13,824, keys of 1,024
+    elements = 48 * 5120 * (5120 + 2 * 1024 + 5120 + 3 * 13824)
+    scales = 48 * 4 * (5120 + 2 * 1024 + 5120 + 2 * 13824 + 5120)
+    assert seconds("engine") - seconds("trainer") == pytest.approx((elements - scales) / H100.link(32))
+    assert seconds("engine") == pytest.approx(2 * 2 * total_parameters(dims, Head.TOKEN) / H100.link(32))
+
+
 def test_a_row_longer_than_a_micro_batch_is_one_and_context_ranks_share_it():
     dims = model("llama3_8b")
 
