@@ -43,8 +43,9 @@ for all rows: none was fitted to any point.
 
 `megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role,
 seconds of each phase, other layouts of the same devices, and why the others cannot be. `--explain policy.gradients`
-prints how a number came about. What `train` refuses is not planned. `megatron-rl dry-run FILE.toml --rank R` builds the
-real model of that rank, of any world, without memory, and reads its bytes off; tests hold the prediction against it.
+prints how a number came about. What `train` refuses is not planned; the exit status is 1 where a recipe cannot run or
+does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank, of any world, without memory,
+and reads its bytes off; tests hold the prediction against it.
 
 ## Against measurement on a CPU
 

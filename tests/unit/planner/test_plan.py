@@ -30,7 +30,7 @@ from megatron_rl.planner.memory import (
     pieces_in_flight,
     trainer_cells,
 )
-from megatron_rl.planner.report import plan_text
+from megatron_rl.planner.report import report
 from megatron_rl.planner.search import choices, legal_minibatches, plan, role_seconds, together
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
@@ -582,9 +582,9 @@ def test_layouts_that_fp8_cannot_have_are_no_choice():
 
 def test_what_cannot_run_is_said_without_a_table():
     config, dims = recipe("qwen2.5_14b")
-    text = plan_text(
+    text = report(
         replace(config, critic=None), dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None
-    )
+    ).text
     assert "CANNOT RUN: critic: required with ppo.advantage='gae'" in text
     assert "seconds\n" not in text
     assert "policy on 16 devices" in text
@@ -722,7 +722,7 @@ def test_long_rows_fit_with_context_ranks_alone():
 
 def test_the_layouts_shown_are_the_fastest_of_their_kind_and_the_smallest_and_the_reasons_few():
     config, dims = recipe("deepseek_v3")
-    text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
+    text = report(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None).text
     lines = text.partition("policy on 512 devices")[2].partition("critic on")[0].splitlines()
     shown = [re.fullmatch(r"  TP(\d+)\S* PP(\d+).* (\S+) s +(\S+) GB", line) for line in lines]
     found = [(line[1], line[2], float(line[3]), float(line[4])) for line in shown if line]
@@ -761,6 +761,45 @@ def test_options_out_of_range_are_refused_together(capsys):
     assert "--response-tokens must be above 0 and at most rollout.max_response_tokens=3000, got 5000" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ((), 0, "48 x h100"),
+        (("--nodes", "5"), 1, "DOES NOT FIT: the recipe's layouts take 48 devices, 5 nodes have 40"),
+        (("engine.kv_cache_mib=81920",), 1, "CANNOT RUN: engine: needs "),
+        (("ppo.minibatch_samples=100",), 1, "CANNOT RUN: ppo.minibatch_samples: must divide"),
+        (("engine.kv_cache_mib=81920", "--explain", "engine.kv_cache"), 0, "engine.kv_cache = 85.899 GB"),
+    ],
+)
+def test_the_exit_status_says_whether_the_recipe_can_run(more, status, said, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+    assert main(["plan", recipe, path, *more]) == status
+    assert said in capsys.readouterr().out
+
+
+def test_the_hours_of_a_run_say_what_they_leave_out():
+    def told(config, dims):
+        text = report(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None).text
+        return next(line for line in text.splitlines() if "device-hours" in line).partition(", without ")[2]
+
+    config, dims = recipe("qwen2.5_14b")
+    assert told(config, dims) == "starting, evaluations, saves"
+    config, dims = shared()
+    sampled = replace(config, rollout=replace(config.rollout, sampling_rounds=3))
+    assert told(sampled, dims) == (
+        "starting, evaluations, saves, moves to the host and back, rollout rounds 2 to 3 of dynamic sampling"
+    )
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5"])
+def test_rows_of_a_dry_run_have_at_least_one_token(tokens, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+    assert main(["dry-run", recipe, path, f"--row-tokens={tokens}"]) == 2
+    assert f"--row-tokens must be at least 1, got {tokens}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plan", "dry-run"])
 def test_a_model_that_is_not_there_is_named_by_its_key(command, capsys):
     recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
@@ -776,7 +815,7 @@ def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
 def test_sizes_below_one_are_a_problem_and_no_crash():
     config, dims = recipe("qwen2.5_14b")
     none = replace(config.policy, layout=ParallelLayout(data=0))
-    text = plan_text(
+    text = report(
         replace(config, policy=none, critic=none),
         dims,
         device="h100",
@@ -784,13 +823,13 @@ def test_sizes_below_one_are_a_problem_and_no_crash():
         nodes=None,
         lengths=LENGTHS,
         explain=None,
-    )
+    ).text
     assert "CANNOT RUN: policy.layout: data must be at least 1, got 0" in text
 
 
 def explained(cell, device="h100"):
     config, dims = recipe("qwen2.5_14b")
-    return plan_text(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell)
+    return report(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell).text
 
 
 def test_any_cell_explains_itself_with_its_numbers():
