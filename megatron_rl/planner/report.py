@@ -143,7 +143,8 @@ def _ranked(found: list[Choice]) -> Iterator[str]:
     if fits and (smallest := min(fits, key=lambda choice: choice.bytes)) not in shown:
         shown.append(smallest)
     for choice in shown:
-        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
+        rough = "  activations said too low (expert_tensor)" if choice.layout.expert_tensor > 1 else ""
+        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB{rough}"
     if len(fits) > len(shown):
         yield f"  {len(fits) - len(shown)} more can be"
     if not fits and any(choice.bytes for choice in found):
