@@ -24,8 +24,8 @@ _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 (done, or saved and stopped as SIGTERM asked), 1 (failed), 2 (the
-    configuration is wrong) or 130 (interrupted).
+    """Run one command; the exit status is 0 (done, or saved and stopped as SIGTERM asked), 1 (failed, or a
+    plan or doctor found what is in the way), 2 (the configuration is wrong) or 130 (interrupted).
     """
     parser = argparse.ArgumentParser(prog="megatron-rl", description="Reinforcement learning for reasoning.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("train", "PPO from a base model"),
         ("sft", "supervised stage"),
         ("check-parity", "hold Hugging Face, the trainer and the engine side by side on the same tokens; no training"),
-        ("plan", "memory and time of every role from sizes alone; needs no torch, no GPU and no weights"),
+        ("plan", "memory and time of every role from sizes alone; exit status 1 where it cannot run or does not fit"),
         ("dry-run", "build the real model of one rank of any world, without memory"),
         ("scale", "a study: predict (plan) or also measure (run) one recipe under several settings"),
         ("show-config", "print the resolved configuration of train or sft, or everything that is wrong with it"),
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "check-parity":
             _check_parity(load(RunConfig, files, overrides))
         elif asked.command == "plan":
-            _plan(parse(RunConfig, files, overrides), asked)
+            return _plan(parse(RunConfig, files, overrides), asked)
         elif asked.command == "scale":
             _scale(files, overrides, measure=asked.action == "run")
         elif asked.command == "dry-run":
@@ -166,26 +166,26 @@ def _check_parity(config: RunConfig) -> None:
         gate()
 
 
-def _plan(config: RunConfig, asked: argparse.Namespace) -> None:
+def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
     from megatron_rl.planner.lengths import Lengths
-    from megatron_rl.planner.report import plan_text
+    from megatron_rl.planner.report import report
 
     prompt, response = asked.prompt_tokens, asked.response_tokens
     lengths = Lengths(
         prompt=config.data.max_prompt_tokens / 4 if prompt is None else prompt,
         response=config.rollout.max_response_tokens / 3 if response is None else response,
     )
-    _print(
-        plan_text(
-            config,
-            _sizes(config),
-            device=asked.device,
-            per_node=asked.gpus_per_node,
-            nodes=asked.nodes,
-            lengths=lengths,
-            explain=asked.explain,
-        )
+    found = report(
+        config,
+        _sizes(config),
+        device=asked.device,
+        per_node=asked.gpus_per_node,
+        nodes=asked.nodes,
+        lengths=lengths,
+        explain=asked.explain,
     )
+    _print(found.text)
+    return 0 if found.can_run else _FAILURE
 
 
 def _sizes(config: RunConfig) -> ModelDims:
@@ -202,6 +202,8 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
 
     if asked.role not in config.trainers:
         raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
+    if asked.row_tokens is not None and asked.row_tokens < 1:
+        raise ConfigError([f"--row-tokens must be at least 1, got {asked.row_tokens}"])
     trainer, dims = config.trainers[asked.role], _sizes(config)
     from megatron_rl.device import prepare_megatron
 

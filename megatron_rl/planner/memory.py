@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -152,6 +153,7 @@ def trainer_cells(
     reference: bool,
     on_gpu: bool,
     longest_row: int = 0,
+    rows: int | None = None,
 ) -> list[Cell]:
     """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
 
@@ -165,12 +167,19 @@ def trainer_cells(
         on_gpu: whether ``logprob_kernel="auto"`` means Triton.
         longest_row: tokens of a row that may come: where context ranks hold more of it than
             ``tokens_per_microbatch``, it makes a micro-batch of its own.
+        rows: of an optimizer step, of all replicas together; None: as many as fill the pipeline.
     """
+    layout = trainer.layout
     filled = replace(
-        trainer, tokens_per_microbatch=max(trainer.tokens_per_microbatch, -(-longest_row // trainer.layout.context))
+        trainer, tokens_per_microbatch=max(trainer.tokens_per_microbatch, -(-longest_row // layout.context))
     )
-    stages = unlike_stages(trainer.layout)
-    return max((_stage_cells(role, dims, filled, head, dtype, s, reference, on_gpu) for s in stages), key=device_bytes)
+    most = math.inf
+    if rows is not None:
+        together = filled.tokens_per_microbatch * layout.context // longest_row if longest_row else 1
+        most = most_micro_batches(layout, rows, together)
+    stages = unlike_stages(layout)
+    found = (_stage_cells(role, dims, filled, head, dtype, stage, most, reference, on_gpu) for stage in stages)
+    return max(found, key=device_bytes)
 
 
 def unlike_stages(layout: ParallelLayout) -> list[int]:
@@ -193,6 +202,7 @@ def _stage_cells(
     head: Head,
     dtype: str,
     stage: int,
+    micro_batches: float,
     reference: bool,
     on_gpu: bool,
 ) -> list[Cell]:
@@ -203,7 +213,7 @@ def _stage_cells(
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
     held = layout.layers_of_stage(stage, dims.layers)
-    flying = pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage)
+    flying = min(micro_batches, pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage))
     kept, passing = layers_activation_bytes(dims, trainer, dtype, held), passing_bytes_per_token(dims, trainer, dtype)
     sparse = len(dims.sparse_layers.intersection(held))
     kinds = [(len(held) - sparse, False, "layers"), (sparse, True, "layers with experts")]
@@ -280,6 +290,16 @@ def _logits(role: str, dims: ModelDims, trainer: TrainerConfig, size: int, trito
         formula=f"chunks of {tokens:,} tokens x {rows:,} logits x {held} B ({kernel}), and the "
         f"gradient of {rows:,} x {dims.hidden:,} weights in float32 and once more in {size} B",
     )
+
+
+def most_micro_batches(layout: ParallelLayout, rows: int, together: int) -> int:
+    """Micro-batches that a replica makes of its share of ``rows`` where all are as long as may be and ``together`` of
+    them fill one; the interleaved schedule takes them by as many as there are stages. Of shorter rows there may be more
+    micro-batches, of no more tokens in all.
+    """
+    share = -(-rows // layout.data)
+    count = -(-share // together)
+    return count if layout.virtual_pipeline == 1 else -(-count // layout.pipeline) * layout.pipeline
 
 
 def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RunConfig
@@ -17,7 +18,15 @@ from megatron_rl.planner.times import Machine
 _SHOWN = 5
 
 
-def plan_text(
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What ``megatron-rl plan`` prints, and whether the recipe can run; a number alone is never a failure."""
+
+    text: str
+    can_run: bool
+
+
+def report(
     config: RunConfig,
     dims: ModelDims,
     *,
@@ -26,8 +35,8 @@ def plan_text(
     nodes: int | None,
     lengths: Lengths,
     explain: str | None,
-) -> str:
-    """What ``megatron-rl plan`` prints.
+) -> Report:
+    """A recipe's plan, or one number of it.
 
     Args:
         config: the recipe.
@@ -46,10 +55,10 @@ def plan_text(
     machine = Machine(device=DEVICES[device], per_node=per_node)
     found = plan(config, dims, machine, lengths)
     if explain is not None:
-        return _explained(found, explain)
+        return Report(text=_explained(found, explain), can_run=True)
     needed = -(-found.devices // per_node)
     lines = [f"{found.devices} x {device} ({needed} nodes of {per_node}); {machine.device.source}"]
-    if nodes is not None and nodes < needed:
+    if too_few := nodes is not None and nodes < needed:
         lines.append(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
@@ -61,7 +70,8 @@ def plan_text(
     if found.times:
         lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
         hours = found.step_seconds * config.steps / 3600
-        lines.append(f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours")
+        spent = f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours"
+        lines.append(f"{spent}, without {_left_out(config)}")
     lines.append(f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}")
     spare = 0 if nodes is None else max(0, nodes * per_node - found.devices)
     for role, trainer in config.trainers.items():
@@ -70,7 +80,7 @@ def plan_text(
         lines += _ranked(choices(config, dims, machine, lengths, role, ranks))
     if spare:
         lines.append(f"{spare} devices are left over: give them to engine.count or a role's layout.data")
-    return "\n".join(lines) + "\n"
+    return Report(text="\n".join(lines) + "\n", can_run=not (found.problems or too_few))
 
 
 def _option_problems(
@@ -102,6 +112,16 @@ def _amount(cell: Cell) -> str:
     return f"{cell.value / 1e9:.3f} GB" if cell.unit == "B" else f"{cell.value:.3f} s"
 
 
+def _left_out(config: RunConfig) -> str:
+    """What takes time and stands in no phase of the plan."""
+    parts = ["starting", "evaluations", "saves"]
+    if config.cluster.colocate:
+        parts.append("moves to the host and back")
+    if config.rollout.sampling_rounds > 1:
+        parts.append(f"rollout rounds 2 to {config.rollout.sampling_rounds} of dynamic sampling")
+    return ", ".join(parts)
+
+
 def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
     for role in roles:
         cells = [c for c in found.memory if c.name.startswith(f"{role}.") and c.value]
@@ -123,7 +143,8 @@ def _ranked(found: list[Choice]) -> Iterator[str]:
     if fits and (smallest := min(fits, key=lambda choice: choice.bytes)) not in shown:
         shown.append(smallest)
     for choice in shown:
-        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
+        rough = "  activations said too low (expert_tensor)" if choice.layout.expert_tensor > 1 else ""
+        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB{rough}"
     if len(fits) > len(shown):
         yield f"  {len(fits) - len(shown)} more can be"
     if not fits and any(choice.bytes for choice in found):

@@ -67,10 +67,9 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     memory = list(engine_cells(dims, engine, dtype))
     for role, trainer in config.trainers.items():
         memory += _cells(config, dims, machine, role, trainer)
-    room = machine.device.memory - machine.device.reserved
     for who, held in together(config, memory):
-        if held > room:
-            problems.append(f"{who}: needs {_up(held)} GB of a device's {room / 1e9:.1f} GB")
+        if held > _room(machine):
+            problems.append(f"{who}: {_lack(held, machine)}")
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
@@ -110,6 +109,10 @@ def _gpu(machine: Machine) -> Gpu:
     return Gpu(capability=machine.device.capability, cuda=None)
 
 
+def _room(machine: Machine) -> float:
+    return machine.device.memory - machine.device.reserved
+
+
 def _keeps(config: RunConfig, role: str) -> bool:
     return role == "policy" and config.ppo.kl_coef > 0
 
@@ -142,10 +145,10 @@ def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Length
         updated.append(update.value)
         yield passes
         yield update
-    push = push_time(dims, config.policy, engine, machine, dtype)
-    yield Cell(
-        name="time.push", value=push, unit="s", formula="all weights to rank 0, then to the engines in one stream"
-    )
+    form = config.pushed_format
+    push = push_time(dims, config.policy, engine, machine, dtype, quantised=form is not None)
+    stream = "in one stream" if form is None else f"in one stream, quantised to {form}"
+    yield Cell(name="time.push", value=push, unit="s", formula=f"all weights to rank 0, then to the engines {stream}")
     if config.cluster.colocate:
         scoring, updates = sum(scored), sum(updated)
         order = "one after the other; moving them to the host and back is not counted"
@@ -209,7 +212,13 @@ def choices(
 
 
 def _folded(
-    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, one: Choice, beside: float
+    config: RunConfig,
+    dims: ModelDims,
+    machine: Machine,
+    lengths: Lengths,
+    role: str,
+    one: Choice,
+    beside: Sequence[Cell],
 ) -> Choice:
     """The fastest that fits of ``one`` and the same with more pieces on each stage."""
     faster = []
@@ -232,15 +241,13 @@ def _seconds(
     return sum(cell.value for cell in role_seconds(config, dims, machine, lengths, role, trainer))
 
 
-def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> float:
-    """Bytes of the models that share the role's devices while it trains."""
-    if not config.cluster.colocate:
-        return 0.0
-    return sum(
-        device_bytes(_cells(config, dims, machine, other, trainer))
-        for other, trainer in config.trainers.items()
-        if other != role and not dims.layout_problems(trainer.layout)
-    )
+def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> list[Cell]:
+    """What the other models and the engine hold."""
+    found = list(engine_cells(dims, config.engine, config.model.dtype))
+    for other, trainer in config.trainers.items():
+        if other != role and not dims.layout_problems(trainer.layout):
+            found += _cells(config, dims, machine, other, trainer)
+    return found
 
 
 def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> list[Cell]:
@@ -253,6 +260,7 @@ def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trai
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
         longest_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        rows=config.ppo.minibatch_samples,
     )
 
 
@@ -312,7 +320,7 @@ def _judged(
     lengths: Lengths,
     role: str,
     layout: ParallelLayout,
-    beside: float,
+    beside: Sequence[Cell],
 ) -> Choice:
     trainer = replace(config.trainers[role], layout=layout)
     case = trainer.fp8_case(config.model, dims, _gpu(machine))
@@ -322,18 +330,33 @@ def _judged(
     if config.ppo.minibatch_samples < layout.data:
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
-    room = machine.device.memory - machine.device.reserved - beside
-    there = f"the {room / 1e9:.1f} GB that the other model leaves" if beside else f"a device's {room / 1e9:.1f} GB"
     stages = unlike_stages(layout)
     least = max(least_bytes(dims, trainer, head_of(role), stage, config.model.dtype) for stage in stages)
-    if least > room:  # which spares laying out one by one what cannot be
-        problem = f"weights, gradients and optimizer need {_up(least)} GB of {there}"
+    states = Cell(name=f"{role}.states", value=least, unit="B", formula="weights, gradients and optimizer")
+    if problem := _too_much(config, machine, beside, [states]):  # which spares laying out one by one what cannot be
+        problem = f"weights, gradients and optimizer alone: {problem}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
-    held = device_bytes(_cells(config, dims, machine, role, trainer))
-    if held > room:
-        return Choice(layout=layout, bytes=held, seconds=0, problem=f"needs {_up(held)} GB of {there}")
+    cells = _cells(config, dims, machine, role, trainer)
+    held = device_bytes(cells)
+    if problem := _too_much(config, machine, beside, cells):
+        return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     seconds = _seconds(config, dims, machine, lengths, role, layout)
     return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
+
+
+def _too_much(config: RunConfig, machine: Machine, beside: Sequence[Cell], mine: Sequence[Cell]) -> str:
+    """Why ``mine`` does not fit where it lies, by the rule that :func:`plan` goes by; empty where it does. What does
+    not fit without it either is not held against it.
+    """
+    without = together(config, beside)
+    for (who, held), (_, others) in zip(together(config, [*beside, *mine]), without, strict=True):
+        if others < held > _room(machine):
+            return f"{who}: {_lack(held, machine)}" if config.cluster.colocate else _lack(held, machine)
+    return ""
+
+
+def _lack(held: float, machine: Machine) -> str:
+    return f"needs {_up(held)} GB of a device's {_room(machine) / 1e9:.1f} GB"
 
 
 def _up(held: float) -> str:

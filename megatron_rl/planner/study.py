@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class StudyRow:
         predicted_gib: of the devices' memory; on a CPU, where host and device are one, with what the host keeps.
         measured_gib: the resident sets on a CPU; on GPUs, whose memory these do not say, None.
         measured_seconds, accuracy: None where it has not run.
+        problems: what does not fit the devices, by the prediction.
     """
 
     name: str
@@ -74,13 +75,15 @@ class StudyRow:
     measured_seconds: float | None
     measured_gib: float | None
     accuracy: float | None
+    problems: tuple[str, ...]
 
 
 def read_study(file: Path) -> Study:
     """Read a study.
 
     Raises:
-        ConfigError: keys are unknown or missing, a name occurs twice, there is no such device.
+        ConfigError: keys are unknown, missing or of the wrong type, a name occurs twice or is no folder's, there is no
+            such device.
         OSError: the file cannot be read.
     """
     try:
@@ -89,21 +92,41 @@ def read_study(file: Path) -> Study:
         raise ConfigError([f"{file}: not valid TOML: {error}"]) from error
     problems = [f"{key}: unknown key; known: {', '.join(sorted(_KEYS))}" for key in sorted(table.keys() - _KEYS)]
     problems += [f"{key}: required, not set" for key in ("recipe", "folder", "runs") if not table.get(key)]
-    device = table.get("device", "h100")
-    if device not in DEVICES:
+    for key in ("recipe", "folder"):
+        if not isinstance(value := table.get(key, ""), str):
+            problems.append(f"{key}: must be a string, got {value!r}")
+    device, per_node = table.get("device", "h100"), table.get("gpus_per_node", 8)
+    if not isinstance(device, str) or device not in DEVICES:
         problems.append(f"device: must be one of {', '.join(DEVICES)}, got {device}")
-    runs: list[Mapping[str, Any]] = table.get("runs", [])
-    names = [run.get("name", "") for run in runs]
-    problems += [f"runs: needs a name of its own, got {name!r}" for name in names if not name or names.count(name) > 1]
-    problems += [f"runs.{key}: unknown key" for run in runs for key in run.keys() - {"name", "settings"}]
+    if type(per_node) is not int or per_node < 1:
+        problems.append(f"gpus_per_node: must be a whole number of at least 1, got {per_node!r}")
+    runs = table.get("runs", [])
+    problems += _run_problems(runs)
     if problems:
         raise ConfigError(problems)
     return Study(
         recipe=Path(table["recipe"]),
         folder=Path(table["folder"]),
-        machine=Machine(device=DEVICES[device], per_node=int(table.get("gpus_per_node", 8))),
+        machine=Machine(device=DEVICES[device], per_node=per_node),
         runs=tuple(StudyRun(name=run["name"], settings=tuple(run.get("settings", ()))) for run in runs),
     )
+
+
+def _run_problems(runs: object) -> Iterator[str]:
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        yield f"runs: must be tables ([[runs]]), got {runs!r}"
+        return
+    names = [run.get("name", "") for run in runs]
+    for name in names:
+        if not name or names.count(name) > 1:
+            yield f"runs: needs a name of its own, got {name!r}"
+        elif not isinstance(name, str) or name == ".." or Path(name).name != name:
+            yield f"runs: a name must be that of a folder, without a path, got {name!r}"
+    for run in runs:
+        yield from (f"runs.{key}: unknown key" for key in sorted(run.keys() - {"name", "settings"}))
+        settings = run.get("settings", [])
+        if not isinstance(settings, list) or not all(isinstance(each, str) for each in settings):
+            yield f"runs.settings: must be a list of strings (key=value), got {settings!r}"
 
 
 def is_done(study: Study, run: StudyRun) -> bool:
@@ -145,6 +168,7 @@ def study_rows(study: Study) -> list[StudyRow]:
                 measured_seconds=seconds,
                 measured_gib=sum(memory.values()) if memory else None,
                 accuracy=measured.get("accuracy_after"),
+                problems=planned.problems,
             )
         )
     return found
@@ -163,8 +187,9 @@ def _measured(metrics: Path) -> Mapping[str, Any]:
 def study_table(rows: Sequence[StudyRow]) -> str:
     """The rows as Markdown. Efficiency is that of the first run's device-seconds."""
     lines = [
-        "| run | devices | predicted s | measured s | error | efficiency | predicted GiB | measured GiB | accuracy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | devices | predicted s | measured s | error | efficiency | predicted GiB | measured GiB | accuracy | "
+        "fits |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     first = rows[0]
     base = (first.measured_seconds or first.predicted_seconds) * first.devices
@@ -176,7 +201,7 @@ def study_table(rows: Sequence[StudyRow]) -> str:
         lines.append(
             f"| {row.name} | {row.devices} | {row.predicted_seconds:.2f} | {_shown(row.measured_seconds)} | {error} | "
             f"{100 * base / seconds / row.devices:.0f} % | {row.predicted_gib:.2f} | {_shown(row.measured_gib)} | "
-            f"{_shown(row.accuracy)} |"
+            f"{_shown(row.accuracy)} | {'; '.join(row.problems) or 'yes'} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -349,9 +349,14 @@ def _touched(dims: ModelDims, tokens: float) -> float:
     return 1 - share * missed
 
 
-def push_time(dims: ModelDims, trainer: TrainerConfig, engine: EngineConfig, machine: Machine, dtype: str) -> float:
-    """Weights from the policy to all engines: shards to rank 0, and from there in one stream that all engines read."""
+def push_time(
+    dims: ModelDims, trainer: TrainerConfig, engine: EngineConfig, machine: Machine, dtype: str, *, quantised: bool
+) -> float:
+    """Weights from the policy to all engines: shards to rank 0, and from there in one stream that all engines read;
+    ``quantised``: linears as the engine keeps them, with their scales.
+    """
     size = DTYPE_BYTES[dtype] * total_parameters(dims, Head.TOKEN)
     gathered = size / machine.link(trainer.layout.world_size) if trainer.layout.world_size > 1 else 0.0
     ranks = trainer.layout.world_size + engine.count * engine.tensor
-    return gathered + size / machine.link(ranks)
+    sent = engine_weight_bytes(dims, engine, dtype) if quantised else size
+    return gathered + sent / machine.link(ranks)

@@ -30,7 +30,7 @@ from megatron_rl.planner.memory import (
     pieces_in_flight,
     trainer_cells,
 )
-from megatron_rl.planner.report import plan_text
+from megatron_rl.planner.report import report
 from megatron_rl.planner.search import choices, legal_minibatches, plan, role_seconds, together
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
@@ -137,6 +137,30 @@ def test_a_pipeline_holds_micro_batches_as_its_schedule_says():
     assert [pieces_in_flight(4, 1, stage) for stage in range(4)] == [4, 3, 2, 1]
     # warm-up of 2 (4 - 0 - 1) + (2 - 1) 4 = 10 pieces and one more, of two to a model
     assert pieces_in_flight(4, 2, 0) == 5.5
+
+
+@pytest.mark.parametrize(
+    ("axes", "budget", "flying"),
+    [
+        # 16 rows make 4 of each replica, and a row of 4,024 tokens fills more than half of 5,000
+        ({"pipeline": 16, "data": 4}, 5000, 4),
+        ({"pipeline": 16, "data": 4}, 8192, 2),
+        ({"pipeline": 16, "data": 3, "first_stage_layers": 6, "last_stage_layers": 4}, 5000, 6),
+        ({"pipeline": 2, "data": 4}, 5000, 2),  # what a full pipeline holds
+        ({"pipeline": 16, "data": 2, "context": 2}, 5000, 4),  # 10,000 tokens of context ranks take two rows
+        # interleaved, 4 become 16, and (2 x 15 + 4 x 16 + 1) / 5 = 19 would be held of more; 4 by 4 stay 4
+        ({"pipeline": 16, "data": 4, "virtual_pipeline": 5}, 5000, 16),
+        ({"pipeline": 4, "data": 4, "virtual_pipeline": 5}, 5000, 4),
+    ],
+)
+def test_no_more_micro_batches_are_held_than_an_optimizer_step_has(axes, budget, flying):
+    config, dims = recipe("qwen2.5_72b")
+    layout = ParallelLayout(**axes)
+    policy = replace(config.policy, layout=layout, tokens_per_microbatch=budget, recompute="none")
+    config = replace(config, policy=policy, ppo=replace(config.ppo, minibatch_samples=16, kl_coef=0))
+    roomy = replace(H100, device=replace(H100.device, memory=1e15))
+    cells = {cell.name: cell for cell in plan(config, dims, roomy, LENGTHS).memory}
+    assert f" x ({flying:g} micro-batches in flight x " in cells["policy.activations"].formula
 
 
 def test_keys_and_values_by_hand():
@@ -475,6 +499,21 @@ def test_a_rollout_waits_for_its_longest_response():
     assert many.tail > few.tail
 
 
+def test_weights_that_the_trainer_quantised_travel_to_the_engines_in_a_byte_each():
+    config, dims = recipe("qwen2.5_14b")
+    engine = replace(config.engine, quantization="fp8_per_channel")
+
+    def seconds(by):
+        changed = replace(config, engine=engine, sync=replace(config.sync, quantised_by=by))
+        return next(c.value for c in plan(changed, dims, H100, LENGTHS).times if c.name == "time.push")
+
+    # query with key and value, output, gate with up, down: widths of 5,120 and 13,824, keys of 1,024
+    elements = 48 * 5120 * (5120 + 2 * 1024 + 5120 + 3 * 13824)
+    scales = 48 * 4 * (5120 + 2 * 1024 + 5120 + 2 * 13824 + 5120)
+    assert seconds("engine") - seconds("trainer") == pytest.approx((elements - scales) / H100.link(32))
+    assert seconds("engine") == pytest.approx(2 * 2 * total_parameters(dims, Head.TOKEN) / H100.link(32))
+
+
 def test_a_row_longer_than_a_micro_batch_is_one_and_context_ranks_share_it():
     dims = model("llama3_8b")
 
@@ -543,9 +582,9 @@ def test_layouts_that_fp8_cannot_have_are_no_choice():
 
 def test_what_cannot_run_is_said_without_a_table():
     config, dims = recipe("qwen2.5_14b")
-    text = plan_text(
+    text = report(
         replace(config, critic=None), dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None
-    )
+    ).text
     assert "CANNOT RUN: critic: required with ppo.advantage='gae'" in text
     assert "seconds\n" not in text
     assert "policy on 16 devices" in text
@@ -615,6 +654,27 @@ def test_layouts_of_a_model_that_shares_devices_leave_room_for_the_other():
     assert len(alone) > len(fits)
 
 
+@pytest.mark.parametrize("parity", [True, False])
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_layouts_that_can_be_can_be_planned(role, parity):
+    """With the engine on the same devices, whose cache leaves little to the weights beside it."""
+    config, dims = shared(parity=ParityConfig(enabled=parity))
+
+    def judged(cache):
+        tight = replace(config, engine=replace(config.engine, count=16, kv_cache_mib=cache))
+        for choice in choices(tight, dims, H100, LENGTHS, role, 16):
+            laid = replace(tight, **{role: replace(tight.trainers[role], layout=choice.layout)})
+            yield choice.problem, plan(laid, dims, H100, LENGTHS).problems
+
+    tight, loose = list(judged(40960)), list(judged(38912))
+    assert all(not planned for problem, planned in tight + loose if not problem)
+    assert any(not problem for problem, _ in loose)
+    if parity:  # 72.8 GB of an engine leave 5.2 GB to the weights of both models
+        said = "parity.enabled: engine with policy.weights, critic.weights: needs "
+        assert all(problem for problem, _ in tight)
+        assert any(problem.startswith(said) for problem, _ in tight)
+
+
 def test_what_does_not_fit_says_how_much_is_missing():
     config, dims = recipe("qwen2.5_14b")
     found = choices(config, dims, H100, LENGTHS, "policy", 16)
@@ -662,12 +722,15 @@ def test_long_rows_fit_with_context_ranks_alone():
 
 def test_the_layouts_shown_are_the_fastest_of_their_kind_and_the_smallest_and_the_reasons_few():
     config, dims = recipe("deepseek_v3")
-    text = plan_text(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
+    text = report(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None).text
     lines = text.partition("policy on 512 devices")[2].partition("critic on")[0].splitlines()
-    shown = [re.fullmatch(r"  TP(\d+)\S* PP(\d+).* (\S+) s +(\S+) GB", line) for line in lines]
+    shown = [re.fullmatch(r"  TP(\d+)\S* PP(\d+).* (\S+) s +(\S+) GB(?:  activations .*)?", line) for line in lines]
     found = [(line[1], line[2], float(line[3]), float(line[4])) for line in shown if line]
     every = [c for c in choices(config, dims, H100, LENGTHS, "policy", 512) if not c.problem]
     assert len(found) == 6
+    warned = {line for line in lines if line.endswith(" GB  activations said too low (expert_tensor)")}
+    assert warned == {line[0] for line in shown if line and " ETP" in line[0]}
+    assert 1 <= len(warned) < 6
     assert found[0][2] == pytest.approx(every[0].seconds, abs=0.01)
     assert [line[2] for line in found[:5]] == sorted(line[2] for line in found[:5])
     assert len({line[:2] for line in found[:5]}) == 5
@@ -701,6 +764,45 @@ def test_options_out_of_range_are_refused_together(capsys):
     assert "--response-tokens must be above 0 and at most rollout.max_response_tokens=3000, got 5000" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ((), 0, "48 x h100"),
+        (("--nodes", "5"), 1, "DOES NOT FIT: the recipe's layouts take 48 devices, 5 nodes have 40"),
+        (("engine.kv_cache_mib=81920",), 1, "CANNOT RUN: engine: needs "),
+        (("ppo.minibatch_samples=100",), 1, "CANNOT RUN: ppo.minibatch_samples: must divide"),
+        (("engine.kv_cache_mib=81920", "--explain", "engine.kv_cache"), 0, "engine.kv_cache = 85.899 GB"),
+    ],
+)
+def test_the_exit_status_says_whether_the_recipe_can_run(more, status, said, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+    assert main(["plan", recipe, path, *more]) == status
+    assert said in capsys.readouterr().out
+
+
+def test_the_hours_of_a_run_say_what_they_leave_out():
+    def told(config, dims):
+        text = report(config, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None).text
+        return next(line for line in text.splitlines() if "device-hours" in line).partition(", without ")[2]
+
+    config, dims = recipe("qwen2.5_14b")
+    assert told(config, dims) == "starting, evaluations, saves"
+    config, dims = shared()
+    sampled = replace(config, rollout=replace(config.rollout, sampling_rounds=3))
+    assert told(sampled, dims) == (
+        "starting, evaluations, saves, moves to the host and back, rollout rounds 2 to 3 of dynamic sampling"
+    )
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5"])
+def test_rows_of_a_dry_run_have_at_least_one_token(tokens, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+    assert main(["dry-run", recipe, path, f"--row-tokens={tokens}"]) == 2
+    assert f"--row-tokens must be at least 1, got {tokens}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plan", "dry-run"])
 def test_a_model_that_is_not_there_is_named_by_its_key(command, capsys):
     recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
@@ -710,13 +812,13 @@ def test_a_model_that_is_not_there_is_named_by_its_key(command, capsys):
 
 def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
     config, _ = recipe("qwen3_30b_a3b")
-    assert legal_minibatches(config) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    assert legal_minibatches(config) == [4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 def test_sizes_below_one_are_a_problem_and_no_crash():
     config, dims = recipe("qwen2.5_14b")
     none = replace(config.policy, layout=ParallelLayout(data=0))
-    text = plan_text(
+    text = report(
         replace(config, policy=none, critic=none),
         dims,
         device="h100",
@@ -724,13 +826,13 @@ def test_sizes_below_one_are_a_problem_and_no_crash():
         nodes=None,
         lengths=LENGTHS,
         explain=None,
-    )
+    ).text
     assert "CANNOT RUN: policy.layout: data must be at least 1, got 0" in text
 
 
 def explained(cell, device="h100"):
     config, dims = recipe("qwen2.5_14b")
-    return plan_text(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell)
+    return report(config, dims, device=device, per_node=8, nodes=None, lengths=LENGTHS, explain=cell).text
 
 
 def test_any_cell_explains_itself_with_its_numbers():

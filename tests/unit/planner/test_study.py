@@ -78,12 +78,12 @@ def test_a_run_that_was_stopped_is_not_done(tmp_path):
 
 
 def test_a_table_gives_error_and_efficiency(tmp_path):
-    row = {"raw_seconds": 1.0, "predicted_gib": 1.0, "measured_gib": None, "accuracy": 0.5}
+    row = {"raw_seconds": 1.0, "predicted_gib": 1.0, "measured_gib": None, "accuracy": 0.5, "problems": ()}
     rows = [
         StudyRow(name="one", devices=2, predicted_seconds=10.0, measured_seconds=10.0, **row),
         StudyRow(name="two", devices=4, predicted_seconds=6.0, measured_seconds=8.0, **row),
     ]
-    assert study_table(rows).splitlines()[-1] == "| two | 4 | 6.00 | 8.00 | -25 % | 62 % | 1.00 |  | 0.50 |"
+    assert study_table(rows).splitlines()[-1] == "| two | 4 | 6.00 | 8.00 | -25 % | 62 % | 1.00 |  | 0.50 | yes |"
     plot_study(rows, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 1000
 
@@ -95,6 +95,42 @@ def test_all_that_is_wrong_with_a_study_is_told_together(tmp_path):
     assert "speed: unknown key" in text
     assert "device: must be one of" in text
     assert text.count("needs a name of its own, got 'one'") == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[[runs]]", "runs = ['a']\n[other]", "runs: must be tables ([[runs]]), got ['a']"),
+        ("[[runs]]", "gpus_per_node = 'x'\n[[runs]]", "gpus_per_node: must be a whole number of at least 1, got 'x'"),
+        ("[[runs]]", "gpus_per_node = 0\n[[runs]]", "gpus_per_node: must be a whole number of at least 1, got 0"),
+        ("[[runs]]", "device = ['h100']\n[[runs]]", "device: must be one of "),
+        ("folder = ", "folder = 3 # ", "folder: must be a string, got 3"),
+        ('"one"', '"../one"', "runs: a name must be that of a folder, without a path, got '../one'"),
+        ('"one"', '".."', "runs: a name must be that of a folder, without a path, got '..'"),
+        ('"one"', "1", "runs: a name must be that of a folder, without a path, got 1"),
+        (
+            "settings = [",
+            "settings = 'seed=1' # ",
+            "runs.settings: must be a list of strings (key=value), got 'seed=1'",
+        ),
+        ("settings = [", "settings = [3] # ", "runs.settings: must be a list of strings (key=value), got [3]"),
+    ],
+)
+def test_a_study_of_the_wrong_shape_is_refused_by_key(before, after, said, tmp_path):
+    file = written(tmp_path, names=("one",))
+    file.write_text(file.read_text().replace(before, after, 1))
+    with pytest.raises(ConfigError) as caught:
+        read_study(file)
+    assert said in str(caught.value)
+
+
+def test_a_run_that_does_not_fit_says_so_in_the_table(tmp_path):
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace("prompts_per_step=2048", "engine.kv_cache_mib=81920"))
+    fits, full = study_table(study_rows(read_study(file))).splitlines()[2:]
+    assert fits.endswith(" | yes |")
+    assert " | engine: needs " in full
+    assert full.endswith(" GB of a device's 78.0 GB |")
 
 
 def test_a_run_that_fails_ends_the_study(tmp_path, capsys):
