@@ -45,7 +45,9 @@ def test_one_rank_checks_run(tmp_path: Path) -> None:
 def test_layouts_of_two_ranks_agree_with_one(tmp_path: Path) -> None:
     status, found = run(tmp_path, "--gpus", "2", "--only", "layouts")
     assert (status, found["layouts"]["status"]) == (0, "passed"), found
-    assert len(found["layouts"]["rows"]) == 8  # two heads, TP2 and PP2, losses and norms
+    rows = [row["what"] for row in found["layouts"]["rows"]]
+    assert rows.pop(0).startswith("TP2xPP2 is left out: it needs --gpus 4")
+    assert len(rows) == 8  # two heads, TP2 and PP2, losses and norms
 
 
 def test_what_needs_a_gpu_is_named_and_left_out(tmp_path: Path) -> None:
