@@ -24,10 +24,9 @@ from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
-from megatron_rl.weights.plan import HfFiles, transfer_plan
 from megatron_rl.weights.sync import CheckedSync
 from megatron_rl.weights.transports import Transport
-from megatron_rl.weights.weight_map import Head, weight_map
+from megatron_rl.weights.weight_map import Head
 
 _PROBE_ROWS = 8
 
@@ -121,11 +120,15 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     )
 
 
-def push_line(config: RunConfig, dims: ModelDims, transport: Transport) -> str:
-    """How weights get to the engines, and how many bytes the plan moves, in one line."""
-    element_bytes = device.dtype(config.model.dtype).itemsize
-    plan = transfer_plan(weight_map(dims, Head.TOKEN), config.policy.layout, HfFiles(), element_bytes=element_bytes)
-    given = {source: size for (source, _), size in plan.bytes_by_pair().items()}
+def push_line(config: RunConfig, moved: Mapping[tuple[int | None, int | None], int], transport: Transport) -> str:
+    """How weights get to the engines, and how many bytes the plan moves, in one line.
+
+    Args:
+        config: of the run.
+        moved: bytes by rank that gives and rank that takes, of :meth:`.RemotePolicy.moved_bytes`.
+        transport: that carries them.
+    """
+    given = {source: size for (source, _), size in moved.items()}
     total, own = sum(given.values()), given.pop(0, 0)
     receivers = config.engine.count * config.engine.tensor
     quantised = "" if config.pushed_format is None else f", which it quantises to {config.pushed_format}"

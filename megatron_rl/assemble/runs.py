@@ -136,7 +136,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 start_step=start_step,
             )
         )
-        metrics.note(push_line(config, dims, roles.transport))
+        metrics.note(push_line(config, policy.moved_bytes().result(), roles.transport))
         metrics.note(capability_line(roles.groups["policy"]))
         if roles.engine_linears is not None:
             metrics.note(roles.engine_linears)

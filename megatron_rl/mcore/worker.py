@@ -309,6 +309,10 @@ class Worker:
                 lanes=lanes,
             )
 
+    def moved_bytes(self) -> dict[tuple[int | None, int | None], int]:
+        """What ranks give in each push and export, by giver and taker; None: the Hugging Face tensors take it."""
+        return self._plan.bytes_by_pair()
+
     def slice_plan(self) -> SlicePlan:
         """What the next push sends to each worker of an engine; asked of rank 0.
 
@@ -337,7 +341,8 @@ class Worker:
     @cached_property
     def _plan(self) -> TransferPlan:
         """Of every push and export."""
-        return transfer_plan(self._weights, self._layout, HfFiles())
+        element_bytes = dtype(self._spec.model.dtype).itemsize
+        return transfer_plan(self._weights, self._layout, HfFiles(), element_bytes=element_bytes)
 
     def offload(self, parts: Sequence[TrainerPart]) -> MemoryUse:
         """Move parts of the model to host memory; verbs that need them are refused from then on."""

@@ -120,6 +120,10 @@ class RemotePolicy(RemoteTrainer):
         """Send the weights to the engines that joined."""
         return self.group.call("send", version, finish=_only, deadline_s=deadline_s)
 
+    def moved_bytes(self) -> Pending[dict[tuple[int | None, int | None], int]]:
+        """What ranks give in each push, see :meth:`.TransferPlan.bytes_by_pair`."""
+        return self.group.call("moved_bytes", finish=_only, ranks=[0])
+
     def slice_plan(self) -> Pending[SlicePlan]:
         """What the next push sends to each worker of an engine."""
         return self.group.call("slice_plan", finish=_only, ranks=[0])
