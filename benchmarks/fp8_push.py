@@ -8,18 +8,17 @@ hold its rounding.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.sync, wherever this is started
 
-from benchmarks.sync import build_model, connected, loaded, push, running
+from benchmarks.sync import build_model, cheapest_push, loaded, running, with_pushes
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.vllm_engine.engine import EngineSpec
 from megatron_rl.weights.fp8_push import quantised
@@ -32,13 +31,7 @@ FORMAT = "fp8_per_channel"
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [transport.name.lower() for transport in (Transport.SHARED_MEMORY, Transport.GLOO)]
-    parser.add_argument("--transport", nargs="+", choices=names, default=names)
-    parser.add_argument("--pushes", type=int, default=4)
-    options = parser.parse_args()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+    options = with_pushes(parser)
     with tempfile.TemporaryDirectory() as name:
         folder = build_model(Path(name))
         names_of = weight_map(read_model_dims(folder), Head.TOKEN)
@@ -63,14 +56,10 @@ def main() -> None:
             )
             with running(spec) as engine:
                 for transport in (Transport[name.upper()] for name in options.transport):
-                    channel = connected(engine, transport, 1)
-                    rounds = range(1 + options.pushes)
-                    costs = [push(engine, channel, version, sent(by_trainer)) for version in rounds][1:]
-                    channel.close()
-                    best = min(costs, key=lambda cost: cost.sender_cpu_s + cost.engine_cpu_s)
+                    best = cheapest_push(engine, transport, 1, partial(sent, by_trainer), options.pushes)
                     print(
                         f"| {'trainer' if by_trainer else 'engine'} | {transport.value} | {size / 1e6:.0f} "
-                        f"| {min(cost.wall_s for cost in costs):.2f} | {best.sender_cpu_s + best.engine_cpu_s:.2f} "
+                        f"| {best.wall_s:.2f} | {best.sender_cpu_s + best.engine_cpu_s:.2f} "
                         f"| {best.sender_cpu_s:.2f} | {best.engine_cpu_s:.2f} |",
                         flush=True,
                     )

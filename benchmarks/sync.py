@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -188,17 +188,38 @@ def copy_cpu_s(size: int, rounds: int) -> float:
     return min(spent)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def cheapest_push(
+    engine: EngineProcess,
+    transport: Transport,
+    tensor: int,
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+    pushes: int,
+) -> Cost:
+    """The processor seconds of the push that took the fewest, and the least seconds of any, after one that warms up."""
+    channel = connected(engine, transport, tensor)
+    costs = [push(engine, channel, version, tensors()) for version in range(1 + pushes)][1:]
+    channel.close()
+    best = min(costs, key=lambda cost: cost.sender_cpu_s + cost.engine_cpu_s)
+    return replace(best, wall_s=min(cost.wall_s for cost in costs))
+
+
+def with_pushes(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's options, with ``--transport`` and ``--pushes``; this process sends with one thread."""
     names = [transport.name.lower() for transport in (Transport.SHARED_MEMORY, Transport.GLOO)]
-    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="workers of the engine; must divide 8")
     parser.add_argument("--transport", nargs="+", choices=names, default=names)
     parser.add_argument("--pushes", type=int, default=4)
     options = parser.parse_args()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="workers of the engine; must divide 8")
+    options = with_pushes(parser)
     failed = False
     with tempfile.TemporaryDirectory() as name:
         folder = build_model(Path(name))
@@ -224,15 +245,11 @@ def main() -> None:
             )
             with running(spec) as engine:
                 for transport in (Transport[name.upper()] for name in options.transport):
-                    channel = connected(engine, transport, tensor)
-                    rounds = range(1 + options.pushes)
-                    costs = [push(engine, channel, version, tensors.items()) for version in rounds][1:]
-                    channel.close()
-                    best = min(costs, key=lambda cost: cost.sender_cpu_s + cost.engine_cpu_s)
+                    best = cheapest_push(engine, transport, tensor, tensors.items, options.pushes)
                     reload_s = sum(engine.call(call_reload, folder, options.pushes))
                     total = (best.sender_cpu_s + best.engine_cpu_s) / gib
                     print(
-                        f"| TP{tensor} | {transport.value} | {size / 1e9 / min(cost.wall_s for cost in costs):.2f} "
+                        f"| TP{tensor} | {transport.value} | {size / 1e9 / best.wall_s:.2f} "
                         f"| {total:.2f} | {best.sender_cpu_s / gib:.2f} | {best.engine_cpu_s / gib:.2f} "
                         f"| {reload_s / gib:.2f} | {total - reload_s / gib:.2f} |",
                         flush=True,
