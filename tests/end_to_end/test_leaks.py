@@ -33,10 +33,11 @@ RULE = "def rule(text, answer, finish):\n    raise ValueError('a fault was plant
 
 @dataclass(frozen=True)
 class Going:
-    """A run that has finished a step."""
+    """A run that has finished a step; ``before`` it lived those of this test run that other tests still use."""
 
     process: subprocess.Popen[str]
     folder: Path
+    before: set[int]
 
     def tree(self) -> set[psutil.Process]:
         """The driver and all that it started: its descendants, and those that only carry the mark of this test run."""
@@ -44,7 +45,7 @@ class Going:
         with suppress(psutil.NoSuchProcess):
             driver = psutil.Process(self.process.pid)
             found |= {driver, *driver.children(recursive=True)}
-        for pid in our_processes():
+        for pid in our_processes() - self.before:
             with suppress(psutil.NoSuchProcess):
                 found.add(psutil.Process(pid))
         return found
@@ -185,7 +186,7 @@ def test_nothing_is_left_and_the_cause_is_told(
     command = train_command(*LAYOUT, *(each.replace("FOLDER", str(tmp_path)) for each in ending.settings))
     if ending.fault is not None:
         command = with_fault(ending.fault, command)
-    output, errors = tmp_path / "output", tmp_path / "errors"
+    output, errors, before = tmp_path / "output", tmp_path / "errors", our_processes()
     temporary = Path(tempfile.mkdtemp())  # a short path: Ray's sockets lie below
     with output.open("w") as out, errors.open("w") as err:
         process = subprocess.Popen(
@@ -196,7 +197,7 @@ def test_nothing_is_left_and_the_cause_is_told(
             env=os.environ | {"TMPDIR": str(temporary)},
             start_new_session=True,
         )
-    run, started, struck = Going(process, tmp_path / "run"), set[psutil.Process](), 0
+    run, started, struck = Going(process, tmp_path / "run", before), set[psutil.Process](), 0
     try:
         if ending.strike is None:
             while process.poll() is None:

@@ -568,7 +568,7 @@ def test_a_bad_configuration_is_refused_in_seconds_and_without_torch(folder):
     )
     assert done.returncode == 2, done.stderr
     assert "ppo.minibatch_samples: must divide the 32 samples" in done.stderr
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_a_trainer_that_rounds_says_so_and_rounds_in_one_way(folder):
