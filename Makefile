@@ -21,6 +21,7 @@ TRITON_STAMP := $(TRITON_VENV)/.stamp
 
 # Caches of byte code make every start of torch, vLLM and Ray seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
+export UV_COMPILE_BYTECODE := 1
 
 # uv reads none of pip's settings.
 space := $(subst ,, )
@@ -57,7 +58,7 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(UV) install --python $(BIN)/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
-	$(UV) install --python $(BIN)/python --compile-bytecode --override requirements/cpu-overrides.txt \
+	$(UV) install --python $(BIN)/python --override requirements/cpu-overrides.txt \
 	  -r requirements/cpu.lock -r requirements/dev.lock
 	$(UV) install --python $(BIN)/python --no-deps -e .
 	touch $@
@@ -86,7 +87,7 @@ env-modelopt: $(MODELOPT)/.stamp ## make .venv-modelopt, for quantising after tr
 $(MODELOPT)/.stamp: $(STAMP) requirements/modelopt.lock requirements/cpu-overrides.txt
 	test -x $(MODELOPT)/bin/python || $(PYTHON) -m venv $(MODELOPT)
 	$(UV) install --python $(MODELOPT)/bin/python --no-deps $(TORCH_SOURCE) '$(TORCH)'
-	$(UV) install --python $(MODELOPT)/bin/python --compile-bytecode --override requirements/cpu-overrides.txt \
+	$(UV) install --python $(MODELOPT)/bin/python --override requirements/cpu-overrides.txt \
 	  -r requirements/modelopt.lock
 	touch $@
 

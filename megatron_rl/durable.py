@@ -4,12 +4,14 @@ folders that one process at a time writes to.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,11 @@ from typing import Any
 
 import xxhash
 
-_CHUNK_BYTES = 16 << 20
-_READ_BYTES = 1 << 20
-"""Small enough that what was read is summed from the processor's cache."""
+CHUNK_BYTES = 1 << 20
+"""Read or written at a time: what is summed is then still in the processor's cache, and the system has memory for it at
+once, where it may have to make room for a larger piece."""
+_SPAN_BYTES = 64 << 20
+"""Read back at a time: each costs the disk a flush."""
 _POLL_S = 0.1
 
 
@@ -51,7 +55,7 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     """
     left = memoryview(content)
     while left:
-        written = os.pwrite(descriptor, left[:_CHUNK_BYTES], offset)
+        written = os.pwrite(descriptor, left[:CHUNK_BYTES], offset)
         left, offset = left[written:], offset + written
 
 
@@ -67,19 +71,29 @@ def replace_text(path: Path, text: str) -> None:
 def read_record(path: Path) -> FileRecord:
     """What a file is."""
     with path.open("rb") as file:
-        return _record(iter(lambda: file.read(_CHUNK_BYTES), b""))
+        return _record(iter(lambda: file.read(CHUNK_BYTES), b""))
 
 
 def read_back(path: Path) -> FileRecord:
     """What the disk gives back of a flushed file: what the system keeps of it in memory is dropped before."""
-    buffer = memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return _record(buffer[:count] for count in iter(lambda: file.readinto(buffer), 0))
+        return _record(_from_disk(file, 0, path.stat().st_size))
 
 
-class SummedFile(io.BufferedWriter):
-    """A new file that is written from its first byte to its last, and summed on the way."""
+def _from_disk(file: io.FileIO, begin: int, end: int) -> Iterator[memoryview]:
+    """Bytes ``begin`` to ``end``, fewer where the file ends before."""
+    os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    file.seek(begin)
+    while begin < end and (count := file.readinto(buffer[: end - begin])):
+        yield buffer[:count]
+        begin += count
+
+
+class CheckedFile(io.BufferedWriter):
+    """A new file that is written from its first byte to its last; what the disk has of it is read back and summed while
+    more is written, as a disk reads and writes at the same time.
+    """
 
     def __init__(self, path: Path) -> None:
         """Make it.
@@ -88,7 +102,11 @@ class SummedFile(io.BufferedWriter):
             OSError: it is there, or cannot be made.
         """
         super().__init__(io.FileIO(path, "xb"))
-        self._digest = xxhash.xxh3_128()
+        self._back = path.open("rb", buffering=0)
+        self._given, self._found = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._reader = ThreadPoolExecutor(1, "read-back")
+        self._reads: list[Future[None]] = []
+        self._asked = 0
 
     def write(self, content: Any, /) -> int:
         """Add bytes, or a view of them.
@@ -96,12 +114,46 @@ class SummedFile(io.BufferedWriter):
         Raises:
             OSError: the disk does not take them.
         """
-        self._digest.update(content)
-        return super().write(content)
+        left = memoryview(content)
+        size = left.nbytes
+        while left:
+            self._given.update(left[:CHUNK_BYTES])
+            super().write(left[:CHUNK_BYTES])
+            left = left[CHUNK_BYTES:]
+        written = self.raw.tell()
+        if written - self._asked >= _SPAN_BYTES:
+            self._read_to(written - written % CHUNK_BYTES)
+        return size
 
-    def record(self) -> FileRecord:
-        """What the file must be if nothing more is written."""
-        return FileRecord(size_bytes=self.tell(), xxh3=self._digest.hexdigest())
+    def checked(self) -> FileRecord:
+        """What the file is, once all of it is on the disk and has been read back.
+
+        Raises:
+            OSError: the disk has not taken it, or gives back something else.
+        """
+        self.flush()
+        os.fsync(self.fileno())
+        self._read_to(self.tell())
+        for read in self._reads:
+            read.result()
+        if self._found.digest() != self._given.digest():
+            raise OSError(errno.EIO, "what the disk gives back is not what was written")
+        return FileRecord(size_bytes=self._asked, xxh3=self._given.hexdigest())
+
+    def close(self) -> None:
+        """Close it; what is not read back yet is left."""
+        self._reader.shutdown(cancel_futures=True)
+        self._back.close()
+        super().close()
+
+    def _read_to(self, end: int) -> None:
+        self._reads.append(self._reader.submit(self._read, self._asked, end))
+        self._asked = end
+
+    def _read(self, begin: int, end: int) -> None:
+        os.fdatasync(self.fileno())
+        for chunk in _from_disk(self._back, begin, end):
+            self._found.update(chunk)
 
 
 def flush(path: Path) -> None:

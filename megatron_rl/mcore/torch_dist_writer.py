@@ -6,10 +6,8 @@ one ``torch.save`` after another (a test compares the bytes); torch says at the 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.durable import FileRecord, SummedFile, read_back
+from megatron_rl.durable import CheckedFile, FileRecord, read_back
 from megatron_rl.mcore.sharded_names import ShardedName
 from megatron_rl.weights.manifest import Damaged
 from megatron_rl.weights.safetensors_io import TensorInfo, as_bytes
@@ -109,21 +107,17 @@ class TorchDistWriter:
         path, pieces = self.path(number), self._files[number]
         path.unlink(missing_ok=True)
         try:
-            with SummedFile(path) as file, _no_checksums():
+            with CheckedFile(path) as file, _no_checksums():
                 places = [_save([None], file) for _ in (self._extra_states if number == 0 else ())]
                 for at, piece in enumerate(pieces):
                     places.append(_save(_stored(tensor_of(at), piece), file))
                     moved(piece.info.size_bytes)
-                file.flush()
-                os.fsync(file.fileno())
-                given = file.record()
-            if read_back(path) != given:
-                raise OSError(errno.EIO, "what the disk gives back is not what was written")
+                record = file.checked()
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         moved(self._size(number))
-        return WrittenFile(record=given, places=tuple(places))
+        return WrittenFile(record=record, places=tuple(places))
 
     def check_file(self, number: int, written: WrittenFile, moved: Callable[[int], None]) -> None:
         """Read file ``number`` and compare it with what was written.
@@ -154,7 +148,7 @@ class TorchDistWriter:
         return sum(piece.info.size_bytes for piece in self._files[number])
 
 
-def _save(content: Tensor | list[None], file: SummedFile) -> tuple[int, int]:
+def _save(content: Tensor | list[None], file: CheckedFile) -> tuple[int, int]:
     begin = file.tell()
     try:
         torch.save(content, file)

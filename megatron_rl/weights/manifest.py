@@ -13,12 +13,11 @@ from typing import Any
 
 import xxhash
 
-from megatron_rl.durable import FileRecord, read_record
+from megatron_rl.durable import CHUNK_BYTES, FileRecord, read_record
 from megatron_rl.weights.safetensors_io import read_header
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_CHUNK_BYTES = 16 << 20
 
 
 class Damaged(ValueError):
@@ -118,7 +117,7 @@ def read_back(path: Path, name: str, read: Callable[[int], None]) -> ShardRecord
     """
     header, tensors = read_header(path)
     records = {}
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for tensor, stored in tensors.items():
@@ -126,7 +125,7 @@ def read_back(path: Path, name: str, read: Callable[[int], None]) -> ShardRecord
             file.seek(stored.begin)
             left = stored.end - stored.begin
             while left:
-                count = file.readinto(buffer[: min(left, _CHUNK_BYTES)])
+                count = file.readinto(buffer[: min(left, CHUNK_BYTES)])
                 if not count:
                     raise ValueError(f"{path} ends within {tensor}")
                 digest.update(buffer[:count])

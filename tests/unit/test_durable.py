@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -15,11 +16,11 @@ import pytest
 import xxhash
 
 from megatron_rl import durable
-from megatron_rl.durable import FileRecord, SummedFile, locked, read_back, read_record, replace_text, write_file
+from megatron_rl.durable import CheckedFile, FileRecord, locked, read_back, read_record, replace_text, write_file
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr(durable, "CHUNK_BYTES", 7)
     content = bytes(range(256))
     written = write_file(tmp_path / "file", memoryview(content))
     assert (tmp_path / "file").read_bytes() == content
@@ -27,18 +28,60 @@ def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert written == FileRecord(size_bytes=256, xxh3=xxhash.xxh3_128_hexdigest(content))
 
 
-def test_a_file_that_is_summed_on_the_way_is_what_the_disk_gives_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(durable, "_READ_BYTES", 7)
-    with SummedFile(tmp_path / "file") as file:
-        for part in (b"abc", memoryview(b"d" * 20), b""):
-            file.write(part)
-        written = file.record()
-    assert written == FileRecord(size_bytes=23, xxh3=xxhash.xxh3_128_hexdigest(b"abc" + b"d" * 20))
+@pytest.fixture
+def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(durable, "_SPAN_BYTES", 16)
+
+
+@pytest.mark.usefixtures("small_spans")
+def test_a_checked_file_is_what_the_disk_gives_back(tmp_path: Path) -> None:
+    with CheckedFile(tmp_path / "file") as file:
+        for part in (b"abc", memoryview(b"d" * 20_000), b"", b"e"):  # more than is kept back for a larger write
+            assert file.write(part) == len(part)
+        written = file.checked()
+    content = b"abc" + b"d" * 20_000 + b"e"
+    assert (tmp_path / "file").read_bytes() == content
+    assert written == FileRecord(size_bytes=20_004, xxh3=xxhash.xxh3_128_hexdigest(content))
     assert read_back(tmp_path / "file") == written
     with pytest.raises(FileExistsError):
-        SummedFile(tmp_path / "file")
+        CheckedFile(tmp_path / "file")
+
+
+@pytest.mark.usefixtures("small_spans")
+@pytest.mark.parametrize("place", [0, 10_000, 19_999])
+def test_a_byte_that_the_disk_gives_back_otherwise_is_an_error(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushed = tmp_path / "file", os.fdatasync
+
+    def spoiled(descriptor: int) -> None:
+        flushed(descriptor)
+        if path.stat().st_size > place:
+            with path.open("r+b") as other:
+                other.seek(place)
+                other.write(b"?")
+
+    monkeypatch.setattr("os.fdatasync", spoiled)
+    with CheckedFile(path) as file:
+        file.write(b"d" * 20_000)
+        with pytest.raises(OSError, match="what the disk gives back is not what was written") as told:
+            file.checked()
+    assert told.value.errno == errno.EIO
+
+
+@pytest.mark.usefixtures("small_spans")
+def test_a_disk_that_does_not_take_a_file_is_told_when_it_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fdatasync", full)
+    with CheckedFile(tmp_path / "file") as file:
+        file.write(b"d" * 20_000)
+        with pytest.raises(OSError, match="No space left"):
+            file.checked()
 
 
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rl.durable import FileRecord, read_back, read_record
-from megatron_rl.mcore import torch_dist_writer
+from megatron_rl.durable import read_record
 from megatron_rl.mcore.sharded_names import ShardedName
 from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter
 from megatron_rl.weights.safetensors_io import TensorInfo
@@ -69,13 +69,16 @@ def test_file_and_metadata_are_those_that_torch_writes(tmp_path: Path) -> None:
 def test_a_byte_that_the_disk_gives_back_otherwise_is_an_error_and_the_file_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(path: Path) -> FileRecord:
+    flushed = os.fdatasync
+
+    def spoiled(descriptor: int) -> None:
+        flushed(descriptor)
+        path = tmp_path / "__0_0.distcp"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        return read_back(path)
 
-    monkeypatch.setattr(torch_dist_writer, "read_back", spoiled)
+    monkeypatch.setattr("os.fdatasync", spoiled)
     with pytest.raises(OSError, match="what the disk gives back is not what was written") as told:
         writer(tmp_path).write_file(0, given, lambda _: None)
     assert told.value.errno == errno.EIO
