@@ -239,10 +239,13 @@ def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) ->
     if len(files) != 1 or overrides:
         raise ConfigError([f"scale: takes one study and no settings, got {' '.join([*map(str, files), *overrides])}"])
     study = read_study(files[0])
-    study_rows(study)  # all that is wrong with any run, before the first one starts
-    for run in study.runs if measure else ():
+    planned = study_rows(study)  # all that is wrong with any run, before the first one starts
+    for run, row in zip(study.runs, planned, strict=True) if measure else ():
         if is_done(study, run):
             continue  # the same command goes on where it stopped
+        if row.problems:
+            _warn(f"run {run.name} of the study is left out, it does not fit: {'; '.join(row.problems)}")
+            continue
         command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
         if status := subprocess.run(command, check=False).returncode:
             raise RuntimeError(
@@ -283,8 +286,12 @@ def _print(text: str) -> None:
 
 
 def _fail(text: str, status: int) -> int:
-    sys.stderr.write(f"megatron-rl: {text}\n")
+    _warn(text)
     return status
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"megatron-rl: {text}\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Study:
         recipe: a configuration file.
         folder: where each run gets a folder of its own, and the table and the picture go.
         machine: for the prediction.
-        runs: at least one; the first one calibrates the times of the others.
+        runs: at least one; the first one calibrates the times and the memory of the others.
     """
 
     recipe: Path
@@ -61,7 +61,8 @@ class StudyRow:
         devices: that it takes.
         raw_seconds: predicted from the devices' figures.
         predicted_seconds: the same times what the first run took beyond its own prediction.
-        predicted_gib: of the devices' memory; on a CPU, where host and device are one, with what the host keeps.
+        predicted_gib: of the devices' memory; on a CPU, where host and device are one, with what the host keeps, and
+            with what each process of the first run held beyond its own prediction, libraries above all.
         measured_gib: the resident sets on a CPU; on GPUs, whose memory these do not say, None.
         measured_seconds, accuracy: None where it has not run.
         problems: what does not fit the devices, by the prediction.
@@ -143,6 +144,7 @@ def study_rows(study: Study) -> list[StudyRow]:
     """
     found: list[StudyRow] = []
     factor: float | None = None
+    beyond: float | None = None
     for run in study.runs:
         config = parse(RunConfig, [study.recipe], study.settings(run))
         dims = read_model_dims(config.model.path)
@@ -158,15 +160,18 @@ def study_rows(study: Study) -> list[StudyRow]:
         if factor is None:
             factor = 1.0 if seconds is None else seconds / planned.step_seconds
         memory: Mapping[str, float] = {} if study.machine.device.is_gpu else measured.get("peak_rss_gib", {})
+        held, raw = sum(memory.values()), _predicted_bytes(study, planned) / 2**30
+        if beyond is None:
+            beyond = (held - raw) / planned.devices if memory else 0.0
         found.append(
             StudyRow(
                 name=run.name,
                 devices=planned.devices,
                 raw_seconds=planned.step_seconds,
                 predicted_seconds=planned.step_seconds * factor,
-                predicted_gib=_predicted_bytes(study, planned) / 2**30,
+                predicted_gib=raw + beyond * planned.devices,
                 measured_seconds=seconds,
-                measured_gib=sum(memory.values()) if memory else None,
+                measured_gib=held if memory else None,
                 accuracy=measured.get("accuracy_after"),
                 problems=planned.problems,
             )
@@ -191,19 +196,26 @@ def study_table(rows: Sequence[StudyRow]) -> str:
         "fits |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    first = rows[0]
-    base = (first.measured_seconds or first.predicted_seconds) * first.devices
-    for row in rows:
+    for row, efficiency in zip(rows, _efficiencies(rows, [_seconds(row) for row in rows]), strict=True):
         error = (
             "" if row.measured_seconds is None else f"{100 * (row.predicted_seconds / row.measured_seconds - 1):+.0f} %"
         )
-        seconds = row.measured_seconds or row.predicted_seconds
         lines.append(
             f"| {row.name} | {row.devices} | {row.predicted_seconds:.2f} | {_shown(row.measured_seconds)} | {error} | "
-            f"{100 * base / seconds / row.devices:.0f} % | {row.predicted_gib:.2f} | {_shown(row.measured_gib)} | "
+            f"{efficiency:.0f} % | {row.predicted_gib:.2f} | {_shown(row.measured_gib)} | "
             f"{_shown(row.accuracy)} | {'; '.join(row.problems) or 'yes'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _seconds(row: StudyRow) -> float:
+    return row.predicted_seconds if row.measured_seconds is None else row.measured_seconds
+
+
+def _efficiencies(rows: Sequence[StudyRow], seconds: Sequence[float]) -> list[float]:
+    """Per cent of the first run's: its device-seconds over each one's."""
+    spent = [row.devices * each for row, each in zip(rows, seconds, strict=True)]
+    return [100 * spent[0] / each for each in spent]
 
 
 def _shown(value: float | None) -> str:
@@ -211,18 +223,32 @@ def _shown(value: float | None) -> str:
 
 
 def plot_study(rows: Sequence[StudyRow], png: Path) -> None:
-    """Draw predicted beside measured seconds of a step."""
+    """Draw a step's seconds, memory and efficiency, predicted beside measured, and the accuracy at the end."""
     os.environ.setdefault("MPLCONFIGDIR", str(png.parent.resolve() / "scratch"))
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state, and slow to load
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    places = range(len(rows))
-    axes.bar([p - 0.2 for p in places], [row.predicted_seconds for row in rows], 0.4, label="predicted")
-    axes.bar([p + 0.2 for p in places], [row.measured_seconds or 0.0 for row in rows], 0.4, label="measured")
-    axes.set_xticks(list(places), [row.name for row in rows])
-    axes.set_ylabel("seconds of a step")
-    axes.legend()
+    expected = [row.predicted_seconds for row in rows]
+    panels: list[tuple[str, Sequence[float], Sequence[float | None]]] = [
+        ("seconds of a step", expected, [row.measured_seconds for row in rows]),
+        ("GiB of all roles", [row.predicted_gib for row in rows], [row.measured_gib for row in rows]),
+        (
+            "efficiency, % of the first run's",
+            _efficiencies(rows, expected),
+            _efficiencies(rows, [_seconds(row) for row in rows]),
+        ),
+        ("accuracy at the end", [], [row.accuracy for row in rows]),
+    ]
+    figure = Figure(figsize=(4 + 1.2 * len(rows), 7), layout="constrained")
+    for axes, (title, predicted, measured) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        if predicted:
+            axes.bar([at - 0.2 for at in range(len(rows))], predicted, 0.4, label="predicted")
+        known = [(at, value) for at, value in enumerate(measured) if value is not None]
+        if known:
+            axes.bar([at + 0.2 for at, _ in known], [value for _, value in known], 0.4, label="measured", color="C1")
+        axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=30, ha="right")
+        axes.set_ylabel(title)
+        if predicted and known:
+            axes.legend()
     FigureCanvasAgg(figure)
     figure.savefig(png)

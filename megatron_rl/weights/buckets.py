@@ -33,6 +33,9 @@ DTYPES = {
     )
 }
 
+_CACHED_BYTES = 1 << 18
+"""Copied and hashed at a time."""
+
 
 class Piece(NamedTuple):
     """Some bytes of a tensor, or of a slice of one: as many as go into one bucket. Plain data."""
@@ -184,19 +187,22 @@ class Tally:
         self._counts: dict[int | None, _Count] = {}
         self._device_sum = DeviceSum()
 
-    def update(self, lane: int | None, piece: Piece, content: Tensor) -> None:
-        """Take in the next bytes."""
+    def copy(self, lane: int | None, piece: Piece, content: Tensor, into: Tensor) -> None:
+        """Copy the next bytes, and take them in as they are then; what the host copies it hashes from its cache."""
         count = self._counts.setdefault(lane, _Count())
         if piece.start == 0:
             count.digest.update(json.dumps([piece.name, piece.dtype, piece.shape, piece.cut]).encode())
             count.tensors += 1
             count.slices += piece.cut is not None
             count.tensor_bytes += piece.tensor_bytes
-        if content.device.type == "cpu":
-            array: Any = content.numpy()
-            count.digest.update(array)
+        if into.device.type == "cpu":
+            for to, part in zip(into.split(_CACHED_BYTES), content.split(_CACHED_BYTES), strict=True):
+                to.copy_(part)
+                array: Any = to.numpy()
+                count.digest.update(array)
         else:
-            count.sums.append(self._device_sum.of(content))
+            into.copy_(content)
+            count.sums.append(self._device_sum.of(into))
         count.size_bytes += piece.size
 
     def receipt(self, version: int, lane: int) -> PushReceipt:

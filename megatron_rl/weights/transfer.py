@@ -189,8 +189,7 @@ class Channel:
         for run in bucket:
             here = staging[start : start + run.size]
             for piece, content, part in zip(run.pieces, run.contents, _split(here, run.pieces), strict=True):
-                part.copy_(content)
-                tally.update(run.lane, piece, part)
+                tally.copy(run.lane, piece, content, part)
             placed.append((run.lane, here))
             for header in headers if run.lane is None else [headers[run.lane]]:
                 header.append([run.lane is not None, start, run.pieces])
@@ -313,10 +312,9 @@ class Reception(Iterator[tuple[str, Tensor]]):
                     # a stranger is heard to its end, so that the sender is not left waiting
                     if stranger is not None:
                         continue
-                    tally.update(whose, piece, part)
                     if piece.start == 0:
                         open_[piece.name] = torch.empty(piece.whole, dtype=torch.uint8, device=part.device)
-                    open_[piece.name][piece.start : piece.start + piece.size] = part
+                    tally.copy(whose, piece, part, open_[piece.name][piece.start : piece.start + piece.size])
                     if piece.start + piece.size == piece.whole:
                         yield piece.name, self._tensor(piece, open_.pop(piece.name))
             taken.confirm(where)

@@ -59,6 +59,20 @@ def test_on_a_cpu_memory_is_resident_sets_and_includes_what_the_host_keeps(tmp_p
     one, two = study_rows(read_study(file))
     assert two.measured_gib == 2.0
     assert one.predicted_gib == pytest.approx(two.predicted_gib)  # the optimizer is elsewhere on the same machine
+    finished(tmp_path / "one", 500.0)
+    calibrated, same = study_rows(read_study(file))
+    assert calibrated.predicted_gib == same.predicted_gib == pytest.approx(2.0)  # libraries included
+
+
+def test_what_the_first_run_held_beyond_its_prediction_each_process_of_another_holds_too(tmp_path):
+    file = written(tmp_path, extra='device = "cpu"\n')
+    file.write_text(file.read_text().replace("prompts_per_step=2048", "engine.count=2"))
+    raw = study_rows(read_study(file))
+    finished(tmp_path / "one", 500.0)
+    one, two = study_rows(read_study(file))
+    assert two.devices != one.devices
+    beyond = (2.0 - raw[0].predicted_gib) / one.devices
+    assert two.predicted_gib == pytest.approx(raw[1].predicted_gib + beyond * two.devices)
 
 
 def test_settings_on_the_command_line_are_refused(tmp_path, capsys):
@@ -77,15 +91,23 @@ def test_a_run_that_was_stopped_is_not_done(tmp_path):
     assert not is_done(study, two)
 
 
-def test_a_table_gives_error_and_efficiency(tmp_path):
+def test_table_and_picture_give_error_and_efficiency(tmp_path, monkeypatch):
     row = {"raw_seconds": 1.0, "predicted_gib": 1.0, "measured_gib": None, "accuracy": 0.5, "problems": ()}
     rows = [
         StudyRow(name="one", devices=2, predicted_seconds=10.0, measured_seconds=10.0, **row),
         StudyRow(name="two", devices=4, predicted_seconds=6.0, measured_seconds=8.0, **row),
     ]
     assert study_table(rows).splitlines()[-1] == "| two | 4 | 6.00 | 8.00 | -25 % | 62 % | 1.00 |  | 0.50 | yes |"
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, _: drawn.append(figure))
     plot_study(rows, tmp_path / "study.png")
-    assert (tmp_path / "study.png").stat().st_size > 1000
+    heights = {axes.get_ylabel(): [bar.get_height() for bar in axes.patches] for axes in drawn[0].axes}
+    assert heights == {
+        "seconds of a step": [10.0, 6.0, 10.0, 8.0],
+        "GiB of all roles": [1.0, 1.0],
+        "efficiency, % of the first run's": [100.0, pytest.approx(1000 / 12), 100.0, 62.5],
+        "accuracy at the end": [0.5, 0.5],
+    }
 
 
 def test_all_that_is_wrong_with_a_study_is_told_together(tmp_path):
@@ -131,6 +153,16 @@ def test_a_run_that_does_not_fit_says_so_in_the_table(tmp_path):
     assert fits.endswith(" | yes |")
     assert " | engine: needs " in full
     assert full.endswith(" GB of a device's 78.0 GB |")
+
+
+def test_a_run_that_does_not_fit_is_left_out(tmp_path, capsys):
+    file = written(tmp_path, names=("one",))
+    file.write_text(file.read_text().replace("prompts_per_step=1024", "engine.kv_cache_mib=81920"))
+    assert main(["scale", "run", str(file)]) == 0
+    said = capsys.readouterr()
+    assert "run one of the study is left out, it does not fit: engine: needs " in said.err
+    assert said.out == (tmp_path / "study.md").read_text()
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_run_that_fails_ends_the_study(tmp_path, capsys):
