@@ -1,8 +1,8 @@
 """Seconds, GB/s and memory of import and export, beside cp + fsync of the same bytes and beside other converters.
 
-``python benchmarks/convert.py --model llama-1b --against megatron-bridge mbridge --peer-python mbridge=/m/bin/python``
-makes a random model on the spot. Each other converter runs with the Python of an environment of its own
-(docs/weights.md says how to make one); one that cannot run here is shown with its error.
+``python benchmarks/convert.py --model llama-1b --against megatron-bridge mbridge`` makes a random model on the spot.
+Each other converter runs with the Python of an environment of its own (docs/weights.md says how to make one); one that
+cannot run here is shown with its error.
 
 Seconds are those of the whole command, its start and imports included, and in brackets those of the conversion alone;
 the median of the repetitions. Copy, import and export take turns, and before each the machine rests: the host of a
@@ -32,6 +32,7 @@ from te_standin import NOTE
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools" / "convert_hf"
 PEERS = ("megatron-bridge", "mbridge")
+PYTHON_OF = "envs/{peer}/bin/python"
 LIMIT_S = 600
 REST_S = 4
 
@@ -159,11 +160,10 @@ def row(name: str, run: Measured, size: int, copy_s: float) -> str:
     told = f"\n{'':<28} ({run.note})" if run.note else ""
     if run.error:
         return f"{name:<28} cannot run: {run.error}{told}"
-    inside = f"{run.inside_s:8.2f}" if run.inside_s is not None else " " * 8
-    seconds = run.inside_s if run.inside_s is not None else run.seconds
+    inside_s = run.seconds if run.inside_s is None else run.inside_s
     return (
-        f"{name:<28} {run.seconds:7.2f} ({inside}) {size / seconds / 1e9:6.2f} {seconds / copy_s:7.2f} "
-        f"{run.one_bytes / 2**20:9.0f} {run.all_bytes / 2**20:9.0f}{told}"
+        f"{name:<28} {run.seconds:7.2f} ({inside_s:8.2f}) {size / inside_s / 1e9:6.2f} {run.seconds / copy_s:7.2f} "
+        f"({inside_s / copy_s:8.2f}) {run.one_bytes / 2**20:9.0f} {run.all_bytes / 2**20:9.0f}{told}"
     )
 
 
@@ -171,7 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-135m")
     parser.add_argument("--against", nargs="*", choices=PEERS, default=[])
-    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[f"{peer}={path}" for peer in PEERS if Path(path := PYTHON_OF.format(peer=peer)).is_file()],
+        metavar="NAME=PATH",
+        help=f"default: {PYTHON_OF.format(peer='NAME')}, where it is",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
@@ -197,7 +203,7 @@ def main() -> None:
         subprocess.run([str(word) for word in same], check=True, capture_output=True)
         copy_s = median(copies)
         print(f"{asked.model}: {size / 1e9:.3f} GB in bfloat16, {asked.processes} processes, {os.cpu_count()} cores")
-        print(f"{'':<28} seconds (  inside)   GB/s    x cp  MiB of 1    MiB all")
+        print(f"{'':<28} seconds (  inside)   GB/s    x cp (  inside)  MiB of 1    MiB all")
         print(f"{'cp + fsync':<28} {copy_s:7.2f} {'':10} {size / copy_s / 1e9:6.2f} {1:7.2f}")
         for action, run in own.items():
             print(row(f"megatron_rl {action}", run, size, copy_s))

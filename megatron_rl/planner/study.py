@@ -54,7 +54,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
-    """What is known of one run; seconds are those of a step, GiB those of all roles together.
+    """What is known of one run; seconds are those of a step, GiB those of the largest worker of each role, together.
 
     Attributes:
         name: of the run.
@@ -62,7 +62,7 @@ class StudyRow:
         raw_seconds: predicted from the devices' figures.
         predicted_seconds: the same times what the first run took beyond its own prediction.
         predicted_gib: of the devices' memory; on a CPU, where host and device are one, with what the host keeps, and
-            with what each process of the first run held beyond its own prediction, libraries above all.
+            with what each role of the first run held beyond its own prediction, libraries above all.
         measured_gib: the resident sets on a CPU; on GPUs, whose memory these do not say, None.
         measured_seconds, accuracy: None where it has not run.
         problems: what does not fit the devices, by the prediction.
@@ -161,15 +161,16 @@ def study_rows(study: Study) -> list[StudyRow]:
             factor = 1.0 if seconds is None else seconds / planned.step_seconds
         memory: Mapping[str, float] = {} if study.machine.device.is_gpu else measured.get("peak_rss_gib", {})
         held, raw = sum(memory.values()), _predicted_bytes(study, planned) / 2**30
+        roles = len({cell.name.split(".")[0] for cell in planned.memory})
         if beyond is None:
-            beyond = (held - raw) / planned.devices if memory else 0.0
+            beyond = (held - raw) / roles if memory else 0.0
         found.append(
             StudyRow(
                 name=run.name,
                 devices=planned.devices,
                 raw_seconds=planned.step_seconds,
                 predicted_seconds=planned.step_seconds * factor,
-                predicted_gib=raw + beyond * planned.devices,
+                predicted_gib=raw + beyond * roles,
                 measured_seconds=seconds,
                 measured_gib=held if memory else None,
                 accuracy=measured.get("accuracy_after"),
@@ -231,7 +232,7 @@ def plot_study(rows: Sequence[StudyRow], png: Path) -> None:
     expected = [row.predicted_seconds for row in rows]
     panels: list[tuple[str, Sequence[float], Sequence[float | None]]] = [
         ("seconds of a step", expected, [row.measured_seconds for row in rows]),
-        ("GiB of all roles", [row.predicted_gib for row in rows], [row.measured_gib for row in rows]),
+        ("GiB, largest worker of each role", [row.predicted_gib for row in rows], [row.measured_gib for row in rows]),
         (
             "efficiency, % of the first run's",
             _efficiencies(rows, expected),

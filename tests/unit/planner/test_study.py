@@ -64,15 +64,15 @@ def test_on_a_cpu_memory_is_resident_sets_and_includes_what_the_host_keeps(tmp_p
     assert calibrated.predicted_gib == same.predicted_gib == pytest.approx(2.0)  # libraries included
 
 
-def test_what_the_first_run_held_beyond_its_prediction_each_process_of_another_holds_too(tmp_path):
+def test_what_a_role_of_the_first_run_held_beyond_its_prediction_it_holds_in_the_others_too(tmp_path):
     file = written(tmp_path, extra='device = "cpu"\n')
-    file.write_text(file.read_text().replace("prompts_per_step=2048", "engine.count=2"))
+    file.write_text(file.read_text().replace("prompts_per_step=2048", "engine.kv_cache_mib=65536"))
     raw = study_rows(read_study(file))
     finished(tmp_path / "one", 500.0)
     one, two = study_rows(read_study(file))
-    assert two.devices != one.devices
-    beyond = (2.0 - raw[0].predicted_gib) / one.devices
-    assert two.predicted_gib == pytest.approx(raw[1].predicted_gib + beyond * two.devices)
+    assert one.predicted_gib == pytest.approx(2.0)
+    assert two.predicted_gib == pytest.approx(2.0 + 48)
+    assert raw[1].predicted_gib == pytest.approx(raw[0].predicted_gib + 48)
 
 
 def test_settings_on_the_command_line_are_refused(tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_table_and_picture_give_error_and_efficiency(tmp_path, monkeypatch):
     heights = {axes.get_ylabel(): [bar.get_height() for bar in axes.patches] for axes in drawn[0].axes}
     assert heights == {
         "seconds of a step": [10.0, 6.0, 10.0, 8.0],
-        "GiB of all roles": [1.0, 1.0],
+        "GiB, largest worker of each role": [1.0, 1.0],
         "efficiency, % of the first run's": [100.0, pytest.approx(1000 / 12), 100.0, 62.5],
         "accuracy at the end": [0.5, 0.5],
     }
