@@ -109,12 +109,11 @@ def _weight_map(dims: ModelDims, head: Head, bridged: BridgedFamily | None) -> W
     return weight_map(dims, head, None if bridged is None else bridged.rules)
 
 
-def keeps_type(entry: WeightEntry) -> bool:
-    """Whether a tensor keeps its type whatever is asked for: training has float32 in it in a model of any type.
-
-    So it is with a router's bias, whatever a family calls it, and with a value head.
+def keeps_type(entry: WeightEntry, found: torch.dtype) -> bool:
+    """Whether a tensor keeps its type whatever is asked for: a value head, and a router's bias, whatever a family calls
+    it, that are float32, as they are in the training of a model of any type. In another type they are as any tensor.
     """
-    return is_float32(entry) or entry.hf in _VALUE_HEAD
+    return found is torch.float32 and (is_float32(entry) or entry.hf in _VALUE_HEAD)
 
 
 class HfSource:
@@ -208,7 +207,7 @@ class HfSource:
         return tensor.to(self._type(entry, name, tensor.dtype))
 
     def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
-        if self._dtype is None or (found is torch.float32 and keeps_type(entry)):
+        if self._dtype is None or keeps_type(entry, found):
             return found
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")

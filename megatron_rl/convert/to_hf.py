@@ -73,7 +73,7 @@ class Form:
         return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
 
     def _type(self, entry: WeightEntry, found: torch.dtype) -> torch.dtype:
-        return found if self.dtype is None or keeps_type(entry) else self.dtype
+        return found if self.dtype is None or keeps_type(entry, found) else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

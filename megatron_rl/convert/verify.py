@@ -84,8 +84,8 @@ def check_values(
     Args:
         folder: of the model.
         other: of the model.
-        dtype: both sides are converted to it first, but for tensors that keep their type (:func:`.keeps_type`) and
-            have the same one; None: nothing is converted, and a tensor of another type differs.
+        dtype: both sides are converted to it first, but for tensors that keep their type on both
+            (:func:`.keeps_type`); None: nothing is converted, and a tensor of another type differs.
         processes: at most so many at a time.
         progress: told the bytes that are compared.
         drop_padding_rows: see :class:`.MegatronSource`.
@@ -136,7 +136,7 @@ def _hf_tensors(source: Source, entry: WeightEntry) -> list[tuple[str, Tensor]]:
 
 
 def _converted(entry: WeightEntry, mine: Tensor, theirs: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    if dtype is None or (keeps_type(entry) and mine.dtype == theirs.dtype):
+    if dtype is None or (keeps_type(entry, mine.dtype) and mine.dtype == theirs.dtype):
         return mine, theirs
     return mine.to(dtype), theirs.to(dtype)
 

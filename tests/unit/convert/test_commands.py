@@ -120,6 +120,20 @@ def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
     assert run(verify, tmp_path / "megatron", "--level", "values", "--against", source, "--dtype", "bfloat16")[0] == 0
 
 
+@pytest.mark.parametrize(("family", "kind"), [("Qwen2", "TokenClassification"), ("DeepseekV3", "CausalLM")])
+def test_no_tensor_keeps_bfloat16_where_float32_is_asked_for(run: Run, tmp_path: Path, family: str, kind: str) -> None:
+    """Neither a value head nor a router's bias: only their float32 is kept."""
+    source = write_model(tmp_path / "hf", family, kind, torch.bfloat16)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dtype", "float32")[0] == 0
+    found = tensors(tmp_path / "back")
+    for name, tensor in tensors(source).items():
+        assert found[name].dtype == torch.float32, name
+        assert torch.equal(found[name], tensor.float()), name
+    against = ("--level", "values", "--against", source, "--dtype", "float32")
+    assert run(verify, tmp_path / "back", *against)[0] == 0
+
+
 def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_asked_for(
     run: Run, tmp_path: Path
 ) -> None:
