@@ -145,11 +145,24 @@ class HfSource:
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
-        scales = {name + SCALE_SUFFIX for entry in self.weights.entries for name in entry.hf}
         hint = None if self.bridged is None else self.bridged.hint
-        self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights, hint=hint)
+        self.left_out = check_coverage(folder, self._infos.keys() - self._scales(), self.weights, hint=hint)
         for entry in self.weights.entries:
             self.info(entry)
+
+    def _scales(self) -> set[str]:
+        """Those of the model's tensors, which must be of 8 bits: another tensor would be taken without its scale."""
+        weights = {name + SCALE_SUFFIX: name for entry in self.weights.entries for name in entry.hf}
+        found = {scale: self._infos.get(weights[scale]) for scale in weights.keys() & self._infos.keys()}
+        stray = sorted(scale for scale, weight in found.items() if weight is None or weight.dtype is not FP8)
+        if stray:
+            weight = found[stray[0]]
+            raise ValueError(
+                f"{self._path}: {stray[0]} must stand beside a {weights[stray[0]]} of type {FP8}, which is "
+                f"{'not there' if weight is None else f'of {weight.dtype}'} ({len(stray)} scales are so); remove scales "
+                "of weights that are no longer in 8 bits"
+            )
+        return {*found}
 
     def identity(self) -> object:
         """What tells it from another model, without reading a tensor: its repr is the same for the same files."""

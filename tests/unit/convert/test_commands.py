@@ -613,6 +613,15 @@ def half_written(folder: Path) -> None:
             ),
             "has 8 bits, so config.json must say weight_block_size",
         ),
+        (
+            with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)})),
+            r"hf: model.layers.1.mlp.up_proj.weight_scale_inv must stand beside a model.layers.1.mlp.up_proj.weight of "
+            r"type torch.float8_e4m3fn, which is of torch.float32 \(1 scales are so\)",
+        ),
+        (
+            with_tensors(lambda t: t.update({"model.norm.weight_scale_inv": t.pop("model.norm.weight")})),
+            "norm.weight_scale_inv must stand beside a model.norm.weight of .*, which is not there",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_imported_gets_one_clear_error(
