@@ -413,8 +413,13 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def model_config(like: Mapping[str, Any], architecture: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``config.json`` of a model of the same sizes as another, in another type or of another architecture."""
+    """The ``config.json`` of a model of the same sizes as another, in another type or of another architecture.
+
+    It has no layers that predict further tokens: nothing here writes them.
+    """
     config = dict(like)
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
     # transformers loads in the type that the configuration names, which is not always the one that was trained
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if architecture is not None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ def _check_files(folder: Path, processes: int) -> None:
 
 def _check_values(asked: argparse.Namespace, other: Path) -> None:
     with progress_bar("values", _size(asked.folder)) as progress:
-        count = check_values(
+        compared = check_values(
             asked.folder,
             other,
             dtype=DTYPES.get(asked.dtype),
@@ -92,7 +94,15 @@ def _check_values(asked: argparse.Namespace, other: Path) -> None:
             progress=progress,
             drop_padding_rows=asked.drop_padding_rows,
         )
-    print(f"values: ok, {count} tensors are the same in {asked.folder} and {other}")
+    print(f"values: ok, {compared.tensors} tensors are the same in {asked.folder} and {other}")
+    for folder, names in compared.beside.items():
+        print(f"values: {len(names)} more tensors of {folder} were not compared: {', '.join(_by_layer(names))}")
+
+
+def _by_layer(names: Iterable[str]) -> list[str]:
+    """The names, those of a layer under one pattern."""
+    patterns = Counter(re.sub(r"^(model\.layers\.\d+\.).*", r"\1*", name) for name in names)
+    return [f"{pattern} ({count})" if pattern.endswith("*") else pattern for pattern, count in sorted(patterns.items())]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -813,6 +813,13 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(run: Run, tmp_
     status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
     assert status == 0
     assert "left out: 1 tensors that this model does not use: model.layers.2.eh_proj.weight" in out
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for folder in ("megatron", "back"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["num_nextn_predict_layers"] == 0  # else a program looks for them
+        status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
+        assert status == 0
+        assert f"1 more tensors of {source} were not compared: model.layers.2.* (1)\n" in out
     changed_config(num_nextn_predict_layers=0)(source)
     assert "has a tensor model.layers.2.eh_proj.weight" in run(hf_to_megatron, source, tmp_path / "again")[2]
 
