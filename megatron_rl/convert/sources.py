@@ -60,16 +60,18 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what a model folder has beside weights and ``config.json``.
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy what a model folder has beside weights and ``config.json``; the names of it.
 
     Raises:
+        SourceDamaged: ``tokenizer_config.json`` is no JSON.
         SourceUnreadable: the source cannot be read.
         OSError: the target cannot be written.
     """
     with reading(source):
         companions = read_companions(source)
     write_companions(companions, target)
+    return [*companions]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -151,6 +151,36 @@ def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_
             assert "elements differ" in err
 
 
+def test_code_that_a_model_folder_names_goes_with_it_or_is_not_named(run: Run, tmp_path: Path) -> None:
+    code = {"AutoConfig": "configuration_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
+    source = write_model(tmp_path / "hf", auto_map=code)
+    files = {
+        "configuration_mine.py": "class MyConfig: ...",
+        "modeling_mine.py": "class MyModel: ...",
+        "tokenization_mine.py": "class MyTokenizer: ...",
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_mine.MyTokenizer", None]}}),
+        "chat_template.json": "{}",
+        "tekken.json": "{}",
+    }
+    for name, content in files.items():
+        (source / name).write_text(content)
+    (source / "unnamed.py").write_text("")
+    (tmp_path / "outside.py").write_text("")
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for folder in (tmp_path / "megatron", tmp_path / "back"):
+        assert {name: (folder / name).read_text() for name in files} == files
+        assert not (folder / "unnamed.py").exists()
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == code
+        assert "modeling_mine.py" in json.loads((folder / "manifest.json").read_text())["files"]
+    for number, elsewhere in enumerate(("another/repository--modeling_mine.MyModel", "../outside.MyModel", "gone.A")):
+        changed_config(auto_map=code | {"AutoModel": elsewhere})(source)
+        assert run(hf_to_megatron, source, tmp_path / f"megatron{number}")[0] == 0
+        assert "auto_map" not in json.loads((tmp_path / f"megatron{number}" / "config.json").read_text())
+    (source / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json must be JSON" in run(hf_to_megatron, source, tmp_path / "again")[2]
+
+
 def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf")
     size = sum(tensor.nbytes for tensor in tensors(source).values()) / (1 << 20)
