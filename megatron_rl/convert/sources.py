@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name, stacks_layers
-from megatron_rl.model_dims import ModelDims, UnknownArchitecture, dims_from_config
+from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
+_BRIDGED = (
+    "{} is known through megatron-bridge, for files alone; to be built here, for scores or for training, it needs "
+    "tables of ours (CONTRIBUTING.md, a model family)"
+)
 _VALUE_HEAD = frozenset(rule.hf for rule in HEADS[Head.VALUE])
 
 
@@ -93,10 +97,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, BridgedFamily | None]:
-    """Sizes of the model, and the family where megatron-bridge alone knows it."""
+def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...], BridgedFamily | None]:
+    """Sizes of the model, why it is not computed here, and the family where megatron-bridge alone knows it."""
     try:
-        return dims_from_config(config), None
+        return *sizes_from_config(config), None
     except UnknownArchitecture as unknown:
         try:
             bridged = bridged_family(folder, (config.get("architectures") or ["?"])[0])
@@ -104,7 +108,7 @@ def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, Br
             raise UnknownArchitecture(f"{unknown}; {further}") from further
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return bridged.dims, bridged
+    return bridged.dims, (_BRIDGED.format(bridged.dims.architecture),), bridged
 
 
 def _weight_map(dims: ModelDims, head: Head, bridged: BridgedFamily | None) -> WeightMap:
@@ -123,6 +127,7 @@ class HfSource:
 
     Attributes:
         config: of the folder, without what it says of quantisation.
+        not_computed: why the model is neither trained nor scored here, one sentence each.
         bridged: the model's family where megatron-bridge alone knows it.
         weights: the tensors of the model.
         quantised: whether the folder's linear layers have 8 bits.
@@ -142,7 +147,7 @@ class HfSource:
         """
         self._path, self._dtype = folder, dtype
         self.config = read_config(folder)
-        self.dims, self.bridged = _read_family(folder, self.config)
+        self.dims, self.not_computed, self.bridged = _read_family(folder, self.config)
         self.weights: WeightMap = _weight_map(self.dims, head_of(self.config), self.bridged)
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
@@ -161,8 +166,8 @@ class HfSource:
             weight = found[stray[0]]
             raise ValueError(
                 f"{self._path}: {stray[0]} must stand beside a {weights[stray[0]]} of type {FP8}, which is "
-                f"{'not there' if weight is None else f'of {weight.dtype}'} ({len(stray)} scales are so); remove scales "
-                "of weights that are no longer in 8 bits"
+                f"{'not there' if weight is None else f'of {weight.dtype}'} ({len(stray)} scales are so); remove "
+                "scales of weights that are no longer in 8 bits"
             )
         return {*found}
 
@@ -246,6 +251,7 @@ class MegatronSource:
     Attributes:
         like: where its configuration and tokenizer are.
         config: of the model.
+        not_computed: why the model is neither trained nor scored here, one sentence each.
         bridged: its family where megatron-bridge alone knows it.
         weights: the tensors of the model.
     """
@@ -276,7 +282,7 @@ class MegatronSource:
         self.like = own if like is None else like
         self.config = read_config(self.like)
         self.config.pop("quantization_config", None)
-        self.dims, self.bridged = _read_family(self.like, self.config)
+        self.dims, self.not_computed, self.bridged = _read_family(self.like, self.config)
         # a training checkpoint has its configuration from the policy
         self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else head_of(self.config)
         self.weights = _weight_map(self.dims, self.head, self.bridged)

@@ -110,7 +110,7 @@ def check_values(
         Different: a tensor differs.
     """
     left, right = (open_source(side, dtype, drop_padding_rows=drop_padding_rows) for side in (folder, other))
-    if _without_further(left.weights) != _without_further(right.weights):
+    if (_without_further(left.weights), left.not_computed) != (_without_further(right.weights), right.not_computed):
         raise Different(
             f"{folder} and {other} must be of the same model, their configurations differ: "
             f"{_first_setting(left, right)}"
@@ -192,5 +192,8 @@ def _first_setting(left: Source, right: Source) -> str:
     mine, theirs = (asdict(_without_further(side.weights).dims) for side in (left, right))
     if different := [name for name in mine if mine[name] != theirs[name]]:
         return f"{different[0]} is {mine[different[0]]} against {theirs[different[0]]}"
+    for problem in (*left.not_computed, *right.not_computed):
+        if (problem in left.not_computed) != (problem in right.not_computed):
+            return f"of one alone, {problem}"
     of_left, of_right = ({name for entry in side.weights.entries for name in entry.hf} for side in (left, right))
     return f"{min(of_left ^ of_right)} is in one alone"

@@ -137,12 +137,8 @@ def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
     other = next((folder for folder in opened if folder != mine), mine)
     source, reference = opened[mine], opened[other]
     head = source.head if isinstance(source, MegatronSource) else head_of(source.config)
-    if source.bridged is not None:
-        raise ValueError(
-            f"{mine}: {source.dims.architecture} is known through megatron-bridge, for files alone: --level values is "
-            "the last one for it. To be built here, for scores or for training, it needs tables of ours "
-            "(CONTRIBUTING.md, a model family)"
-        )
+    if source.not_computed:
+        raise ValueError(f"{mine}: --level values is the last one for it: {'; '.join(source.not_computed)}")
     with_engine = asked.level == "engine"
     if with_engine and head is Head.VALUE:
         raise ValueError(f"{mine} is a critic, which scores no tokens: --level logits is the last one for it")

@@ -22,6 +22,7 @@ from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.torch_dist import TorchDistFolder
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.parity import ParityFailed
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
@@ -59,7 +60,7 @@ def same(found: Path, expected: Path) -> bool:
     [
         *(
             (family, "CausalLM")
-            for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3")
+            for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
         ),
         *((family, "TokenClassification") for family in ("Llama", "Mistral", "Qwen2", "Qwen3")),
     ],
@@ -82,6 +83,45 @@ def test_a_model_goes_there_and_back_to_the_bit(
         status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
         assert status == 0
         assert f"values: ok, {len(tensors(source))} tensors are the same" in out
+
+
+@pytest.mark.parametrize("query_rank", [6, None])
+def test_a_model_that_cannot_be_trained_here_is_converted(run: Run, tmp_path: Path, query_rank: int | None) -> None:
+    """DeepSeek-V2 itself: how it chooses experts, with its numbers of groups and choices."""
+    choice = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6}
+    sizes = {"n_routed_experts": 16, "q_lora_rank": query_rank}
+    source = write_model(tmp_path / "hf", "DeepseekV2", sizes=sizes, **choice)
+    assert ("model.layers.0.self_attn.q_a_proj.weight" in tensors(source)) == (query_rank is not None)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
+    against = ("--against", source, "--level")
+    assert run(verify, tmp_path / "megatron", *against, "values")[0] == 0
+    status, _, err = run(verify, tmp_path / "megatron", *against, "logits")
+    assert status == 1
+    assert "--level values is the last one for it: num_experts_per_tok must be less than 2 x topk_group, got 6" in err
+    changed_config(topk_group=2)(source)
+    status, _, err = run(verify, tmp_path / "megatron", *against, "values")
+    assert status == 1
+    assert "their configurations differ: experts is" in err
+    with pytest.raises(ValueError, match=r"^DeepseekV2ForCausalLM: num_experts_per_tok must be less than"):
+        read_model_dims(source)
+
+
+def test_settings_that_only_computing_needs_do_not_keep_files_from_being_converted(run: Run, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    source = write_model(tmp_path / "hf", eos_token_id=None, hidden_act="gelu", rope_scaling=rope, rope_theta=1e6)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    against = ("--level", "values", "--against", source)
+    assert run(verify, tmp_path / "megatron", *against)[0] == 0
+    changed_config(rope_scaling=rope | {"factor": 4.0})(source)
+    status, _, err = run(verify, tmp_path / "megatron", *against)
+    assert status == 1
+    assert "their configurations differ: of one alone, rope scaling 'dynamic' is not supported" in err
+    with pytest.raises(
+        ValueError, match=r"hidden_act must be silu.*; config.json must name eos_.*; rope scaling"
+    ):
+        read_model_dims(source)
 
 
 @pytest.mark.parametrize(("family", "stacked"), [("Qwen3Moe", True), ("Qwen3", False)])
