@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
-from megatron_rl.mcore.sharded_names import ShardedName, sharded_name, stacks_layers
+from megatron_rl.mcore.sharded_names import ShardedName, kept_name, sharded_name, stacks_layers
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.families import HEADS
@@ -275,7 +275,8 @@ class MegatronSource:
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
         self.folder: TorchDistFolder = TorchDistFolder(folder)
-        self._stacked = stacks_layers(self.folder.keys)
+        self._keys = self.folder.keys
+        self._stacked = stacks_layers(self._keys)
         self._drop_padding_rows = drop_padding_rows
         beside = folder.resolve().parent / "hf"
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
@@ -292,7 +293,7 @@ class MegatronSource:
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
-        return sharded_name(entry, self.dims, stacked=self._stacked)
+        return kept_name(sharded_name(entry, self.dims, stacked=self._stacked), self._keys)
 
     def info(self, entry: WeightEntry) -> TensorInfo:
         """Type and shape of a tensor; without the rows that pad the vocabulary."""

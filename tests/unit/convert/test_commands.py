@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
-from megatron_rl.model_dims import read_model_dims
+from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.parity import ParityFailed
+from megatron_rl.weights.weight_map import WeightEntry
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
@@ -118,9 +121,7 @@ def test_settings_that_only_computing_needs_do_not_keep_files_from_being_convert
     status, _, err = run(verify, tmp_path / "megatron", *against)
     assert status == 1
     assert "their configurations differ: of one alone, rope scaling 'dynamic' is not supported" in err
-    with pytest.raises(
-        ValueError, match=r"hidden_act must be silu.*; config.json must name eos_.*; rope scaling"
-    ):
+    with pytest.raises(ValueError, match=r"hidden_act must be silu.*; config.json must name eos_.*; rope scaling"):
         read_model_dims(source)
 
 
@@ -138,6 +139,49 @@ def test_a_model_comes_back_whose_layers_another_program_keeps_otherwise(
     assert ("decoder.layers.self_attention.linear_qkv.weight" in keys) == stacked
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     assert same(tmp_path / "back", source)
+
+
+TE_MOE = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+TE_LATENT = {
+    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+}
+TE_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+
+
+@pytest.mark.parametrize(
+    ("family", "norms"),
+    [
+        ("Qwen3Moe", {0: TE_MOE, 1: TE_MOE}),
+        ("DeepseekV3", {0: TE_LATENT | TE_DENSE, 1: TE_LATENT}),  # experts from layer 1 on
+    ],
+)
+def test_a_checkpoint_of_transformer_engines_layers_is_exported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, norms: dict[int, dict[str, str]]
+) -> None:
+    """With the names that megatron-core's stock specification of them gives to norms."""
+    source = write_model(tmp_path / "hf", family)
+
+    def name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
+        found = sharded_name(entry, dims)
+        layer = f"decoder.layers.{entry.layer}."
+        tail = found.key.removeprefix(layer)
+        return replace(found, key=layer + norms[entry.layer].get(tail, tail)) if entry.layer is not None else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron, "sharded_name", name)
+        assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    keys = TorchDistFolder(tmp_path / "megatron").keys
+    for layer, renamed in norms.items():
+        for ours, theirs in renamed.items():
+            assert f"decoder.layers.{layer}.{theirs}" in keys
+            assert f"decoder.layers.{layer}.{ours}" not in keys
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
+    keep_away(tmp_path / "megatron", "decoder.layers.1." + next(iter(norms[1].values())))
+    status, _, err = run(verify, tmp_path / "megatron")
+    assert status == 1
+    assert f"has no tensor decoder.layers.1.{next(iter(norms[1]))}; " in err
 
 
 def test_what_is_complete_is_told_as_such(run: Run, tmp_path: Path) -> None:
