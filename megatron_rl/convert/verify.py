@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron_rl.convert.processes import for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
 from megatron_rl.mcore.torch_dist import METADATA
-from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_files, check_shard, read_manifest
+from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_file, check_shard, read_manifest
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap
 
@@ -63,19 +64,19 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
         open_source(folder)
         return False
     manifest = read_manifest(folder)
-    shards = list(manifest.shards.items())
+    checks = [
+        *(partial(check_file, folder, name, record) for name, record in manifest.files.items()),
+        *(partial(check_shard, folder, name, record) for name, record in manifest.shards.items()),
+    ]
 
     def check(number: int, moved: Callable[[int], None]) -> str | None:
         try:
-            if number == 0:
-                check_files(folder, manifest, moved)
-            else:
-                check_shard(folder, *shards[number - 1], moved)
+            checks[number](moved)
         except Damaged as damage:
             return str(damage)
         return None
 
-    damages = [text for text in for_each_file(len(shards) + 1, check, processes=processes, progress=progress) if text]
+    damages = [text for text in for_each_file(len(checks), check, processes=processes, progress=progress) if text]
     if damages:
         raise Damaged(damages[0])
     open_source(folder)

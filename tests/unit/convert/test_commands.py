@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import random
 import re
@@ -21,11 +22,14 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
+from megatron_rl.convert.verify import check_folder
+from megatron_rl.durable import FileRecord
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.parity import ParityFailed
+from megatron_rl.weights.manifest import check_file
 from megatron_rl.weights.weight_map import WeightEntry
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
@@ -339,6 +343,43 @@ def test_verify_finds_a_flipped_byte_by_the_name_of_its_tensor(run: Run, folders
     status, _, err = run(verify, megatron)
     assert status == 1
     assert "__1_0.distcp: it must have" in err
+
+
+def test_verify_reads_the_files_of_a_megatron_folder_side_by_side_and_tells_how_far_it_is(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, megatron, _ = folders
+    sizes = {name: (megatron / name).stat().st_size for name in TorchDistFolder(megatron).files}
+    assert len(sizes) == 2
+    monkeypatch.setattr("megatron_rl.durable.CHUNK_BYTES", 1000)
+    both, told = multiprocessing.get_context("fork").Barrier(2), multiprocessing.get_context("fork").Queue()
+
+    def check(folder: Path, name: str, expected: FileRecord, read: Callable[[int], None]) -> None:
+        if name in sizes:
+            both.wait(30)  # breaks unless the two are read by two processes at one time
+
+        def reading(count: int) -> None:
+            told.put((name, count))
+            read(count)
+
+        check_file(folder, name, expected, reading)
+
+    monkeypatch.setattr("megatron_rl.convert.verify.check_file", check)
+    total = 0
+
+    def progress(done: int) -> None:
+        nonlocal total
+        total = done
+
+    assert check_folder(megatron, processes=2, progress=progress)
+    manifest = json.loads((megatron / "manifest.json").read_text())
+    assert total == sum(record["size_bytes"] for record in manifest["files"].values())
+    found: dict[str, list[int]] = {}
+    while sum(map(sum, found.values())) < total:
+        name, count = told.get(timeout=30)
+        found.setdefault(name, []).append(count)
+    for name, size in sizes.items():
+        assert found[name] == [1000] * (size // 1000) + [size % 1000] * (size % 1000 > 0)
 
 
 def test_verify_finds_a_flipped_byte_of_a_header(run: Run, folders: tuple[Path, Path, Path]) -> None:
