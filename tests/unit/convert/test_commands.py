@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -309,6 +310,90 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
             torch.testing.assert_close(tensor, small[name], rtol=1e-6, atol=0)
     assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "bf16")[0] == 0
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
+
+
+WIDE = {
+    "hidden_size": 160,
+    "intermediate_size": 288,
+    "moe_intermediate_size": 144,
+    "q_lora_rank": 132,
+    "kv_lora_rank": 136,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 48,
+}
+"""Every linear layer has several blocks each way, the last ones cut off."""
+
+
+def blocks_spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    """The scale of each element."""
+    return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+
+
+def test_a_deepseek_in_blocks_comes_in_and_goes_out_block_by_block(run: Run, tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published: linear layers in blocks, a router's bias in float32, a layer that is left out."""
+    source = write_model(
+        tmp_path / "hf",
+        "DeepseekV3",
+        dtype=torch.bfloat16,
+        sizes=WIDE,
+        num_nextn_predict_layers=1,
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    )
+    linear = [name for name in tensors(source) if re.search(r"_proj(_with_mqa)?\.weight$", name)]
+    assert {name.split(".")[-2] for name in linear} == {
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    draw = torch.Generator().manual_seed(0)
+    expected = {}
+
+    def quantised(held: dict[str, Tensor]) -> None:
+        held["model.layers.2.mlp.down_proj.weight"] = held["model.layers.0.mlp.down_proj.weight"].clone()
+        for name in (*linear, "model.layers.2.mlp.down_proj.weight"):
+            small = (100 * torch.randn(held[name].shape, generator=draw)).to(torch.float8_e4m3fn)
+            blocks = [-(-side // 128) for side in small.shape]
+            assert min(blocks) > 1, name
+            scales = 2 ** (8 * torch.rand(blocks, generator=draw) - 12)  # far apart: another block's would show
+            held |= {name: small, f"{name}_scale_inv": scales}
+            expected[name] = small.float() * blocks_spread(scales, small.shape)
+        for name in [name for name in held if name.endswith("e_score_correction_bias")]:
+            held[name] = held[name].float()
+
+    with_tensors(quantised)(source)
+    others = {name: tensor for name, tensor in tensors(source).items() if name not in expected}
+    wanted = {name: tensor for name, tensor in (others | expected).items() if ".layers.2." not in name}
+    wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("_scale_inv")}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        into = str(dtype).removeprefix("torch.")
+        options = ("--dtype", into) if dtype is torch.float32 else ()  # bfloat16 unless something else is asked for
+        status, out, _ = run(hf_to_megatron, source, tmp_path / into, *options)
+        assert status == 0
+        assert "left out: 2 tensors that this model does not use: model.layers.2.mlp.down_proj.weight" in out
+        assert run(megatron_to_hf, tmp_path / into, tmp_path / f"{into}-hf")[0] == 0
+        found = tensors(tmp_path / f"{into}-hf")
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            assert found[name].dtype == kept, name
+            assert torch.equal(found[name], tensor.to(kept)), name
+
+    assert run(megatron_to_hf, tmp_path / "float32", tmp_path / "fp8", "--fp8-blocks")[0] == 0
+    found = tensors(tmp_path / "fp8")
+    assert found.keys() == wanted.keys() | {f"{name}_scale_inv" for name in linear}
+    assert {name for name, tensor in found.items() if tensor.dtype is torch.float8_e4m3fn} == {*linear}
+    for name in linear:
+        scales, whole = found[f"{name}_scale_inv"], wanted[name]
+        for down, across in itertools.product(*map(range, scales.shape)):
+            block = whole[128 * down : 128 * down + 128, 128 * across : 128 * across + 128]
+            assert scales[down, across] == block.abs().amax() / torch.tensor(448.0), name
+        spread = blocks_spread(scales, whole.shape)
+        # e4m3 has three bits behind the first one, down to a step of 2^-9
+        bound = torch.maximum(whole.abs() / 16, spread * 2**-10)
+        assert ((found[name].float() * spread - whole).abs() <= bound * (1 + 1e-5)).all(), name
+    against = ("--level", "values", "--against", tmp_path / "fp8", "--dtype", "float32")
+    assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "again", "--dtype", "float32")[0] == 0
+    assert run(verify, tmp_path / "again", *against)[0] == 0
 
 
 @pytest.fixture
