@@ -10,7 +10,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,10 +68,16 @@ def replace_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
-def read_record(path: Path) -> FileRecord:
-    """What a file is."""
+def read_record(path: Path, read: Callable[[int], None] = lambda _: None) -> FileRecord:
+    """What a file is; ``read`` is told the bytes read, chunk by chunk."""
     with path.open("rb") as file:
-        return _record(iter(lambda: file.read(CHUNK_BYTES), b""))
+        return _record(_told(iter(lambda: file.read(CHUNK_BYTES), b""), read))
+
+
+def _told(chunks: Iterable[bytes], read: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        read(len(chunk))
 
 
 def read_back(path: Path) -> FileRecord:

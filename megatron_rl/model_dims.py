@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.rope_scaling import RopeScaling, YarnScaling, read_rope
+from megatron_rl.rope_scaling import RopeScaling, YarnScaling, read_rope, read_theta
 
 
 class UnknownArchitecture(ValueError):
@@ -242,10 +242,28 @@ class _Family:
     slides: bool = False
     """Whether ``sliding_window`` counts where there is no ``use_sliding_window``."""
     experts: Callable[[Mapping[str, Any]], ExpertDims] | None = None
+    problems: Callable[[Mapping[str, Any]], Iterator[str]] = lambda _: iter(())
+    """Why experts are not computed as the configuration says, one sentence each."""
 
 
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
+    dims, problems = sizes_from_config(config)
+    if problems:
+        raise ValueError(f"{dims.architecture}: {'; '.join(problems)}")
+    return dims
+
+
+def sizes_from_config(config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...]]:
+    """Read the sizes of a model whose files alone are of interest: it need not be one that can be computed here.
+
+    Returns:
+        the sizes, and why such a model is not computed here, one sentence each; where there are any, ``rope_scaling``,
+        ``eos_ids`` and ``pad_id`` may be missing from the sizes.
+
+    Raises:
+        UnknownArchitecture, ValueError: as :func:`read_model_dims`, of what tensors depend on.
+    """
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json must hold the settings of a model by name, got a {type(config).__name__}")
     named = config.get("architectures") or [config.get("model_type", "?")]
@@ -262,13 +280,25 @@ def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
         raise ValueError(f"{architecture}: {error}") from error
 
 
-def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> ModelDims:
+def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...]]:
+    problems = [*family.problems(config)]
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act must be silu, got {config['hidden_act']}")
-    eos_ids, pad_id = token_ids(config)
+        problems.append(f"hidden_act must be silu, got {config['hidden_act']}")
+    eos_ids, pad_id = tuple[int, ...](), 0
+    try:
+        eos_ids, pad_id = token_ids(config)
+    except ValueError as error:
+        problems.append(str(error))
+    scaling = None
+    try:
+        scaling = read_rope(config)[1]
+    except ValueError as error:
+        problems.append(f"{error}; got {config.get('rope_scaling') or config.get('rope_parameters')}")
+    latent = _latent(config)
+    if latent is not None:
+        problems += _latent_problems(config, scaling)
     heads = int(config["num_attention_heads"])
-    theta, scaling = read_rope(config)
-    return ModelDims(
+    dims = ModelDims(
         architecture=architecture,
         layers=int(config["num_hidden_layers"]),
         hidden=int(config["hidden_size"]),
@@ -282,14 +312,15 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> Mode
         **_biases(family, config),
         qk_norm=family.qk_norm,
         norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=theta,
+        rope_theta=read_theta(config),
         rope_scaling=scaling,
         eos_ids=eos_ids,
         pad_id=pad_id,
         experts=None if family.experts is None else family.experts(config),
-        latent=_latent(config, scaling),
+        latent=latent,
         further_layers=int(config.get("num_nextn_predict_layers") or 0),
     )
+    return dims, tuple(problems)
 
 
 def token_ids(config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -347,29 +378,39 @@ def _deepseek_v2_experts(config: Mapping[str, Any]) -> ExpertDims:
     method = config.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method must be greedy or group_limited_greedy, got {method}")
+    groups, best = _deepseek_v2_groups(config)
+    return _deepseek_experts(config, sigmoid=False, groups=groups, groups_per_token=best)
+
+
+def _deepseek_v2_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("norm_topk_prob"):
-        raise ValueError(
-            "norm_topk_prob=true is not supported with softmax scores: transformers leaves it out and vLLM does not"
-        )
-    groups, best = _expert_groups(config) if method == "group_limited_greedy" else (1, 1)
+        yield "norm_topk_prob=true is not supported with softmax scores: transformers leaves it out and vLLM does not"
+    groups, best = _deepseek_v2_groups(config)
     if groups > 1 and int(config["num_experts_per_tok"]) // best != 1:
-        raise ValueError(
+        yield (
             f"num_experts_per_tok must be less than 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
             "megatron-core ranks a group by as many of its experts as are chosen from it, this model by its best"
         )
-    return _deepseek_experts(config, sigmoid=False, groups=groups, groups_per_token=best)
+
+
+def _deepseek_v2_groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    return _expert_groups(config) if config.get("topk_method") == "group_limited_greedy" else (1, 1)
 
 
 def _deepseek_v3_experts(config: Mapping[str, Any]) -> ExpertDims:
     groups, best = _expert_groups(config)
+    return _deepseek_experts(config, sigmoid=True, groups=groups, groups_per_token=best)
+
+
+def _deepseek_v3_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    groups, best = _expert_groups(config)
     if groups > 1 and int(config["num_experts_per_tok"]) != 2 * best:
-        raise ValueError(
+        yield (
             f"num_experts_per_tok must be 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
             "megatron-core ranks a group by as many of its experts as are chosen from it, this model by two"
         )
     if not config.get("norm_topk_prob", True):
-        raise ValueError("norm_topk_prob=false is not supported with sigmoid scores: megatron-core normalises them")
-    return _deepseek_experts(config, sigmoid=True, groups=groups, groups_per_token=best)
+        yield "norm_topk_prob=false is not supported with sigmoid scores: megatron-core normalises them"
 
 
 def _expert_groups(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -399,15 +440,11 @@ def _deepseek_experts(config: Mapping[str, Any], *, sigmoid: bool, groups: int, 
     )
 
 
-def _latent(config: Mapping[str, Any], scaling: RopeScaling | None) -> LatentDims | None:
+def _latent(config: Mapping[str, Any]) -> LatentDims | None:
     if config.get("kv_lora_rank") is None:
         return None
     if not config.get("rope_interleave", True):
         raise ValueError("rope_interleave=false is not supported: megatron-core's latent attention interleaves")
-    if config["rms_norm_eps"] != 1e-6:
-        raise ValueError(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms")
-    if scaling is not None and not isinstance(scaling, YarnScaling):
-        raise ValueError(f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn")
     rank = config.get("q_lora_rank")
     return LatentDims(
         query_rank=None if rank is None else int(rank),
@@ -418,6 +455,13 @@ def _latent(config: Mapping[str, Any], scaling: RopeScaling | None) -> LatentDim
     )
 
 
+def _latent_problems(config: Mapping[str, Any], scaling: RopeScaling | None) -> Iterator[str]:
+    if config["rms_norm_eps"] != 1e-6:
+        yield f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms"
+    if scaling is not None and not isinstance(scaling, YarnScaling):
+        yield f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn"
+
+
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias="attention_bias", projection_bias="attention_bias", mlp_bias="mlp_bias"),
     "MistralForCausalLM": _Family(slides=True),
@@ -425,7 +469,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "Qwen2MoeForCausalLM": _Family(qkv_bias=True, experts=_qwen2_experts),
     "Qwen3ForCausalLM": _Family(qk_norm=True),
     "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts),
-    "DeepseekV2ForCausalLM": _Family(experts=_deepseek_v2_experts),
-    "DeepseekV3ForCausalLM": _Family(experts=_deepseek_v3_experts),
+    "DeepseekV2ForCausalLM": _Family(experts=_deepseek_v2_experts, problems=_deepseek_v2_problems),
+    "DeepseekV3ForCausalLM": _Family(experts=_deepseek_v3_experts, problems=_deepseek_v3_problems),
 }
 """By architecture: the sizes' part of a family, whose tensors :mod:`megatron_rl.weights.families` has."""

@@ -59,6 +59,15 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def read_theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies; ``config`` as :func:`read_rope` has it."""
+    return float(_given(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
 def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base of the rotary frequencies, and how they are scaled, if they are.
 
@@ -68,9 +77,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     Raises:
         ValueError: a kind of scaling, or a setting of it, that is not supported.
     """
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {key: value for key, value in given.items() if value is not None}
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    rope = {key: value for key, value in _given(config).items() if value is not None and key != "rope_theta"}
     kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     rotated = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
@@ -89,7 +96,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"rope scaling {kind!r} must have {sorted(needed)} and may have {sorted(optional)}; "
             f"missing: {missing}, not understood: {unknown}"
         )
-    return theta, read(rope)
+    return read_theta(config), read(rope)
 
 
 def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:

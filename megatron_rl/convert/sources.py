@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
-from megatron_rl.mcore.sharded_names import ShardedName, sharded_name, stacks_layers
-from megatron_rl.model_dims import ModelDims, UnknownArchitecture, dims_from_config
+from megatron_rl.mcore.sharded_names import ShardedName, kept_name, sharded_name, stacks_layers
+from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 _TYPES = (torch.float32, torch.bfloat16)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """A training checkpoint holds the optimizer's tensors under other names."""
+_BRIDGED = (
+    "{} is known through megatron-bridge, for files alone; to be built here, for scores or for training, it needs "
+    "tables of ours (CONTRIBUTING.md, a model family)"
+)
 _VALUE_HEAD = frozenset(rule.hf for rule in HEADS[Head.VALUE])
 
 
@@ -60,16 +64,18 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what a model folder has beside weights and ``config.json``.
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy what a model folder has beside weights and ``config.json``; the names of it.
 
     Raises:
+        SourceDamaged: ``tokenizer_config.json`` is no JSON.
         SourceUnreadable: the source cannot be read.
         OSError: the target cannot be written.
     """
     with reading(source):
         companions = read_companions(source)
     write_companions(companions, target)
+    return [*companions]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -91,10 +97,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, BridgedFamily | None]:
-    """Sizes of the model, and the family where megatron-bridge alone knows it."""
+def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...], BridgedFamily | None]:
+    """Sizes of the model, why it is not computed here, and the family where megatron-bridge alone knows it."""
     try:
-        return dims_from_config(config), None
+        return *sizes_from_config(config), None
     except UnknownArchitecture as unknown:
         try:
             bridged = bridged_family(folder, (config.get("architectures") or ["?"])[0])
@@ -102,19 +108,18 @@ def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, Br
             raise UnknownArchitecture(f"{unknown}; {further}") from further
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return bridged.dims, bridged
+    return bridged.dims, (_BRIDGED.format(bridged.dims.architecture),), bridged
 
 
 def _weight_map(dims: ModelDims, head: Head, bridged: BridgedFamily | None) -> WeightMap:
     return weight_map(dims, head, None if bridged is None else bridged.rules)
 
 
-def keeps_type(entry: WeightEntry) -> bool:
-    """Whether a tensor keeps its type whatever is asked for: training has float32 in it in a model of any type.
-
-    So it is with a router's bias, whatever a family calls it, and with a value head.
+def keeps_type(entry: WeightEntry, found: torch.dtype) -> bool:
+    """Whether a tensor keeps its type whatever is asked for: a value head, and a router's bias, whatever a family calls
+    it, that are float32, as they are in the training of a model of any type. In another type they are as any tensor.
     """
-    return is_float32(entry) or entry.hf in _VALUE_HEAD
+    return found is torch.float32 and (is_float32(entry) or entry.hf in _VALUE_HEAD)
 
 
 class HfSource:
@@ -122,6 +127,7 @@ class HfSource:
 
     Attributes:
         config: of the folder, without what it says of quantisation.
+        not_computed: why the model is neither trained nor scored here, one sentence each.
         bridged: the model's family where megatron-bridge alone knows it.
         weights: the tensors of the model.
         quantised: whether the folder's linear layers have 8 bits.
@@ -141,16 +147,29 @@ class HfSource:
         """
         self._path, self._dtype = folder, dtype
         self.config = read_config(folder)
-        self.dims, self.bridged = _read_family(folder, self.config)
+        self.dims, self.not_computed, self.bridged = _read_family(folder, self.config)
         self.weights: WeightMap = _weight_map(self.dims, head_of(self.config), self.bridged)
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
-        scales = {name + SCALE_SUFFIX for entry in self.weights.entries for name in entry.hf}
         hint = None if self.bridged is None else self.bridged.hint
-        self.left_out = check_coverage(folder, self._infos.keys() - scales, self.weights, hint=hint)
+        self.left_out = check_coverage(folder, self._infos.keys() - self._scales(), self.weights, hint=hint)
         for entry in self.weights.entries:
             self.info(entry)
+
+    def _scales(self) -> set[str]:
+        """Those of the model's tensors, which must be of 8 bits: another tensor would be taken without its scale."""
+        weights = {name + SCALE_SUFFIX: name for entry in self.weights.entries for name in entry.hf}
+        found = {scale: self._infos.get(weights[scale]) for scale in weights.keys() & self._infos.keys()}
+        stray = sorted(scale for scale, weight in found.items() if weight is None or weight.dtype is not FP8)
+        if stray:
+            weight = found[stray[0]]
+            raise ValueError(
+                f"{self._path}: {stray[0]} must stand beside a {weights[stray[0]]} of type {FP8}, which is "
+                f"{'not there' if weight is None else f'of {weight.dtype}'} ({len(stray)} scales are so); remove "
+                "scales of weights that are no longer in 8 bits"
+            )
+        return {*found}
 
     def identity(self) -> object:
         """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
@@ -208,7 +227,7 @@ class HfSource:
         return tensor.to(self._type(entry, name, tensor.dtype))
 
     def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
-        if self._dtype is None or (found is torch.float32 and keeps_type(entry)):
+        if self._dtype is None or keeps_type(entry, found):
             return found
         if not found.is_floating_point:
             raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
@@ -232,6 +251,7 @@ class MegatronSource:
     Attributes:
         like: where its configuration and tokenizer are.
         config: of the model.
+        not_computed: why the model is neither trained nor scored here, one sentence each.
         bridged: its family where megatron-bridge alone knows it.
         weights: the tensors of the model.
     """
@@ -255,14 +275,15 @@ class MegatronSource:
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
         self.folder: TorchDistFolder = TorchDistFolder(folder)
-        self._stacked = stacks_layers(self.folder.keys)
+        self._keys = self.folder.keys
+        self._stacked = stacks_layers(self._keys)
         self._drop_padding_rows = drop_padding_rows
         beside = folder.resolve().parent / "hf"
         own = folder if (folder / "config.json").is_file() or not beside.is_dir() else beside
         self.like = own if like is None else like
         self.config = read_config(self.like)
         self.config.pop("quantization_config", None)
-        self.dims, self.bridged = _read_family(self.like, self.config)
+        self.dims, self.not_computed, self.bridged = _read_family(self.like, self.config)
         # a training checkpoint has its configuration from the policy
         self.head = Head.VALUE if "output_layer.bias" in self.folder.keys else head_of(self.config)
         self.weights = _weight_map(self.dims, self.head, self.bridged)
@@ -272,7 +293,7 @@ class MegatronSource:
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
-        return sharded_name(entry, self.dims, stacked=self._stacked)
+        return kept_name(sharded_name(entry, self.dims, stacked=self._stacked), self._keys)
 
     def info(self, entry: WeightEntry) -> TensorInfo:
         """Type and shape of a tensor; without the rows that pad the vocabulary."""

@@ -73,7 +73,7 @@ class Form:
         return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
 
     def _type(self, entry: WeightEntry, found: torch.dtype) -> torch.dtype:
-        return found if self.dtype is None or keeps_type(entry) else self.dtype
+        return found if self.dtype is None or keeps_type(entry, found) else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,8 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     if len(shards) > 1:
         total = sum(record.end - record.begin for record in tensors.values())
         write_index(model, {name: record.file for name, record in tensors.items()}, total)
-    (model / "config.json").write_text(json.dumps(_config(plan), indent=2) + "\n")
-    copy_tokenizer(plan.source.like, model)
+    copied = copy_tokenizer(plan.source.like, model)
+    (model / "config.json").write_text(json.dumps(_config(plan, copied), indent=2) + "\n")
     names = dict(zip(file_names(len(shards)), shards, strict=True))
     others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
     manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})
@@ -250,10 +250,10 @@ def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...])
     }
 
 
-def _config(plan: ExportPlan) -> dict[str, object]:
+def _config(plan: ExportPlan, beside: list[str]) -> dict[str, object]:
     source = plan.source
     name = source.dims.architecture
     architecture = name.replace("ForCausalLM", "ForTokenClassification") if source.head is Head.VALUE else name
     entry = source.weights.entries[0]
-    config = model_config(source.config, architecture, plan.form.dtype or source.info(entry).dtype)
+    config = model_config(source.config, architecture, plan.form.dtype or source.info(entry).dtype, beside=beside)
     return config | ({"quantization_config": QUANTIZATION_CONFIG} if plan.form.fp8_blocks else {})

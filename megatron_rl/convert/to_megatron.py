@@ -118,9 +118,9 @@ def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[
     written = for_each_file(len(plan.files), write, processes=processes, progress=progress, meanwhile=_load_metadata)
     writer.finish(written, plan.digest)
     widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)
-    config = model_config(source.config, None, widest.dtype)
+    copied = copy_tokenizer(plan.folder, model)
+    config = model_config(source.config, None, widest.dtype, beside=copied)
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_tokenizer(plan.folder, model)
     files = {writer.path(number).name: file.record for number, file in enumerate(written)}
     others = sorted(path for path in model.iterdir() if path.name not in files and path.name != MANIFEST)
     files |= {path.name: read_record(path) for path in others}

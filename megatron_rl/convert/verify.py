@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,15 +13,28 @@ from torch import Tensor
 from megatron_rl.convert.processes import for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
 from megatron_rl.mcore.torch_dist import METADATA
-from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_files, check_shard, read_manifest
+from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_file, check_shard, read_manifest
 from megatron_rl.weights.safetensors_io import HfFolder
-from megatron_rl.weights.weight_map import WeightEntry
+from megatron_rl.weights.weight_map import WeightEntry, WeightMap
 
 Source = HfSource | MegatronSource
 
 
 class Different(ValueError):
     """Two folders hold different models; the message names the first tensor that differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What was compared.
+
+    Attributes:
+        tensors: how many.
+        beside: tensors of each folder that were not, since the model is not made of them.
+    """
+
+    tensors: int
+    beside: dict[Path, frozenset[str]]
 
 
 def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_rows: bool = False) -> Source:
@@ -50,19 +64,19 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
         open_source(folder)
         return False
     manifest = read_manifest(folder)
-    shards = list(manifest.shards.items())
+    checks = [
+        *(partial(check_file, folder, name, record) for name, record in manifest.files.items()),
+        *(partial(check_shard, folder, name, record) for name, record in manifest.shards.items()),
+    ]
 
     def check(number: int, moved: Callable[[int], None]) -> str | None:
         try:
-            if number == 0:
-                check_files(folder, manifest, moved)
-            else:
-                check_shard(folder, *shards[number - 1], moved)
+            checks[number](moved)
         except Damaged as damage:
             return str(damage)
         return None
 
-    damages = [text for text in for_each_file(len(shards) + 1, check, processes=processes, progress=progress) if text]
+    damages = [text for text in for_each_file(len(checks), check, processes=processes, progress=progress) if text]
     if damages:
         raise Damaged(damages[0])
     open_source(folder)
@@ -78,27 +92,26 @@ def check_values(
     processes: int,
     progress: Callable[[int], None],
     drop_padding_rows: bool = False,
-) -> int:
+) -> Compared:
     """Level ``values``: every element against another folder of the same model, of either kind, to the bit.
+
+    Layers that predict further tokens may be in one folder alone: a conversion leaves them out.
 
     Args:
         folder: of the model.
         other: of the model.
-        dtype: both sides are converted to it first, but for tensors that keep their type (:func:`.keeps_type`) and
-            have the same one; None: nothing is converted, and a tensor of another type differs.
+        dtype: both sides are converted to it first, but for tensors that keep their type on both
+            (:func:`.keeps_type`); None: nothing is converted, and a tensor of another type differs.
         processes: at most so many at a time.
         progress: told the bytes that are compared.
         drop_padding_rows: see :class:`.MegatronSource`.
-
-    Returns:
-        the tensors that were compared.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`open_source`.
         Different: a tensor differs.
     """
     left, right = (open_source(side, dtype, drop_padding_rows=drop_padding_rows) for side in (folder, other))
-    if left.weights != right.weights:
+    if (_without_further(left.weights), left.not_computed) != (_without_further(right.weights), right.not_computed):
         raise Different(
             f"{folder} and {other} must be of the same model, their configurations differ: "
             f"{_first_setting(left, right)}"
@@ -119,7 +132,18 @@ def check_values(
     found = [text for text in for_each_file(len(parts), compare, processes=processes, progress=progress) if text]
     if found:
         raise Different(f"{found[0]} ({folder} against {other})")
-    return sum(len(entry.hf) for entry in entries)
+    return Compared(
+        tensors=sum(len(entry.hf) for entry in entries),
+        beside={
+            side: source.left_out
+            for side, source in ((folder, left), (other, right))
+            if isinstance(source, HfSource) and source.left_out
+        },
+    )
+
+
+def _without_further(weights: WeightMap) -> WeightMap:
+    return replace(weights, dims=replace(weights.dims, further_layers=0))
 
 
 def _pairs(left: Source, right: Source, entry: WeightEntry) -> list[tuple[str, Tensor, Tensor]]:
@@ -136,7 +160,7 @@ def _hf_tensors(source: Source, entry: WeightEntry) -> list[tuple[str, Tensor]]:
 
 
 def _converted(entry: WeightEntry, mine: Tensor, theirs: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    if dtype is None or (keeps_type(entry) and mine.dtype == theirs.dtype):
+    if dtype is None or (keeps_type(entry, mine.dtype) and mine.dtype == theirs.dtype):
         return mine, theirs
     return mine.to(dtype), theirs.to(dtype)
 
@@ -166,8 +190,11 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
 
 def _first_setting(left: Source, right: Source) -> str:
     """What differs first: a size or switch of the model, or a tensor (one has another head)."""
-    mine, theirs = asdict(left.dims), asdict(right.dims)
+    mine, theirs = (asdict(_without_further(side.weights).dims) for side in (left, right))
     if different := [name for name in mine if mine[name] != theirs[name]]:
         return f"{different[0]} is {mine[different[0]]} against {theirs[different[0]]}"
+    for problem in (*left.not_computed, *right.not_computed):
+        if (problem in left.not_computed) != (problem in right.not_computed):
+            return f"of one alone, {problem}"
     of_left, of_right = ({name for entry in side.weights.entries for name in entry.hf} for side in (left, right))
     return f"{min(of_left ^ of_right)} is in one alone"

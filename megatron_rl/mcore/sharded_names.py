@@ -6,8 +6,8 @@ rules with what ``sharded_state_dict`` of the real models says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.rules import Split
@@ -66,6 +66,24 @@ def sharded_name(entry: WeightEntry, dims: ModelDims, *, stacked: bool | None = 
         return ShardedName(prefix + tail, index, axes)
     tail = tail.replace(f"{_EXPERTS}.{entry.expert}.", f"{_STACKED_EXPERTS}.")
     return ShardedName(prefix + tail, (*index, entry.expert), (*axes, dims.experts.count))
+
+
+def kept_name(name: ShardedName, keys: Container[str]) -> ShardedName:
+    """Where a checkpoint with these keys keeps what ours have under ``name``: a norm may be by itself or in the linear
+    behind it, whatever made the checkpoint; of a tensor that it has under neither name, ``name``.
+
+    Transformer Engine's layers have it otherwise than ours in layers with experts and with latent attention: see
+    ``get_gpt_layer_with_transformer_engine_spec`` in megatron-core's ``gpt_layer_specs.py``.
+    """
+    if name.key in keys:
+        return name
+    others = (
+        name.key.removesuffix(mine) + other
+        for fused, plain in PLAIN_NORMS.items()
+        for mine, other in ((fused, plain), (plain, fused))
+        if name.key.endswith(f".{mine}")
+    )
+    return next((replace(name, key=key) for key in others if key in keys), name)
 
 
 def stacks_layers(keys: Iterable[str]) -> bool:

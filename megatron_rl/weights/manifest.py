@@ -165,23 +165,21 @@ def check_shard(folder: Path, name: str, expected: ShardRecord, read: Callable[[
         raise Damaged(f"{path}: its header has changed since it was written")
 
 
-def check_files(folder: Path, manifest: Manifest, read: Callable[[int], None]) -> None:
-    """Read the other files and compare.
+def check_file(folder: Path, name: str, expected: FileRecord, read: Callable[[int], None]) -> None:
+    """Read another file and compare.
 
     Raises:
-        Damaged: one is missing or has changed.
+        Damaged: it is missing or has changed.
     """
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{path}: the manifest names it, it is not there")
-        found = read_record(path)
-        if found != expected:
-            raise Damaged(
-                f"{path}: it must have {expected.size_bytes} bytes with sum {expected.xxh3}, it has "
-                f"{found.size_bytes} with {found.xxh3}"
-            )
-        read(found.size_bytes)
+    path = folder / name
+    if not path.is_file():
+        raise Damaged(f"{path}: the manifest names it, it is not there")
+    found = read_record(path, read)
+    if found != expected:
+        raise Damaged(
+            f"{path}: it must have {expected.size_bytes} bytes with sum {expected.xxh3}, it has "
+            f"{found.size_bytes} with {found.xxh3}"
+        )
 
 
 def _first(shard: ShardRecord) -> str:

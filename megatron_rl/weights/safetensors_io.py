@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,14 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tekken.json",
 )
+_CONFIGS = ("config.json", "tokenizer_config.json")
+"""That may name files with code."""
 
 
 @dataclass(frozen=True)
@@ -325,9 +329,9 @@ def save_hf_folder(
     partial.mkdir()
     try:
         dtype = _write_tensors(partial, tensors, max_shard_bytes)
-        config = model_config(json.loads((like / "config.json").read_text()), architecture, dtype)
+        copied = copy_companions(like, partial)
+        config = model_config(json.loads((like / "config.json").read_text()), architecture, dtype, beside=copied)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(like, partial)
         for written in partial.iterdir():
             flush(written)
         flush(partial)
@@ -346,8 +350,30 @@ def copy_companions(like: Path, folder: Path) -> list[str]:
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """The content of what :func:`copy_companions` copies, by name."""
-    return {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
+    """The content of what :func:`copy_companions` copies, by name.
+
+    Raises:
+        ValueError: ``config.json`` or ``tokenizer_config.json`` is no JSON.
+    """
+    code = {file for name in _CONFIGS if (folder / name).is_file() for file in _code(_read_object(folder / name))}
+    wanted = [*_COPIED, *sorted(file for file in code if file.removesuffix(".py").isidentifier())]
+    return {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    try:
+        held = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    return held if isinstance(held, dict) else {}
+
+
+def _code(config: Mapping[str, Any]) -> set[str]:
+    """The files that ``auto_map`` names, as ``file.Class``; of another repository's it is none that a folder has."""
+    named: list[Any] = [config.get("auto_map")]
+    for value in named:  # one name, several or none for each kind of class
+        named += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {f"{value.rpartition('.')[0]}.py" for value in named if isinstance(value, str)}
 
 
 def write_companions(companions: Mapping[str, bytes], folder: Path) -> None:
@@ -412,9 +438,25 @@ def _owned(tensor: Tensor) -> Tensor:
     return kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
 
 
-def model_config(like: Mapping[str, Any], architecture: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``config.json`` of a model of the same sizes as another, in another type or of another architecture."""
+def model_config(
+    like: Mapping[str, Any], architecture: str | None, dtype: torch.dtype, *, beside: Container[str]
+) -> dict[str, Any]:
+    """The ``config.json`` of a model of the same sizes as another, in another type or of another architecture.
+
+    It has no layers that predict further tokens: nothing here writes them. And it names code in files that are there,
+    or none.
+
+    Args:
+        like: of the other model.
+        architecture: None: the same.
+        dtype: of the model.
+        beside: names of the files beside it.
+    """
     config = dict(like)
+    if not all(file in beside for file in _code(config)):
+        del config["auto_map"]
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
     # transformers loads in the type that the configuration names, which is not always the one that was trained
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if architecture is not None:

@@ -64,7 +64,19 @@ def equal(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen2-tied", "qwen3", "qwen2-moe", "qwen3-moe", "deepseek", CRITIC]
+    "name",
+    [
+        "llama",
+        "qwen2",
+        "qwen2-tied",
+        "qwen3",
+        "qwen2-moe",
+        "qwen3-moe",
+        "deepseek",
+        "deepseek-v2",  # with a rank of queries
+        "deepseek-v2-grouped",  # without
+        CRITIC,
+    ],
 )
 def test_the_names_are_those_of_megatron_core(ranks: Ranks, models: dict[str, Path], critic: Path, name: str) -> None:
     folder = critic if name == CRITIC else models[name]
@@ -102,6 +114,8 @@ def named(source: HfSource, *, stacked: bool | None = None) -> set[tuple[str, tu
         ("qwen3-moe", MOE_TP2PP2),
         pytest.param("qwen2-moe", MOE_EP2, marks=pytest.mark.slow),
         pytest.param("deepseek", MOE_TP2PP2, marks=pytest.mark.slow),
+        pytest.param("deepseek-v2", MOE_EP2, marks=pytest.mark.slow),
+        pytest.param("deepseek-v2-grouped", MOE_TP2PP2, marks=pytest.mark.slow),
         pytest.param("qwen3", VPP2, marks=pytest.mark.slow),
         pytest.param("qwen2", TP2, marks=pytest.mark.slow),
     ],

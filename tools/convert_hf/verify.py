@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ def _check_files(folder: Path, processes: int) -> None:
 
 def _check_values(asked: argparse.Namespace, other: Path) -> None:
     with progress_bar("values", _size(asked.folder)) as progress:
-        count = check_values(
+        compared = check_values(
             asked.folder,
             other,
             dtype=DTYPES.get(asked.dtype),
@@ -92,7 +94,15 @@ def _check_values(asked: argparse.Namespace, other: Path) -> None:
             progress=progress,
             drop_padding_rows=asked.drop_padding_rows,
         )
-    print(f"values: ok, {count} tensors are the same in {asked.folder} and {other}")
+    print(f"values: ok, {compared.tensors} tensors are the same in {asked.folder} and {other}")
+    for folder, names in compared.beside.items():
+        print(f"values: {len(names)} more tensors of {folder} were not compared: {', '.join(_by_layer(names))}")
+
+
+def _by_layer(names: Iterable[str]) -> list[str]:
+    """The names, those of a layer under one pattern."""
+    patterns = Counter(re.sub(r"^(model\.layers\.\d+\.).*", r"\1*", name) for name in names)
+    return [f"{pattern} ({count})" if pattern.endswith("*") else pattern for pattern, count in sorted(patterns.items())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +137,8 @@ def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
     other = next((folder for folder in opened if folder != mine), mine)
     source, reference = opened[mine], opened[other]
     head = source.head if isinstance(source, MegatronSource) else head_of(source.config)
-    if source.bridged is not None:
-        raise ValueError(
-            f"{mine}: {source.dims.architecture} is known through megatron-bridge, for files alone: --level values is "
-            "the last one for it. To be built here, for scores or for training, it needs tables of ours "
-            "(CONTRIBUTING.md, a model family)"
-        )
+    if source.not_computed:
+        raise ValueError(f"{mine}: --level values is the last one for it: {'; '.join(source.not_computed)}")
     with_engine = asked.level == "engine"
     if with_engine and head is Head.VALUE:
         raise ValueError(f"{mine} is a critic, which scores no tokens: --level logits is the last one for it")

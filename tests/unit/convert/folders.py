@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ def ignore(_: int) -> None: ...
 
 
 def write_model(
-    folder: Path, family: str = "Qwen2", kind: str = "CausalLM", dtype: torch.dtype = torch.float32, **changes: Any
+    folder: Path,
+    family: str = "Qwen2",
+    kind: str = "CausalLM",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: Mapping[str, Any] = {},
+    **changes: Any,
 ) -> Path:
-    """A small random model with a tokenizer, in one file."""
+    """A small random model with a tokenizer, in one file; ``changes`` to its configuration make no other tensors."""
     folder.mkdir()
-    config = CONFIG | EXTRA.get(family, {}) | {"architectures": [f"{family}For{kind}"], "model_type": family.lower()}
+    config = CONFIG | EXTRA.get(family, {}) | dict(sizes)
+    config |= {"architectures": [f"{family}For{kind}"], "model_type": family.lower()}
     (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")} | changes))
     (folder / "tokenizer.json").write_text("{}")
-    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(family, kind, False).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(family, kind, False, **sizes).items()}
     save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import pickle
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,15 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
+from megatron_rl.convert.verify import check_folder
+from megatron_rl.durable import FileRecord
 from megatron_rl.layout import ParallelLayout
+from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
+from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.parity import ParityFailed
+from megatron_rl.weights.manifest import check_file
+from megatron_rl.weights.weight_map import WeightEntry
 from tests.unit.convert.folders import folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
@@ -59,7 +68,7 @@ def same(found: Path, expected: Path) -> bool:
     [
         *(
             (family, "CausalLM")
-            for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV3")
+            for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
         ),
         *((family, "TokenClassification") for family in ("Llama", "Mistral", "Qwen2", "Qwen3")),
     ],
@@ -84,6 +93,43 @@ def test_a_model_goes_there_and_back_to_the_bit(
         assert f"values: ok, {len(tensors(source))} tensors are the same" in out
 
 
+@pytest.mark.parametrize("query_rank", [6, None])
+def test_a_model_that_cannot_be_trained_here_is_converted(run: Run, tmp_path: Path, query_rank: int | None) -> None:
+    """DeepSeek-V2 itself: how it chooses experts, with its numbers of groups and choices."""
+    choice = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6}
+    sizes = {"n_routed_experts": 16, "q_lora_rank": query_rank}
+    source = write_model(tmp_path / "hf", "DeepseekV2", sizes=sizes, **choice)
+    assert ("model.layers.0.self_attn.q_a_proj.weight" in tensors(source)) == (query_rank is not None)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
+    against = ("--against", source, "--level")
+    assert run(verify, tmp_path / "megatron", *against, "values")[0] == 0
+    status, _, err = run(verify, tmp_path / "megatron", *against, "logits")
+    assert status == 1
+    assert "--level values is the last one for it: num_experts_per_tok must be less than 2 x topk_group, got 6" in err
+    changed_config(topk_group=2)(source)
+    status, _, err = run(verify, tmp_path / "megatron", *against, "values")
+    assert status == 1
+    assert "their configurations differ: experts is" in err
+    with pytest.raises(ValueError, match=r"^DeepseekV2ForCausalLM: num_experts_per_tok must be less than"):
+        read_model_dims(source)
+
+
+def test_settings_that_only_computing_needs_do_not_keep_files_from_being_converted(run: Run, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    source = write_model(tmp_path / "hf", eos_token_id=None, hidden_act="gelu", rope_scaling=rope, rope_theta=1e6)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    against = ("--level", "values", "--against", source)
+    assert run(verify, tmp_path / "megatron", *against)[0] == 0
+    changed_config(rope_scaling=rope | {"factor": 4.0})(source)
+    status, _, err = run(verify, tmp_path / "megatron", *against)
+    assert status == 1
+    assert "their configurations differ: of one alone, rope scaling 'dynamic' is not supported" in err
+    with pytest.raises(ValueError, match=r"hidden_act must be silu.*; config.json must name eos_.*; rope scaling"):
+        read_model_dims(source)
+
+
 @pytest.mark.parametrize(("family", "stacked"), [("Qwen3Moe", True), ("Qwen3", False)])
 def test_a_model_comes_back_whose_layers_another_program_keeps_otherwise(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, stacked: bool
@@ -98,6 +144,49 @@ def test_a_model_comes_back_whose_layers_another_program_keeps_otherwise(
     assert ("decoder.layers.self_attention.linear_qkv.weight" in keys) == stacked
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     assert same(tmp_path / "back", source)
+
+
+TE_MOE = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+TE_LATENT = {
+    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+}
+TE_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+
+
+@pytest.mark.parametrize(
+    ("family", "norms"),
+    [
+        ("Qwen3Moe", {0: TE_MOE, 1: TE_MOE}),
+        ("DeepseekV3", {0: TE_LATENT | TE_DENSE, 1: TE_LATENT}),  # experts from layer 1 on
+    ],
+)
+def test_a_checkpoint_of_transformer_engines_layers_is_exported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, norms: dict[int, dict[str, str]]
+) -> None:
+    """With the names that megatron-core's stock specification of them gives to norms."""
+    source = write_model(tmp_path / "hf", family)
+
+    def name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
+        found = sharded_name(entry, dims)
+        layer = f"decoder.layers.{entry.layer}."
+        tail = found.key.removeprefix(layer)
+        return replace(found, key=layer + norms[entry.layer].get(tail, tail)) if entry.layer is not None else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron, "sharded_name", name)
+        assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    keys = TorchDistFolder(tmp_path / "megatron").keys
+    for layer, renamed in norms.items():
+        for ours, theirs in renamed.items():
+            assert f"decoder.layers.{layer}.{theirs}" in keys
+            assert f"decoder.layers.{layer}.{ours}" not in keys
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert same(tmp_path / "back", source)
+    keep_away(tmp_path / "megatron", "decoder.layers.1." + next(iter(norms[1].values())))
+    status, _, err = run(verify, tmp_path / "megatron")
+    assert status == 1
+    assert f"has no tensor decoder.layers.1.{next(iter(norms[1]))}; " in err
 
 
 def test_what_is_complete_is_told_as_such(run: Run, tmp_path: Path) -> None:
@@ -120,6 +209,20 @@ def test_a_type_can_be_asked_for_both_ways(run: Run, tmp_path: Path) -> None:
     assert run(verify, tmp_path / "megatron", "--level", "values", "--against", source, "--dtype", "bfloat16")[0] == 0
 
 
+@pytest.mark.parametrize(("family", "kind"), [("Qwen2", "TokenClassification"), ("DeepseekV3", "CausalLM")])
+def test_no_tensor_keeps_bfloat16_where_float32_is_asked_for(run: Run, tmp_path: Path, family: str, kind: str) -> None:
+    """Neither a value head nor a router's bias: only their float32 is kept."""
+    source = write_model(tmp_path / "hf", family, kind, torch.bfloat16)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dtype", "float32")[0] == 0
+    found = tensors(tmp_path / "back")
+    for name, tensor in tensors(source).items():
+        assert found[name].dtype == torch.float32, name
+        assert torch.equal(found[name], tensor.float()), name
+    against = ("--level", "values", "--against", source, "--dtype", "float32")
+    assert run(verify, tmp_path / "back", *against)[0] == 0
+
+
 def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_asked_for(
     run: Run, tmp_path: Path
 ) -> None:
@@ -135,6 +238,36 @@ def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_
             status, _, err = run(verify, mine, "--level", "values", "--against", theirs, "--dtype", "float32")
             assert status == 1
             assert "elements differ" in err
+
+
+def test_code_that_a_model_folder_names_goes_with_it_or_is_not_named(run: Run, tmp_path: Path) -> None:
+    code = {"AutoConfig": "configuration_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
+    source = write_model(tmp_path / "hf", auto_map=code)
+    files = {
+        "configuration_mine.py": "class MyConfig: ...",
+        "modeling_mine.py": "class MyModel: ...",
+        "tokenization_mine.py": "class MyTokenizer: ...",
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_mine.MyTokenizer", None]}}),
+        "chat_template.json": "{}",
+        "tekken.json": "{}",
+    }
+    for name, content in files.items():
+        (source / name).write_text(content)
+    (source / "unnamed.py").write_text("")
+    (tmp_path / "outside.py").write_text("")
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for folder in (tmp_path / "megatron", tmp_path / "back"):
+        assert {name: (folder / name).read_text() for name in files} == files
+        assert not (folder / "unnamed.py").exists()
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == code
+        assert "modeling_mine.py" in json.loads((folder / "manifest.json").read_text())["files"]
+    for number, elsewhere in enumerate(("another/repository--modeling_mine.MyModel", "../outside.MyModel", "gone.A")):
+        changed_config(auto_map=code | {"AutoModel": elsewhere})(source)
+        assert run(hf_to_megatron, source, tmp_path / f"megatron{number}")[0] == 0
+        assert "auto_map" not in json.loads((tmp_path / f"megatron{number}" / "config.json").read_text())
+    (source / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json must be JSON" in run(hf_to_megatron, source, tmp_path / "again")[2]
 
 
 def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
@@ -179,6 +312,90 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
 
 
+WIDE = {
+    "hidden_size": 160,
+    "intermediate_size": 288,
+    "moe_intermediate_size": 144,
+    "q_lora_rank": 132,
+    "kv_lora_rank": 136,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 48,
+}
+"""Every linear layer has several blocks each way, the last ones cut off."""
+
+
+def blocks_spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    """The scale of each element."""
+    return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+
+
+def test_a_deepseek_in_blocks_comes_in_and_goes_out_block_by_block(run: Run, tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published: linear layers in blocks, a router's bias in float32, a layer that is left out."""
+    source = write_model(
+        tmp_path / "hf",
+        "DeepseekV3",
+        dtype=torch.bfloat16,
+        sizes=WIDE,
+        num_nextn_predict_layers=1,
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    )
+    linear = [name for name in tensors(source) if re.search(r"_proj(_with_mqa)?\.weight$", name)]
+    assert {name.split(".")[-2] for name in linear} == {
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    draw = torch.Generator().manual_seed(0)
+    expected = {}
+
+    def quantised(held: dict[str, Tensor]) -> None:
+        held["model.layers.2.mlp.down_proj.weight"] = held["model.layers.0.mlp.down_proj.weight"].clone()
+        for name in (*linear, "model.layers.2.mlp.down_proj.weight"):
+            small = (100 * torch.randn(held[name].shape, generator=draw)).to(torch.float8_e4m3fn)
+            blocks = [-(-side // 128) for side in small.shape]
+            assert min(blocks) > 1, name
+            scales = 2 ** (8 * torch.rand(blocks, generator=draw) - 12)  # far apart: another block's would show
+            held |= {name: small, f"{name}_scale_inv": scales}
+            expected[name] = small.float() * blocks_spread(scales, small.shape)
+        for name in [name for name in held if name.endswith("e_score_correction_bias")]:
+            held[name] = held[name].float()
+
+    with_tensors(quantised)(source)
+    others = {name: tensor for name, tensor in tensors(source).items() if name not in expected}
+    wanted = {name: tensor for name, tensor in (others | expected).items() if ".layers.2." not in name}
+    wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("_scale_inv")}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        into = str(dtype).removeprefix("torch.")
+        options = ("--dtype", into) if dtype is torch.float32 else ()  # bfloat16 unless something else is asked for
+        status, out, _ = run(hf_to_megatron, source, tmp_path / into, *options)
+        assert status == 0
+        assert "left out: 2 tensors that this model does not use: model.layers.2.mlp.down_proj.weight" in out
+        assert run(megatron_to_hf, tmp_path / into, tmp_path / f"{into}-hf")[0] == 0
+        found = tensors(tmp_path / f"{into}-hf")
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            assert found[name].dtype == kept, name
+            assert torch.equal(found[name], tensor.to(kept)), name
+
+    assert run(megatron_to_hf, tmp_path / "float32", tmp_path / "fp8", "--fp8-blocks")[0] == 0
+    found = tensors(tmp_path / "fp8")
+    assert found.keys() == wanted.keys() | {f"{name}_scale_inv" for name in linear}
+    assert {name for name, tensor in found.items() if tensor.dtype is torch.float8_e4m3fn} == {*linear}
+    for name in linear:
+        scales, whole = found[f"{name}_scale_inv"], wanted[name]
+        for down, across in itertools.product(*map(range, scales.shape)):
+            block = whole[128 * down : 128 * down + 128, 128 * across : 128 * across + 128]
+            assert scales[down, across] == block.abs().amax() / torch.tensor(448.0), name
+        spread = blocks_spread(scales, whole.shape)
+        # e4m3 has three bits behind the first one, down to a step of 2^-9
+        bound = torch.maximum(whole.abs() / 16, spread * 2**-10)
+        assert ((found[name].float() * spread - whole).abs() <= bound * (1 + 1e-5)).all(), name
+    against = ("--level", "values", "--against", tmp_path / "fp8", "--dtype", "float32")
+    assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "again", "--dtype", "float32")[0] == 0
+    assert run(verify, tmp_path / "again", *against)[0] == 0
+
+
 @pytest.fixture
 def folders(run: Run, tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model, the same imported, and exported in several files."""
@@ -211,6 +428,43 @@ def test_verify_finds_a_flipped_byte_by_the_name_of_its_tensor(run: Run, folders
     status, _, err = run(verify, megatron)
     assert status == 1
     assert "__1_0.distcp: it must have" in err
+
+
+def test_verify_reads_the_files_of_a_megatron_folder_side_by_side_and_tells_how_far_it_is(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, megatron, _ = folders
+    sizes = {name: (megatron / name).stat().st_size for name in TorchDistFolder(megatron).files}
+    assert len(sizes) == 2
+    monkeypatch.setattr("megatron_rl.durable.CHUNK_BYTES", 1000)
+    both, told = multiprocessing.get_context("fork").Barrier(2), multiprocessing.get_context("fork").Queue()
+
+    def check(folder: Path, name: str, expected: FileRecord, read: Callable[[int], None]) -> None:
+        if name in sizes:
+            both.wait(30)  # breaks unless the two are read by two processes at one time
+
+        def reading(count: int) -> None:
+            told.put((name, count))
+            read(count)
+
+        check_file(folder, name, expected, reading)
+
+    monkeypatch.setattr("megatron_rl.convert.verify.check_file", check)
+    total = 0
+
+    def progress(done: int) -> None:
+        nonlocal total
+        total = done
+
+    assert check_folder(megatron, processes=2, progress=progress)
+    manifest = json.loads((megatron / "manifest.json").read_text())
+    assert total == sum(record["size_bytes"] for record in manifest["files"].values())
+    found: dict[str, list[int]] = {}
+    while sum(map(sum, found.values())) < total:
+        name, count = told.get(timeout=30)
+        found.setdefault(name, []).append(count)
+    for name, size in sizes.items():
+        assert found[name] == [1000] * (size // 1000) + [size % 1000] * (size % 1000 > 0)
 
 
 def test_verify_finds_a_flipped_byte_of_a_header(run: Run, folders: tuple[Path, Path, Path]) -> None:
@@ -599,6 +853,15 @@ def half_written(folder: Path) -> None:
             ),
             "has 8 bits, so config.json must say weight_block_size",
         ),
+        (
+            with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)})),
+            r"hf: model.layers.1.mlp.up_proj.weight_scale_inv must stand beside a model.layers.1.mlp.up_proj.weight of "
+            r"type torch.float8_e4m3fn, which is of torch.float32 \(1 scales are so\)",
+        ),
+        (
+            with_tensors(lambda t: t.update({"model.norm.weight_scale_inv": t.pop("model.norm.weight")})),
+            "norm.weight_scale_inv must stand beside a model.norm.weight of .*, which is not there",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_imported_gets_one_clear_error(
@@ -790,6 +1053,13 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(run: Run, tmp_
     status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
     assert status == 0
     assert "left out: 1 tensors that this model does not use: model.layers.2.eh_proj.weight" in out
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for folder in ("megatron", "back"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["num_nextn_predict_layers"] == 0  # else a program looks for them
+        status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
+        assert status == 0
+        assert f"1 more tensors of {source} were not compared: model.layers.2.* (1)\n" in out
     changed_config(num_nextn_predict_layers=0)(source)
     assert "has a tensor model.layers.2.eh_proj.weight" in run(hf_to_megatron, source, tmp_path / "again")[2]
 

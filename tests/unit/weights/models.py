@@ -77,9 +77,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 @cache
-def hf_tensors(family: str, kind: str, tied: bool) -> dict[str, Tensor]:
-    """What transformers saves of a model of :data:`CONFIG`'s sizes; every tensor random, so that no two are equal."""
-    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"} | EXTRA.get(family, {})
+def hf_tensors(family: str, kind: str, tied: bool, **changes: Any) -> dict[str, Tensor]:
+    """What transformers saves of a model of :data:`CONFIG`'s sizes, or others; every tensor random, so that no two are
+    equal.
+    """
+    sizes = {key: value for key, value in CONFIG.items() if key != "architectures"} | EXTRA.get(family, {}) | changes
     return saved_model(family, kind, sizes | {"tie_word_embeddings": tied})[1]
 
 

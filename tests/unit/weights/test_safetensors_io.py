@@ -55,6 +55,18 @@ def test_configuration_and_tokenizer_come_along(tmp_path: Path, like: Path) -> N
     assert config == CONFIG | {"model_type": "qwen2", "dtype": "float32"}  # the type that was written
 
 
+def test_a_configuration_names_no_code_or_layers_that_are_not_written(tmp_path: Path, like: Path) -> None:
+    config = CONFIG | {"dtype": "float32", "num_nextn_predict_layers": 1, "auto_map": {"AutoModel": "modeling_x.X"}}
+    (like / "config.json").write_text(json.dumps(config))
+    save_hf_folder(tmp_path / "without", some_tensors(), like=like)
+    (like / "modeling_x.py").write_text("class X: ...")
+    save_hf_folder(tmp_path / "with", some_tensors(), like=like)
+    written = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("without", "with")}
+    assert written["with"] == config | {"num_nextn_predict_layers": 0}
+    assert written["without"] == {key: value for key, value in written["with"].items() if key != "auto_map"}
+    assert (tmp_path / "with" / "modeling_x.py").read_text() == "class X: ..."
+
+
 def test_a_critic_is_loaded_by_transformers(tmp_path: Path, like: Path) -> None:
     from transformers import AutoModelForTokenClassification
 
