@@ -289,6 +289,9 @@ class Worker:
     ) -> None:
         """Meet the receivers; rank 0 does, the others note what holds for pushes.
 
+        What the receivers of an earlier channel told of what they keep holds for those that come in their places: an
+        engine that is started anew cuts tensors as it did before, and an error names the one of which it wants more.
+
         Args:
             world_size: of the channel: rank 0 and all workers of the engine.
             timeout_s: bound on joining, and on each later wait for one receiver.
@@ -300,6 +303,8 @@ class Worker:
         Raises:
             TransferError: a receiver did not come in time.
         """
+        former = self._channel if self._pushed_format == pushed_format else None
+        known = None if former is None else former.slicing()
         self._pushed_format, self._receiver_s = pushed_format, timeout_s
         if self._listener is not None:
             self._channel = Channel.open(
@@ -309,6 +314,7 @@ class Worker:
                 transport=transport,
                 bucket_bytes=bucket_bytes,
                 lanes=lanes,
+                known=known,
             )
 
     def moved_bytes(self) -> dict[tuple[int | None, int | None], int]:

@@ -28,6 +28,7 @@ from tests.distributed.weight_cases import (
     load_another,
     pushed_without,
     round_trips,
+    slices_over_channels,
     vocabularies_after_update,
 )
 
@@ -197,3 +198,12 @@ def test_receivers_are_told_which_rank_of_the_trainer_is_late(ranks: Ranks, mode
     assert re.match(late, told), told
     assert re.search(rf"^version 5: the sender gave up: {late}", heard), heard
     assert 1.8 <= after < 20.0
+
+
+def test_slices_are_remembered_over_channels_while_what_is_sent_is_of_one_form(
+    ranks: Ranks, models: dict[str, Path]
+) -> None:
+    forms = [None, None, "fp8_per_channel", "fp8_per_channel"]
+    [[first, again, other, last]] = ranks.run(1, slices_over_channels, models["llama"], forms)
+    # embedding, head and final norm, and of each of four layers seven linears and two norms; then the linears' scales
+    assert (first, again, other, last) == (0, 3 + 4 * 9, 0, 3 + 4 * (9 + 7))

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,3 +229,39 @@ def pushed_without(rank: int, port: int, model: Path) -> tuple[str, str, float]:
         receiver.join(10.0)
     worker.close()
     return told, "".join(heard), took
+
+
+def slices_over_channels(rank: int, port: int, model: Path, formats: list[str | None]) -> list[int]:
+    """Tensors in slices of a push over one channel after the other, each to two workers that keep half of the rows.
+
+    Args:
+        rank: the only one.
+        port: free.
+        model: folder.
+        formats: that linears are sent in, by channel.
+    """
+    from megatron_rl.weights.transfer import Channel
+    from megatron_rl.weights.transports import Transport
+
+    def receive(at: tuple[str, int], lane: int, version: int) -> None:
+        channel = Channel.join(at, rank=1 + lane, world_size=3, timeout_s=20.0)
+        reception = channel.receive(version)
+        for _, tensor in reception:
+            half = tensor.size(0) // 2
+            tensor.narrow(0, lane * half, half).clone()
+        channel.keep(reception.reads)
+        channel.close()
+
+    worker = start(rank, port, model, Setup(updates=None))
+    found = []
+    with ThreadPoolExecutor(2) as pool:
+        for version, form in enumerate(formats):
+            at = worker.listen("127.0.0.1")
+            receivers = [pool.submit(receive, at, lane, version) for lane in range(2)]
+            worker.open_channel(3, 20.0, Transport.GLOO, 1 << 20, 2, form)
+            (first, _) = worker.send(version, 60.0)
+            for receiver in receivers:
+                receiver.result(20.0)
+            found.append(first.slices)
+    worker.close()
+    return found
