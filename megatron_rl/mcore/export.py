@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
@@ -157,15 +158,18 @@ def full_tensors(
     for tensor in plan.tensors:
         name = tensor.entry.megatron
         parts: dict[int | None, Iterator[Tensor]] = {}
+        arrivals: list[Callable[[], None]] = []
         for holder, theirs in _by_holder(tensor).items():
             if holder == rank:
                 parts[holder] = iter([_part(mine[name], region) for region in theirs])
             elif rank == 0 and holder is not None:
                 sizes = [region.elements for region in theirs]
                 message = torch.empty(sum(sizes), dtype=types[holder][name], device=device())
-                link.take(message, holder, _told(tensor))
+                arrivals.append(link.take(message, holder, _told(tensor)))
                 pieces = zip(message.split(sizes), theirs, strict=True)
                 parts[holder] = iter([piece.view(region.region_shape) for piece, region in pieces])
+        for arrived in arrivals:
+            arrived()
         if rank == 0:
             placed = [(move.target, next(parts[move.source.rank])) for move in tensor.moves]
             for hf, group in groupby(placed, key=lambda piece: piece[0].name):
@@ -204,7 +208,7 @@ def _types(
     for holder, names in given.items() if link.rank == 0 else ():
         if names:
             message = torch.empty(len(names), dtype=torch.uint8, device=device())
-            link.take(message, holder, what)
+            link.take(message, holder, what)()
             found[holder] = {name: _TYPES[code] for name, code in zip(names, message.tolist(), strict=True)}
     return found
 
@@ -216,10 +220,10 @@ class _Link:
     rank: int
     waits: Waits
 
-    def take(self, into: Tensor, holder: int, what: str) -> None:
-        """Fill ``into`` with what ``holder`` gives."""
+    def take(self, into: Tensor, holder: int, what: str) -> Callable[[], None]:
+        """Begin to fill ``into`` with what ``holder`` gives; what comes back waits for it."""
         late = f"{self.waits.what}: {what} from rank {holder} did not arrive"
-        _wait(lambda: dist.irecv(into, src=holder), self.waits.shard_s, late)
+        return _begun(lambda: dist.irecv(into, src=holder), self.waits.shard_s, late)
 
     def give(self, tensor: Tensor, what: str) -> None:
         """Give it to rank 0."""
@@ -227,18 +231,30 @@ class _Link:
         left = None if until is None else max(0.001, until - started)
         try:
             late = f"{self.waits.what}: rank 0 did not take {what} of rank {self.rank}"
-            _wait(lambda: dist.isend(tensor, dst=0), left, late)
+            _begun(lambda: dist.isend(tensor, dst=0), left, late)()
         except ShardLate:
-            if left is None or time.monotonic() - started < left:
+            if left is None or time.monotonic() - started < left:  # not late, but gone
                 time.sleep(_LOST_S)
             raise
 
 
-def _wait(begin: Callable[[], Any], within_s: float | None, late: str) -> None:
+def _begun(begin: Callable[[], Any], within_s: float | None, late: str) -> Callable[[], None]:
+    """Begin a message; what comes back waits for its end."""
+    with _named(within_s, late):
+        work = begin()
+
+    def wait() -> None:
+        with _named(within_s, late):
+            work.wait(timedelta(seconds=within_s or 0))  # zero stands for the group's own time-out
+
+    return wait
+
+
+@contextmanager
+def _named(within_s: float | None, late: str) -> Iterator[None]:
     started = time.monotonic()
     try:
-        # zero stands for the group's own time-out
-        begin().wait(timedelta(seconds=within_s or 0))
+        yield
     except RuntimeError as error:
         bound = "the ranks' time-out" if within_s is None else f"{within_s:.3g} s"
         raise ShardLate(
