@@ -148,7 +148,10 @@ def locate(pair: Pair, rows: TokenRows, scored: tuple[Tensor, Tensor], tolerance
     seen = results({name: side.activations(rows) for name, side in both.items()})
     for name, places in seen.items():
         if not places:
-            return f"where is not known: {name} runs compiled, so that its layers cannot be watched"
+            return (
+                f"where is not known: {name} runs compiled, so that its layers cannot be watched; check again with "
+                "engine.eager=true"
+            )
     distances = place_distances(seen[pair.tested.name], seen[pair.against.name])
     distances[OUTPUT] = distance(scored[0][rows.response_mask], scored[1][rows.response_mask])
     place = first_divergence(distances, max(tolerance.eps, _ROUNDING))

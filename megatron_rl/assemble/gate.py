@@ -241,6 +241,7 @@ def verify_folder(
                 kv_cache_mib=engine.kv_cache_mib,
                 max_concurrent=engine.max_concurrent,
                 on_cpu=not device.has_cuda(),
+                eager=engine.eager,
                 version=0,
             )
             starting["engine"] = groups["engine"].build(start_engine, [(engine_spec,)])

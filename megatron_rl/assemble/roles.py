@@ -260,6 +260,7 @@ def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> E
         tensor=config.engine.tensor,
         sleeps=config.cluster.colocate,
         on_cpu=not device.has_cuda(),
+        eager=config.engine.eager,
         version=version,
         quantization=config.engine.quantization if config.engine.quantised else None,
         pushed_quantised=version is None and config.pushed_format is not None,

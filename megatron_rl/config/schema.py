@@ -362,6 +362,9 @@ class EngineConfig:
     says who quantises. The rest is bfloat16 then, whatever ``model.dtype`` says. A CPU has ``fp8_per_channel``."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of keys and values: that of the engine's weights, or FP8 (e4m3, unscaled), half of bfloat16's memory."""
+    eager: bool = False
+    """Run the model as it is written, not compiled: slower, but its layers can be watched, so that the parity gate can
+    say where an engine differs. On a CPU it always runs so."""
     restarts: Count = 0
     """How often each engine that died is started anew, given the weights and has its unfinished prompts drawn again
     with the same seeds; 0: its death ends the run."""

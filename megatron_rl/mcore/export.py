@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,35 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.quantised import by_transformer_engine, store
 from megatron_rl.mcore.sharded_names import PLAIN_NORMS
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.buckets import DTYPES
 from megatron_rl.weights.coverage import check_coverage, further_layers, head_of
-from megatron_rl.weights.plan import HfFiles, Region, TransferPlan, shards_on, transfer_plan
+from megatron_rl.weights.plan import HfFiles, Region, TensorMoves, TransferPlan, shards_on, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head, WeightMap
 
 _log = logging.getLogger(__name__)
+_TYPES = [*DTYPES.values()]
+_LOST_S = 2.0
+"""How long a rank that lost rank 0 keeps quiet: rank 0 knows why, and should be the first to say it."""
+
+
+class ShardLate(RuntimeError):
+    """A shard did not get from the rank that holds it to rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """How long ranks wait for each other while tensors are put together.
+
+    Attributes:
+        what: the tensors are for, as errors name it.
+        shard_s: bound on rank 0's wait for one shard; None: the time-out of the ranks' process group.
+        taken_by: until when, on the monotonic clock, another rank waits for rank 0 to take a shard; None: as above.
+    """
+
+    what: str = "an export"
+    shard_s: float | None = None
+    taken_by: float | None = None
 
 
 def local_parameters(chunks: Sequence[Any]) -> dict[str, Tensor]:
@@ -107,7 +133,7 @@ def _part(tensor: Tensor, region: Region) -> Tensor:
 
 @torch.no_grad()
 def full_tensors(
-    mine: Mapping[str, Tensor], plan: TransferPlan, layout: ParallelLayout, rank: int
+    mine: Mapping[str, Tensor], plan: TransferPlan, layout: ParallelLayout, rank: int, waits: Waits | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """What ``plan`` moves, whole, tensor by tensor; every rank must exhaust the iterator, rank 0 alone gets anything.
 
@@ -119,43 +145,121 @@ def full_tensors(
         plan: from ``layout`` to the files.
         layout: of the model.
         rank: of this process.
+        waits: for other ranks.
 
     Yields:
         Hugging Face name and full tensor, on rank 0.
+
+    Raises:
+        ShardLate: a rank does not give a shard, or rank 0 does not take one, in time; or the other one is gone.
     """
-    dtypes: list[Any] = [None] * layout.world_size
-    dist.gather_object({name: tensor.dtype for name, tensor in mine.items()}, dtypes if rank == 0 else None)
+    link = _Link(rank, waits or Waits())
+    types = _types(mine, plan, layout, link)
     for tensor in plan.tensors:
         name = tensor.entry.megatron
         parts: dict[int | None, Iterator[Tensor]] = {}
-        regions: dict[int | None, list[Region]] = {}
-        for move in tensor.moves:
-            regions.setdefault(move.source.rank, []).append(move.source)
-        for holder, theirs in regions.items():
+        arrivals: list[Callable[[], None]] = []
+        for holder, theirs in _by_holder(tensor).items():
             if holder == rank:
                 parts[holder] = iter([_part(mine[name], region) for region in theirs])
             elif rank == 0 and holder is not None:
-                parts[holder] = iter(_receive(holder, theirs, dtypes[holder][name]))
+                sizes = [region.elements for region in theirs]
+                message = torch.empty(sum(sizes), dtype=types[holder][name], device=device())
+                arrivals.append(link.take(message, holder, _told(tensor)))
+                pieces = zip(message.split(sizes), theirs, strict=True)
+                parts[holder] = iter([piece.view(region.region_shape) for piece, region in pieces])
+        for arrived in arrivals:
+            arrived()
         if rank == 0:
-            pieces = [(move.target, next(parts[move.source.rank])) for move in tensor.moves]
-            for hf, group in groupby(pieces, key=lambda piece: piece[0].name):
+            placed = [(move.target, next(parts[move.source.rank])) for move in tensor.moves]
+            for hf, group in groupby(placed, key=lambda piece: piece[0].name):
                 yield hf, _assemble(list(group))
         elif rank in parts:
-            _send(list(parts[rank]))
+            flat = [part.reshape(-1) for part in parts[rank]]  # one message, one behind the other
+            link.give(flat[0] if len(flat) == 1 else torch.cat(flat), _told(tensor))
 
 
-def _send(parts: Sequence[Tensor]) -> None:
-    """To rank 0, in one message one behind the other."""
-    flat = [part.reshape(-1) for part in parts]
-    dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
+def _by_holder(tensor: TensorMoves) -> dict[int | None, list[Region]]:
+    """The regions that are moved, by the rank that gives them."""
+    regions: dict[int | None, list[Region]] = {}
+    for move in tensor.moves:
+        regions.setdefault(move.source.rank, []).append(move.source)
+    return regions
 
 
-def _receive(holder: int, regions: Sequence[Region], dtype: torch.dtype) -> list[Tensor]:
-    """What ``holder`` sends."""
-    sizes = [region.elements for region in regions]
-    message = torch.empty(sum(sizes), dtype=dtype, device=device())
-    dist.recv(message, src=holder)
-    return [part.view(region.region_shape) for part, region in zip(message.split(sizes), regions, strict=True)]
+def _told(tensor: TensorMoves) -> str:
+    return f"{tensor.entry.megatron} ({', '.join(tensor.entry.hf)})"
+
+
+def _types(
+    mine: Mapping[str, Tensor], plan: TransferPlan, layout: ParallelLayout, link: _Link
+) -> dict[int, dict[str, torch.dtype]]:
+    """Of what the other ranks will give, on rank 0: by rank and name."""
+    given: dict[int, list[str]] = {holder: [] for holder in range(1, layout.world_size)}
+    for tensor in plan.tensors:
+        for holder in _by_holder(tensor):
+            if holder:
+                given[holder].append(tensor.entry.megatron)
+    what = "the types of its tensors"
+    if link.rank and (names := given[link.rank]):
+        codes = [_TYPES.index(mine[name].dtype) for name in names]
+        link.give(torch.tensor(codes, dtype=torch.uint8, device=device()), what)
+    found: dict[int, dict[str, torch.dtype]] = {}
+    for holder, names in given.items() if link.rank == 0 else ():
+        if names:
+            message = torch.empty(len(names), dtype=torch.uint8, device=device())
+            link.take(message, holder, what)()
+            found[holder] = {name: _TYPES[code] for name, code in zip(names, message.tolist(), strict=True)}
+    return found
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Messages to rank 0, each within its deadline."""
+
+    rank: int
+    waits: Waits
+
+    def take(self, into: Tensor, holder: int, what: str) -> Callable[[], None]:
+        """Begin to fill ``into`` with what ``holder`` gives; what comes back waits for it."""
+        late = f"{self.waits.what}: {what} from rank {holder} did not arrive"
+        return _begun(lambda: dist.irecv(into, src=holder), self.waits.shard_s, late)
+
+    def give(self, tensor: Tensor, what: str) -> None:
+        """Give it to rank 0."""
+        until, started = self.waits.taken_by, time.monotonic()
+        left = None if until is None else max(0.001, until - started)
+        try:
+            late = f"{self.waits.what}: rank 0 did not take {what} of rank {self.rank}"
+            _begun(lambda: dist.isend(tensor, dst=0), left, late)()
+        except ShardLate:
+            if left is None or time.monotonic() - started < left:  # not late, but gone
+                time.sleep(_LOST_S)
+            raise
+
+
+def _begun(begin: Callable[[], Any], within_s: float | None, late: str) -> Callable[[], None]:
+    """Begin a message; what comes back waits for its end."""
+    with _named(within_s, late):
+        work = begin()
+
+    def wait() -> None:
+        with _named(within_s, late):
+            work.wait(timedelta(seconds=within_s or 0))  # zero stands for the group's own time-out
+
+    return wait
+
+
+@contextmanager
+def _named(within_s: float | None, late: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        bound = "the ranks' time-out" if within_s is None else f"{within_s:.3g} s"
+        raise ShardLate(
+            f"{late} within {bound}: after {time.monotonic() - started:.1f} s, {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _assemble(pieces: Sequence[tuple[Region, Tensor]]) -> Tensor:

@@ -6,6 +6,7 @@ A verb that answers does so on its reporting ranks and gives None on the others.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from megatron_rl.linear_formats import LinearFormat
 from megatron_rl.mcore.activations import layer_outputs, rotary_frequencies
 from megatron_rl.mcore.capabilities import Capability, capabilities, uses_transformer_engine
 from megatron_rl.mcore.checkpoint import holds_weights, load_checkpoint, load_weights, stage_checkpoint
-from megatron_rl.mcore.export import full_tensors, load_hf, local_parameters
+from megatron_rl.mcore.export import Waits, full_tensors, load_hf, local_parameters
 from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
@@ -87,6 +88,7 @@ class Worker:
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._pushed_format: str | None = None
+        self._receiver_s = timeout_s
         self._written: Future[dict[str, FileRecord]]
 
     def _load_chunks(self) -> list[Any]:
@@ -285,7 +287,10 @@ class Worker:
         lanes: int,
         pushed_format: str | None,
     ) -> None:
-        """Meet the receivers; rank 0 does.
+        """Meet the receivers; rank 0 does, the others note what holds for pushes.
+
+        What the receivers of an earlier channel told of what they keep holds for those that come in their places: an
+        engine that is started anew cuts tensors as it did before, and an error names the one of which it wants more.
 
         Args:
             world_size: of the channel: rank 0 and all workers of the engine.
@@ -298,7 +303,9 @@ class Worker:
         Raises:
             TransferError: a receiver did not come in time.
         """
-        self._pushed_format = pushed_format
+        former = self._channel if self._pushed_format == pushed_format else None
+        known = None if former is None else former.slicing()
+        self._pushed_format, self._receiver_s = pushed_format, timeout_s
         if self._listener is not None:
             self._channel = Channel.open(
                 self._listener,
@@ -307,6 +314,7 @@ class Worker:
                 transport=transport,
                 bucket_bytes=bucket_bytes,
                 lanes=lanes,
+                known=known,
             )
 
     def moved_bytes(self) -> dict[tuple[int | None, int | None], int]:
@@ -323,13 +331,22 @@ class Worker:
             raise ValueError("a channel must be open before it has a plan; call open_channel first")
         return self._channel.slice_plan()
 
-    def send(self, version: int) -> tuple[PushReceipt, ...] | None:
+    def send(self, version: int, deadline_s: float) -> tuple[PushReceipt, ...] | None:
         """Send the weights to the receivers that joined; every rank takes part, rank 0 answers.
+
+        Args:
+            version: of the weights.
+            deadline_s: bound on the push. Ranks wait for rank 0 nine tenths of it, and rank 0 for a shard nine tenths
+                of what receivers wait for it, so that there is time to say who is late, and to tell the receivers.
 
         Raises:
             TransferError: a receiver is gone or does not take the data in time.
+            ShardLate: a rank is gone, or does not give its shard of a tensor in time.
         """
-        tensors = self._full_tensors()
+        taken_by = time.monotonic() + 0.9 * deadline_s
+        tensors = self._full_tensors(
+            waits=Waits(what=f"version {version}", shard_s=0.9 * self._receiver_s, taken_by=taken_by)
+        )
         try:
             if self._channel is None:
                 return None
@@ -358,12 +375,12 @@ class Worker:
             offload.back(part)
         return offload.memory()
 
-    def _full_tensors(self, plan: TransferPlan | None = None) -> Any:
+    def _full_tensors(self, plan: TransferPlan | None = None, waits: Waits | None = None) -> Any:
         self._require(TrainerPart.WEIGHTS)
         if self._training is not None:
             gather_parameters(self._training)
         mine = plain_values(local_parameters(self._models))
-        return full_tensors(mine, plan or self._plan, self._layout, self._rank)
+        return full_tensors(mine, plan or self._plan, self._layout, self._rank, waits)
 
     def formats(self) -> list[LinearFormat]:
         """What each linear of this rank's layers multiplies in."""

@@ -118,7 +118,7 @@ class RemotePolicy(RemoteTrainer):
 
     def send(self, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...]]:
         """Send the weights to the engines that joined."""
-        return self.group.call("send", version, finish=_only, deadline_s=deadline_s)
+        return self.group.call("send", version, deadline_s, finish=_only, deadline_s=deadline_s)
 
     def moved_bytes(self) -> Pending[dict[tuple[int | None, int | None], int]]:
         """What ranks give in each push, see :meth:`.TransferPlan.bytes_by_pair`."""

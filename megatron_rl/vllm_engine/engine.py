@@ -61,6 +61,7 @@ class EngineSpec:
         kv_cache_mib: memory for keys and values.
         max_concurrent: sequences generated at the same time.
         on_cpu: leave out compiling, which would take longer than it saves.
+        eager: leave it out on a GPU, too: the layers of a model that runs compiled cannot be watched.
         tensor: tensor-parallel workers; with more than one, each is a process of its own.
         sleeps: shares its GPU, and gives it back in its sleep.
         version: of the weights in ``model``; None where they are not to be sampled from before a push.
@@ -77,6 +78,7 @@ class EngineSpec:
     kv_cache_mib: int
     max_concurrent: int
     on_cpu: bool
+    eager: bool = False
     tensor: int = 1
     version: int | None = None
     quantization: str | None = None
@@ -95,6 +97,11 @@ class EngineSpec:
                 "pushed_quantised needs a quantization, and no version: the engine has no weights before a push; got "
                 f"quantization={self.quantization}, version={self.version}"
             )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether vLLM compiles the model, and replays it as CUDA graphs."""
+        return not (self.on_cpu or self.eager)
 
 
 class WorkerError(RuntimeError):
@@ -146,7 +153,7 @@ class Engine:
             kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
             distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
-            enforce_eager=spec.on_cpu,
+            enforce_eager=not spec.compiled,
             # a prompt cut in two rewinds its request's random state, which CPU generators cannot
             enable_chunked_prefill=not spec.on_cpu,
             max_num_batched_tokens=max(spec.max_model_len, _CPU_BATCHED_TOKENS) if spec.on_cpu else None,

@@ -211,7 +211,7 @@ class Slicing:
         Args:
             lanes: by lane, the ranks of its workers in the channel.
         """
-        self._lanes = lanes
+        self.lanes = lanes
         self._kept: dict[int, dict[str, Kept]] = {rank: {} for lane in lanes for rank in lane}
         self._sent: dict[str, tuple[tuple[int, ...], int]] = {}
         self._agreed: dict[tuple[str, tuple[int, ...]], list[Region] | None] = {}
@@ -233,10 +233,10 @@ class Slicing:
         return self._agreed[name, shape]
 
     def _agree(self, name: str, shape: tuple[int, ...]) -> list[Region] | None:
-        by_lane = [{self._region(rank, name, shape) for rank in ranks} for ranks in self._lanes]
+        by_lane = [{self._region(rank, name, shape) for rank in ranks} for ranks in self.lanes]
         agreed = [next(iter(regions)) for regions in by_lane if len(regions) == 1]
         regions = [region for region in agreed if region is not None]
-        if len(regions) < len(self._lanes) or all(region.whole for region in regions):
+        if len(regions) < len(self.lanes) or all(region.whole for region in regions):
             return None
         return regions
 
@@ -247,9 +247,9 @@ class Slicing:
     def plan(self) -> SlicePlan:
         """What the next push will send, if its tensors are those of the last one."""
         regions = {name: self._regions(name, shape) for name, (shape, _) in self._sent.items()}
-        by_worker = [0] * len(self._lanes)
+        by_worker = [0] * len(self.lanes)
         for name, (shape, size) in self._sent.items():
-            for lane, region in enumerate(regions[name] or [None] * len(self._lanes)):
+            for lane, region in enumerate(regions[name] or [None] * len(self.lanes)):
                 by_worker[lane] += size if region is None else size // max(1, math.prod(shape)) * region.elements
         return SlicePlan(
             slices=sum(found is not None for found in regions.values()),

@@ -50,7 +50,13 @@ class Channel:
     """
 
     def __init__(
-        self, messages: Messages, buckets: Buckets, store: Any, transport: Transport, bucket_bytes: int
+        self,
+        messages: Messages,
+        buckets: Buckets,
+        store: Any,
+        transport: Transport,
+        bucket_bytes: int,
+        known: Slicing | None = None,
     ) -> None:
         """Use :meth:`open` or :meth:`join`."""
         self.transport = transport
@@ -58,7 +64,8 @@ class Channel:
         self._buckets: Buckets | None = buckets
         self._bucket_bytes = bucket_bytes
         self._notices = Notices(store, messages)
-        self._slicing = Slicing([messages.lane(lane) for lane in range(messages.lanes)])
+        lanes = [messages.lane(lane) for lane in range(messages.lanes)]
+        self._slicing = Slicing(lanes) if known is None or known.lanes != lanes else known
 
     @classmethod
     def open(
@@ -70,6 +77,7 @@ class Channel:
         transport: Transport = Transport.GLOO,
         bucket_bytes: int = 32 << 20,
         lanes: int = 1,
+        known: Slicing | None = None,
     ) -> Channel:
         """Meet the receivers, as the sender, rank 0; returns when all have joined.
 
@@ -81,6 +89,7 @@ class Channel:
             bucket_bytes: size of a bucket; two of them bound what is under way.
             lanes: receivers of one engine. Ranks follow one another within an engine, so that the lane of a rank from 1
                 is ``(rank - 1) % lanes``.
+            known: :meth:`slicing` of a channel to receivers that kept the same; left aside where the lanes are others.
 
         Raises:
             TransferError: somebody did not come in time, joined with another world size, or cannot reach the memory.
@@ -109,7 +118,7 @@ class Channel:
             if memory is not None:
                 memory.unname()  # whoever has it open keeps it; nothing is left whichever way this process ends
         buckets = memory or buckets_over(transport, messages, listener._store, bucket_bytes)
-        return cls(messages, buckets, listener._store, transport, bucket_bytes)
+        return cls(messages, buckets, listener._store, transport, bucket_bytes, known)
 
     @classmethod
     def join(cls, at: tuple[str, int], *, rank: int, world_size: int, timeout_s: float) -> Channel:
@@ -160,7 +169,7 @@ class Channel:
         if self._messages.rank:
             raise ValueError(f"only rank 0 sends, this is rank {self._messages.rank}")
         lanes = range(self._messages.lanes)
-        tally, sent, slicing = Tally(), _Sent(self._messages), self._heard()
+        tally, sent, slicing = Tally(), _Sent(self._messages), self.slicing()
         parts = (streams(name, tensor, slicing.regions(name, tensor)) for name, tensor in tensors)
         try:
             for bucket in filled(parts, self._bucket_bytes):
@@ -210,9 +219,10 @@ class Channel:
 
     def slice_plan(self) -> SlicePlan:
         """What the next push sends, if its tensors are those of the last one; asked of the sender."""
-        return self._heard().plan()
+        return self.slicing().plan()
 
-    def _heard(self) -> Slicing:
+    def slicing(self) -> Slicing:
+        """What the receivers have told so far; asked of the sender."""
         for rank, kept in self._notices.hear():
             self._slicing.learn(rank, kept)
         return self._slicing

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rl.interfaces import PushReceipt
 from megatron_rl.weights.messages import TransferError, listen
+from megatron_rl.weights.slices import Slicing
 from megatron_rl.weights.transfer import Channel
 from megatron_rl.weights.transports import Transport
 
@@ -93,8 +94,14 @@ class Connected:
 
 
 @contextmanager
-def connected(transport: Transport, bucket_bytes: int = 1 << 20, timeout_s: float = TIMEOUT_S) -> Iterator[Connected]:
-    listener, world = listen("127.0.0.1"), 1 + WORKERS * ENGINES
+def connected(
+    transport: Transport,
+    bucket_bytes: int = 1 << 20,
+    timeout_s: float = TIMEOUT_S,
+    known: Slicing | None = None,
+    engines: int = ENGINES,
+) -> Iterator[Connected]:
+    listener, world = listen("127.0.0.1"), 1 + WORKERS * engines
     with ThreadPoolExecutor(world) as pool:
         joining = [
             pool.submit(Channel.join, ("127.0.0.1", listener.port), rank=rank, world_size=world, timeout_s=TIMEOUT_S)
@@ -107,6 +114,7 @@ def connected(transport: Transport, bucket_bytes: int = 1 << 20, timeout_s: floa
             transport=transport,
             bucket_bytes=bucket_bytes,
             lanes=WORKERS,
+            known=known,
         )
         channels = [future.result(TIMEOUT_S) for future in joining]
         try:
@@ -134,6 +142,17 @@ def test_after_one_push_each_worker_is_sent_what_it_keeps(transport: Transport, 
             assert sizes(group.push(version)) == [(5, 3, size, WHOLE_BYTES) for size in SLICE_BYTES]
         plan = group.sender.slice_plan()
         assert (plan.slices, plan.whole, plan.worker_bytes) == (3, 2, tuple(SLICE_BYTES))
+
+
+def test_what_is_kept_is_known_to_a_channel_that_takes_the_place_of_another(transport: Transport) -> None:
+    with connected(transport) as group:
+        group.push(0)  # the sender has yet to hear what its receivers left
+        known = group.sender.slicing()
+    with connected(transport, known=known) as group:
+        for version in (1, 2):
+            assert sizes(group.push(version)) == [(5, 3, size, WHOLE_BYTES) for size in SLICE_BYTES]
+    with connected(transport, known=known, engines=1) as group:  # who was which of the others is not known
+        assert sizes(group.push(3)) == [(5, 0, WHOLE_BYTES, WHOLE_BYTES)] * 2
 
 
 def test_no_other_bytes_travel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,16 @@ from megatron_rl.weights.plan import HfFiles, transfer_plan
 from megatron_rl.weights.weight_map import Head, weight_map
 from tests.distributed.cases import Setup
 from tests.distributed.ranks import Ranks
-from tests.distributed.weight_cases import Traffic, Trip, load_another, round_trips, vocabularies_after_update
+from tests.distributed.weight_cases import (
+    Traffic,
+    Trip,
+    assembled_without,
+    load_another,
+    pushed_without,
+    round_trips,
+    slices_over_channels,
+    vocabularies_after_update,
+)
 
 DENSE = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral", "llama-biases")
 ODD = ("qwen2-odd", "llama-odd")
@@ -156,3 +166,44 @@ def changed(model: Path, folder: Path, settings: dict[str, Any], more: dict[str,
     save_file(stored(model) | more, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+SECOND = r"decoder\.layers\.2\.mlp\.linear_fc2\.weight \(model\.layers\.2\.mlp\.down_proj\.weight\)"
+
+
+@pytest.mark.parametrize("how", ["is stopped", "leaves"])
+def test_a_rank_that_gives_no_shard_is_named_with_the_tensor(ranks: Ranks, models: dict[str, Path], how: str) -> None:
+    (told, after, when), _, (other, _, later) = ranks.run(
+        3, assembled_without, models["llama"], "decoder.layers.2.mlp.linear_fc2.weight", how
+    )
+    bound = 20 if how == "leaves" else 2
+    late = rf"ShardLate: version 7: {SECOND} from rank 1 did not arrive within {bound} s: after \d+\.\d s, "
+    assert re.match(late, told), told
+    assert after < 15.0 if how == "leaves" else 2.0 <= after < 20.0
+    # the last stage waits for rank 0, which goes; rank 0 knows why, and is to be the first to say it
+    assert re.match(r"ShardLate: version 7: rank 0 did not take .* of rank 2 within", other), other
+    assert later > when + 1.0
+
+
+def test_rank_0_that_takes_no_shard_is_named_with_the_tensor(ranks: Ranks, models: dict[str, Path]) -> None:
+    _, (told, after, _), _ = ranks.run(3, assembled_without, models["llama"], "rank 0", "is stopped")
+    first = r"decoder\.layers\.1\.\S+ \(model\.layers\.1\..*\)"
+    assert re.match(rf"ShardLate: version 7: rank 0 did not take {first} of rank 1 within \S+ s: ", told), told
+    assert 1.9 <= after < 20.0
+
+
+def test_receivers_are_told_which_rank_of_the_trainer_is_late(ranks: Ranks, models: dict[str, Path]) -> None:
+    (told, heard, after), _ = ranks.run(2, pushed_without, models["llama"])
+    late = r"ShardLate: version 5: .* from rank 1 did not arrive within 1\.8 s: after \d+\.\d s"
+    assert re.match(late, told), told
+    assert re.search(rf"^version 5: the sender gave up: {late}", heard), heard
+    assert 1.8 <= after < 20.0
+
+
+def test_slices_are_remembered_over_channels_while_what_is_sent_is_of_one_form(
+    ranks: Ranks, models: dict[str, Path]
+) -> None:
+    forms = [None, None, "fp8_per_channel", "fp8_per_channel"]
+    [[first, again, other, last]] = ranks.run(1, slices_over_channels, models["llama"], forms)
+    # embedding, head and final norm, and of each of four layers seven linears and two norms; then the linears' scales
+    assert (first, again, other, last) == (0, 3 + 4 * 9, 0, 3 + 4 * (9 + 7))

@@ -159,7 +159,10 @@ def test_equal_hidden_states_leave_the_head() -> None:
 
 def test_a_model_that_cannot_be_watched_says_so() -> None:
     told = failure(Model("engine", WRONG, compiled=True), RIGHT)
-    assert told.endswith("where is not known: engine runs compiled, so that its layers cannot be watched")
+    assert told.endswith(
+        "where is not known: engine runs compiled, so that its layers cannot be watched; check again with "
+        "engine.eager=true"
+    )
 
 
 def test_a_failure_to_locate_keeps_the_table_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

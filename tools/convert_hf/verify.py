@@ -178,7 +178,8 @@ def _check_scores(scoring: _Scoring, reference: Path) -> None:
                 reference=reference,
                 head=scoring.head,
                 layout=scoring.layout,
-                engine=EngineConfig(kv_cache_mib=_ENGINE_CACHE_MIB) if scoring.with_engine else None,
+                # eager, so that a difference can be located: this is about the files
+                engine=EngineConfig(kv_cache_mib=_ENGINE_CACHE_MIB, eager=True) if scoring.with_engine else None,
                 parity=ParityConfig(),
                 cluster=_cluster(ranks + scoring.with_engine),
                 run_dir=workplace,

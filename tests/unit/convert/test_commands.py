@@ -714,6 +714,17 @@ def test_ranks_take_megatrons_side_and_transformers_the_other_one(
     assert not found["run_dir"].exists()
 
 
+def test_an_engine_of_verify_runs_eagerly_so_that_a_difference_can_be_located(
+    run: Run, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, Any]] = []
+    monkeypatch.setattr("megatron_rl.assemble.verify_folder", lambda model, **settings: taken.append(settings))
+    status, out, err = run(verify, folders[0], "--level", "engine")
+    assert (status, err) == (0, "")
+    assert "engine: ok" in out
+    assert taken[0]["engine"].eager
+
+
 def test_values_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         verify.main([str(tmp_path), "--level", "values"])

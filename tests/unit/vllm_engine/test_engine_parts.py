@@ -7,10 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_rl.assemble.roles import engine_spec
+from megatron_rl.config.schema import EngineConfig
 from megatron_rl.vllm_engine import engine
 from megatron_rl.vllm_engine.engine import EngineSpec, _chosen, _stop_ids
 
@@ -86,3 +89,26 @@ def test_an_engine_that_is_pushed_fp8_names_the_format_and_has_nothing_to_sample
     }
     with pytest.raises(ValueError, match="pushed_quantised needs a quantization, and no version"):
         EngineSpec(model=tmp_path, dtype="bfloat16", quantization=quantization, version=version, **asked)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "eager", "compiled"), [(False, False, True), (False, True, False), (True, False, False)]
+)
+def test_an_engine_runs_compiled_on_a_gpu_unless_it_is_asked_to_run_eagerly(
+    tmp_path: Path, on_cpu: bool, eager: bool, compiled: bool
+) -> None:
+    sizes = {"max_model_len": 64, "kv_cache_mib": 16, "max_concurrent": 8}
+    assert EngineSpec(model=tmp_path, dtype="bfloat16", on_cpu=on_cpu, eager=eager, **sizes).compiled is compiled
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_run_asks_its_engines_to_run_eagerly_where_its_settings_do(tmp_path: Path, eager: bool) -> None:
+    config: Any = SimpleNamespace(
+        engine=EngineConfig(eager=eager),
+        model=SimpleNamespace(dtype="bfloat16"),
+        data=SimpleNamespace(max_prompt_tokens=8),
+        rollout=SimpleNamespace(max_response_tokens=8),
+        cluster=SimpleNamespace(colocate=False),
+        pushed_format=None,
+    )
+    assert engine_spec(config, tmp_path).eager is eager
