@@ -111,7 +111,7 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
             "memory/push/gib": 7.0,
         },
     ]
-    rows = {row.what: row for row in ppo_rows(records, copy_gbps=3000.0, gap_bound=0.02)}
+    rows = {row.what: row for row in ppo_rows(records, copy_gbps=3000.0, gap_bound=0.02, on_gpu=True)}
     assert rows["steps done"].value == 2
     assert rows["push: transfer"].value == pytest.approx(1.5)
     assert (rows["push: transfer"].goal, rows["push: transfer"].met) == ("at least 750", False)
@@ -120,6 +120,36 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
     assert rows["seconds: push"].value == 2.5
     assert rows["parity/trainer-engine/mean"].value == 0.003
     assert rows["memory/push/gib"].value == 7.0
+
+
+def left_after_sleep(gib: float | None, *, on_gpu: bool) -> Row | None:
+    """The row of a run whose device has so much in use when everybody is away."""
+    step = {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.0}
+    step |= {} if gib is None else {"memory/train/engine/measured": gib, "memory/train/policy/measured": 40.0}
+    rows = {row.what: row for row in ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=on_gpu)}
+    return rows.get("left after sleep")
+
+
+def test_what_sleep_leaves_on_a_gpu_is_held_against_a_bound() -> None:
+    good, bad = left_after_sleep(1.5, on_gpu=True), left_after_sleep(4.7, on_gpu=True)
+    assert good is not None
+    assert bad is not None
+    assert (good.value, good.unit) == (pytest.approx(1.5 * 1.073741824), "GB")
+    assert (good.goal, good.met) == ("at most 5, good below 2", True)
+    assert bad.met is False  # 4.7 GiB are 5.05 GB
+    small = left_after_sleep(9.0, on_gpu=False)
+    assert small is not None
+    assert (small.goal, small.met) == ("", None)
+    assert left_after_sleep(None, on_gpu=True) is None  # nobody shares
+
+
+def test_seconds_of_taking_turns_are_told() -> None:
+    spent = {"engine/sleep": 0.2, "engine/wake": 0.3, "policy/offload": 0.4, "critic/onload": 0.5, "policy/update": 9.0}
+    step = {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.0}
+    step |= {f"busy_s/{name}": seconds for name, seconds in spent.items()}
+    found = ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=True)
+    told = {row.what: row.value for row in found if row.what.startswith("busy_s")}
+    assert told == {f"busy_s: {name}": seconds for name, seconds in spent.items() if name != "policy/update"}
 
 
 TRAINS = """
