@@ -140,8 +140,13 @@ def ppo_rows(
     rate = last["push/bytes"] / last["push/transfer_s"] / 1e9
     goal = {} if copy_gbps is None else at_least(copy_gbps / 2 / 2, rate)
     yield Row(what="push: transfer", value=rate, unit="GB/s", **goal)
-    gap = last["push/probe_mean_abs"]
-    yield Row(what="gap of trainer and engine on the probe, mean", value=gap, unit="nats", **at_most(gap_bound, gap))
+    for tokens, key in (("the probe", "push/probe_mean_abs"), ("sampled tokens", "experience/engine_gap_mean")):
+        gap = last[key]
+        yield Row(
+            what=f"gap of trainer and engine on {tokens}, mean", value=gap, unit="nats", **at_most(gap_bound, gap)
+        )
+    largest = last["experience/engine_gap_max"]
+    yield Row(what="gap of trainer and engine on sampled tokens, max", value=largest, unit="nats")
     for key, value in sorted(last.items()):
         if key.startswith("busy_s/") and key.endswith(TURNS):
             yield Row(what=key.replace("/", ": ", 1), value=value, unit="s")

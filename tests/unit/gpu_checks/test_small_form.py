@@ -98,15 +98,27 @@ def test_a_check_that_raises_is_told(tmp_path: Path) -> None:
     assert "no_such_check" in found.reason
 
 
+STEP = {
+    "kind": "step",
+    "push/bytes": 1e9,
+    "push/transfer_s": 1.0,
+    "push/probe_mean_abs": 0.001,
+    "experience/engine_gap_mean": 0.002,
+    "experience/engine_gap_max": 0.1,
+}
+
+
 def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
     records = [
         {"kind": "evaluation", "parity/trainer-engine/mean": 0.003},
-        {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 1.0},
-        {
-            "kind": "step",
+        STEP | {"push/probe_mean_abs": 1.0, "experience/engine_gap_mean": 1.0},
+        STEP
+        | {
             "push/bytes": 3e9,
             "push/transfer_s": 2.0,
             "push/probe_mean_abs": 0.004,
+            "experience/engine_gap_mean": 0.03,
+            "experience/engine_gap_max": 0.7,
             "seconds/push": 2.5,
             "memory/push/gib": 7.0,
         },
@@ -117,6 +129,10 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
     assert (rows["push: transfer"].goal, rows["push: transfer"].met) == ("at least 750", False)
     gap = rows["gap of trainer and engine on the probe, mean"]
     assert (gap.value, gap.met) == (0.004, True)
+    drawn = rows["gap of trainer and engine on sampled tokens, mean"]
+    assert (drawn.value, drawn.goal, drawn.met) == (0.03, "at most 0.02", False)
+    most = rows["gap of trainer and engine on sampled tokens, max"]
+    assert (most.value, most.goal) == (0.7, "")
     assert rows["seconds: push"].value == 2.5
     assert rows["parity/trainer-engine/mean"].value == 0.003
     assert rows["memory/push/gib"].value == 7.0
@@ -124,8 +140,7 @@ def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
 
 def left_after_sleep(gib: float | None, *, on_gpu: bool) -> Row | None:
     """The row of a run whose device has so much in use when everybody is away."""
-    step = {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.0}
-    step |= {} if gib is None else {"memory/train/engine/measured": gib, "memory/train/policy/measured": 40.0}
+    step = STEP | ({} if gib is None else {"memory/train/engine/measured": gib, "memory/train/policy/measured": 40.0})
     rows = {row.what: row for row in ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=on_gpu)}
     return rows.get("left after sleep")
 
@@ -145,24 +160,24 @@ def test_what_sleep_leaves_on_a_gpu_is_held_against_a_bound() -> None:
 
 def test_seconds_of_taking_turns_are_told() -> None:
     spent = {"engine/sleep": 0.2, "engine/wake": 0.3, "policy/offload": 0.4, "critic/onload": 0.5, "policy/update": 9.0}
-    step = {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.0}
-    step |= {f"busy_s/{name}": seconds for name, seconds in spent.items()}
+    step = STEP | {f"busy_s/{name}": seconds for name, seconds in spent.items()}
     found = ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=True)
     told = {row.what: row.value for row in found if row.what.startswith("busy_s")}
     assert told == {f"busy_s: {name}": seconds for name, seconds in spent.items() if name != "policy/update"}
 
 
-TRAINS = """
+TRAINS = (
+    f"STEP = {STEP}"
+    + """
 import json, sys, time
 from pathlib import Path
 
 asked = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
 folder = Path(asked["run_dir"])
 folder.mkdir()
-step = {"kind": "step", "push/bytes": 1e9, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.001}
 with (folder / "metrics.jsonl").open("w") as file:
     for number in (1, 2):
-        file.write(json.dumps(step | {"seconds/update": number}) + "\\n")
+        file.write(json.dumps(STEP | {"seconds/update": number}) + "\\n")
         file.flush()
         while not (folder / f"go {number}").exists():
             time.sleep(0.05)
@@ -170,6 +185,7 @@ with (folder / "metrics.jsonl").open("w") as file:
 print("said last")
 sys.exit(3)
 """
+)
 
 
 def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_said(
@@ -178,7 +194,7 @@ def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_sa
     monkeypatch.setattr(steps, "TRAIN", (sys.executable, "-c", TRAINS))
     found = steps.ppo(Case(gpus=0, asked_gpus=1, scratch=tmp_path))
     for number in (1, 2):
-        rows = {row.what: row.value for row in itertools.islice(found, 4)}
+        rows = {row.what: row.value for row in itertools.islice(found, 6)}
         assert (rows["steps done"], rows["seconds: update"]) == (number, number)
         (tmp_path / "ppo" / f"go {number}").touch()
     left: list[Row] = []
