@@ -51,13 +51,13 @@ class Check:
 
 CHECKS = (
     Check(name="ceilings", about="products, copies: what the floors are made of", planned_s=25),
-    Check(name="logprobs", about="log-probs and entropy from hidden states", planned_s=65, parts=("triton",)),
+    Check(name="logprobs", about="log-probs and entropy from hidden states", planned_s=60, parts=("triton",)),
     Check(name="attention", about="packed causal attention", planned_s=25, parts=("megatron",)),
-    Check(name="training", about="training step in bfloat16", planned_s=95, parts=("megatron",)),
+    Check(name="training", about="training step in bfloat16", planned_s=80, parts=("megatron",)),
     Check(
         name="training_fp8",
         about="training step in FP8 beside bfloat16",
-        planned_s=100,
+        planned_s=110,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         cpu=False,
