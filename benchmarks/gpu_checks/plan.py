@@ -88,7 +88,7 @@ CHECKS = (
     Check(
         name="layouts_fp8",
         about="the same in FP8, with and without FP8 parameters",
-        planned_s=220,
+        planned_s=240,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         gpus=2,

@@ -101,3 +101,40 @@ def test_fp8_is_trained_at_every_size_and_held_to_its_speed_at_the_largest(ranks
 def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
     assert trainings.largest_gap([1.0, math.nan], [1.0, 1.0]) == math.inf
     assert trainings.largest_gap([1.1, 2.0], [1.0, 2.0]) == pytest.approx(0.1)
+
+
+def test_wide_blockwise_parameters_are_tried_at_four_ranks_without_a_goal(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan_where_wide(job: Job) -> Trained:
+        losses = [1.0, math.nan if job.trainer.layout.tensor == 4 else 1.0, 1.0, 1.0]
+        return Trained(losses=losses, norms=[1.0] * 4, seconds=[1.0] * 4)
+
+    monkeypatch.setattr(ranks, "outcome", nan_where_wide)
+    rows = rows_of(trainings.layouts_fp8, tmp_path, gpus=4)
+    assert [problems(job) for job in ranks.jobs] == [[]] * len(ranks.jobs)
+    wide = [job for job in ranks.jobs if job.trainer.layout.tensor == 4]
+    assert [(job.model.name, job.head.name) for job in wide] == [("7B", "TOKEN"), ("7B", "VALUE")]
+    assert all(job.trainer.fp8 and job.trainer.fp8.parameters for job in wide)
+    for head in ("token", "value"):
+        far = rows[f"blockwise fp8 parameters {head} head, TP4: losses, largest relative difference from one rank"]
+        assert (far.value, far.met) == (math.inf, None)
+        near = rows[f"blockwise fp8 parameters {head} head, TP2: losses, largest relative difference from one rank"]
+        assert (near.value, near.met) == (0.0, True)
+    # four kinds x two heads x three layouts, and TP4's two; losses and norms
+    assert len(rows) == 2 * (4 * 2 * 3 + 2)
+
+
+def test_on_two_gpus_wide_parameters_are_left_out_and_their_model_is_not_made(ranks: Ranks, tmp_path: Path) -> None:
+    rows = rows_of(trainings.layouts_fp8, tmp_path, gpus=2)
+    left_out = [what.split(" ", 1)[0] for what in rows if "is left out: it needs --gpus 4 or more" in what]
+    assert left_out == ["TP2xPP2", "TP4"]
+    assert {job.model.name for job in ranks.jobs} == {"1.5B"}
+    assert len(rows) == 2 + 2 * (4 * 2 * 2)
+
+
+def test_layouts_in_bfloat16_have_no_wide_one(ranks: Ranks, tmp_path: Path) -> None:
+    rows = rows_of(trainings.layouts, tmp_path, gpus=4)
+    assert {job.trainer.layout.world_size for job in ranks.jobs} == {1, 2, 4}
+    assert max(job.trainer.layout.tensor for job in ranks.jobs) == 2
+    assert len(rows) == 2 * 2 * 3
