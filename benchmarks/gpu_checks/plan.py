@@ -1,5 +1,5 @@
 """Which checks there are, what each needs, and what came of it. Pure: what is measured stands in ``measure.py``,
-``trainings.py`` and ``steps.py``.
+``trainings.py``, ``planned.py`` and ``steps.py``.
 """
 
 from __future__ import annotations
@@ -57,22 +57,28 @@ CHECKS = (
     Check(
         name="training_fp8",
         about="training step in FP8 beside bfloat16",
-        planned_s=110,
+        planned_s=105,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         cpu=False,
     ),
     Check(
+        name="plans",
+        about="what the planner says of an update beside what it takes",
+        planned_s=45,
+        parts=("megatron", "triton"),
+    ),
+    Check(
         name="ppo",
         about="whole PPO steps: push, sleep and wake, gap between trainer and engine",
-        planned_s=140,
+        planned_s=130,
         parts=("megatron", "vllm"),
         colocated_features=("colocation",),
     ),
     Check(
         name="ppo_fp8",
         about="the same with trainer and engine in FP8",
-        planned_s=140,
+        planned_s=130,
         parts=("megatron", "transformer_engine", "vllm"),
         features=("fp8", "engine_fp8"),
         colocated_features=("colocation",),

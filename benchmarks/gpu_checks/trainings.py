@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from statistics import median
@@ -27,7 +27,7 @@ from benchmarks.gpu_checks.plan import Row
 from examples.arithmetic_cpu.task import Sizes, write_model
 from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch
 from megatron_rl.config.schema import ModelConfig, TrainerConfig
-from megatron_rl.device import release_cached
+from megatron_rl.device import has_cuda, release_cached
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
@@ -106,15 +106,20 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Of each update: its loss, gradient norm and seconds."""
+    """Of each update: its loss, gradient norm and seconds.
+
+    ``peak_bytes``: the most that a rank had allocated on its GPU in any update but the first; 0 on a CPU.
+    """
 
     losses: list[float]
     norms: list[float]
     seconds: list[float]
+    peak_bytes: int = 0
 
 
-def run_rank(job: Job, rank: int, port: int) -> Trained | None:
-    """Train in this process; None where the rank does not report."""
+def run_rank(job: Job, rank: int, port: int) -> Trained:
+    """Train in this process; a rank that does not report has no losses."""
+    before = torch.cuda.memory_allocated() if has_cuda() else 0  # what an earlier job left
     dims = read_model_dims(job.model)
     spec = WorkerSpec(
         role="policy" if job.head is Head.TOKEN else "critic",
@@ -134,16 +139,21 @@ def run_rank(job: Job, rank: int, port: int) -> Trained | None:
     )
     loss: Any = SupervisedLoss() if job.head is Head.TOKEN else ValueLoss()
     losses, norms, taken = [], [], []
-    for _ in range(job.updates):
+    for number in range(job.updates):
+        if number == 1 and has_cuda():  # the first one also chooses kernels
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         found = worker.update(step, loss)
+        if has_cuda():
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
         if found is not None:
             metrics = found.metrics
             losses.append(metrics["loss" if "loss" in metrics else "value_loss"])
             norms.append(found.grad_norm)
+    peak = torch.cuda.max_memory_allocated() - before if has_cuda() else 0
     worker.close()
-    return Trained(losses=losses, norms=norms, seconds=taken) if losses else None
+    return Trained(losses=losses, norms=norms, seconds=taken, peak_bytes=peak)
 
 
 def train(jobs: Sequence[Job]) -> Generator[Trained]:
@@ -189,9 +199,9 @@ def _reported(answers: Any, job: Job, ranks: int) -> Trained:
             raise RuntimeError(f"{ranks - number} of {ranks} ranks did not answer in {_ANSWER_S:g} s: {job}") from None
         if isinstance(answer, str):  # the others would wait for that rank
             raise RuntimeError(answer)
-        found += [] if answer is None else [answer]
-    (reported,) = found
-    return reported
+        found.append(answer)
+    (reported,) = (trained for trained in found if trained.losses)
+    return replace(reported, peak_bytes=max(trained.peak_bytes for trained in found))
 
 
 def _answer(answers: Any, jobs: Sequence[Job], rank: int, ports: Sequence[int]) -> None:

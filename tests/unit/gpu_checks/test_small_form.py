@@ -205,6 +205,8 @@ def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_sa
 
 
 @pytest.mark.slow
-def test_whole_ppo_steps_run(tmp_path: Path) -> None:
-    status, found = run(tmp_path, "--only", "ppo", timeout=200)
-    assert (status, found["ppo"]["status"]) == (0, "passed"), found
+@pytest.mark.parametrize("name", ["ppo", "plans"])
+def test_what_takes_longer_runs(tmp_path: Path, name: str) -> None:
+    """Whole PPO steps; updates beside the plan."""
+    status, found = run(tmp_path, "--only", name, timeout=200)
+    assert (status, found[name]["status"]) == (0, "passed"), found
