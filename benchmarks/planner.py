@@ -153,9 +153,10 @@ class Amounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was said, calibrated, and what was measured."""
+    """What was said, by the plan alone and calibrated, and what was measured."""
 
     setting: Setting
+    plan: Amounts
     said: Amounts
     found: Amounts
 
@@ -263,11 +264,11 @@ def compared(device: str, settings: Sequence[Setting], folder: Path, rounds: int
     """
     base = factor = None
     for setting, found in _measured(device, settings, folder, rounds):
-        said = predicted(setting, setting.write_model(folder), device)
+        plan = predicted(setting, setting.write_model(folder), device)
         if base is None or factor is None:
-            base, factor = found.held - said.held, found.seconds / said.seconds
-        calibrated = Amounts(seconds=said.seconds * factor, held=said.held + base)
-        yield Comparison(setting=setting, said=calibrated, found=found)
+            base, factor = found.held - plan.held, found.seconds / plan.seconds
+        said = Amounts(seconds=plan.seconds * factor, held=plan.held + base)
+        yield Comparison(setting=setting, plan=plan, said=said, found=found)
 
 
 def _measured(device: str, settings: Sequence[Setting], folder: Path, rounds: int) -> Iterator[tuple[Setting, Amounts]]:
@@ -307,15 +308,17 @@ def main() -> None:
         parser.error(f"--device {asked.device} is measured on a GPU, and torch sees none here")
     unit = "CPU-s" if asked.device == "cpu" else "s"
     print(f"{'setting':22}{'MiB said':>10}{'measured':>10}{'error':>8}{unit + ' said':>12}{'measured':>10}{'error':>8}")
-    within = True
+    within, beyond, factor = True, 0.0, 1.0
     with tempfile.TemporaryDirectory() as folder:
         for one in compared(asked.device, settings_for(asked.device, gpus), Path(folder), asked.rounds):
             within &= one.within(asked.device)
+            beyond, factor = one.said.held - one.plan.held, one.said.seconds / one.plan.seconds
             print(
                 f"{one.setting.name:22}{one.said.held / 2**20:10.0f}{one.found.held / 2**20:10.0f}"
                 f"{one.memory_error:+8.0%}{one.said.seconds:12.3g}{one.found.seconds:10.3g}{one.time_error:+8.0%}",
                 flush=True,
             )
+    print(f"beyond the plan: {beyond / 2**20:.0f} MiB of each rank; times x {factor:.2f}")
     sys.exit(not within)
 
 

@@ -73,6 +73,9 @@ def test_the_first_setting_calibrates_the_others(ranks: Ranks, tmp_path: Path) -
     found = {one.setting.name: one for one in compared("h100", settings_for("h100", 2), tmp_path, 5)}
     assert ranks.processes == [1, 2], "each number of ranks starts once"
     assert len(found) == len(GPU_SETTINGS)
+    first = found["calibration"]
+    assert first.said.held - first.plan.held == pytest.approx(BASE_BYTES, abs=1)
+    assert first.said.seconds / first.plan.seconds == pytest.approx(FACTOR)
     spoilt = found.pop("8 layers")
     for one in found.values():
         assert one.time_error == pytest.approx(0, abs=1e-6)
@@ -85,7 +88,7 @@ def test_the_first_setting_calibrates_the_others(ranks: Ranks, tmp_path: Path) -
 
 def test_seconds_of_a_gpu_may_be_a_fifth_off_and_those_of_a_cpu_a_quarter() -> None:
     found = Amounts(seconds=1.0, held=1.0)
-    one = planner.Comparison(setting=Setting(name="x"), said=Amounts(seconds=1.22, held=1.09), found=found)
+    one = planner.Comparison(setting=Setting(name="x"), plan=found, said=Amounts(seconds=1.22, held=1.09), found=found)
     assert (one.within("cpu"), one.within("h100")) == (True, False)
     assert not replace(one, said=Amounts(seconds=1.0, held=0.89)).within("cpu")
 
