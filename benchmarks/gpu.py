@@ -67,7 +67,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 def measures() -> dict[str, Callable[[Case], Iterator[Row]]]:
     """What measures, by the name of the check."""
-    from benchmarks.gpu_checks import measure, steps, trainings
+    from benchmarks.gpu_checks import measure, planned, steps, trainings
 
     functions = (
         measure.ceilings,
@@ -75,6 +75,7 @@ def measures() -> dict[str, Callable[[Case], Iterator[Row]]]:
         measure.attention,
         trainings.training,
         trainings.training_fp8,
+        planned.plans,
         steps.ppo,
         steps.ppo_fp8,
         trainings.layouts,

@@ -67,6 +67,9 @@ given back at once; time is CPU-seconds of all ranks.
 | PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.70 | 1.68 | +1 % |
 | DP2 | 606 | 614 | -1 % | 1.68 | 1.63 | +3 % |
 
+With `--device h100` (`h200`, `a100-80g`) it does the same on GPUs: larger models in bfloat16, the most that a rank has
+allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it as the check `plans` ([gpu.md](gpu.md)).
+
 ## What to trust
 
 What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which

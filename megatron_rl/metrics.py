@@ -360,6 +360,8 @@ class _ConsoleTable:
                 self._rows += 1
                 cells = [_formatted(metrics, key, form) for _, key, form in table.columns]
                 self._line(_cells(f"{steps_done}/{self._total}", *cells, left))
+            if memory := _memory(metrics):
+                self._line(f"memory in GiB, planned / measured: {memory}")
         if "heldout/score" in metrics:
             cells = [f"{name} {_formatted(metrics, key, form)}" for name, key, form in _HELDOUT]
             temperature = metrics.get("heldout/temperature", 0.0)
@@ -380,6 +382,15 @@ class _ConsoleTable:
 
 def _cells(*texts: str) -> str:
     return " ".join(f"{text:>9}" for text in texts)
+
+
+def _memory(metrics: Mapping[str, float]) -> str:
+    """Of a device that roles share, phase by phase; empty where none is shared."""
+    phases = [key.split("/")[1] for key in metrics if key.startswith("memory/") and key.endswith("/device/planned")]
+    device = ((phase, f"memory/{phase}/device/") for phase in phases)
+    return ", ".join(
+        f"{phase} {metrics[prefix + 'planned']:.2f} / {metrics[prefix + 'measured']:.2f}" for phase, prefix in device
+    )
 
 
 def _formatted(metrics: Mapping[str, float], key: str, form: str) -> str:

@@ -115,6 +115,7 @@ class TakingTurns:
         self._engine_has_weights = False
         self._block: Phase | None = None
         self._ledger: dict[str, float] = {}
+        self._planned: dict[str, int] = {}
 
     def generating(self) -> AbstractContextManager[None]:
         """The engine is awake.
@@ -155,7 +156,9 @@ class TakingTurns:
 
     def take_ledger(self, step: Mapping[str, float]) -> dict[str, float]:
         """GiB after each change of phase since the last call, of the rank with the most: ``memory/<phase>/<role>/``
-        ``planned``, what is kept there on purpose, and ``measured``, see :func:`megatron_rl.device.memory_used`.
+        ``planned``, what is kept there on purpose, and ``measured``, see :func:`megatron_rl.device.memory_used`. Of the
+        role ``device``: what all roles plan together, also those that the change did not move, and what is measured
+        when it is done (without a GPU the largest resident set).
         """
         taken, self._ledger = self._ledger, {}
         return taken
@@ -180,8 +183,15 @@ class TakingTurns:
 
     def _change(self, phase: Phase) -> None:
         gone, come = moves(self._resident, RESIDENT[phase] & self._mine)
-        used = self._go(gone, keep_weights=phase is not Phase.TRAIN)
-        used |= self._come(come)
+        went = self._go(gone, keep_weights=phase is not Phase.TRAIN)
+        came = self._come(come)
+        used = went | came
+        if not used:
+            return
+        self._planned |= {role: use.planned_bytes for role, use in used.items()}
+        # roles move side by side: whoever comes last finds the most in use, whoever goes last the least
+        last = (max if came else min)(use.measured_bytes for use in (came or went).values())
+        used["device"] = MemoryUse(planned_bytes=sum(self._planned.values()), measured_bytes=last)
         for role, use in used.items():
             self._ledger[f"memory/{phase.value}/{role}/planned"] = use.planned_bytes / _GIB
             self._ledger[f"memory/{phase.value}/{role}/measured"] = use.measured_bytes / _GIB

@@ -1,5 +1,5 @@
 """Which checks there are, what each needs, and what came of it. Pure: what is measured stands in ``measure.py``,
-``trainings.py`` and ``steps.py``.
+``trainings.py``, ``planned.py`` and ``steps.py``.
 """
 
 from __future__ import annotations
@@ -51,28 +51,34 @@ class Check:
 
 CHECKS = (
     Check(name="ceilings", about="products, copies: what the floors are made of", planned_s=25),
-    Check(name="logprobs", about="log-probs and entropy from hidden states", planned_s=65, parts=("triton",)),
+    Check(name="logprobs", about="log-probs and entropy from hidden states", planned_s=60, parts=("triton",)),
     Check(name="attention", about="packed causal attention", planned_s=25, parts=("megatron",)),
-    Check(name="training", about="training step in bfloat16", planned_s=95, parts=("megatron",)),
+    Check(name="training", about="training step in bfloat16", planned_s=80, parts=("megatron",)),
     Check(
         name="training_fp8",
         about="training step in FP8 beside bfloat16",
-        planned_s=100,
+        planned_s=105,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         cpu=False,
     ),
     Check(
+        name="plans",
+        about="what the planner says of an update beside what it takes",
+        planned_s=45,
+        parts=("megatron", "triton"),
+    ),
+    Check(
         name="ppo",
         about="whole PPO steps: push, sleep and wake, gap between trainer and engine",
-        planned_s=140,
+        planned_s=130,
         parts=("megatron", "vllm"),
         colocated_features=("colocation",),
     ),
     Check(
         name="ppo_fp8",
         about="the same with trainer and engine in FP8",
-        planned_s=140,
+        planned_s=130,
         parts=("megatron", "transformer_engine", "vllm"),
         features=("fp8", "engine_fp8"),
         colocated_features=("colocation",),
@@ -88,7 +94,7 @@ CHECKS = (
     Check(
         name="layouts_fp8",
         about="the same in FP8, with and without FP8 parameters",
-        planned_s=220,
+        planned_s=240,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
         gpus=2,

@@ -19,6 +19,10 @@ from examples.arithmetic_cpu.task import Sizes, prepare
 
 TRAIN = (sys.executable, "-m", "megatron_rl", "train", "examples/arithmetic_cpu/ppo.toml")
 _LOOK_S = 0.5
+TURNS = ("/sleep", "/wake", "/offload", "/onload")
+"""What who shares a device does when its turn ends and begins."""
+_LEFT_GB, _LEFT_GOOD_GB = 5.0, 2.0
+"""Of a device whose trainers and engine are all away: contexts, workspaces, and what was not given back."""
 
 
 def ppo(case: Case) -> Iterator[Row]:
@@ -51,14 +55,15 @@ def _ppo(case: Case, name: str, settings: list[str], *, gap_bound: float) -> Ite
         records = _records(run_dir / "metrics.jsonl")
         if len(records) > known:
             known = len(records)
-            yield from ppo_rows(records, copy_gbps=None, gap_bound=gap_bound)
+            yield from ppo_rows(records, copy_gbps=None, gap_bound=gap_bound, on_gpu=not case.small)
         if ended:
             break
         time.sleep(_LOOK_S)
     if running.returncode:
         raise RuntimeError(f"megatron-rl train ended with {running.returncode}; its last lines are above")
     if not case.small:  # not before: the engine asks how much memory is free
-        yield from ppo_rows(records, copy_gbps=measure.copy_gbps(2**31), gap_bound=gap_bound)
+        rate = measure.copy_gbps(2**31)
+        yield from ppo_rows(records, copy_gbps=rate, gap_bound=gap_bound, on_gpu=True)
 
 
 def _prepare(case: Case, folder: Path) -> None:
@@ -109,13 +114,16 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def ppo_rows(records: list[dict[str, Any]], *, copy_gbps: float | None, gap_bound: float) -> Iterator[Row]:
+def ppo_rows(
+    records: list[dict[str, Any]], *, copy_gbps: float | None, gap_bound: float, on_gpu: bool
+) -> Iterator[Row]:
     """What the last step of a run says, and what the gate before the first one found.
 
     Args:
         records: of ``metrics.jsonl``, so far.
         copy_gbps: 1e9 bytes per second that a copy reads and writes; half of its rate is the goal. None: no goal.
         gap_bound: on the mean gap between trainer and engine, nats.
+        on_gpu: memory that is given back has a goal.
     """
     for record in records:
         for key, value in sorted(record.items()):
@@ -132,8 +140,26 @@ def ppo_rows(records: list[dict[str, Any]], *, copy_gbps: float | None, gap_boun
     rate = last["push/bytes"] / last["push/transfer_s"] / 1e9
     goal = {} if copy_gbps is None else at_least(copy_gbps / 2 / 2, rate)
     yield Row(what="push: transfer", value=rate, unit="GB/s", **goal)
-    gap = last["push/probe_mean_abs"]
-    yield Row(what="gap of trainer and engine on the probe, mean", value=gap, unit="nats", **at_most(gap_bound, gap))
+    for tokens, key in (("the probe", "push/probe_mean_abs"), ("sampled tokens", "experience/engine_gap_mean")):
+        gap = last[key]
+        yield Row(
+            what=f"gap of trainer and engine on {tokens}, mean", value=gap, unit="nats", **at_most(gap_bound, gap)
+        )
+    largest = last["experience/engine_gap_max"]
+    yield Row(what="gap of trainer and engine on sampled tokens, max", value=largest, unit="nats")
+    for key, value in sorted(last.items()):
+        if key.startswith("busy_s/") and key.endswith(TURNS):
+            yield Row(what=key.replace("/", ": ", 1), value=value, unit="s")
     for key, value in sorted(last.items()):
         if key.startswith("memory/"):
-            yield Row(what=key, value=value, unit="")
+            yield Row(what=key, value=value, unit="GiB")
+    asleep = last.get("memory/train/engine/measured")
+    if asleep is not None:  # the engine was asked when it had gone, and before the trainers came back
+        yield Row(what="left after sleep", value=asleep * 2**30 / 1e9, unit="GB", **_left(asleep * 2**30 / 1e9, on_gpu))
+
+
+def _left(residual: float, on_gpu: bool) -> dict[str, Any]:
+    """On a CPU nothing is freed."""
+    if not on_gpu:
+        return {}
+    return {"goal": f"at most {_LEFT_GB:g}, good below {_LEFT_GOOD_GB:g}", "met": residual <= _LEFT_GB}

@@ -189,6 +189,27 @@ def test_the_console_shows_a_row_per_step_and_each_evaluation(tmp_path):
     assert "\x1b" not in screen.getvalue()
 
 
+def test_the_console_shows_what_a_shared_device_holds_in_each_step(tmp_path):
+    def ledger(_):
+        return {
+            "memory/train/policy/planned": 14.0,
+            "memory/train/device/planned": 35.0,
+            "memory/train/device/measured": 36.25,
+            "memory/push/device/planned": 4.0,
+            "memory/push/device/measured": 5.5,
+        }
+
+    screen = io.StringIO()
+    with MetricLog(tmp_path, total_steps=2, console=Console(file=screen, width=60), sources=[ledger]) as log:
+        with log.evaluation(0) as step:
+            step.update("heldout", {"score": 0.0})
+        for number in range(2):
+            with log.step(number) as step:
+                step.update("rollout", {"score": 0.25})
+    told = [line for line in screen.getvalue().splitlines() if "memory" in line]
+    assert told == ["memory in GiB, planned / measured: train 35.00 / 36.25, push 4.00 / 5.50"] * 2
+
+
 def test_a_terminal_gets_a_progress_bar(tmp_path):
     log, screen = open_log(tmp_path, terminal=True)
     with log, log.step(0) as step, step.phase("generate"):

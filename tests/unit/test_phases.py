@@ -48,7 +48,9 @@ class Machine:
 
     def _did(self, what: str) -> Ready:
         self.done.append(what)
-        return Ready(MemoryUse(planned_bytes=self.used << 30, measured_bytes=(self.used + 1) << 30))
+        role = "engine" if what.startswith("wake") else what.split(" ", 1)[0]
+        kept = sum(SIZES[name] for name in self.there if name.startswith(role))
+        return Ready(MemoryUse(planned_bytes=kept << 30, measured_bytes=(self.used + 1) << 30))
 
 
 @dataclass
@@ -181,11 +183,34 @@ def test_the_ledger_says_what_each_role_keeps_in_each_phase(turns: TakingTurns) 
     with turns.training():
         pass
     ledger = turns.take_ledger({})
-    assert ledger["memory/push/engine/planned"] == 4
-    assert ledger["memory/train/critic/planned"] == 35
+    assert ledger["memory/push/engine/planned"] == 2
+    assert ledger["memory/train/critic/planned"] == 21
     assert ledger["memory/train/critic/measured"] == 36
     assert {name.split("/")[1] for name in ledger} == {"push", "generate", "train"}
     assert turns.take_ledger({}) == {}
+
+
+def test_the_ledger_adds_up_what_is_planned_and_measures_the_device_once(turns: TakingTurns) -> None:
+    a_push(turns)
+    with turns.training():
+        pass
+    a_push(turns)
+    device = {name: value for name, value in turns.take_ledger({}).items() if "/device/" in name}
+    assert device == {
+        "memory/push/device/planned": 4,  # weights of policy and engine
+        "memory/push/device/measured": 5,  # one more than what is there, by this machine
+        "memory/generate/device/planned": 22,  # the critic, which did not move, has been away since
+        "memory/generate/device/measured": 23,
+        "memory/train/device/planned": 35,
+        "memory/train/device/measured": 36,
+    }
+    with turns.comparing():
+        pass
+    with turns.generating():  # policy and critic go side by side: the last one finds 22 left
+        pass
+    ledger = turns.take_ledger({})
+    assert (ledger["memory/compare/device/planned"], ledger["memory/compare/device/measured"]) == (27, 28)
+    assert (ledger["memory/generate/policy/measured"], ledger["memory/generate/device/measured"]) == (26, 23)
 
 
 def test_a_run_without_a_critic_moves_none(machine: Machine) -> None:

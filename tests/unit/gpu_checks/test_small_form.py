@@ -98,41 +98,86 @@ def test_a_check_that_raises_is_told(tmp_path: Path) -> None:
     assert "no_such_check" in found.reason
 
 
+STEP = {
+    "kind": "step",
+    "push/bytes": 1e9,
+    "push/transfer_s": 1.0,
+    "push/probe_mean_abs": 0.001,
+    "experience/engine_gap_mean": 0.002,
+    "experience/engine_gap_max": 0.1,
+}
+
+
 def test_a_run_is_read_for_its_push_gap_and_phases() -> None:
     records = [
         {"kind": "evaluation", "parity/trainer-engine/mean": 0.003},
-        {"kind": "step", "push/bytes": 1.0, "push/transfer_s": 1.0, "push/probe_mean_abs": 1.0},
-        {
-            "kind": "step",
+        STEP | {"push/probe_mean_abs": 1.0, "experience/engine_gap_mean": 1.0},
+        STEP
+        | {
             "push/bytes": 3e9,
             "push/transfer_s": 2.0,
             "push/probe_mean_abs": 0.004,
+            "experience/engine_gap_mean": 0.03,
+            "experience/engine_gap_max": 0.7,
             "seconds/push": 2.5,
             "memory/push/gib": 7.0,
         },
     ]
-    rows = {row.what: row for row in ppo_rows(records, copy_gbps=3000.0, gap_bound=0.02)}
+    rows = {row.what: row for row in ppo_rows(records, copy_gbps=3000.0, gap_bound=0.02, on_gpu=True)}
     assert rows["steps done"].value == 2
     assert rows["push: transfer"].value == pytest.approx(1.5)
     assert (rows["push: transfer"].goal, rows["push: transfer"].met) == ("at least 750", False)
     gap = rows["gap of trainer and engine on the probe, mean"]
     assert (gap.value, gap.met) == (0.004, True)
+    drawn = rows["gap of trainer and engine on sampled tokens, mean"]
+    assert (drawn.value, drawn.goal, drawn.met) == (0.03, "at most 0.02", False)
+    most = rows["gap of trainer and engine on sampled tokens, max"]
+    assert (most.value, most.goal) == (0.7, "")
     assert rows["seconds: push"].value == 2.5
     assert rows["parity/trainer-engine/mean"].value == 0.003
     assert rows["memory/push/gib"].value == 7.0
 
 
-TRAINS = """
+def left_after_sleep(gib: float | None, *, on_gpu: bool) -> Row | None:
+    """The row of a run whose device has so much in use when everybody is away."""
+    step = STEP | ({} if gib is None else {"memory/train/engine/measured": gib, "memory/train/policy/measured": 40.0})
+    rows = {row.what: row for row in ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=on_gpu)}
+    return rows.get("left after sleep")
+
+
+def test_what_sleep_leaves_on_a_gpu_is_held_against_a_bound() -> None:
+    good, bad = left_after_sleep(1.5, on_gpu=True), left_after_sleep(4.7, on_gpu=True)
+    assert good is not None
+    assert bad is not None
+    assert (good.value, good.unit) == (pytest.approx(1.5 * 1.073741824), "GB")
+    assert (good.goal, good.met) == ("at most 5, good below 2", True)
+    assert bad.met is False  # 4.7 GiB are 5.05 GB
+    small = left_after_sleep(9.0, on_gpu=False)
+    assert small is not None
+    assert (small.goal, small.met) == ("", None)
+    assert left_after_sleep(None, on_gpu=True) is None  # nobody shares
+
+
+def test_seconds_of_taking_turns_are_told() -> None:
+    spent = {"engine/sleep": 0.2, "engine/wake": 0.3, "policy/offload": 0.4, "critic/onload": 0.5, "policy/update": 9.0}
+    step = STEP | {f"busy_s/{name}": seconds for name, seconds in spent.items()}
+    found = ppo_rows([step], copy_gbps=None, gap_bound=1.0, on_gpu=True)
+    told = {row.what: row.value for row in found if row.what.startswith("busy_s")}
+    assert told == {f"busy_s: {name}": seconds for name, seconds in spent.items() if name != "policy/update"}
+
+
+TRAINS = (
+    f"STEP = {STEP}"
+    + """
 import json, sys, time
 from pathlib import Path
 
 asked = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
 folder = Path(asked["run_dir"])
 folder.mkdir()
-step = {"kind": "step", "push/bytes": 1e9, "push/transfer_s": 1.0, "push/probe_mean_abs": 0.001}
 with (folder / "metrics.jsonl").open("w") as file:
     for number in (1, 2):
-        file.write(json.dumps(step | {"seconds/update": number}) + "\\n")
+        file.write(json.dumps(STEP | {"seconds/update": number}) + "\\n")
         file.flush()
         while not (folder / f"go {number}").exists():
             time.sleep(0.05)
@@ -140,6 +185,7 @@ with (folder / "metrics.jsonl").open("w") as file:
 print("said last")
 sys.exit(3)
 """
+)
 
 
 def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_said(
@@ -148,7 +194,7 @@ def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_sa
     monkeypatch.setattr(steps, "TRAIN", (sys.executable, "-c", TRAINS))
     found = steps.ppo(Case(gpus=0, asked_gpus=1, scratch=tmp_path))
     for number in (1, 2):
-        rows = {row.what: row.value for row in itertools.islice(found, 4)}
+        rows = {row.what: row.value for row in itertools.islice(found, 6)}
         assert (rows["steps done"], rows["seconds: update"]) == (number, number)
         (tmp_path / "ppo" / f"go {number}").touch()
     left: list[Row] = []
@@ -159,6 +205,8 @@ def test_each_step_of_a_run_is_told_while_it_goes_on_and_its_end_with_what_it_sa
 
 
 @pytest.mark.slow
-def test_whole_ppo_steps_run(tmp_path: Path) -> None:
-    status, found = run(tmp_path, "--only", "ppo", timeout=200)
-    assert (status, found["ppo"]["status"]) == (0, "passed"), found
+@pytest.mark.parametrize("name", ["ppo", "plans"])
+def test_what_takes_longer_runs(tmp_path: Path, name: str) -> None:
+    """Whole PPO steps; updates beside the plan."""
+    status, found = run(tmp_path, "--only", name, timeout=200)
+    assert (status, found[name]["status"]) == (0, "passed"), found
