@@ -77,8 +77,10 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     if config.reward.pools:
         pool = reward_service(config.reward, max_error_rate=1.0)  # the share of all samples is looked at, not of each
         starting["rewards"] = groups["rewards"].build(pool, [()] * config.reward.pools)
+    audit = partial(audit_engines, engine, config, config.model.path, cluster.log_dir)
     if config.cluster.colocate:
         engines_start.result()
+        engine_linears = audit()  # which reads scales: they are gone while the engine sleeps
         engine.sleep(keep_weights=False).result()
     starting["policy"] = start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates)
     if config.critic is not None:
@@ -86,7 +88,8 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     if not config.cluster.colocate:
         starting["engine"] = engines_start  # after the trainers, which say more of a folder that cannot be loaded
     results(starting)
-    engine_linears = audit_engines(engine, config, config.model.path, cluster.log_dir)
+    if not config.cluster.colocate:
+        engine_linears = audit()
     policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
     open_channel = partial(
@@ -105,7 +108,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         for rank in ranks:
             cluster.restart(groups["engine"], rank)
         groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
-        audit_engines(engine, config, config.model.path, cluster.log_dir)
+        audit()
         open_channel()  # it has as many ends as there were at its opening
 
     return Roles(
