@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_rl import device
+from megatron_rl.config.precision import Gpu
 from megatron_rl.config.schema import EngineConfig, RunConfig
 from megatron_rl.linear_formats import LinearFormat, first_difference, summary, write_table
 from megatron_rl.model_dims import read_model_dims
@@ -19,12 +21,13 @@ class AuditFailed(RuntimeError):
 
 
 def check_engine(engine: EngineConfig, gpus: int) -> None:
-    """Check that the engine can do on this machine what is asked of it.
+    """Check that the engine can do on this machine, or on its GPUs if it has some, what is asked of it.
 
     Raises:
         ClusterProblem: it cannot; the message says what it can.
     """
-    if not gpus and (problems := list(engine.cpu_problems())):
+    gpu = Gpu(capability=device.compute_capability() if gpus else (0, 0), cuda=device.cuda_version())
+    if problems := list(engine.machine_problems(gpu)):
         raise ClusterProblem("; ".join(problems))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from megatron_rl.config.precision import Gpu
 from megatron_rl.config.schema import RunConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
@@ -25,20 +27,34 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a run takes of a node, in bytes: ``buckets`` and the store in shared memory, ``disk`` for checkpoints."""
+    """What a run takes of a node.
+
+    Attributes:
+        buckets: and the store: bytes in shared memory.
+        disk: bytes for checkpoints.
+        gpu_problems: what it cannot do on a GPU.
+    """
 
     buckets: int
     disk: int = 0
+    gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
 
 
 def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
     """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
     sync = SyncConfig() if config is None else config.sync
     buckets = _BUCKETS * sync.bucket_mib << 20
-    if config is None or dims is None:
+    if config is None:
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
-    return Needs(buckets=buckets, disk=(config.checkpoint.keep + 1) * checkpoint_bytes(config, dims))
+    disk = 0 if dims is None else (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
+    return Needs(buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims))
+
+
+def _gpu_problems(config: RunConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
+    """What a GPU adds to the problems of a recipe."""
+    anyway = set(config.contradictions(dims))
+    return [problem for problem in config.contradictions(dims, gpu) if problem not in anyway]
 
 
 def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
@@ -58,6 +74,7 @@ def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> 
     found = [
         *check_versions(node),
         *check_driver(node),
+        *check_gpus(node, needs),
         *check_apex(node),
         *check_transformer_engine(node),
         *check_shared_memory(node, needs),
@@ -126,6 +143,22 @@ def check_driver(node: NodeFacts) -> Iterator[Finding]:
             f"CUDA {max(cuda)} needs driver {needed} or newer, found {node.driver}",
             f"install a driver of branch {needed}, or a torch for an older CUDA",
         )
+
+
+def check_gpus(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """What the recipe asks of them: FP8 in trainer and engine."""
+    for capability in sorted(set(node.capabilities)):
+        for problem in needs.gpu_problems(Gpu(capability=capability, cuda=_cuda(node))):
+            yield _error("GPU", problem, "change that setting, or run on other GPUs")
+
+
+def _cuda(node: NodeFacts) -> tuple[int, int] | None:
+    """Of the runtime that torch is installed with."""
+    releases = [release for name, release in node.packages.items() if name.startswith("nvidia-cuda-runtime")]
+    if not releases:
+        return None
+    major, minor, *_ = max(releases).split(".")
+    return int(major), int(minor)
 
 
 def check_apex(node: NodeFacts) -> Iterator[Finding]:
