@@ -15,7 +15,7 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
-from megatron_rl.version_matrix import OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
+from megatron_rl.version_matrix import CAVEATS, OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
 
 CLOCK_TOLERANCE_S = 1.0
 OPEN_FILES = 8192
@@ -109,7 +109,9 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
         )
     for each in differences:
         if each.found is not None:
-            yield _warning("versions", str(each), f"install {each.package} {each.wanted}: no test has seen the other")
+            caveat = CAVEATS.get((each.package, each.wanted))
+            do = f"install {each.package} {each.wanted}: no test has seen the other"
+            yield _warning("versions", str(each), do if caveat is None else f"{do}, but {caveat}")
     if node.gpus and node.packages.get("torch", "").endswith("+cpu"):
         yield _error(
             "versions",
@@ -178,11 +180,16 @@ def check_apex(node: NodeFacts) -> Iterator[Finding]:
 def check_transformer_engine(node: NodeFacts) -> Iterator[Finding]:
     """Whole, or not there at all: half an installation ends the import of megatron-core."""
     if node.engine_fault is not None:
+        name = "transformer-engine"
+        caveat = CAVEATS.get((name, node.packages.get(name, "").partition("+")[0]))
+        do = (
+            "install it with its torch extension for this torch and CUDA (docs/gpu.md), or pip uninstall "
+            "transformer_engine, transformer_engine_torch and transformer_engine_cu*"
+        )
         yield _error(
             "Transformer Engine",
             f"must import or be absent, found it in part: {node.engine_fault}",
-            "install it with its torch extension for this torch and CUDA (docs/gpu.md), or pip uninstall "
-            "transformer_engine, transformer_engine_torch and transformer_engine_cu*",
+            do if caveat is None else f"{do}; {caveat}",
         )
 
 

@@ -21,6 +21,7 @@ from megatron_rl.doctor.checks import (
 from megatron_rl.doctor.facts import Apex, Listener, NodeFacts, Port, Token
 from megatron_rl.doctor.findings import Finding, Report, Severity, merged
 from megatron_rl.model_dims import dims_from_config
+from megatron_rl.version_matrix import SETS
 from tests.unit.doctor.builders import GIB, GPU_SET, MIB, gpu_node, healthy
 
 ROOT = Path(__file__).parents[3]
@@ -152,6 +153,21 @@ def test_half_a_transformer_engine_is_an_error() -> None:
     assert finding.severity is Severity.ERROR
     assert finding.found.endswith("found it in part: ImportError: undefined symbol: cublasLtX")
     assert "pip uninstall transformer_engine" in finding.do
+
+
+NEWER = {
+    **next(each for each in SETS if each.packages.get("vllm") == "0.32.0").packages,
+    "nvidia-cuda-runtime": "13.0.96",
+}
+
+
+def test_a_release_that_wants_a_newer_cublas_is_told_where_it_fails_and_where_it_is_advised() -> None:
+    broken = gpu_node(packages=NEWER | {"transformer-engine": "2.20.2"}, engine_fault="ImportError: cublasLtX")
+    assert "a newer nvidia-cublas" in only(of(broken)).do
+    other = gpu_node(packages=NEWER | {"transformer-engine": "2.19.0"}, engine_fault="ImportError: cublasLtX")
+    advised, failed = of(other)
+    assert "nvidia-cublas" not in failed.do
+    assert advised.do.startswith("install transformer-engine 2.20.2: no test has seen the other, but the wheels of")
 
 
 @pytest.mark.parametrize(
