@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,13 @@ def summary(formats: Iterable[LinearFormat]) -> str:
     return ", ".join(f"{count} linears in {told}" for told, count in counts.items())
 
 
-def write_table(path: Path, formats: Iterable[LinearFormat]) -> None:
-    """A line per linear: the name of its weight, and its format."""
+def write_table(path: Path, by_role: Mapping[str, Iterable[LinearFormat]]) -> None:
+    """A line per linear, with tabs: the name of its weight, and its format in each role; the first line names these."""
+    columns = [{linear.weight: linear for linear in formats} for formats in by_role.values()]
+    weights = dict.fromkeys(weight for column in columns for weight in column)
+    rows = [("weight", *by_role), *((weight, *(_told(column.get(weight)) for column in columns)) for weight in weights)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{linear.weight}\t{_told(linear)}\n" for linear in formats))
+    path.write_text("".join("\t".join(row) + "\n" for row in rows))
 
 
 def _told(linear: LinearFormat | None) -> str:

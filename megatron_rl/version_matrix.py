@@ -102,6 +102,17 @@ SETS: tuple[VersionSet, ...] = (
     ),
 )
 
+CAVEATS: Mapping[tuple[str, str], str] = {
+    ("transformer-engine", release): (
+        f"the wheels of Transformer Engine {release} for CUDA 13 do not load with cuBLAS 13.1, which torch brings: "
+        "they want a newer nvidia-cublas in the same environment, or one of NVIDIA's containers"
+    )
+    for release in ("2.14.1", "2.17.1", "2.20.2")
+}
+"""What to know of a package's release before it is installed, also of one that a set has; seen in the symbols of its
+libraries (``cublasLtGroupedMatrixLayoutInit_internal``, docs/gpu.md).
+"""
+
 OLDEST_DRIVER: Mapping[int, int] = {12: 525, 13: 580}
 """Branch of NVIDIA's driver that a major release of CUDA needs (NVIDIA, "CUDA Compatibility", minor versions)."""
 

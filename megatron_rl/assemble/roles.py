@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl import device
-from megatron_rl.assemble.audit import audit_engines
+from megatron_rl.assemble.audit import audit_engines, keep_formats
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
@@ -20,7 +20,7 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.phases import OwnDevices, TakingTurns
 from megatron_rl.ray_runtime.cluster import Cluster, Role
 from megatron_rl.ray_runtime.rewards import RemoteRewards
-from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, connect
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, RemoteTrainer, connect
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.service import RewardService
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
@@ -35,8 +35,8 @@ _PROBE_ROWS = 8
 class Roles:
     """The models of a run at work, with the channel between policy and engine open; weights travel by ``transport``.
 
-    ``engine_linears``: what the audit of the engines found, in a line; None: there was none. ``restart_engines`` makes
-    those of the given ranks anew.
+    ``linears``: what those of trainers and engines were found to multiply in, in a line. ``restart_engines`` makes
+    engines of the given ranks anew.
     """
 
     groups: Mapping[str, WorkerGroup]
@@ -45,7 +45,7 @@ class Roles:
     engine: RemoteEngine
     transport: Transport
     rewards: RemoteRewards | None
-    engine_linears: str | None
+    linears: str
     restart_engines: Callable[[Sequence[int]], None]
 
 
@@ -77,8 +77,10 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     if config.reward.pools:
         pool = reward_service(config.reward, max_error_rate=1.0)  # the share of all samples is looked at, not of each
         starting["rewards"] = groups["rewards"].build(pool, [()] * config.reward.pools)
+    audit = partial(audit_engines, engine, config, config.model.path)
     if config.cluster.colocate:
         engines_start.result()
+        found = audit()  # which reads scales: they are gone while the engine sleeps
         engine.sleep(keep_weights=False).result()
     starting["policy"] = start_trainer(groups["policy"], config, Head.TOKEN, dims, policy_updates)
     if config.critic is not None:
@@ -86,9 +88,11 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     if not config.cluster.colocate:
         starting["engine"] = engines_start  # after the trainers, which say more of a folder that cannot be loaded
     results(starting)
-    engine_linears = audit_engines(engine, config, config.model.path, cluster.log_dir)
+    if not config.cluster.colocate:
+        found = audit()
     policy = RemotePolicy(groups["policy"])
     critic = None if config.critic is None else RemoteCritic(groups["critic"])
+    trainers = {role: RemoteTrainer(groups[role]) for role in config.trainers}
     open_channel = partial(
         connect,
         policy,
@@ -105,7 +109,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         for rank in ranks:
             cluster.restart(groups["engine"], rank)
         groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
-        audit_engines(engine, config, config.model.path, cluster.log_dir)
+        audit()
         open_channel()  # it has as many ends as there were at its opening
 
     return Roles(
@@ -115,7 +119,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         critic=critic,
         engine=engine,
         transport=open_channel(),
-        engine_linears=engine_linears,
+        linears=keep_formats(trainers, found, config, cluster.log_dir),
         restart_engines=restart_engines,
     )
 

@@ -138,8 +138,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         )
         metrics.note(push_line(config, policy.moved_bytes().result(), roles.transport))
         metrics.note(capability_line(roles.groups["policy"]))
-        if roles.engine_linears is not None:
-            metrics.note(roles.engine_linears)
+        metrics.note(roles.linears)
         if saved is not None:
             metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
         for change in changes:
@@ -236,7 +235,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
         group.build(start_engine, [(engine_spec(config, model, version=0),)] * config.engine.count).result()
         engine = RemoteEngine(group)
-        audit_engines(engine, config, model, cluster.log_dir)
+        audit_engines(engine, config, model)
         yield engine, rewards, heldout.prompts[: config.evaluation.prompts]
 
 

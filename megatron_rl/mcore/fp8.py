@@ -21,8 +21,9 @@ one:
   each pushes its amaxes into the history that the next update scales by. Refused.
 
 Transformer Engine keeps scales of blocks to powers of two unless told otherwise (the multiplication is then exact, the
-range used only to a half); engines divide by 448 as it comes. Both sides must do the same for the same weights to
-become the same FP8 numbers: ``FP8Config.environment`` says so to Transformer Engine.
+range used only to a half), and so does vLLM where DeepGEMM multiplies. Both sides must do the same for the same weights
+to become the same FP8 numbers, so both are told to divide by 448 as it comes: Transformer Engine by
+``FP8Config.environment``, vLLM by :func:`megatron_rl.vllm_engine.scales.environment`.
 
 **What stays.** Master weights, gradients' sums and Adam are float32 as ever; embedding, norms, attention, the router,
 the heads of policy and critic are bfloat16. Weights stay bfloat16 too and are cast when they are used

@@ -53,6 +53,18 @@ def _most(uses: list[MemoryUse]) -> MemoryUse:
     )
 
 
+def _merged(by_rank: list[list[LinearFormat]]) -> list[LinearFormat]:
+    found: dict[str, LinearFormat] = {}
+    for rank, formats in enumerate(by_rank):
+        for linear in formats:
+            before = found.setdefault(linear.weight, linear)
+            if before != linear:
+                raise RuntimeError(
+                    f"ranks must agree on {linear.weight}: rank {rank} has {linear}, one before it {before}"
+                )
+    return list(found.values())
+
+
 def _given(answers: list[Any]) -> list[Any]:
     return [answer for answer in answers if answer is not None]
 
@@ -79,6 +91,14 @@ class RemoteTrainer:
     def tensors(self, prefixes: Sequence[str]) -> Pending[Mapping[str, Tensor]]:
         """See :meth:`~megatron_rl.interfaces.ScoresTokens.tensors`."""
         return self.group.call("tensors", tuple(prefixes), finish=_only)
+
+    def linear_formats(self) -> Pending[list[LinearFormat]]:
+        """How the linears inside the layers multiply, each told by the ranks that hold a part of it.
+
+        Raises:
+            RuntimeError: two ranks multiply a linear differently.
+        """
+        return self.group.call("formats", finish=_merged)
 
     def save(self, folder: Path) -> Pending[None]:
         """Copy model, optimizer and schedule, and start to write the copy to ``folder``."""

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
-from megatron_rl.device import limit_threads, memory_used
+from megatron_rl.device import compute_capability, limit_threads, memory_used
 from megatron_rl.interfaces import MemoryUse, PushPhase, PushReceipt
 from megatron_rl.lifetime import die_with_child
 from megatron_rl.linear_formats import LinearFormat, first_difference
+from megatron_rl.vllm_engine import scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,8 +276,9 @@ class Engine:
         """See :func:`megatron_rl.vllm_engine.inside.linear_formats`.
 
         Raises:
-            RuntimeError: tensor-parallel workers differ.
+            RuntimeError: tensor-parallel workers differ, or the weights sleep.
         """
+        self._check_awake("weights")
         from megatron_rl.vllm_engine import inside
 
         first, *others = self._on_workers(inside.linear_formats)
@@ -538,6 +540,8 @@ def _prepare_process(spec: EngineSpec) -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager mode alone still compiles the ranking of log-probs, with g++
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_mib
         limit_threads()
+    else:
+        os.environ.update(scales.environment(spec.quantization, compute_capability()))
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from megatron_rl.linear_formats import LinearFormat
+from megatron_rl.vllm_engine.scales import scaling
 
 _WATCHED = re.compile(r"model\.(embed_tokens|layers\.\d+(\.self_attn)?|norm)$")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Hugging Face tensors that vLLM lays one below the other."""
-_SCALES = ("weight_scale", "weight_scale_inv")
 
 
 class _Watch:
@@ -72,26 +72,11 @@ def linear_formats(worker: Any) -> list[LinearFormat]:
     """
     linears = LinearBase if worker.model_config.hf_text_config.tie_word_embeddings else LinearBase | ParallelLMHead
     return [
-        LinearFormat(weight=name, dtype=str(module.weight.dtype).removeprefix("torch."), **_scaling(module))
+        LinearFormat(weight=name, dtype=str(module.weight.dtype).removeprefix("torch."), **scaling(module))
         for module_name, module in worker.get_model().named_modules()
         if isinstance(module, linears)
         for name in _names(module_name, "weight")
     ]
-
-
-def _scaling(module: Any) -> dict[str, Any]:
-    scale = next((getattr(module, name) for name in _SCALES if getattr(module, name, None) is not None), None)
-    if scale is None:
-        return {}
-    if block := getattr(module, "weight_block_size", None):
-        sizes = tuple(block)
-    elif scale.numel() == 1:
-        sizes = 0, 0
-    elif scale.numel() == module.output_size_per_partition:
-        sizes = 1, 0
-    else:
-        raise ValueError(f"scales of {module.prefix} must be one, one per output row or per block, got {scale.shape}")
-    return {"block": sizes, "scale": str(scale.dtype).removeprefix("torch.")}
 
 
 @torch.no_grad()

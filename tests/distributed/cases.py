@@ -279,14 +279,15 @@ def loss_metrics(result: UpdateResult) -> dict[str, float]:
     return {name: value for name, value in result.metrics.items() if name not in ("padding", "imbalance")}
 
 
-def supervised(rank: int, port: int, model: Path, setup: Setup) -> UpdateResult | None:
-    """One update on tokens alone."""
+def supervised(rank: int, port: int, model: Path, setup: Setup, updates: int = 1) -> list[UpdateResult | None]:
+    """Updates on tokens alone."""
     worker = start(rank, port, model, setup)
     rows = token_rows()
     weight = torch.ones(rows.tokens.shape)
-    result = worker.update(Minibatch(source=rows, rows=torch.arange(rows.rows), loss_weight=weight), Likelihood())
+    batch = Minibatch(source=rows, rows=torch.arange(rows.rows), loss_weight=weight)
+    results = [worker.update(batch, Likelihood()) for _ in range(updates)]
     worker.close()
-    return result
+    return results
 
 
 def without_loss_tokens(rank: int, port: int, model: Path) -> str:

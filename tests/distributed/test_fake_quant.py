@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.layout import ParallelLayout
-from tests.distributed.cases import CRITIC, POLICY, TEMPERATURE, Setup, gather, scores, token_rows, trained
+from tests.distributed.cases import CRITIC, POLICY, TEMPERATURE, Setup, gather, scores, supervised, token_rows, trained
 from tests.distributed.conftest import SIZES
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_update import tensors
@@ -108,3 +108,16 @@ def test_an_update_learns_through_the_rounding_and_moves_the_unrounded_weights(
     for weight in (name for name in before if name.endswith("proj.weight")):
         assert torch.equal(before[weight], same[weight])
         assert not torch.equal(before[weight], after[weight])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_supervised_stage_learns_through_the_rounding(ranks: Ranks, aligned: Path, name: str) -> None:
+    setup = Setup(layout=ParallelLayout(tensor=2), lr=1e-3)
+    [exact], [mine, later] = (
+        [result.metrics["loss"] for result in ranks.run(2, supervised, aligned, each, updates)[0]]
+        for each, updates in ((setup, 1), (faked(setup, name), 2))
+    )
+    tokens = token_rows().response_mask.sum()
+    rounded = -float(by_hugging_face(aligned, name).sum() / tokens)
+    assert abs(mine - rounded) < 0.1 * abs(mine - exact)
+    assert later < mine

@@ -134,7 +134,7 @@ def test_a_critic_is_a_token_classifier_of_transformers_with_the_same_values(
 
 @pytest.mark.parametrize("setup", [Setup(), Setup(layout=ParallelLayout(pipeline=2), budget=60)], ids=str)
 def test_a_supervised_update_needs_tokens_alone(ranks: Ranks, models: dict[str, Path], setup: Setup) -> None:
-    result = ranks.run(setup.layout.world_size, supervised, models["llama"], setup)[-1]
+    [result] = ranks.run(setup.layout.world_size, supervised, models["llama"], setup)[-1]
     assert result is not None
     assert result.metrics["loss"] == pytest.approx(_likelihood(models["llama"]), rel=1e-4)
 

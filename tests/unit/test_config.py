@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from megatron_rl import device
 from megatron_rl.assemble.audit import check_engine
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins
 from megatron_rl.config.precision import FP8Config
@@ -183,11 +184,28 @@ def test_an_fp8_engine_is_refused_for_experts(folder, architecture):
 
 
 @pytest.mark.parametrize("asked", ["fp8_per_tensor", "fp8_per_block"])
-def test_without_a_gpu_only_scales_per_channel_are_possible(asked):
+def test_without_a_gpu_only_scales_per_channel_are_possible(asked, monkeypatch):
     with pytest.raises(ClusterProblem, match=f"no kernel for '{asked}': choose 'fp8_per_channel' or 'none'"):
         check_engine(EngineConfig(quantization=asked), gpus=0)
+    monkeypatch.setattr(device, "compute_capability", lambda: (8, 9))
     check_engine(EngineConfig(quantization=asked), gpus=1)
     check_engine(EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8"), gpus=0)
+
+
+@pytest.mark.parametrize("asked", ["fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
+def test_an_engine_whose_gpu_knows_no_fp8_is_refused_at_the_start(asked, monkeypatch):
+    monkeypatch.setattr(device, "compute_capability", lambda: (8, 0))
+    told = f"engine.quantization: '{asked}' needs a GPU of compute capability 8.9 or higher .*, found 8.0: set 'none'"
+    with pytest.raises(ClusterProblem, match=told):
+        check_engine(EngineConfig(quantization=asked), gpus=8)
+    check_engine(EngineConfig(kv_cache_dtype="fp8"), gpus=8)
+
+
+def test_an_fp8_cache_is_refused_where_no_attention_of_the_engine_reads_it(monkeypatch):
+    monkeypatch.setattr(device, "compute_capability", lambda: (7, 5))
+    with pytest.raises(ClusterProblem, match=r"engine.kv_cache_dtype: 'fp8' needs .* 8.0 or higher .*, found 7.5"):
+        check_engine(EngineConfig(kv_cache_dtype="fp8"), gpus=1)
+    check_engine(EngineConfig(), gpus=1)
 
 
 def test_the_trainer_quantises_what_it_pushes_only_to_a_format_that_the_engine_takes(folder):

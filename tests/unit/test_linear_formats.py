@@ -38,10 +38,14 @@ def test_the_first_linear_that_differs_is_named(found: list[LinearFormat], told:
 
 
 def test_the_table_has_a_line_per_linear(tmp_path: Path) -> None:
-    write_table(tmp_path / "logs" / "linears.tsv", [A, B])
-    assert (tmp_path / "logs" / "linears.tsv").read_text() == (
-        "a.weight\tfloat8_e4m3fn with a float32 scale per 1 x all\nb.weight\tbfloat16\n"
+    write_table(
+        tmp_path / "logs" / "linears.tsv", {"policy": [replace(A, dtype="bfloat16", block=None)], "engine": [B, A]}
     )
+    assert (tmp_path / "logs" / "linears.tsv").read_text().splitlines() == [
+        "weight\tpolicy\tengine",
+        "a.weight\tbfloat16\tfloat8_e4m3fn with a float32 scale per 1 x all",
+        "b.weight\tno linear\tbfloat16",
+    ]
     assert summary([A, B, replace(A, weight="c.weight")]) == (
         "2 linears in float8_e4m3fn with a float32 scale per 1 x all, 1 linears in bfloat16"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.version_matrix import SETS, Difference, Hardware, State, installed, nearest, python_release
+from megatron_rl.version_matrix import CAVEATS, SETS, Difference, Hardware, State, installed, nearest, python_release
 
 ROOT = Path(__file__).parents[2]
 GPU = {"torch": "2.11.0", "megatron-core": "0.19.2", "vllm": "0.26.0", "ray": "2.60.0", "triton": "3.6.0"}
@@ -62,3 +62,16 @@ def test_the_extra_for_transformer_engine_asks_for_its_release_in_the_first_set(
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["te"] == [f"transformer-engine[pytorch]=={first.optional['transformer-engine']}"]
     assert f"nvidia-modelopt=={first.optional['nvidia-modelopt']}" in extras["gpu"]
+
+
+def test_what_does_not_load_as_it_resolves_is_marked_in_the_table_of_the_docs() -> None:
+    table = (ROOT / "docs" / "gpu.md").read_text()
+    rows = {
+        tuple(row.split(" | ")[:4]): row for row in re.findall(r"^\| ([\d.]+ \| [\d.]+ \| [^\n]+) \|$", table, re.M)
+    }
+    sets = [each for each in SETS if each.hardware is Hardware.CUDA]
+    assert len(rows) == len(sets)
+    for each in sets:
+        engine = each.optional["transformer-engine"]
+        told = rows[(*(each.packages[name] for name in ("torch", "vllm", "triton")), engine)]
+        assert ("does not load" in told) is (("transformer-engine", engine) in CAVEATS)

