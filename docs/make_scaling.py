@@ -41,11 +41,11 @@ Written by `docs/make_scaling.py` from the planner (`megatron-rl plan`): every f
 its column says measured or published. No GPU was used for it. Constants (`megatron_rl/planner/devices.py`) are the same
 for all rows: none was fitted to any point.
 
-`megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role,
-seconds of each phase, other layouts of the same devices, and why the others cannot be. `--explain policy.gradients`
-prints how a number came about. What `train` refuses is not planned; the exit status is 1 where a recipe cannot run or
-does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank, of any world, without memory,
-and reads its bytes off; tests hold the prediction against it.
+`megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role
+and of the fullest node, seconds of each phase, other layouts of the same devices, and why the others cannot be.
+`--explain policy.gradients` prints how a number came about. What `train` refuses is not planned; the exit status is 1
+where a recipe cannot run or does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank,
+of any world, without memory, and reads its bytes off; tests hold the prediction against it.
 
 ## Against measurement on a CPU
 
@@ -75,6 +75,12 @@ or latent attention, against passes of the real ones on a CPU (5 %, where expert
 Transformer Engine's norms keep less, and in FP8 its linears do. With `expert_tensor` above 1 they are said too low, by
 up to 25 % in a small model. What is rough: every time.
 
+A node's own memory (2 TB in a DGX; `--host-gib` says another) is the sum over its ranks, each counted as one of the
+fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers 12
+bytes for each element that a rank has on every replica, and one replica serialises them and the weights), with
+`cluster.colocate` what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than
+95 % is in use, so that is the limit. None of it has been measured on a node with GPUs.
+
 Products of linears in FP8 are as many times faster as Transformer Engine's documentation measured for one model of 5B
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
@@ -102,25 +108,31 @@ def fullest(found: Plan, role: str) -> float:
     return device_bytes(c for c in found.memory if c.name.startswith(f"{role}.")) / 1e9
 
 
+def host(found: Plan) -> float:
+    assert found.host is not None
+    return found.host.most / 1e9
+
+
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
-        "GB of the fullest device; the last column is GPU-hours of 120 steps. `plan` "
+        "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
+        "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
         "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.5 times as fast by the same account, which "
         "counts neither replicas that wait for each other (4 rows a minibatch) nor experts that are chosen unevenly.\n"
     )
-    columns = "recipe, GPUs, policy, critic, engine, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
+    columns = "recipe, GPUs, policy, critic, engine, node, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
     yield f"| {columns.replace(', ', ' | ')} |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
         found = plan(config, dims_of(name), machine("h100"), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         yield (
-            f"| {name} | {found.devices} | {memory} | {at['time.rollout']:.0f} | {at['time.policy.scoring']:.0f} | "
-            f"{at['time.policy.updates']:.0f} | {at['time.push']:.0f} | {found.step_seconds:.0f} | "
+            f"| {name} | {found.devices} | {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
+            f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | {found.step_seconds:.0f} | "
             f"{found.step_seconds * 120 / 3600 * found.devices:,.0f} |"
         )
 
@@ -197,10 +209,10 @@ def seed_rows() -> Iterator[str]:
         "and calls 6 GPUs untested. Its figure is of another program, which scores answers one after the other.\n"
     )
     yield (
-        "| place | GPUs | policy GB | critic GB | engine GB | rollout s | scoring s | updates s | step s | 60 steps, "
-        "days | 120 steps, days | fits |"
+        "| place | GPUs | policy GB | critic GB | engine GB | node GB | rollout s | scoring s | updates s | step s | "
+        "60 steps, days | 120 steps, days | fits |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for place, (config, device) in seed_recipes().items():
         found = plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
@@ -208,7 +220,10 @@ def seed_rows() -> Iterator[str]:
         phases = (at["time.rollout"], at["time.policy.scoring"], at["time.policy.updates"], found.step_seconds)
         days = " | ".join(f"{found.step_seconds * steps / 86400:.2f}" for steps in (60, 120))
         fits = "yes" if not found.problems else "; ".join(found.problems)
-        yield (f"| {place} | {found.devices} | {memory} | {' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |")
+        yield (
+            f"| {place} | {found.devices} | {memory} | {host(found):.0f} | "
+            f"{' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |"
+        )
 
 
 ALIGNER = (
