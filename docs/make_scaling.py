@@ -41,7 +41,7 @@ Written by `docs/make_scaling.py` from the planner (`megatron-rl plan`): every f
 its column says measured or published. No GPU was used for it. Constants (`megatron_rl/planner/devices.py`) are the same
 for all rows: none was fitted to any point.
 
-`megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role
+`megatron-rl plan FILE.toml` (`--device h200`) prints the same for any recipe: memory of the fullest device of each role
 and of the fullest node, seconds of each phase, other layouts of the same devices, and why the others cannot be.
 `--explain policy.gradients` prints how a number came about. What `train` refuses is not planned; the exit status is 1
 where a recipe cannot run or does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank,
@@ -99,6 +99,12 @@ def machine(device: str) -> Machine:
     return Machine(device=DEVICES[device], per_node=8)
 
 
+def own_machine(config: RunConfig) -> Machine:
+    """That the recipe is laid out for."""
+    assert config.cluster.device is not None
+    return Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
+
+
 def recipes() -> dict[str, RunConfig]:
     whole = set(RECIPES.glob("*.toml")) - {RECIPES / "fp8.toml"}
     return {file.stem: parse(RunConfig, [file]) for file in sorted(whole)}
@@ -127,13 +133,13 @@ def recipe_rows() -> Iterator[str]:
     yield f"| {columns.replace(', ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
-        found = plan(config, dims_of(name), machine("h100"), LENGTHS)
+        found = plan(config, dims_of(name), own_machine(config), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         yield (
             f"| {name} | {found.devices} | {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
-            f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | {found.step_seconds:.0f} | "
-            f"{found.step_seconds * 120 / 3600 * found.devices:,.0f} |"
+            f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | "
+            f"{found.step_seconds:.0f} | {found.step_seconds * 120 / 3600 * found.devices:,.0f} |"
         )
 
 
@@ -157,7 +163,7 @@ TIMES = (1, 2, 4, 8)
 
 def growth(name: str, config: RunConfig, *, weak: bool) -> list[tuple[Plan, float]]:
     """Plans of the recipe on so many times its devices, each with its efficiency against the first one."""
-    steps = [plan(grown(config, n, weak=weak), dims_of(name), machine("h100"), LENGTHS) for n in TIMES]
+    steps = [plan(grown(config, n, weak=weak), dims_of(name), own_machine(config), LENGTHS) for n in TIMES]
     base = steps[0].step_seconds
     return [
         (found, math.nan if found.problems else base / found.step_seconds / (1 if weak else n))
@@ -186,17 +192,12 @@ def trainer(layout: ParallelLayout, **changes: object) -> TrainerConfig:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def seed_recipes() -> dict[str, tuple[RunConfig, str]]:
-    """The shipped recipes of the seed, and the device that each names."""
+def seed_recipes() -> dict[str, RunConfig]:
+    """The shipped recipes of the seed."""
     model = f"model.path={RECIPES / 'models' / 'qwen2.5_math_7b'}"
     return {
-        place: (parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"], [model]), device)
-        for place, device in (
-            ("4_nodes_a100", "a100-80g"),
-            ("4_nodes_h100", "h100"),
-            ("1_node_a100", "a100-80g"),
-            ("1_node_h100", "h100"),
-        )
+        place: parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"], [model])
+        for place in ("4_nodes_a100", "4_nodes_h100", "1_node_a100", "1_node_h100")
     }
 
 
@@ -213,8 +214,8 @@ def seed_rows() -> Iterator[str]:
         "60 steps, days | 120 steps, days | fits |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for place, (config, device) in seed_recipes().items():
-        found = plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
+    for place, config in seed_recipes().items():
+        found = plan(config, dims_of("qwen2.5_math_7b"), own_machine(config), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         phases = (at["time.rollout"], at["time.policy.scoring"], at["time.policy.updates"], found.step_seconds)
@@ -356,9 +357,11 @@ def draw(png: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load, and --check draws nothing
     from matplotlib.figure import Figure
 
-    planned = {name: plan(config, dims_of(name), machine("h100"), LENGTHS) for name, config in recipes().items()} | {
-        place: plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
-        for place, (config, device) in seed_recipes().items()
+    planned = {
+        name: plan(config, dims_of(name), own_machine(config), LENGTHS) for name, config in recipes().items()
+    } | {
+        place: plan(config, dims_of("qwen2.5_math_7b"), own_machine(config), LENGTHS)
+        for place, config in seed_recipes().items()
     }
     figure = Figure(figsize=(9, 11), layout="constrained")
     FigureCanvasAgg(figure)

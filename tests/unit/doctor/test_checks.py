@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,14 @@ def test_a_driver_older_than_cuda_needs_is_an_error() -> None:
     assert finding.found == "CUDA 13.0.96 needs driver 580 or newer, found 570.133.20"
     older = {**GPU_SET.packages, "nvidia-cuda-runtime-cu12": "12.8.90"}
     assert of(gpu_node(driver="570.133.20", packages=older)) == []
+
+
+def test_a_gpu_that_the_recipe_is_not_laid_out_for_is_a_warning() -> None:
+    node = gpu_node(gpus=("NVIDIA H100", "NVIDIA A100-SXM4-80GB"))
+    assert of(node) == of(gpu_node(), replace(NEEDS, device="h100")) == []
+    finding = only(of(node, replace(NEEDS, device="a100-80g")))
+    assert (finding.severity, finding.what) == (Severity.WARNING, "device")
+    assert finding.found == "the recipe is laid out for a100-80g (cluster.device), found NVIDIA H100"
 
 
 def test_an_engine_for_gpus_where_none_is_seen_is_a_warning() -> None:

@@ -9,13 +9,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
 from megatron_rl.config.precision import FP8Config
-from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfig, RunConfig, TrainerConfig
+from megatron_rl.config.schema import (
+    ClusterConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ParityConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
@@ -762,6 +770,40 @@ def test_options_out_of_range_are_refused_together(capsys):
     assert "--device must be one of a100-80g, h100, h200, b200, cpu, got tpu" in said
     assert "--prompt-tokens must be above 0 and at most data.max_prompt_tokens=1024, got 0" in said
     assert "--response-tokens must be above 0 and at most rollout.max_response_tokens=3000, got 5000" in said
+
+
+def test_a_recipe_names_the_machine_that_it_is_planned_for_and_options_another(capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+
+    def first_line(*more):
+        assert main(["plan", recipe, path, *more]) == 0
+        return capsys.readouterr().out.partition(";")[0]
+
+    assert first_line() == "48 x h100 (6 nodes of 8)"
+    named = ("cluster.device=a100-80g", "cluster.gpus_per_node=16")
+    assert first_line(*named) == "48 x a100-80g (3 nodes of 16)"
+    assert first_line(*named, "--device", "h200", "--gpus-per-node", "4") == "48 x h200 (12 nodes of 4)"
+
+
+def test_a_recipe_may_name_every_device_of_the_table_and_no_other():
+    (named, _) = get_args(get_type_hints(ClusterConfig)["device"])
+    assert get_args(named) == tuple(DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, device):
+    assert [key for key, known in DEVICES.items() if known.is_named(name)] == ([device] if device else [])
 
 
 @pytest.mark.parametrize(
