@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,7 @@ scores, output layer and all else are not. Lengths of responses are taken as if 
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
 keys and values, and an engine that has no more samples to start waits for its last ones.
 
-![What devices hold, what a step's seconds go to, and how recipes scale](scaling.png)
+![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
 
 
@@ -119,6 +119,11 @@ def host(found: Plan) -> float:
     return found.host.most / 1e9
 
 
+def gpu_hours(found: Plan) -> float:
+    """Of the seed's 120 steps."""
+    return found.step_seconds * 120 / 3600 * found.devices
+
+
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
@@ -139,7 +144,7 @@ def recipe_rows() -> Iterator[str]:
         yield (
             f"| {name} | {found.devices} | {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
             f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | "
-            f"{found.step_seconds:.0f} | {found.step_seconds * 120 / 3600 * found.devices:,.0f} |"
+            f"{found.step_seconds:.0f} | {gpu_hours(found):,.0f} |"
         )
 
 
@@ -227,6 +232,20 @@ def seed_rows() -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of others, in ``unit``, and ours for the same settings."""
+
+    name: str
+    unit: str
+    predicted: float
+    published: float
+
+    @property
+    def error(self) -> str:
+        return f"{100 * (self.predicted / self.published - 1):+.0f} %"
+
+
 ALIGNER = (
     # nodes of the policy, tokens generated, samples of a round, published seconds
     (8, 350.7, 8, 366.7),
@@ -260,6 +279,13 @@ def aligner_seconds(nodes: int, tokens: float, together: int) -> tuple[float, fl
     return rollout, policy, sum(phases(nodes * 4, Head.VALUE))
 
 
+def aligner_points() -> Iterator[Published]:
+    for nodes, tokens, together, published in ALIGNER:
+        _, policy, critic = aligner_seconds(nodes, tokens, together)
+        name = f"NeMo-Aligner 70B, {nodes} + {nodes // 2} nodes"
+        yield Published(name=name, unit="s", predicted=max(policy, critic), published=published)
+
+
 def aligner_rows() -> Iterator[str]:
     yield "\n## Against what others published\n"
     yield (
@@ -277,14 +303,13 @@ def aligner_rows() -> Iterator[str]:
     columns = "nodes, generation s, policy s, critic s, predicted s, published s, error, predicted speed-up, published"
     yield f"| {columns.replace(', ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    first = 0.0
-    for nodes, tokens, together, published in ALIGNER:
+    points = list(aligner_points())
+    for (nodes, tokens, together, published), point in zip(ALIGNER, points, strict=True):
         rollout, policy, critic = aligner_seconds(nodes, tokens, together)
-        said = max(policy, critic)
-        first = first or said
         yield (
-            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {said:.1f} | {published} | "
-            f"{100 * (said / published - 1):+.0f} % | {first / said:.2f} | {ALIGNER[0][3] / published:.2f} |"
+            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {point.predicted:.1f} | "
+            f"{published} | {point.error} | {points[0].predicted / point.predicted:.2f} | "
+            f"{points[0].published / published:.2f} |"
         )
 
 
@@ -325,15 +350,7 @@ def even_layers(dims: ModelDims, layout: ParallelLayout) -> ModelDims:
     return replace(dims, layers=layers, experts=experts)
 
 
-def bridge_rows() -> Iterator[str]:
-    yield (
-        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md, which has layouts, "
-        "rows and steps as well), tokens per second and GPU; micro-batches of one row, one scale per tensor, first and "
-        "last layer in BF16, exchanges between replicas beside arithmetic. 405B and 235B are planned with two layers "
-        "more, since their layouts deal out embedding and output layer as layers. Experts miss: their dispatchers send "
-        "a token to a node once, and beside arithmetic; here it is sent to each expert, and waited for.\n"
-    )
-    yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
+def bridge_points() -> Iterator[Published]:
     for name, layout, row, rows, published in BRIDGE:
         dims = even_layers(dims_of(name), layout)
         assert not dims.layout_problems(layout), dims.layout_problems(layout)
@@ -345,15 +362,34 @@ def bridge_rows() -> Iterator[str]:
         )
         work = Work(rows=rows, row_tokens=row)
         seconds = update_time(dims, model, Head.TOKEN, machine("h100"), work, "bfloat16").total
-        said = rows * row / seconds / layout.world_size
+        yield Published(
+            name=f"Megatron-Bridge {name}, {layout.world_size} GPUs",
+            unit="tokens/s/GPU",
+            predicted=rows * row / seconds / layout.world_size,
+            published=published,
+        )
+
+
+def bridge_rows() -> Iterator[str]:
+    yield (
+        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md, which has layouts, "
+        "rows and steps as well), tokens per second and GPU; micro-batches of one row, one scale per tensor, first and "
+        "last layer in BF16, exchanges between replicas beside arithmetic. 405B and 235B are planned with two layers "
+        "more, since their layouts deal out embedding and output layer as layers. Experts miss: their dispatchers send "
+        "a token to a node once, and beside arithmetic; here it is sent to each expert, and waited for.\n"
+    )
+    yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
+    for (name, layout, *_), point in zip(BRIDGE, bridge_points(), strict=True):
         yield (
-            f"| {name} | {layout.world_size} | {layout} | {said:,.0f} | {published:,} | "
-            f"{100 * (said / published - 1):+.0f} % |"
+            f"| {name} | {layout.world_size} | {layout} | {point.predicted:,.0f} | {point.published:,} | "
+            f"{point.error} |"
         )
 
 
 def draw(png: Path) -> None:
-    """What the fullest devices hold and what a step's seconds go to, of all recipes, and how the larger ones scale."""
+    """What the fullest devices hold, what a step's seconds go to and what a run costs, of all recipes, how the larger
+    ones scale, and what is predicted beside what others published.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load, and --check draws nothing
     from matplotlib.figure import Figure
 
@@ -363,9 +399,9 @@ def draw(png: Path) -> None:
         place: plan(config, dims_of("qwen2.5_math_7b"), own_machine(config), LENGTHS)
         for place, config in seed_recipes().items()
     }
-    figure = Figure(figsize=(9, 11), layout="constrained")
+    figure = Figure(figsize=(9, 21), layout="constrained")
     FigureCanvasAgg(figure)
-    memory, seconds, scaling = figure.subplots(3, 1)
+    memory, seconds, cost, scaling, beside = figure.subplots(5, 1, height_ratios=(6, 3, 3, 4, 5))
     held = {
         f"{name}, {role}": {
             cell.name.partition(".")[2]: cell.value / 1e9
@@ -373,10 +409,10 @@ def draw(png: Path) -> None:
             if cell.name.startswith(f"{role}.") and "host" not in cell.name
         }
         for name, found in planned.items()
-        for role in ("policy", "engine")
+        for role in ("policy", "critic", "engine")
     }
     stacked(memory, held)
-    memory.set(title="Fullest device: policy in training, engine in generation", xlabel="GB")
+    memory.set(title="Fullest device: policy and critic in training, engine in generation", xlabel="GB")
     spent = {
         name: {
             "rollout": at["time.rollout"],
@@ -389,6 +425,9 @@ def draw(png: Path) -> None:
     }
     stacked(seconds, spent)
     seconds.set(title="A step", xlabel="seconds")
+    hours = {name: gpu_hours(found) for name, found in planned.items()}
+    labelled(cost, {name: ({"": spent}, f"{spent:,.0f}") for name, spent in hours.items()})
+    cost.set(title="120 steps", xlabel="GPU-hours", xscale="log")
     for index, (name, config) in enumerate(recipes().items()):
         for weak, line in ((False, "-"), (True, "--")):
             shares = [100 * efficiency for _, efficiency in growth(name, config, weak=weak)]
@@ -397,7 +436,33 @@ def draw(png: Path) -> None:
         title="Efficiency: strong (-), weak (--)", xlabel="times the recipe's devices", ylabel="%", ylim=(0, 105)
     )
     scaling.legend(frameon=False, fontsize=7)
+    labelled(
+        beside,
+        {
+            f"{point.name}, {point.unit}": ({"predicted": point.predicted, "published": point.published}, point.error)
+            for point in published_points()
+        },
+    )
+    beside.set(title="Predicted beside published, and the error", xscale="log")
+    beside.legend(frameon=False, fontsize=7)
     figure.savefig(png, dpi=80)
+
+
+def labelled(axes: Axes, bars: Mapping[str, tuple[Mapping[str, float], str]]) -> None:
+    """Bars beside each other for each name, with a text at the end of the longest."""
+    for index, (values, text) in enumerate(bars.values()):
+        height = 0.8 / len(values)
+        for part, (label, value) in enumerate(values.items()):
+            at = index - 0.4 + (part + 0.5) * height
+            axes.barh(at, value, height, color=f"C{part}", label=label if label and not index else None)
+        axes.text(1.05 * max(values.values()), index, text, va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+
+
+def published_points() -> list[Published]:
+    return [*aligner_points(), *bridge_points()]
 
 
 def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
@@ -883,6 +885,24 @@ def test_any_cell_explains_itself_with_its_numbers():
         explained("policy.x")
     with pytest.raises(ValueError, match="--device must be one of a100-80g, h100, h200, b200, cpu, got tpu"):
         explained("policy.weights", device="tpu")
+
+
+def test_what_others_published_is_drawn_beside_the_predictions_of_the_page():
+    spec = importlib.util.spec_from_file_location("make_scaling", ROOT / "docs" / "make_scaling.py")
+    make_scaling = importlib.util.module_from_spec(spec)
+    sys.modules["make_scaling"] = make_scaling  # where dataclasses look
+    spec.loader.exec_module(make_scaling)
+    points, page = make_scaling.published_points(), (ROOT / "docs" / "scaling.md").read_text()
+    assert {point.name.partition(" ")[0] for point in points} >= {"NeMo-Aligner", "Megatron-Bridge"}
+    for point in points:
+        assert f"| {point.error} |" in page
+        shown = f"{point.predicted:,.0f}" if "token" in point.unit else f"{point.predicted:.1f}"
+        assert f"| {shown} | {point.published:,} |" in page
+    axes = Figure().subplots()
+    make_scaling.labelled(axes, {p.name: ({"ours": p.predicted, "theirs": p.published}, p.error) for p in points})
+    assert [bar.get_width() for bar in axes.patches] == [w for p in points for w in (p.predicted, p.published)]
+    assert [text.get_text() for text in axes.texts] == [point.error for point in points]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [point.name for point in points]
 
 
 def test_the_page_on_scaling_is_what_the_planner_says():
