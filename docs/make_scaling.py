@@ -124,27 +124,44 @@ def gpu_hours(found: Plan) -> float:
     return found.step_seconds * 120 / 3600 * found.devices
 
 
+def variants() -> Iterator[tuple[str, str, RunConfig, str]]:
+    """Recipe, numbers, settings and device: as they stand on H100, in FP8 there, and as they stand on A100."""
+    for name, config in recipes().items():
+        yield name, "BF16", config, "h100"
+        yield name, "FP8", parse(RunConfig, [RECIPES / f"{name}.toml", RECIPES / "fp8.toml"]), "h100"
+        yield name, "BF16", config, "a100-80g"
+
+
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
-        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
+        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each recipe as it "
+        "stands on H100, with `fp8.toml` there (training alone; engines stay in BF16), and as it stands on A100. "
         "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
         "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
         "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.5 times as fast by the same account, which "
         "counts neither replicas that wait for each other (4 rows a minibatch) nor experts that are chosen unevenly.\n"
     )
-    columns = "recipe, GPUs, policy, critic, engine, node, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
+    columns = (
+        "recipe, device, training in, GPUs, policy, critic, engine, node, rollout s, scoring s, updates s, push s, "
+        "step s, GPU-h 120"
+    )
     yield f"| {columns.replace(', ', ' | ')} |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name, config in recipes().items():
-        found = plan(config, dims_of(name), own_machine(config), LENGTHS)
+    yield "|" + " --- |" * len(columns.split(", "))
+    for name, numbers, config, device in variants():
+        found = plan(config, dims_of(name), machine(device), LENGTHS)
+        start = f"| {name} | {device} | {numbers} | {found.devices} |"
+        if not found.times:
+            yield f"{start} cannot be: {'; '.join(found.problems)} |"
+            continue
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         yield (
-            f"| {name} | {found.devices} | {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
+            f"{start} {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
             f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | "
             f"{found.step_seconds:.0f} | {gpu_hours(found):,.0f} |"
+            + "".join(f" does not fit: {problem}" for problem in found.problems)
         )
 
 

@@ -92,8 +92,12 @@ def test_every_recipe_fits_the_devices_it_asks_for(file):
     assert found.step_seconds > 0
     in_fp8 = parse(RunConfig, [file, FP8])
     assert plan(in_fp8, dims, H100, LENGTHS).problems == ()
-    refused = plan(in_fp8, dims, replace(H100, device=DEVICES["a100-80g"]), LENGTHS).problems
-    assert any("needs a GPU of" in problem for problem in refused)
+    a100 = replace(H100, device=DEVICES["a100-80g"])
+    assert plan(config, dims, a100, LENGTHS).problems == ()
+    assert any("needs a GPU of" in problem for problem in plan(in_fp8, dims, a100, LENGTHS).problems)
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    variants = ("h100 | BF16", "h100 | FP8", "a100-80g | BF16")
+    assert all(f"\n| {file.stem} | {variant} | {config.devices} | " in page for variant in variants)
 
 
 def test_there_are_recipes():
