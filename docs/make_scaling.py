@@ -21,7 +21,7 @@ from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import device_bytes
 from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.states import total_parameters
-from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, update_time
+from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def variants() -> Iterator[tuple[str, str, RunConfig, str]]:
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
-        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each recipe as it "
-        "stands on H100, with `fp8.toml` there (training alone; engines stay in BF16), and as it stands on A100. "
+        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each "
+        "recipe as it stands on H100, with `fp8.toml` there (training alone; engines in BF16), and as it stands on A100. "
         "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
         "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
@@ -330,6 +330,141 @@ def aligner_rows() -> Iterator[str]:
         )
 
 
+NEMO_RL = (
+    # model, layout, workers of an engine, samples of a step, longest row, published tokens per second and GPU, seconds
+    (
+        "deepseek_v3",
+        ParallelLayout(pipeline=16, data=16, expert=16, first_stage_layers=3, last_stage_layers=2),
+        32,
+        512,
+        1536,
+        12.1,
+        134,
+    ),
+    (
+        "deepseek_v3",
+        ParallelLayout(pipeline=16, data=32, expert=16, first_stage_layers=3, last_stage_layers=2),
+        32,
+        512,
+        1536,
+        7.24,
+        111,
+    ),
+    (
+        "qwen3_235b_a22b",
+        ParallelLayout(
+            tensor=2,
+            sequence_parallel=True,
+            context=2,
+            pipeline=8,
+            data=4,
+            expert=16,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        16,
+        512,
+        8192,
+        58.9,
+        395,
+    ),
+    (
+        "qwen3_235b_a22b",
+        ParallelLayout(
+            tensor=2,
+            sequence_parallel=True,
+            context=2,
+            pipeline=8,
+            data=8,
+            expert=16,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        16,
+        512,
+        8192,
+        37.4,
+        312,
+    ),
+    ("qwen3_30b_a3b", ParallelLayout(data=32, expert=8), 2, 2048, 4096, 1102, 192),
+)
+NEMO_RL_PROMPT, NEMO_RL_UPDATE = 100, 512
+
+
+def nemo_rl_tokens(layout: ParallelLayout, samples: int, rate: float, seconds: float) -> float:
+    """Of a row on the average: what a second and a GPU had of them, times both."""
+    return rate * seconds * layout.world_size / samples
+
+
+def nemo_rl_seconds(
+    name: str, layout: ParallelLayout, workers: int, samples: int, longest: int, row: float
+) -> tuple[float, float, float, float]:
+    """Generation, both passes of log-probs, updates, and weights with what moves to the host and back."""
+    dims, h100, gpus = dims_of(name), machine("h100"), layout.world_size
+    assert not dims.layout_problems(layout), dims.layout_problems(layout)
+    weights = 2 * total_parameters(dims, Head.TOKEN)
+    cache = round((0.6 * h100.device.memory - weights / workers) / 2**20)
+    rollout = rollout_time(
+        dims,
+        EngineConfig(count=gpus // workers, tensor=workers, kv_cache_mib=cache),
+        h100,
+        "bfloat16",
+        samples=samples,
+        prompt_tokens=NEMO_RL_PROMPT,
+        responses=Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT),
+    ).total
+    model = trainer(
+        layout,
+        tokens_per_microbatch=longest // layout.context,
+        recompute="none" if name == "qwen3_30b_a3b" else "full",
+    )
+    whole, part = (Work(rows=rows, row_tokens=row) for rows in (samples, NEMO_RL_UPDATE))
+    scored = 2 * pass_time(dims, model, h100, whole, "bfloat16", backward=False).total
+    updated = samples / NEMO_RL_UPDATE * update_time(dims, model, Head.TOKEN, h100, part, "bfloat16").total
+    moved = (12 / 2 + 1) * weights * 2 / gpus / (LINK_SHARE * h100.device.host_link)
+    return rollout, scored, updated, weights / workers / h100.link(gpus) + moved
+
+
+def nemo_rl_points() -> Iterator[Published]:
+    for name, layout, workers, samples, longest, rate, seconds in NEMO_RL:
+        row = nemo_rl_tokens(layout, samples, rate, seconds)
+        yield Published(
+            name=f"NeMo-RL {name}, {layout.world_size} GPUs",
+            unit="s",
+            predicted=sum(nemo_rl_seconds(name, layout, workers, samples, longest, row)),
+            published=seconds,
+        )
+
+
+def nemo_rl_rows() -> Iterator[str]:
+    yield (
+        "\n**NeMo-RL** v0.6 (docs/about/performance-summary.md): GRPO on H100 in BF16, on policy, trainer and engines "
+        "on the same GPUs in turn, seconds of a step. Published besides: tokens per second and GPU, from which the "
+        "tokens of a row on the average follow. From the recipes of its repository "
+        "(examples/configs/recipes/llm/performance, as they stand there, which need not be the release's): layouts, "
+        "workers of an engine, samples, the longest row, recompute (of whole layers, but for the 30B). "
+        f"Assumed: {NEMO_RL_UPDATE} samples an update, {NEMO_RL_PROMPT} tokens a prompt; responses that end by chance "
+        "(above); engines with 60 % of a GPU's memory; two passes of log-probs (policy, reference); rows packed into "
+        "micro-batches of the longest row's tokens; each GPU gets its share of an engine's weights over the network; "
+        "weights and Adam's states go to the host and back once. Not counted is what that program takes beside (its "
+        "Python, memory that is emptied and filled), experts that are chosen unevenly, and replicas that wait for each "
+        "other.\n"
+    )
+    columns = (
+        "model, GPUs, layout, tokens of a row, generation s, log-probs s, updates s, weights s, predicted s, "
+        "published s, error"
+    )
+    yield f"| {columns.replace(', ', ' | ')} |"
+    yield "|" + " --- |" * len(columns.split(", "))
+    for (name, layout, workers, samples, longest, rate, seconds), point in zip(NEMO_RL, nemo_rl_points(), strict=True):
+        row = nemo_rl_tokens(layout, samples, rate, seconds)
+        parts = nemo_rl_seconds(name, layout, workers, samples, longest, row)
+        yield (
+            f"| {name} | {layout.world_size} | {layout}, engines TP{workers} | {row:,.0f} | "
+            f"{' | '.join(f'{part:.1f}' for part in parts)} | {point.predicted:.1f} | {seconds} | {point.error} |"
+        )
+
+
 BRIDGE = (
     # model, layout, tokens of a row, rows of a step, published tokens per second and GPU
     ("llama3_8b", ParallelLayout(data=8), 8192, 128, 14451),
@@ -479,7 +614,7 @@ def labelled(axes: Axes, bars: Mapping[str, tuple[Mapping[str, float], str]]) ->
 
 
 def published_points() -> list[Published]:
-    return [*aligner_points(), *bridge_points()]
+    return [*aligner_points(), *nemo_rl_points(), *bridge_points()]
 
 
 def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
@@ -496,7 +631,7 @@ def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def page() -> str:
-    parts = (recipe_rows, scaling_rows, seed_rows, aligner_rows, bridge_rows)
+    parts = (recipe_rows, scaling_rows, seed_rows, aligner_rows, nemo_rl_rows, bridge_rows)
     return HEAD + "\n".join(line for part in parts for line in part()) + "\n"
 
 

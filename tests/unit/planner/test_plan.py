@@ -897,7 +897,7 @@ def test_what_others_published_is_drawn_beside_the_predictions_of_the_page():
     sys.modules["make_scaling"] = make_scaling  # where dataclasses look
     spec.loader.exec_module(make_scaling)
     points, page = make_scaling.published_points(), (ROOT / "docs" / "scaling.md").read_text()
-    assert {point.name.partition(" ")[0] for point in points} >= {"NeMo-Aligner", "Megatron-Bridge"}
+    assert {point.name.partition(" ")[0] for point in points} == {"NeMo-Aligner", "NeMo-RL", "Megatron-Bridge"}
     for point in points:
         assert f"| {point.error} |" in page
         shown = f"{point.predicted:,.0f}" if "token" in point.unit else f"{point.predicted:.1f}"
