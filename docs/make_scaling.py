@@ -136,7 +136,7 @@ def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each "
-        "recipe as it stands on H100, with `fp8.toml` there (training alone; engines in BF16), and as it stands on A100. "
+        "recipe as it stands on H100, with `fp8.toml` there (training alone; engines in BF16), and as it is on A100. "
         "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
         "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
