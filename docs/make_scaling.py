@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import device_bytes
 from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.states import total_parameters
-from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, update_time
+from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ Written by `docs/make_scaling.py` from the planner (`megatron-rl plan`): every f
 its column says measured or published. No GPU was used for it. Constants (`megatron_rl/planner/devices.py`) are the same
 for all rows: none was fitted to any point.
 
-`megatron-rl plan FILE.toml --device h100` prints the same for any recipe: memory of the fullest device of each role,
-seconds of each phase, other layouts of the same devices, and why the others cannot be. `--explain policy.gradients`
-prints how a number came about. What `train` refuses is not planned; the exit status is 1 where a recipe cannot run or
-does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank, of any world, without memory,
-and reads its bytes off; tests hold the prediction against it.
+`megatron-rl plan FILE.toml` (`--device h200`) prints the same for any recipe: memory of the fullest device of each role
+and of the fullest node, seconds of each phase, other layouts of the same devices, and why the others cannot be.
+`--explain policy.gradients` prints how a number came about. What `train` refuses is not planned; the exit status is 1
+where a recipe cannot run or does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank,
+of any world, without memory, and reads its bytes off; tests hold the prediction against it.
 
 ## Against measurement on a CPU
 
@@ -78,13 +78,19 @@ or latent attention, against passes of the real ones on a CPU (5 %, where expert
 Transformer Engine's norms keep less, and in FP8 its linears do. With `expert_tensor` above 1 they are said too low, by
 up to 25 % in a small model. What is rough: every time.
 
+A node's own memory (2 TB in a DGX; `--host-gib` says another) is the sum over its ranks, each counted as one of the
+fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers 12
+bytes for each element that a rank has on every replica, and one replica serialises them and the weights), with
+`cluster.colocate` what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than
+95 % is in use, so that is the limit. None of it has been measured on a node with GPUs.
+
 Products of linears in FP8 are as many times faster as Transformer Engine's documentation measured for one model of 5B
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
 keys and values, and an engine that has no more samples to start waits for its last ones.
 
-![What devices hold, what a step's seconds go to, and how recipes scale](scaling.png)
+![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
 
 
@@ -96,6 +102,12 @@ def machine(device: str) -> Machine:
     return Machine(device=DEVICES[device], per_node=8)
 
 
+def own_machine(config: RunConfig) -> Machine:
+    """That the recipe is laid out for."""
+    assert config.cluster.device is not None
+    return Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
+
+
 def recipes() -> dict[str, RunConfig]:
     whole = set(RECIPES.glob("*.toml")) - {RECIPES / "fp8.toml"}
     return {file.stem: parse(RunConfig, [file]) for file in sorted(whole)}
@@ -105,26 +117,54 @@ def fullest(found: Plan, role: str) -> float:
     return device_bytes(c for c in found.memory if c.name.startswith(f"{role}.")) / 1e9
 
 
+def host(found: Plan) -> float:
+    assert found.host is not None
+    return found.host.most / 1e9
+
+
+def gpu_hours(found: Plan) -> float:
+    """Of the seed's 120 steps."""
+    return found.step_seconds * 120 / 3600 * found.devices
+
+
+def variants() -> Iterator[tuple[str, str, RunConfig, str]]:
+    """Recipe, numbers, settings and device: as they stand on H100, in FP8 there, and as they stand on A100."""
+    for name, config in recipes().items():
+        yield name, "BF16", config, "h100"
+        yield name, "FP8", parse(RunConfig, [RECIPES / f"{name}.toml", RECIPES / "fp8.toml"]), "h100"
+        yield name, "BF16", config, "a100-80g"
+
+
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
-        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
-        "GB of the fullest device; the last column is GPU-hours of 120 steps. `plan` "
+        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each "
+        "recipe as it stands on H100, with `fp8.toml` there (training alone; engines in BF16), and as it is on A100. "
+        "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
+        "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
         "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.5 times as fast by the same account, which "
         "counts neither replicas that wait for each other (4 rows a minibatch) nor experts that are chosen unevenly.\n"
     )
-    columns = "recipe, GPUs, policy, critic, engine, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
+    columns = (
+        "recipe, device, training in, GPUs, policy, critic, engine, node, rollout s, scoring s, updates s, push s, "
+        "step s, GPU-h 120"
+    )
     yield f"| {columns.replace(', ', ' | ')} |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name, config in recipes().items():
-        found = plan(config, dims_of(name), machine("h100"), LENGTHS)
+    yield "|" + " --- |" * len(columns.split(", "))
+    for name, numbers, config, device in variants():
+        found = plan(config, dims_of(name), machine(device), LENGTHS)
+        start = f"| {name} | {device} | {numbers} | {found.devices} |"
+        if not found.times:
+            yield f"{start} cannot be: {'; '.join(found.problems)} |"
+            continue
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         yield (
-            f"| {name} | {found.devices} | {memory} | {at['time.rollout']:.0f} | {at['time.policy.scoring']:.0f} | "
-            f"{at['time.policy.updates']:.0f} | {at['time.push']:.0f} | {found.step_seconds:.0f} | "
-            f"{found.step_seconds * 120 / 3600 * found.devices:,.0f} |"
+            f"{start} {memory} | {host(found):.0f} | {at['time.rollout']:.0f} | "
+            f"{at['time.policy.scoring']:.0f} | {at['time.policy.updates']:.0f} | {at['time.push']:.0f} | "
+            f"{found.step_seconds:.0f} | {gpu_hours(found):,.0f} |"
+            + "".join(f" does not fit: {problem}" for problem in found.problems)
         )
 
 
@@ -148,7 +188,7 @@ TIMES = (1, 2, 4, 8)
 
 def growth(name: str, config: RunConfig, *, weak: bool) -> list[tuple[Plan, float]]:
     """Plans of the recipe on so many times its devices, each with its efficiency against the first one."""
-    steps = [plan(grown(config, n, weak=weak), dims_of(name), machine("h100"), LENGTHS) for n in TIMES]
+    steps = [plan(grown(config, n, weak=weak), dims_of(name), own_machine(config), LENGTHS) for n in TIMES]
     base = steps[0].step_seconds
     return [
         (found, math.nan if found.problems else base / found.step_seconds / (1 if weak else n))
@@ -177,17 +217,12 @@ def trainer(layout: ParallelLayout, **changes: object) -> TrainerConfig:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def seed_recipes() -> dict[str, tuple[RunConfig, str]]:
-    """The shipped recipes of the seed, and the device that each names."""
+def seed_recipes() -> dict[str, RunConfig]:
+    """The shipped recipes of the seed."""
     model = f"model.path={RECIPES / 'models' / 'qwen2.5_math_7b'}"
     return {
-        place: (parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"], [model]), device)
-        for place, device in (
-            ("4_nodes_a100", "a100-80g"),
-            ("4_nodes_h100", "h100"),
-            ("1_node_a100", "a100-80g"),
-            ("1_node_h100", "h100"),
-        )
+        place: parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"], [model])
+        for place in ("4_nodes_a100", "4_nodes_h100", "1_node_a100", "1_node_h100")
     }
 
 
@@ -200,18 +235,35 @@ def seed_rows() -> Iterator[str]:
         "and calls 6 GPUs untested. Its figure is of another program, which scores answers one after the other.\n"
     )
     yield (
-        "| place | GPUs | policy GB | critic GB | engine GB | rollout s | scoring s | updates s | step s | 60 steps, "
-        "days | 120 steps, days | fits |"
+        "| place | GPUs | policy GB | critic GB | engine GB | node GB | rollout s | scoring s | updates s | step s | "
+        "60 steps, days | 120 steps, days | fits |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for place, (config, device) in seed_recipes().items():
-        found = plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for place, config in seed_recipes().items():
+        found = plan(config, dims_of("qwen2.5_math_7b"), own_machine(config), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         phases = (at["time.rollout"], at["time.policy.scoring"], at["time.policy.updates"], found.step_seconds)
         days = " | ".join(f"{found.step_seconds * steps / 86400:.2f}" for steps in (60, 120))
         fits = "yes" if not found.problems else "; ".join(found.problems)
-        yield (f"| {place} | {found.devices} | {memory} | {' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |")
+        yield (
+            f"| {place} | {found.devices} | {memory} | {host(found):.0f} | "
+            f"{' | '.join(f'{s:.0f}' for s in phases)} | {days} | {fits} |"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of others, in ``unit``, and ours for the same settings."""
+
+    name: str
+    unit: str
+    predicted: float
+    published: float
+
+    @property
+    def error(self) -> str:
+        return f"{100 * (self.predicted / self.published - 1):+.0f} %"
 
 
 ALIGNER = (
@@ -247,6 +299,13 @@ def aligner_seconds(nodes: int, tokens: float, together: int) -> tuple[float, fl
     return rollout, policy, sum(phases(nodes * 4, Head.VALUE))
 
 
+def aligner_points() -> Iterator[Published]:
+    for nodes, tokens, together, published in ALIGNER:
+        _, policy, critic = aligner_seconds(nodes, tokens, together)
+        name = f"NeMo-Aligner 70B, {nodes} + {nodes // 2} nodes"
+        yield Published(name=name, unit="s", predicted=max(policy, critic), published=published)
+
+
 def aligner_rows() -> Iterator[str]:
     yield "\n## Against what others published\n"
     yield (
@@ -264,14 +323,148 @@ def aligner_rows() -> Iterator[str]:
     columns = "nodes, generation s, policy s, critic s, predicted s, published s, error, predicted speed-up, published"
     yield f"| {columns.replace(', ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    first = 0.0
-    for nodes, tokens, together, published in ALIGNER:
+    points = list(aligner_points())
+    for (nodes, tokens, together, published), point in zip(ALIGNER, points, strict=True):
         rollout, policy, critic = aligner_seconds(nodes, tokens, together)
-        said = max(policy, critic)
-        first = first or said
         yield (
-            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {said:.1f} | {published} | "
-            f"{100 * (said / published - 1):+.0f} % | {first / said:.2f} | {ALIGNER[0][3] / published:.2f} |"
+            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {point.predicted:.1f} | "
+            f"{published} | {point.error} | {points[0].predicted / point.predicted:.2f} | "
+            f"{points[0].published / published:.2f} |"
+        )
+
+
+NEMO_RL = (
+    # model, layout, workers of an engine, samples of a step, longest row, published tokens per second and GPU, seconds
+    (
+        "deepseek_v3",
+        ParallelLayout(pipeline=16, data=16, expert=16, first_stage_layers=3, last_stage_layers=2),
+        32,
+        512,
+        1536,
+        12.1,
+        134,
+    ),
+    (
+        "deepseek_v3",
+        ParallelLayout(pipeline=16, data=32, expert=16, first_stage_layers=3, last_stage_layers=2),
+        32,
+        512,
+        1536,
+        7.24,
+        111,
+    ),
+    (
+        "qwen3_235b_a22b",
+        ParallelLayout(
+            tensor=2,
+            sequence_parallel=True,
+            context=2,
+            pipeline=8,
+            data=4,
+            expert=16,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        16,
+        512,
+        8192,
+        58.9,
+        395,
+    ),
+    (
+        "qwen3_235b_a22b",
+        ParallelLayout(
+            tensor=2,
+            sequence_parallel=True,
+            context=2,
+            pipeline=8,
+            data=8,
+            expert=16,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        16,
+        512,
+        8192,
+        37.4,
+        312,
+    ),
+    ("qwen3_30b_a3b", ParallelLayout(data=32, expert=8), 2, 2048, 4096, 1102, 192),
+)
+NEMO_RL_PROMPT, NEMO_RL_UPDATE = 100, 512
+
+
+def nemo_rl_tokens(layout: ParallelLayout, samples: int, rate: float, seconds: float) -> float:
+    """Of a row on the average: what a second and a GPU had of them, times both."""
+    return rate * seconds * layout.world_size / samples
+
+
+def nemo_rl_seconds(
+    name: str, layout: ParallelLayout, workers: int, samples: int, longest: int, row: float
+) -> tuple[float, float, float, float]:
+    """Generation, both passes of log-probs, updates, and weights with what moves to the host and back."""
+    dims, h100, gpus = dims_of(name), machine("h100"), layout.world_size
+    assert not dims.layout_problems(layout), dims.layout_problems(layout)
+    weights = 2 * total_parameters(dims, Head.TOKEN)
+    cache = round((0.6 * h100.device.memory - weights / workers) / 2**20)
+    rollout = rollout_time(
+        dims,
+        EngineConfig(count=gpus // workers, tensor=workers, kv_cache_mib=cache),
+        h100,
+        "bfloat16",
+        samples=samples,
+        prompt_tokens=NEMO_RL_PROMPT,
+        responses=Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT),
+    ).total
+    model = trainer(
+        layout,
+        tokens_per_microbatch=longest // layout.context,
+        recompute="none" if name == "qwen3_30b_a3b" else "full",
+    )
+    whole, part = (Work(rows=rows, row_tokens=row) for rows in (samples, NEMO_RL_UPDATE))
+    scored = 2 * pass_time(dims, model, h100, whole, "bfloat16", backward=False).total
+    updated = samples / NEMO_RL_UPDATE * update_time(dims, model, Head.TOKEN, h100, part, "bfloat16").total
+    moved = (12 / 2 + 1) * weights * 2 / gpus / (LINK_SHARE * h100.device.host_link)
+    return rollout, scored, updated, weights / workers / h100.link(gpus) + moved
+
+
+def nemo_rl_points() -> Iterator[Published]:
+    for name, layout, workers, samples, longest, rate, seconds in NEMO_RL:
+        row = nemo_rl_tokens(layout, samples, rate, seconds)
+        yield Published(
+            name=f"NeMo-RL {name}, {layout.world_size} GPUs",
+            unit="s",
+            predicted=sum(nemo_rl_seconds(name, layout, workers, samples, longest, row)),
+            published=seconds,
+        )
+
+
+def nemo_rl_rows() -> Iterator[str]:
+    yield (
+        "\n**NeMo-RL** v0.6 (docs/about/performance-summary.md): GRPO on H100 in BF16, on policy, trainer and engines "
+        "on the same GPUs in turn, seconds of a step. Published besides: tokens per second and GPU, from which the "
+        "tokens of a row on the average follow. From the recipes of its repository "
+        "(examples/configs/recipes/llm/performance, as they stand there, which need not be the release's): layouts, "
+        "workers of an engine, samples, the longest row, recompute (of whole layers, but for the 30B). "
+        f"Assumed: {NEMO_RL_UPDATE} samples an update, {NEMO_RL_PROMPT} tokens a prompt; responses that end by chance "
+        "(above); engines with 60 % of a GPU's memory; two passes of log-probs (policy, reference); rows packed into "
+        "micro-batches of the longest row's tokens; each GPU gets its share of an engine's weights over the network; "
+        "weights and Adam's states go to the host and back once. Not counted is what that program takes beside (its "
+        "Python, memory that is emptied and filled), experts that are chosen unevenly, and replicas that wait for each "
+        "other.\n"
+    )
+    columns = (
+        "model, GPUs, layout, tokens of a row, generation s, log-probs s, updates s, weights s, predicted s, "
+        "published s, error"
+    )
+    yield f"| {columns.replace(', ', ' | ')} |"
+    yield "|" + " --- |" * len(columns.split(", "))
+    for (name, layout, workers, samples, longest, rate, seconds), point in zip(NEMO_RL, nemo_rl_points(), strict=True):
+        row = nemo_rl_tokens(layout, samples, rate, seconds)
+        parts = nemo_rl_seconds(name, layout, workers, samples, longest, row)
+        yield (
+            f"| {name} | {layout.world_size} | {layout}, engines TP{workers} | {row:,.0f} | "
+            f"{' | '.join(f'{part:.1f}' for part in parts)} | {point.predicted:.1f} | {seconds} | {point.error} |"
         )
 
 
@@ -312,15 +505,7 @@ def even_layers(dims: ModelDims, layout: ParallelLayout) -> ModelDims:
     return replace(dims, layers=layers, experts=experts)
 
 
-def bridge_rows() -> Iterator[str]:
-    yield (
-        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md, which has layouts, "
-        "rows and steps as well), tokens per second and GPU; micro-batches of one row, one scale per tensor, first and "
-        "last layer in BF16, exchanges between replicas beside arithmetic. 405B and 235B are planned with two layers "
-        "more, since their layouts deal out embedding and output layer as layers. Experts miss: their dispatchers send "
-        "a token to a node once, and beside arithmetic; here it is sent to each expert, and waited for.\n"
-    )
-    yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
+def bridge_points() -> Iterator[Published]:
     for name, layout, row, rows, published in BRIDGE:
         dims = even_layers(dims_of(name), layout)
         assert not dims.layout_problems(layout), dims.layout_problems(layout)
@@ -332,25 +517,46 @@ def bridge_rows() -> Iterator[str]:
         )
         work = Work(rows=rows, row_tokens=row)
         seconds = update_time(dims, model, Head.TOKEN, machine("h100"), work, "bfloat16").total
-        said = rows * row / seconds / layout.world_size
+        yield Published(
+            name=f"Megatron-Bridge {name}, {layout.world_size} GPUs",
+            unit="tokens/s/GPU",
+            predicted=rows * row / seconds / layout.world_size,
+            published=published,
+        )
+
+
+def bridge_rows() -> Iterator[str]:
+    yield (
+        "\n**Megatron-Bridge** pre-training on H100 in FP8 (docs/performance-summary-archive.md, which has layouts, "
+        "rows and steps as well), tokens per second and GPU; micro-batches of one row, one scale per tensor, first and "
+        "last layer in BF16, exchanges between replicas beside arithmetic. 405B and 235B are planned with two layers "
+        "more, since their layouts deal out embedding and output layer as layers. Experts miss: their dispatchers send "
+        "a token to a node once, and beside arithmetic; here it is sent to each expert, and waited for.\n"
+    )
+    yield "| model | GPUs | layout | predicted | published | error |\n| --- | --- | --- | --- | --- | --- |"
+    for (name, layout, *_), point in zip(BRIDGE, bridge_points(), strict=True):
         yield (
-            f"| {name} | {layout.world_size} | {layout} | {said:,.0f} | {published:,} | "
-            f"{100 * (said / published - 1):+.0f} % |"
+            f"| {name} | {layout.world_size} | {layout} | {point.predicted:,.0f} | {point.published:,} | "
+            f"{point.error} |"
         )
 
 
 def draw(png: Path) -> None:
-    """What the fullest devices hold and what a step's seconds go to, of all recipes, and how the larger ones scale."""
+    """What the fullest devices hold, what a step's seconds go to and what a run costs, of all recipes, how the larger
+    ones scale, and what is predicted beside what others published.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load, and --check draws nothing
     from matplotlib.figure import Figure
 
-    planned = {name: plan(config, dims_of(name), machine("h100"), LENGTHS) for name, config in recipes().items()} | {
-        place: plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
-        for place, (config, device) in seed_recipes().items()
+    planned = {
+        name: plan(config, dims_of(name), own_machine(config), LENGTHS) for name, config in recipes().items()
+    } | {
+        place: plan(config, dims_of("qwen2.5_math_7b"), own_machine(config), LENGTHS)
+        for place, config in seed_recipes().items()
     }
-    figure = Figure(figsize=(9, 11), layout="constrained")
+    figure = Figure(figsize=(9, 21), layout="constrained")
     FigureCanvasAgg(figure)
-    memory, seconds, scaling = figure.subplots(3, 1)
+    memory, seconds, cost, scaling, beside = figure.subplots(5, 1, height_ratios=(6, 3, 3, 4, 5))
     held = {
         f"{name}, {role}": {
             cell.name.partition(".")[2]: cell.value / 1e9
@@ -358,10 +564,10 @@ def draw(png: Path) -> None:
             if cell.name.startswith(f"{role}.") and "host" not in cell.name
         }
         for name, found in planned.items()
-        for role in ("policy", "engine")
+        for role in ("policy", "critic", "engine")
     }
     stacked(memory, held)
-    memory.set(title="Fullest device: policy in training, engine in generation", xlabel="GB")
+    memory.set(title="Fullest device: policy and critic in training, engine in generation", xlabel="GB")
     spent = {
         name: {
             "rollout": at["time.rollout"],
@@ -374,6 +580,9 @@ def draw(png: Path) -> None:
     }
     stacked(seconds, spent)
     seconds.set(title="A step", xlabel="seconds")
+    hours = {name: gpu_hours(found) for name, found in planned.items()}
+    labelled(cost, {name: ({"": spent}, f"{spent:,.0f}") for name, spent in hours.items()})
+    cost.set(title="120 steps", xlabel="GPU-hours", xscale="log")
     for index, (name, config) in enumerate(recipes().items()):
         for weak, line in ((False, "-"), (True, "--")):
             shares = [100 * efficiency for _, efficiency in growth(name, config, weak=weak)]
@@ -382,7 +591,33 @@ def draw(png: Path) -> None:
         title="Efficiency: strong (-), weak (--)", xlabel="times the recipe's devices", ylabel="%", ylim=(0, 105)
     )
     scaling.legend(frameon=False, fontsize=7)
+    labelled(
+        beside,
+        {
+            f"{point.name}, {point.unit}": ({"predicted": point.predicted, "published": point.published}, point.error)
+            for point in published_points()
+        },
+    )
+    beside.set(title="Predicted beside published, and the error", xscale="log")
+    beside.legend(frameon=False, fontsize=7)
     figure.savefig(png, dpi=80)
+
+
+def labelled(axes: Axes, bars: Mapping[str, tuple[Mapping[str, float], str]]) -> None:
+    """Bars beside each other for each name, with a text at the end of the longest."""
+    for index, (values, text) in enumerate(bars.values()):
+        height = 0.8 / len(values)
+        for part, (label, value) in enumerate(values.items()):
+            at = index - 0.4 + (part + 0.5) * height
+            axes.barh(at, value, height, color=f"C{part}", label=label if label and not index else None)
+        axes.text(1.05 * max(values.values()), index, text, va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+
+
+def published_points() -> list[Published]:
+    return [*aligner_points(), *nemo_rl_points(), *bridge_points()]
 
 
 def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
@@ -399,7 +634,7 @@ def stacked(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def page() -> str:
-    parts = (recipe_rows, scaling_rows, seed_rows, aligner_rows, bridge_rows)
+    parts = (recipe_rows, scaling_rows, seed_rows, aligner_rows, nemo_rl_rows, bridge_rows)
     return HEAD + "\n".join(line for part in parts for line in part()) + "\n"
 
 

@@ -47,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
         elif name == "plan":
             command.add_argument("--nodes", type=int, help="default: as many as the recipe takes")
-            command.add_argument("--gpus-per-node", type=int, default=8)
-            command.add_argument("--device", default="h100", help="a100-80g, h100, h200, b200 or cpu (default: h100)")
+            command.add_argument("--gpus-per-node", type=int, help="default: cluster.gpus_per_node of the recipe")
+            command.add_argument(
+                "--device", help="a100-80g, h100, h200, b200 or cpu (default: the recipe's cluster.device, else h100)"
+            )
+            command.add_argument("--host-gib", type=float, help="of a node's own memory; default: as its DGX has")
             command.add_argument("--prompt-tokens", type=float, help="mean; default: a quarter of the limit")
             command.add_argument("--response-tokens", type=float, help="mean; default: a third of the limit")
             command.add_argument(
@@ -183,6 +186,7 @@ def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
         nodes=asked.nodes,
         lengths=lengths,
         explain=asked.explain,
+        host_gib=asked.host_gib,
     )
     _print(found.text)
     return 0 if found.can_run else _FAILURE

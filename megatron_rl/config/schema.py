@@ -524,6 +524,11 @@ class ClusterConfig:
     """Of a running Ray cluster; unset starts one on this machine, on loopback, with a token of its own."""
     allow_open_cluster: bool = False
     """Join a cluster that asks for no token (anyone who reaches it can run code on it)."""
+    device: Literal["a100-80g", "h100", "h200", "b200", "cpu"] | None = None
+    """What the recipe is laid out for: ``plan`` takes its figures unless told otherwise, ``doctor`` says where a node
+    has another GPU; training does not ask. Unset: ``plan`` takes ``h100``."""
+    gpus_per_node: Positive = 8
+    """The same of how many a node has, for ``plan``."""
     cpus_per_worker: PositiveFloat = 0.4
     """CPUs reserved for each training rank and engine where there is no GPU."""
     colocate: bool = False

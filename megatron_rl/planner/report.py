@@ -10,6 +10,7 @@ from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
+from megatron_rl.planner.host import HostUse
 from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import Cell, device_bytes
 from megatron_rl.planner.search import Choice, Plan, choices, legal_minibatches, plan, together
@@ -30,29 +31,34 @@ def report(
     config: RunConfig,
     dims: ModelDims,
     *,
-    device: str,
-    per_node: int,
+    device: str | None,
+    per_node: int | None,
     nodes: int | None,
     lengths: Lengths,
     explain: str | None,
+    host_gib: float | None = None,
 ) -> Report:
     """A recipe's plan, or one number of it.
 
     Args:
         config: the recipe.
         dims: of its model.
-        device: a key of :data:`DEVICES`.
-        per_node: GPUs of a node.
+        device: a key of :data:`DEVICES`; None: the recipe's own, or an H100.
+        per_node: GPUs of a node; None: the recipe's own.
         nodes: as many as there are; None: as many as the recipe takes.
         lengths: mean tokens.
         explain: the name of a cell, to print its formula alone.
+        host_gib: of a node's own memory; None: as much as the table of devices says.
 
     Raises:
         ConfigError: there is no such device or cell, or a number is out of its range.
     """
-    if problems := list(_option_problems(config, device, per_node, nodes, lengths)):
+    device = device or config.cluster.device or "h100"
+    per_node = config.cluster.gpus_per_node if per_node is None else per_node
+    if problems := list(_option_problems(config, device, per_node, nodes, lengths, host_gib)):
         raise ConfigError(problems)
-    machine = Machine(device=DEVICES[device], per_node=per_node)
+    host_memory = None if host_gib is None else host_gib * 2**30
+    machine = Machine(device=DEVICES[device], per_node=per_node, host_memory=host_memory)
     found = plan(config, dims, machine, lengths)
     if explain is not None:
         return Report(text=_explained(found, explain), can_run=True)
@@ -67,6 +73,8 @@ def report(
     if found.memory and config.cluster.colocate:
         lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
         lines += [f"  {who:58}{held / 1e9:8.2f}" for who, held in together(config, found.memory)]
+    if found.host is not None:
+        lines += _host(found.host, machine)
     if found.times:
         lines += ["", f"{'phase':24}{'seconds':>12}", *(f"{c.name:24}{c.value:12.2f}" for c in found.times)]
         hours = found.step_seconds * config.steps / 3600
@@ -84,7 +92,7 @@ def report(
 
 
 def _option_problems(
-    config: RunConfig, device: str, per_node: int, nodes: int | None, lengths: Lengths
+    config: RunConfig, device: str, per_node: int, nodes: int | None, lengths: Lengths, host_gib: float | None
 ) -> Iterator[str]:
     if device not in DEVICES:
         yield f"--device must be one of {', '.join(DEVICES)}, got {device}"
@@ -92,6 +100,10 @@ def _option_problems(
         yield f"--gpus-per-node must be at least 1, got {per_node}"
     if nodes is not None and nodes < 1:
         yield f"--nodes must be at least 1, got {nodes}"
+    if host_gib is not None and host_gib <= 0:
+        yield f"--host-gib must be above 0, got {host_gib:g}"
+    if host_gib is not None and device == "cpu":
+        yield "--host-gib is of a node beside its GPUs; on cpu host and device are the same memory: remove it"
     for name, mean, key, limit in (
         ("prompt", lengths.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
         ("response", lengths.response, "rollout.max_response_tokens", config.rollout.max_response_tokens),
@@ -101,7 +113,7 @@ def _option_problems(
 
 
 def _explained(found: Plan, name: str) -> str:
-    cells = {cell.name: cell for cell in (*found.memory, *found.times)}
+    cells = {cell.name: cell for cell in (*found.memory, *(found.host.cells if found.host else ()), *found.times)}
     if name not in cells:
         reason = "; ".join(found.problems)
         raise ConfigError([f"--explain must name one of {', '.join(cells) or 'no cell: ' + reason}, got {name}"])
@@ -131,6 +143,13 @@ def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
         yield f"{role + ', fullest device':32}{'GB':>8}"
         yield from (f"  {c.name.split('.')[1]:30}{c.value / 1e9:8.2f}" for c in cells)
         yield f"  {'all on the device':30}{device_bytes(cells) / 1e9:8.2f}"
+
+
+def _host(use: HostUse, machine: Machine) -> Iterator[str]:
+    yield ""
+    yield f"{'host, fullest node':32}{'GB':>8}  of {machine.host_room / 1e9:,.0f} GB that may be used"
+    yield from (f"  {c.name.removeprefix('host.'):30}{c.value / 1e9:8.2f}" for c in use.cells if c.value)
+    yield from (f"  {'all ' + moment:30}{held / 1e9:8.2f}" for moment, held in use.peaks)
 
 
 def _ranked(found: list[Choice]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import RunConfig, TrainerConfig, fake_quantization_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
+from megatron_rl.planner.host import HostUse, host_problem, host_uses
 from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells, unlike_stages
 from megatron_rl.planner.states import least_bytes
@@ -33,6 +34,7 @@ class Plan:
 
     Attributes:
         memory: what the fullest device of each role holds.
+        host: what the fullest node's own memory holds; None where it is the devices', and where nothing is planned.
         times: seconds of each phase; those that run side by side stand in ``step`` once.
         problems: why ``train`` refuses the recipe, or what does not fit; empty when it can run.
         devices: that it takes.
@@ -42,6 +44,7 @@ class Plan:
     times: tuple[Cell, ...]
     problems: tuple[str, ...]
     devices: int
+    host: HostUse | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -69,11 +72,15 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     for who, held in together(config, memory):
         if held > _room(machine):
             problems.append(f"{who}: {_lack(held, machine)}")
+    nodes = host_uses(config, dims, machine)
+    if problem := host_problem(nodes, machine):
+        problems.append(problem)
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
         problems=tuple(problems),
         devices=config.devices,
+        host=nodes[0] if nodes else None,
     )
 
 
@@ -339,6 +346,8 @@ def _judged(
     held = device_bytes(cells)
     if problem := _too_much(config, machine, beside, cells):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
+    if problem := _host_lacks(config, dims, machine, role, trainer):
+        return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     seconds = _seconds(config, dims, machine, lengths, role, layout)
     return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
 
@@ -352,6 +361,14 @@ def _too_much(config: RunConfig, machine: Machine, beside: Sequence[Cell], mine:
         if others < held > _room(machine):
             return f"{who}: {_lack(held, machine)}" if config.cluster.colocate else _lack(held, machine)
     return ""
+
+
+def _host_lacks(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> str:
+    """Why nodes have too little memory of their own for the role, beside what else lies there."""
+    if any(dims.layout_problems(mine.layout) for other, mine in config.trainers.items() if other != role):
+        return ""  # which is told by itself
+    laid = replace(config, policy=trainer) if role == "policy" else replace(config, critic=trainer)
+    return host_problem(host_uses(laid, dims, machine), machine, role)
 
 
 def _lack(held: float, machine: Machine) -> str:

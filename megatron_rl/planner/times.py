@@ -10,6 +10,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import (
     DECODE_STEP_S,
+    HOST_SHARE,
     LAUNCH_S,
     LINK_SHARE,
     MATMUL_SHARE,
@@ -30,10 +31,16 @@ from megatron_rl.weights.rules import Head
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A device, and how many of them share a node."""
+    """A device, how many of them share a node, and bytes of the node's own memory where they are not the device's."""
 
     device: Device
     per_node: int
+    host_memory: float | None = None
+
+    @property
+    def host_room(self) -> float:
+        """Bytes of a node's own memory that may be used."""
+        return HOST_SHARE * (self.device.host_memory if self.host_memory is None else self.host_memory)
 
     def link(self, ranks: int) -> float:
         """Bytes a second between ``ranks`` that are numbered next to each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,14 @@ def test_the_cuda_that_a_node_has_is_held_against_the_recipe() -> None:
     needs = needs_of(recipe("policy.fp8.recipe=blockwise", "model.dtype=bfloat16"), None)
     finding = only(check_node(gpu_node(packages=older), needs, joins=False, reached=False))
     assert finding.found.endswith("needs a torch built with CUDA 12.9 or newer, got 12.8")
+
+
+def test_a_gpu_that_the_recipe_is_not_laid_out_for_is_a_warning() -> None:
+    node = gpu_node(gpus=("NVIDIA H100", "NVIDIA A100-SXM4-80GB"))
+    assert of(node) == of(gpu_node(), replace(NEEDS, device="h100")) == []
+    finding = only(of(node, replace(NEEDS, device="a100-80g")))
+    assert (finding.severity, finding.what) == (Severity.WARNING, "device")
+    assert finding.found == "the recipe is laid out for a100-80g (cluster.device), found NVIDIA H100"
 
 
 def test_an_engine_for_gpus_where_none_is_seen_is_a_warning() -> None:

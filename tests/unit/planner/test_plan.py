@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import subprocess
@@ -9,13 +10,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
 from megatron_rl.config.precision import FP8Config
-from megatron_rl.config.schema import EngineConfig, OptimizerConfig, ParityConfig, RunConfig, TrainerConfig
+from megatron_rl.config.schema import (
+    ClusterConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ParityConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
@@ -82,8 +92,12 @@ def test_every_recipe_fits_the_devices_it_asks_for(file):
     assert found.step_seconds > 0
     in_fp8 = parse(RunConfig, [file, FP8])
     assert plan(in_fp8, dims, H100, LENGTHS).problems == ()
-    refused = plan(in_fp8, dims, replace(H100, device=DEVICES["a100-80g"]), LENGTHS).problems
-    assert any("needs a GPU of" in problem for problem in refused)
+    a100 = replace(H100, device=DEVICES["a100-80g"])
+    assert plan(config, dims, a100, LENGTHS).problems == ()
+    assert any("needs a GPU of" in problem for problem in plan(in_fp8, dims, a100, LENGTHS).problems)
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    variants = ("h100 | BF16", "h100 | FP8", "a100-80g | BF16")
+    assert all(f"\n| {file.stem} | {variant} | {config.devices} | " in page for variant in variants)
 
 
 def test_there_are_recipes():
@@ -764,6 +778,40 @@ def test_options_out_of_range_are_refused_together(capsys):
     assert "--response-tokens must be above 0 and at most rollout.max_response_tokens=3000, got 5000" in said
 
 
+def test_a_recipe_names_the_machine_that_it_is_planned_for_and_options_another(capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    path = f"model.path={ROOT / 'examples' / 'beyond_7b' / 'models' / 'qwen2.5_14b'}"
+
+    def first_line(*more):
+        assert main(["plan", recipe, path, *more]) == 0
+        return capsys.readouterr().out.partition(";")[0]
+
+    assert first_line() == "48 x h100 (6 nodes of 8)"
+    named = ("cluster.device=a100-80g", "cluster.gpus_per_node=16")
+    assert first_line(*named) == "48 x a100-80g (3 nodes of 16)"
+    assert first_line(*named, "--device", "h200", "--gpus-per-node", "4") == "48 x h200 (12 nodes of 4)"
+
+
+def test_a_recipe_may_name_every_device_of_the_table_and_no_other():
+    (named, _) = get_args(get_type_hints(ClusterConfig)["device"])
+    assert get_args(named) == tuple(DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, device):
+    assert [key for key, known in DEVICES.items() if known.is_named(name)] == ([device] if device else [])
+
+
 @pytest.mark.parametrize(
     ("more", "status", "said"),
     [
@@ -841,6 +889,24 @@ def test_any_cell_explains_itself_with_its_numbers():
         explained("policy.x")
     with pytest.raises(ValueError, match="--device must be one of a100-80g, h100, h200, b200, cpu, got tpu"):
         explained("policy.weights", device="tpu")
+
+
+def test_what_others_published_is_drawn_beside_the_predictions_of_the_page():
+    spec = importlib.util.spec_from_file_location("make_scaling", ROOT / "docs" / "make_scaling.py")
+    make_scaling = importlib.util.module_from_spec(spec)
+    sys.modules["make_scaling"] = make_scaling  # where dataclasses look
+    spec.loader.exec_module(make_scaling)
+    points, page = make_scaling.published_points(), (ROOT / "docs" / "scaling.md").read_text()
+    assert {point.name.partition(" ")[0] for point in points} == {"NeMo-Aligner", "NeMo-RL", "Megatron-Bridge"}
+    for point in points:
+        assert f"| {point.error} |" in page
+        shown = f"{point.predicted:,.0f}" if "token" in point.unit else f"{point.predicted:.1f}"
+        assert f"| {shown} | {point.published:,} |" in page
+    axes = Figure().subplots()
+    make_scaling.labelled(axes, {p.name: ({"ours": p.predicted, "theirs": p.published}, p.error) for p in points})
+    assert [bar.get_width() for bar in axes.patches] == [w for p in points for w in (p.predicted, p.published)]
+    assert [text.get_text() for text in axes.texts] == [point.error for point in points]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [point.name for point in points]
 
 
 def test_the_page_on_scaling_is_what_the_planner_says():

@@ -122,8 +122,9 @@ def test_seed_exact_sets_what_the_seed_set(inputs: Path, place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_the_recipe_fits_the_gpus_it_is_for(place: str) -> None:
     config = parse(RunConfig, [FOLDER / "simplerl_zero.toml", FOLDER / place])
-    device = DEVICES["h100" if "h100" in place else "a100-80g"]
-    found = plan(config, read_model_dims(MODEL.parent), Machine(device=device, per_node=8), LENGTHS)
+    assert config.cluster.device == ("h100" if "h100" in place else "a100-80g")
+    machine = Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
+    found = plan(config, read_model_dims(MODEL.parent), machine, LENGTHS)
     assert found.problems == ()
     assert 0 < 120 * found.step_seconds < 5 * 86_400
 
