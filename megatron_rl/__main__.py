@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
+from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse_any
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.rewards.rules import load_rule
@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         elif name == "dry-run":
             command.add_argument("--rank", type=int, default=0)
-            command.add_argument("--role", choices=("policy", "critic"), default="policy")
+            command.add_argument(
+                "--role",
+                choices=("policy", "critic", "trainer"),
+                help="default: policy; of the supervised stage, trainer",
+            )
             command.add_argument("--row-tokens", type=int, help="count activations too, with rows of so many tokens")
         elif name == "doctor":
             command.add_argument(
@@ -84,13 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.command == "check-parity":
             _check_parity(load(RunConfig, files, overrides))
         elif asked.command == "plan":
-            return _plan(parse(RunConfig, files, overrides), asked)
+            return _plan(parse_any(files, overrides), asked)
         elif asked.command == "scale":
             _scale(files, overrides, measure=asked.action == "run")
         elif asked.command == "dry-run":
-            _dry_run(parse(RunConfig, files, overrides), asked)
+            _dry_run(parse_any(files, overrides), asked)
         elif asked.command == "doctor":
-            return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
+            return _doctor(parse_any(files, overrides) if asked.settings else None, files, asked.cluster)
         else:
             config = load_any(files, overrides)
             if isinstance(config, RunConfig):
@@ -166,18 +170,20 @@ def _check_parity(config: RunConfig) -> None:
         gate()
 
 
-def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
+def _plan(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> int:
     from megatron_rl.planner.lengths import Lengths
     from megatron_rl.planner.report import report
+    from megatron_rl.planner.search import limits
 
-    prompt, response = asked.prompt_tokens, asked.response_tokens
+    prompt, response, dims = asked.prompt_tokens, asked.response_tokens, _sizes(config)
+    longest = limits(config, dims)
     lengths = Lengths(
-        prompt=config.data.max_prompt_tokens / 4 if prompt is None else prompt,
-        response=config.rollout.max_response_tokens / 3 if response is None else response,
+        prompt=longest.prompt / 4 if prompt is None else prompt,
+        response=longest.response / 3 if response is None else response,
     )
     found = report(
         config,
-        _sizes(config),
+        dims,
         device=asked.device,
         per_node=asked.gpus_per_node,
         nodes=asked.nodes,
@@ -188,7 +194,7 @@ def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
     return 0 if found.can_run else _FAILURE
 
 
-def _sizes(config: RunConfig) -> ModelDims:
+def _sizes(config: RunConfig | SFTConfig) -> ModelDims:
     """Of the model, whose folder needs no weights for this."""
     try:
         return read_model_dims(config.model.path)
@@ -196,24 +202,25 @@ def _sizes(config: RunConfig) -> ModelDims:
         raise ConfigError([f"model.path: {error}"]) from error
 
 
-def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
+def _dry_run(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> None:
     from megatron_rl.planner.memory import stage_parameters
     from megatron_rl.planner.search import head_of
 
-    if asked.role not in config.trainers:
-        raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
+    role = asked.role or next(iter(config.trainers))
+    if role not in config.trainers:
+        raise ConfigError([f"{role}: --role must be one of {', '.join(config.trainers)}"])
     if asked.row_tokens is not None and asked.row_tokens < 1:
         raise ConfigError([f"--row-tokens must be at least 1, got {asked.row_tokens}"])
-    trainer, dims = config.trainers[asked.role], _sizes(config)
+    trainer, dims = config.trainers[role], _sizes(config)
     from megatron_rl.device import prepare_megatron
 
     prepare_megatron()
     warnings.filterwarnings("ignore", module=r"megatron\.")  # of kernels that a rank without memory never runs
     from megatron_rl.mcore.dry_run import dry_run
 
-    head = head_of(asked.role)
+    head = head_of(role)
     found = dry_run(dims, trainer, head, asked.rank, config.model.dtype, asked.row_tokens)
-    lines = [f"{asked.role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]
+    lines = [f"{role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]
     lines += [f"  {name:16}{value:>22,}" for name, value in vars(found).items() if isinstance(value, int)]
     if found.uncounted:
         lines.append(f"  activations     not counted: {found.uncounted}")
@@ -222,10 +229,10 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     _print("\n".join(lines))
 
 
-def _doctor(config: RunConfig | None, files: Sequence[Path], address: str | None) -> int:
+def _doctor(config: RunConfig | SFTConfig | None, files: Sequence[Path], address: str | None) -> int:
     from megatron_rl.doctor.examine import examine
 
-    if config is not None:
+    if isinstance(config, RunConfig):
         _check_rule(config)
     cluster = ClusterConfig() if config is None else config.cluster
     report = examine(config, files, replace(cluster, address=address or cluster.address))

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_rl.config.schema import RunConfig, SyncConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
 from megatron_rl.model_dims import ModelDims
@@ -31,8 +31,10 @@ class Needs:
     disk: int = 0
 
 
-def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
-    """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
+def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Needs:
+    """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read. A supervised one pushes nothing."""
+    if isinstance(config, SFTConfig):
+        return Needs(buckets=0)
     sync = SyncConfig() if config is None else config.sync
     buckets = _BUCKETS * sync.bucket_mib << 20
     if config is None or dims is None:
