@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "scale":
             command.add_argument("action", choices=("plan", "run"))
         command.add_argument("settings", nargs="*" if name == "doctor" else "+", metavar="FILE.toml|key=value")
-        if name == "train":
+        if name in {"train", "sft"}:
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
         elif name == "plan":
             command.add_argument("--nodes", type=int, help="default: as many as the recipe takes")
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "train":
             _train(load(RunConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "sft":
-            _sft(load(SFTConfig, files, overrides))
+            _sft(load(SFTConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "check-parity":
             _check_parity(load(RunConfig, files, overrides))
         elif asked.command == "plan":
@@ -111,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
-    if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
-        raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
+    _refuse_files(config.run_dir, fresh=fresh)
     _check_rule(config)
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
@@ -139,6 +138,11 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
 
 
+def _refuse_files(run_dir: Path, *, fresh: bool) -> None:
+    if fresh and run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError([f"run_dir: --fresh needs an empty folder, {run_dir} has files; name another one"])
+
+
 def _check_rule(config: RunConfig) -> None:
     if config.reward.pools and ":" in config.reward.rule:
         return  # their nodes may have a file that this one has not
@@ -153,14 +157,23 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
     _print(f"starting Ray and {sum(workers.values())} workers ({listed}); what they print goes to {run_dir / 'logs'}")
 
 
-def _sft(config: SFTConfig) -> None:
+def _sft(config: SFTConfig, *, fresh: bool) -> None:
+    _refuse_files(config.run_dir, fresh=fresh)
+    stop = _Termination()
+    signal.signal(signal.SIGTERM, stop)
     _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
-    with open_supervised(config) as run:
-        supervise(run)
-    _print(f"the model is in {config.output}")
+    with open_supervised(config, stop) as run:
+        if stop.asked:
+            _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
+            return
+        done = supervise(run)
+    if done < config.steps:
+        _print(f"stopped as asked after step {done} of {config.steps}; the same command goes on from there")
+    else:
+        _print(f"the model is in {config.output}")
 
 
 def _check_parity(config: RunConfig) -> None:

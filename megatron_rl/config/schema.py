@@ -32,6 +32,11 @@ def nearest_multiple(value: int, of: int) -> int:
     return max(of, round(value / of) * of)
 
 
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether what happens every ``every`` steps (0: only at the end) happens after step number ``step``."""
+    return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model that training starts from."""
@@ -745,6 +750,7 @@ class SFTConfig:
     samples_per_step: Positive
     trainer: TrainerConfig
     seed: Count = 0
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

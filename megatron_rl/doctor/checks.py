@@ -33,24 +33,22 @@ class Needs:
 
 def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Needs:
     """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read. A supervised one pushes nothing."""
-    if isinstance(config, SFTConfig):
-        return Needs(buckets=0)
-    sync = SyncConfig() if config is None else config.sync
-    buckets = _BUCKETS * sync.bucket_mib << 20
+    sync = config.sync if isinstance(config, RunConfig) else SyncConfig()
+    buckets = 0 if isinstance(config, SFTConfig) else _BUCKETS * sync.bucket_mib << 20
     if config is None or dims is None:
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
     return Needs(buckets=buckets, disk=(config.checkpoint.keep + 1) * checkpoint_bytes(config, dims))
 
 
-def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
+def checkpoint_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
     """Of one checkpoint: weights, float32 main weights where the weights are not float32, both moments of Adam, and
-    the policy once more as a Hugging Face folder. Small files are not counted.
+    the policy (of a supervised stage, its model) once more as a Hugging Face folder. Small files are not counted.
     """
     weight = DTYPE_BYTES[config.model.dtype]
     main = 0 if config.model.dtype == "float32" else 4
     parameters = {role: total_parameters(dims, head_of(role)) for role in config.trainers}
-    return sum(parameters.values()) * (weight + main + 8) + parameters["policy"] * weight
+    return sum(parameters.values()) * (weight + main + 8) + next(iter(parameters.values())) * weight
 
 
 def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> Iterator[Finding]:
