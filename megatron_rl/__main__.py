@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse
+from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse_any
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.rewards.rules import load_rule
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "scale":
             command.add_argument("action", choices=("plan", "run"))
         command.add_argument("settings", nargs="*" if name == "doctor" else "+", metavar="FILE.toml|key=value")
-        if name == "train":
+        if name in {"train", "sft"}:
             command.add_argument("--fresh", action="store_true", help="start anew; refuses a run_dir that is not empty")
         elif name == "plan":
             command.add_argument("--nodes", type=int, help="default: as many as the recipe takes")
@@ -63,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         elif name == "dry-run":
             command.add_argument("--rank", type=int, default=0)
-            command.add_argument("--role", choices=("policy", "critic"), default="policy")
+            command.add_argument(
+                "--role",
+                choices=("policy", "critic", "trainer"),
+                help="default: policy; of the supervised stage, trainer",
+            )
             command.add_argument("--row-tokens", type=int, help="count activations too, with rows of so many tokens")
         elif name == "doctor":
             command.add_argument(
@@ -83,17 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "train":
             _train(load(RunConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "sft":
-            _sft(load(SFTConfig, files, overrides))
+            _sft(load(SFTConfig, files, overrides), fresh=asked.fresh)
         elif asked.command == "check-parity":
             _check_parity(load(RunConfig, files, overrides))
         elif asked.command == "plan":
-            return _plan(parse(RunConfig, files, overrides), asked)
+            return _plan(parse_any(files, overrides), asked)
         elif asked.command == "scale":
             _scale(files, overrides, measure=asked.action == "run")
         elif asked.command == "dry-run":
-            _dry_run(parse(RunConfig, files, overrides), asked)
+            _dry_run(parse_any(files, overrides), asked)
         elif asked.command == "doctor":
-            return _doctor(parse(RunConfig, files, overrides) if asked.settings else None, files, asked.cluster)
+            return _doctor(parse_any(files, overrides) if asked.settings else None, files, asked.cluster)
         else:
             config = load_any(files, overrides)
             if isinstance(config, RunConfig):
@@ -110,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig, *, fresh: bool) -> None:
     started = time.monotonic()
-    if fresh and config.run_dir.exists() and any(config.run_dir.iterdir()):
-        raise ConfigError([f"run_dir: --fresh needs an empty folder, {config.run_dir} has files; name another one"])
+    _refuse_files(config.run_dir, fresh=fresh)
     _check_rule(config)
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
@@ -138,6 +141,11 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
 
 
+def _refuse_files(run_dir: Path, *, fresh: bool) -> None:
+    if fresh and run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError([f"run_dir: --fresh needs an empty folder, {run_dir} has files; name another one"])
+
+
 def _check_rule(config: RunConfig) -> None:
     if config.reward.pools and ":" in config.reward.rule:
         return  # their nodes may have a file that this one has not
@@ -152,14 +160,23 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
     _print(f"starting Ray and {sum(workers.values())} workers ({listed}); what they print goes to {run_dir / 'logs'}")
 
 
-def _sft(config: SFTConfig) -> None:
+def _sft(config: SFTConfig, *, fresh: bool) -> None:
+    _refuse_files(config.run_dir, fresh=fresh)
+    stop = _Termination()
+    signal.signal(signal.SIGTERM, stop)
     _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 
-    with open_supervised(config) as run:
-        supervise(run)
-    _print(f"the model is in {config.output}")
+    with open_supervised(config, stop) as run:
+        if stop.asked:
+            _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
+            return
+        done = supervise(run)
+    if done < config.steps:
+        _print(f"stopped as asked after step {done} of {config.steps}; the same command goes on from there")
+    else:
+        _print(f"the model is in {config.output}")
 
 
 def _check_parity(config: RunConfig) -> None:
@@ -169,18 +186,20 @@ def _check_parity(config: RunConfig) -> None:
         gate()
 
 
-def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
+def _plan(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> int:
     from megatron_rl.planner.lengths import Lengths
     from megatron_rl.planner.report import report
+    from megatron_rl.planner.search import limits
 
-    prompt, response = asked.prompt_tokens, asked.response_tokens
+    prompt, response, dims = asked.prompt_tokens, asked.response_tokens, _sizes(config)
+    longest = limits(config, dims)
     lengths = Lengths(
-        prompt=config.data.max_prompt_tokens / 4 if prompt is None else prompt,
-        response=config.rollout.max_response_tokens / 3 if response is None else response,
+        prompt=longest.prompt / 4 if prompt is None else prompt,
+        response=longest.response / 3 if response is None else response,
     )
     found = report(
         config,
-        _sizes(config),
+        dims,
         device=asked.device,
         per_node=asked.gpus_per_node,
         nodes=asked.nodes,
@@ -192,7 +211,7 @@ def _plan(config: RunConfig, asked: argparse.Namespace) -> int:
     return 0 if found.can_run else _FAILURE
 
 
-def _sizes(config: RunConfig) -> ModelDims:
+def _sizes(config: RunConfig | SFTConfig) -> ModelDims:
     """Of the model, whose folder needs no weights for this."""
     try:
         return read_model_dims(config.model.path)
@@ -200,24 +219,25 @@ def _sizes(config: RunConfig) -> ModelDims:
         raise ConfigError([f"model.path: {error}"]) from error
 
 
-def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
+def _dry_run(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> None:
     from megatron_rl.planner.memory import stage_parameters
     from megatron_rl.planner.search import head_of
 
-    if asked.role not in config.trainers:
-        raise ConfigError([f"{asked.role}: --role must be one of {', '.join(config.trainers)}"])
+    role = asked.role or next(iter(config.trainers))
+    if role not in config.trainers:
+        raise ConfigError([f"{role}: --role must be one of {', '.join(config.trainers)}"])
     if asked.row_tokens is not None and asked.row_tokens < 1:
         raise ConfigError([f"--row-tokens must be at least 1, got {asked.row_tokens}"])
-    trainer, dims = config.trainers[asked.role], _sizes(config)
+    trainer, dims = config.trainers[role], _sizes(config)
     from megatron_rl.device import prepare_megatron
 
     prepare_megatron()
     warnings.filterwarnings("ignore", module=r"megatron\.")  # of kernels that a rank without memory never runs
     from megatron_rl.mcore.dry_run import dry_run
 
-    head = head_of(asked.role)
+    head = head_of(role)
     found = dry_run(dims, trainer, head, asked.rank, config.model.dtype, asked.row_tokens)
-    lines = [f"{asked.role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]
+    lines = [f"{role}, rank {asked.rank} of {trainer.layout.world_size} ({trainer.layout})"]
     lines += [f"  {name:16}{value:>22,}" for name, value in vars(found).items() if isinstance(value, int)]
     if found.uncounted:
         lines.append(f"  activations     not counted: {found.uncounted}")
@@ -226,10 +246,10 @@ def _dry_run(config: RunConfig, asked: argparse.Namespace) -> None:
     _print("\n".join(lines))
 
 
-def _doctor(config: RunConfig | None, files: Sequence[Path], address: str | None) -> int:
+def _doctor(config: RunConfig | SFTConfig | None, files: Sequence[Path], address: str | None) -> int:
     from megatron_rl.doctor.examine import examine
 
-    if config is not None:
+    if isinstance(config, RunConfig):
         _check_rule(config)
     cluster = ClusterConfig() if config is None else config.cluster
     report = examine(config, files, replace(cluster, address=address or cluster.address))

@@ -31,12 +31,14 @@ _FIXED = {
     "seed": "the order of prompts and every sample are drawn from it",
     "model.dtype": "the optimizer's state depends on it",
     "prompts_per_step": "the learning-rate schedule and the position in the data count by it",
+    "samples_per_step": "the learning-rate schedule and the position in the data count by it",
     "rollout.samples_per_prompt": "the learning-rate schedule counts by it",
     "ppo.minibatch_samples": "the learning-rate schedule counts optimizer steps",
     "ppo.epochs": "the learning-rate schedule counts optimizer steps",
     "ppo.critic_warmup_steps": "the learning-rate schedule counts optimizer steps",
     "policy.optimizer": "the optimizer's state holds them",
     "critic.optimizer": "the optimizer's state holds them",
+    "trainer.optimizer": "the optimizer's state holds them",
 }
 """Settings that a resumed run may not change, and why."""
 _LAYING_OUT = (
@@ -44,11 +46,11 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *("run_dir", "output", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
     *("evaluation.every", "evaluation.at_start"),
     "sync.quantised_by",
     *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),
-    *(f"{role}.{setting}" for role in ("policy", "critic") for setting in _LAYING_OUT),
+    *(f"{role}.{setting}" for role in ("policy", "critic", "trainer") for setting in _LAYING_OUT),
 )
 """Settings that do not change what is computed, beyond rounding."""
 
@@ -120,7 +122,8 @@ class RunIdentity:
         for name, (old, new) in _differences(saved.model, self.model):
             yield f"model.path: another model, {name} was {old!r}, is {new!r}"
         if self.prompts != saved.prompts:
-            yield "data.train: other prompts (or another template or limit); the position in the data is lost"
+            other = "data: other rows" if "data" in self.settings else "data.train: other prompts"
+            yield f"{other} (or another template or limit); the position in the data is lost"
 
     def changes(self, saved: RunIdentity) -> Iterator[str]:
         """What was set otherwise in ``saved`` and changes what is computed, but may be changed."""

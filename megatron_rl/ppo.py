@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rl.batches import ExperienceBatch, Minibatch
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RunConfig, due
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
 from megatron_rl.experience.build import build_experience, calibration_metrics, experience_metrics
@@ -115,11 +115,6 @@ def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[
     if step >= run.config.ppo.critic_warmup_steps:
         started["policy"] = run.policy.update(minibatch, run.policy_loss)
     return started
-
-
-def due(step: int, every: int, steps: int) -> bool:
-    """Whether what happens every ``every`` steps (0: only at the end) happens after step number ``step``."""
-    return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
 
 
 def heldout_sampling(config: RunConfig) -> Sampling:

@@ -31,6 +31,7 @@ from megatron_rl.config.schema import (
     PPOConfig,
     RolloutConfig,
     RunConfig,
+    SFTConfig,
     TrainerConfig,
 )
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling, Score
@@ -259,6 +260,20 @@ class FileModel:
         folder.mkdir()
         (folder / "model.safetensors").write_text(str(self.value))
         return Ready(None)
+
+
+def fake_supervised(run_dir: Path, **changes: Any) -> SFTConfig:
+    """A supervised stage's configuration; paths are never opened."""
+    config = SFTConfig(
+        run_dir=run_dir,
+        output=run_dir / "model",
+        model=ModelConfig(path=Path("nowhere"), dtype="float32"),
+        data=Path("nowhere"),
+        steps=6,
+        samples_per_step=4,
+        trainer=TrainerConfig(optimizer=OptimizerConfig(lr=1e-3)),
+    )
+    return dataclasses.replace(config, **changes)
 
 
 def fake_config(run_dir: Path, **changes: Any) -> RunConfig:

@@ -1,10 +1,7 @@
 """Long chains of thought for the supervised stage of SimpleRL: a teacher's responses that are right, ended and long.
 
-The teacher answers through the same engine and grader as every evaluation; this program then chooses:
-
-    python eval/run.py --model QwQ-32B-Preview --tasks data/math_lv3to5.jsonl --template chat --samples 4 \\
-        --temperature 0.7 --max-tokens 16000 --stop '' --output runs/teacher
-    python examples/qwen2.5_math_7b/distil.py runs/teacher/samples_math_lv3to5.jsonl --output data/long_cot.jsonl
+The teacher answers through the same engine and grader as every evaluation, and this program then chooses; distil.sh has
+both commands.
 
 Of every problem the longest response is kept that the grader calls right, that has a box, that ended by itself, that
 does not go round in circles and whose length is within the bounds. How many were left out, and why, is printed. The

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_rl.assemble.roles import (
     start_trainer,
     take_turns,
 )
-from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, check_same_run, check_whole, find_checkpoint
+from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
@@ -29,7 +29,7 @@ from megatron_rl.durable import locked
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer
-from megatron_rl.experience.supervised import supervised_batches
+from megatron_rl.experience.supervised import load_pairs
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
@@ -73,11 +73,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
-        saved = find_checkpoint(config.run_dir / "checkpoints")
-        changes = []
-        if saved is not None:
-            changes = check_same_run(saved, identity)
-            check_whole(saved)
+        saved, changes = _saved(config.run_dir, identity)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
         own_rewards = None if config.reward.pools else stack.enter_context(_reward_service(config.reward))
@@ -139,10 +135,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         metrics.note(push_line(config, policy.moved_bytes().result(), roles.transport))
         metrics.note(capability_line(roles.groups["policy"]))
         metrics.note(roles.linears)
-        if saved is not None:
-            metrics.note(f"going on from {saved.folder}, after step {start_step} of {config.steps}")
-        for change in changes:
-            metrics.note(f"changed since that checkpoint was saved: {change}")
+        _note_resumed(metrics, saved, changes, config.steps)
         for name, found in (("train", prompts), ("heldout", heldout)):
             if found.dropped:
                 metrics.note(
@@ -175,44 +168,61 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
 
 
 @contextmanager
-def open_supervised(config: SFTConfig) -> Iterator[SupervisedRun]:
-    """Start what the supervised stage needs; errors as :func:`open_run`."""
+def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[SupervisedRun]:
+    """Start what the supervised stage needs, at the step of its newest checkpoint; errors as :func:`open_run`.
+
+    Raises:
+        FileExistsError: the folder of the resulting model is there.
+    """
     gpus, world = device.gpu_count(), config.trainer.layout.world_size
     check_machine(world, gpus, config.cluster)
     if config.output.exists():
         raise FileExistsError(f"output: {config.output} exists; remove it or name another folder")
     dims = read_model_dims(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    batches = supervised_batches(
-        config.data,
-        tokenizer,
-        dims.eos_ids[0],
-        dims.max_positions,
-        steps=config.steps,
-        samples_per_step=config.samples_per_step,
-    )
+    rows = load_pairs(config.data, tokenizer, dims.eos_ids[0], dims.max_positions)
+    identity = RunIdentity(model=asdict(dims), prompts=rows.digest(), settings=dotted(config))
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
+        saved, changes = _saved(config.run_dir, identity)
         _leave_settings(config)
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
         group = cluster.start(roles, device.worker_environment())["trainer"]
         start_trainer(group, config, Head.TOKEN, dims, config.steps).result()
         model = RemotePolicy(group)
+        checkpoints = stack.enter_context(
+            RunCheckpoints(
+                config.run_dir.resolve() / "checkpoints",
+                keep=config.checkpoint.keep,
+                asynchronous=config.checkpoint.asynchronous,
+                models={"policy": model},  # so that its folders are those of a run of PPO
+                parts={"rows": rows},
+                like=config.model.path.resolve(),
+                identity=identity,
+            )
+        )
+        start_step = checkpoints.start(saved)
         metrics = stack.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                settings=dotted(config),
+                settings=identity.settings,
+                start_step=start_step,
             )
         )
         metrics.note(capability_line(group))
+        _note_resumed(metrics, saved, changes, config.steps)
         yield SupervisedRun(
-            batches=batches,
+            config=config,
+            start_step=start_step,
+            rows=rows,
             model=model,
             loss=SupervisedLoss(),
+            checkpoints=checkpoints,
+            stop=stop,
             export=lambda: model.export_hf(config.output.resolve(), config.model.path.resolve()).result(),
             metrics=metrics,
         )
@@ -299,6 +309,23 @@ def _held(run_dir: Path) -> AbstractContextManager[None]:
     """Make the run's folder, for this process alone to write to."""
     run_dir.mkdir(parents=True, exist_ok=True)
     return locked(run_dir / "lock", writing=run_dir, wait_s=_LOCK_WAIT_S)
+
+
+def _saved(run_dir: Path, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
+    """The run's newest checkpoint, checked, and what is set otherwise than when it was saved."""
+    saved = find_checkpoint(run_dir / "checkpoints")
+    if saved is None:
+        return None, []
+    changes = check_same_run(saved, identity)
+    check_whole(saved)
+    return saved, changes
+
+
+def _note_resumed(metrics: MetricLog, saved: SavedRun | None, changes: Sequence[str], steps: int) -> None:
+    if saved is not None:
+        metrics.note(f"going on from {saved.folder}, after step {saved.step} of {steps}")
+    for change in changes:
+        metrics.note(f"changed since that checkpoint was saved: {change}")
 
 
 def _leave_settings(config: RunConfig | SFTConfig) -> None:

@@ -60,8 +60,16 @@ def parse(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = 
 
 def load_any(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig | SFTConfig:
     """:func:`load` of the kind of configuration that the settings are of."""
+    config = parse_any(files, overrides)
+    if problems := list(config.problems()):
+        raise ConfigError(problems)
+    return config
+
+
+def parse_any(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig | SFTConfig:
+    """:func:`parse` of the kind of configuration that the settings are of."""
     root = _root_of(_merged(files, overrides), RunConfig)
-    return load(RunConfig, files, overrides) if root is RunConfig else load(SFTConfig, files, overrides)
+    return parse(RunConfig, files, overrides) if root is RunConfig else parse(SFTConfig, files, overrides)
 
 
 def dump(config: RunConfig | SFTConfig) -> str:

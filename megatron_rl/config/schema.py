@@ -32,6 +32,11 @@ def nearest_multiple(value: int, of: int) -> int:
     return max(of, round(value / of) * of)
 
 
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether what happens every ``every`` steps (0: only at the end) happens after step number ``step``."""
+    return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model that training starts from."""
@@ -764,8 +769,19 @@ class SFTConfig:
     samples_per_step: Positive
     trainer: TrainerConfig
     seed: Count = 0
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def trainers(self) -> dict[str, TrainerConfig]:
+        """The one model that is trained, by role."""
+        return {"trainer": self.trainer}
+
+    @property
+    def devices(self) -> int:
+        """That the model takes."""
+        return self.trainer.layout.world_size
 
     def problems(self) -> Iterator[str]:
         """What the sections contradict in each other, in the model and on the disk; each line starts with its key."""
@@ -773,13 +789,22 @@ class SFTConfig:
         yield from (f"logging: {problem}" for problem in self.logging.missing_packages())
         if not self.data.is_file():
             yield f"data: no such file: {self.data}"
+        dims, found = model_problems(self.model.path, {})
+        yield from found
+        yield from self.contradictions(dims)
+
+    def contradictions(self, dims: ModelDims | None, gpu: Gpu | None = None) -> Iterator[str]:
+        """The same without the disk; arguments as :meth:`RunConfig.contradictions`."""
         yield from (f"trainer: {problem}" for problem in self.trainer.problems())
         if self.samples_per_step < self.trainer.layout.data:
-            yield f"trainer.layout.data: {self.trainer.layout.data} replicas need as many samples a step"
-        dims, found = model_problems(self.model.path, {"trainer": self.trainer.layout})
-        yield from found
-        yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims))
-        yield from fake_quantization_problems(dims, {"trainer": self.trainer})
+            yield (
+                f"trainer.layout.data: {self.trainer.layout.data} replicas need at least as many samples a step, got "
+                f"samples_per_step={self.samples_per_step}"
+            )
+        if dims is not None:
+            yield from (f"trainer.layout: {problem}" for problem in dims.layout_problems(self.trainer.layout))
+        yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims, gpu))
+        yield from fake_quantization_problems(dims, self.trainers)
 
 
 def _folder_problems(run_dir: Path) -> Iterator[str]:

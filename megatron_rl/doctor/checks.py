@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from megatron_rl.config.precision import Gpu
-from megatron_rl.config.schema import RunConfig, SyncConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig, SyncConfig
 from megatron_rl.doctor.facts import Listener, NodeFacts, Port
 from megatron_rl.doctor.findings import Finding, Severity
 from megatron_rl.model_dims import ModelDims
@@ -43,10 +43,10 @@ class Needs:
     device: str | None = None
 
 
-def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
-    """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read."""
-    sync = SyncConfig() if config is None else config.sync
-    buckets = _BUCKETS * sync.bucket_mib << 20
+def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Needs:
+    """Of a recipe, so far as it is known; ``dims`` None: the model cannot be read. A supervised one pushes nothing."""
+    sync = config.sync if isinstance(config, RunConfig) else SyncConfig()
+    buckets = 0 if isinstance(config, SFTConfig) else _BUCKETS * sync.bucket_mib << 20
     if config is None:
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
@@ -55,20 +55,20 @@ def needs_of(config: RunConfig | None, dims: ModelDims | None) -> Needs:
     return Needs(buckets=buckets, disk=disk, gpu_problems=problems, device=config.cluster.device)
 
 
-def _gpu_problems(config: RunConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
+def _gpu_problems(config: RunConfig | SFTConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
     """What a GPU adds to the problems of a recipe."""
     anyway = set(config.contradictions(dims))
     return [problem for problem in config.contradictions(dims, gpu) if problem not in anyway]
 
 
-def checkpoint_bytes(config: RunConfig, dims: ModelDims) -> int:
+def checkpoint_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
     """Of one checkpoint: weights, float32 main weights where the weights are not float32, both moments of Adam, and
-    the policy once more as a Hugging Face folder. Small files are not counted.
+    the policy (of a supervised stage, its model) once more as a Hugging Face folder. Small files are not counted.
     """
     weight = DTYPE_BYTES[config.model.dtype]
     main = 0 if config.model.dtype == "float32" else 4
     parameters = {role: total_parameters(dims, head_of(role)) for role in config.trainers}
-    return sum(parameters.values()) * (weight + main + 8) + parameters["policy"] * weight
+    return sum(parameters.values()) * (weight + main + 8) + next(iter(parameters.values())) * weight
 
 
 def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from megatron_rl.config.load import ConfigError
-from megatron_rl.config.schema import ClusterConfig, ModelConfig, RunConfig
+from megatron_rl.config.schema import ClusterConfig, ModelConfig, RunConfig, SFTConfig
 from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
@@ -43,7 +43,7 @@ class _Survey:
     reached: bool = False
 
 
-def examine(config: RunConfig | None, files: Sequence[Path], cluster: ClusterConfig) -> Report:
+def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster: ClusterConfig) -> Report:
     """Everything that can be told before a run; starts nothing.
 
     Args:
@@ -83,7 +83,7 @@ def examine(config: RunConfig | None, files: Sequence[Path], cluster: ClusterCon
     )
 
 
-def _dims(config: RunConfig) -> ModelDims | None:
+def _dims(config: RunConfig | SFTConfig) -> ModelDims | None:
     """None: what is wrong with the model is among the configuration's own problems."""
     try:
         return read_model_dims(config.model.path)
@@ -91,11 +91,12 @@ def _dims(config: RunConfig) -> ModelDims | None:
         return None
 
 
-def _shared_files(config: RunConfig | None, files: Sequence[Path]) -> tuple[Path, ...]:
+def _shared_files(config: RunConfig | SFTConfig | None, files: Sequence[Path]) -> tuple[Path, ...]:
     """What every node must have alike: the configuration, the model's sizes, a reward rule of the user's own."""
     shared = [*files]
     if config is not None:
         shared.append(config.model.path / "config.json")
+    if isinstance(config, RunConfig):
         rule, of_file, _ = config.reward.rule.rpartition(":")
         shared += [Path(rule)] if of_file else []
     return tuple(file.resolve() for file in shared)
@@ -154,7 +155,7 @@ def _silent(host: str, reason: str) -> Finding:
     )
 
 
-def _used(config: RunConfig | None, here: NodeFacts) -> tuple[list[str], list[Finding]]:
+def _used(config: RunConfig | SFTConfig | None, here: NodeFacts) -> tuple[list[str], list[Finding]]:
     """What each part of training is done with on this machine, and why it cannot be."""
     releases = fitting_set(here)
     told = ", ".join(f"{name} {release}" for name, release in releases.packages.items())
@@ -175,7 +176,7 @@ def _used(config: RunConfig | None, here: NodeFacts) -> tuple[list[str], list[Fi
         rows += [f"{row.part:15} {row.used} ({row.why})" for row in capabilities(layers, dtype)]
     except ValueError as error:
         return rows, [_unusable("layers", str(error), "change model.layers, or what it lacks")]
-    kernels = choose_kernels("auto" if config is None else config.policy.logprob_kernel)
+    kernels = choose_kernels("auto" if config is None else next(iter(config.trainers.values())).logprob_kernel)
     return [*rows, f"{'log-probs':15} {kernels.name}"], []
 
 

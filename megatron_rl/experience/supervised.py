@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,41 @@ from tokenizers import Tokenizer
 from megatron_rl.batches import TokenRows
 from megatron_rl.experience.prompts import read_rows, read_texts
 
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Tokens of a prompt and of its response."""
 
-def supervised_batches(
-    file: Path, tokenizer: Tokenizer, eos_id: int, max_tokens: int, *, steps: int, samples_per_step: int
-) -> Iterator[TokenRows]:
-    """``steps`` batches of the file's rows in their order, from the start again where the file ends.
+
+class SupervisedRows:
+    """Pairs in their order, from the start again where they end; the position is saved and restored."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+        self._taken = 0
+
+    def take(self, count: int) -> TokenRows:
+        """The next ``count`` pairs as rows; the responses are what is learnt."""
+        chosen = [self._pairs[index % len(self._pairs)] for index in range(self._taken, self._taken + count)]
+        self._taken += count
+        return _rows(chosen)
+
+    def digest(self) -> str:
+        """The same for the same pairs in the same order: a position in the data belongs to one digest."""
+        summed = hashlib.blake2b(digest_size=16)
+        for prompt, response in self._pairs:
+            summed.update(repr((tuple(prompt), tuple(response))).encode())
+        return summed.hexdigest()
+
+    def state(self) -> dict[str, int]:
+        """What :meth:`restore` needs."""
+        return {"taken": self._taken}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on where :meth:`state` was taken."""
+        self._taken = state["taken"]
+
+
+def load_pairs(file: Path, tokenizer: Tokenizer, eos_id: int, max_tokens: int) -> SupervisedRows:
+    """Tokenise the rows of ``file``, with ``eos_id`` behind each response.
 
     Raises:
         ValueError: a row lacks a key, or is longer than ``max_tokens``.
@@ -32,16 +63,14 @@ def supervised_batches(
             f"{file}: every row needs a prompt and at most {max_tokens} tokens (the model's positions); the longest, "
             f"row {longest + 1}, has {sum(map(len, pairs[longest]))}"
         )
-    for step in range(steps):
-        chosen = [pairs[index % len(pairs)] for index in range(step * samples_per_step, (step + 1) * samples_per_step)]
-        yield _rows(chosen)
+    return SupervisedRows(pairs)
 
 
-def _rows(pairs: list[tuple[list[int], list[int]]]) -> TokenRows:
+def _rows(pairs: Sequence[Pair]) -> TokenRows:
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in pairs])
     tokens = torch.zeros(len(pairs), int(lengths.max()), dtype=torch.int64)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (prompt, response) in enumerate(pairs):
-        tokens[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        tokens[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
         mask[row, len(prompt) : len(prompt) + len(response)] = True
     return TokenRows(tokens=tokens, lengths=lengths, response_mask=mask)

@@ -7,13 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.config.load import ConfigError
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.host import HostUse
 from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import Cell, device_bytes
-from megatron_rl.planner.search import Choice, Plan, choices, legal_minibatches, plan, together
+from megatron_rl.planner.search import (
+    Choice,
+    Plan,
+    Recipe,
+    choices,
+    legal_minibatches,
+    limits,
+    plan,
+    roles_of,
+    together,
+)
 from megatron_rl.planner.times import Machine
 
 _SHOWN = 5
@@ -28,7 +38,7 @@ class Report:
 
 
 def report(
-    config: RunConfig,
+    config: Recipe,
     dims: ModelDims,
     *,
     device: str | None,
@@ -55,7 +65,7 @@ def report(
     """
     device = device or config.cluster.device or "h100"
     per_node = config.cluster.gpus_per_node if per_node is None else per_node
-    if problems := list(_option_problems(config, device, per_node, nodes, lengths, host_gib)):
+    if problems := list(_option_problems(config, dims, device, per_node, nodes, lengths, host_gib)):
         raise ConfigError(problems)
     host_memory = None if host_gib is None else host_gib * 2**30
     machine = Machine(device=DEVICES[device], per_node=per_node, host_memory=host_memory)
@@ -69,8 +79,8 @@ def report(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
     lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
-    lines += _memory(found, [*config.trainers, "engine"])
-    if found.memory and config.cluster.colocate:
+    lines += _memory(found, roles_of(config))
+    if found.memory and isinstance(config, RunConfig) and config.cluster.colocate:
         lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
         lines += [f"  {who:58}{held / 1e9:8.2f}" for who, held in together(config, found.memory)]
     if found.host is not None:
@@ -80,19 +90,32 @@ def report(
         hours = found.step_seconds * config.steps / 3600
         spent = f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours"
         lines.append(f"{spent}, without {_left_out(config)}")
-    lines.append(f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}")
+    lines.append(_legal_sizes(config))
     spare = 0 if nodes is None else max(0, nodes * per_node - found.devices)
     for role, trainer in config.trainers.items():
         ranks = trainer.layout.world_size
         lines += ["", f"{role} on {ranks} devices (recipe: {trainer.layout})"]
         lines += _ranked(choices(config, dims, machine, lengths, role, ranks))
     if spare:
-        lines.append(f"{spare} devices are left over: give them to engine.count or a role's layout.data")
+        wider = "a role's layout.data" if isinstance(config, SFTConfig) else "engine.count or a role's layout.data"
+        lines.append(f"{spare} devices are left over: give them to {wider}")
     return Report(text="\n".join(lines) + "\n", can_run=not (found.problems or too_few))
 
 
+def _legal_sizes(config: Recipe) -> str:
+    if isinstance(config, SFTConfig):
+        return f"legal samples_per_step: {config.trainer.layout.data} or more, one for each replica"
+    return f"legal ppo.minibatch_samples: {', '.join(map(str, legal_minibatches(config)))}"
+
+
 def _option_problems(
-    config: RunConfig, device: str, per_node: int, nodes: int | None, lengths: Lengths, host_gib: float | None
+    config: Recipe,
+    dims: ModelDims,
+    device: str,
+    per_node: int,
+    nodes: int | None,
+    lengths: Lengths,
+    host_gib: float | None,
 ) -> Iterator[str]:
     if device not in DEVICES:
         yield f"--device must be one of {', '.join(DEVICES)}, got {device}"
@@ -104,9 +127,12 @@ def _option_problems(
         yield f"--host-gib must be above 0, got {host_gib:g}"
     if host_gib is not None and device == "cpu":
         yield "--host-gib is of a node beside its GPUs; on cpu host and device are the same memory: remove it"
+    longest, keys = limits(config, dims), ("data.max_prompt_tokens", "rollout.max_response_tokens")
+    if isinstance(config, SFTConfig):
+        keys = ("the tokens of a micro-batch and of the model's positions",) * 2
     for name, mean, key, limit in (
-        ("prompt", lengths.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
-        ("response", lengths.response, "rollout.max_response_tokens", config.rollout.max_response_tokens),
+        ("prompt", lengths.prompt, keys[0], longest.prompt),
+        ("response", lengths.response, keys[1], longest.response),
     ):
         if not 0 < mean <= limit:
             yield f"--{name}-tokens must be above 0 and at most {key}={limit}, got {mean:g}"
@@ -124,8 +150,10 @@ def _amount(cell: Cell) -> str:
     return f"{cell.value / 1e9:.3f} GB" if cell.unit == "B" else f"{cell.value:.3f} s"
 
 
-def _left_out(config: RunConfig) -> str:
+def _left_out(config: Recipe) -> str:
     """What takes time and stands in no phase of the plan."""
+    if isinstance(config, SFTConfig):
+        return "starting, saves"
     parts = ["starting", "evaluations", "saves"]
     if config.cluster.colocate:
         parts.append("moves to the host and back")

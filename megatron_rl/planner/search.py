@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.precision import Gpu, fp8_problems
-from megatron_rl.config.schema import RunConfig, TrainerConfig, fake_quantization_problems
+from megatron_rl.config.schema import RunConfig, SFTConfig, TrainerConfig, fake_quantization_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.host import HostUse, host_problem, host_uses
@@ -16,6 +16,8 @@ from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer
 from megatron_rl.planner.states import least_bytes
 from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
+
+Recipe = RunConfig | SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +59,21 @@ def head_of(role: str) -> Head:
     return Head.VALUE if role == "critic" else Head.TOKEN
 
 
-def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
+def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
     """Plan the recipe as it stands; one that ``train`` would refuse has problems and nothing else.
 
     Files may be missing, and the CUDA version is not known here.
     """
-    dtype, engine = config.model.dtype, config.engine
     problems = list(config.contradictions(dims, _gpu(machine)))
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
-    memory = list(engine_cells(dims, engine, dtype))
+    memory = _engine_cells(config, dims)
     for role, trainer in config.trainers.items():
         memory += _cells(config, dims, machine, role, trainer)
     for who, held in together(config, memory):
         if held > _room(machine):
             problems.append(f"{who}: {_lack(held, machine)}")
-    nodes = host_uses(config, dims, machine)
+    nodes = host_uses(config, dims, machine) if isinstance(config, RunConfig) else []
     if problem := host_problem(nodes, machine):
         problems.append(problem)
     return Plan(
@@ -84,7 +85,7 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     )
 
 
-def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
+def together(config: Recipe, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
     """Who is on a device at the same time, and their bytes: each role alone, or with ``cluster.colocate`` policy and
     critic, and in turn with them the engine; at the parity gate all weights lie beside it.
     """
@@ -92,8 +93,8 @@ def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, f
     def held(*names: str) -> float:
         return device_bytes(cell for cell in memory if cell.name.startswith(names))
 
-    if not config.cluster.colocate:
-        yield from ((role, held(f"{role}.")) for role in [*config.trainers, "engine"])
+    if isinstance(config, SFTConfig) or not config.cluster.colocate:
+        yield from ((role, held(f"{role}.")) for role in roles_of(config))
         return
     yield " with ".join(config.trainers), held(*(f"{role}." for role in config.trainers))
     yield "engine", held("engine.")
@@ -102,6 +103,21 @@ def together(config: RunConfig, memory: Sequence[Cell]) -> Iterator[tuple[str, f
         yield f"parity.enabled: engine with {', '.join(weights)}", held("engine.", *weights)
     else:
         yield "push: policy.weights with engine.weights", held("policy.weights", "engine.weights")
+
+
+def roles_of(config: Recipe) -> list[str]:
+    """Who has devices."""
+    return [*config.trainers, *(["engine"] if isinstance(config, RunConfig) else [])]
+
+
+def limits(config: Recipe, dims: ModelDims) -> Lengths:
+    """The longest prompt and the longest response. Nothing but the data says how long those of the supervised stage
+    are: as if a row filled a micro-batch, or the model's positions.
+    """
+    if isinstance(config, SFTConfig):
+        row = min(dims.max_positions, config.trainer.tokens_per_microbatch * config.trainer.layout.context)
+        return Lengths(prompt=row, response=row)
+    return Lengths(prompt=config.data.max_prompt_tokens, response=config.rollout.max_response_tokens)
 
 
 def legal_minibatches(config: RunConfig) -> list[int]:
@@ -119,11 +135,28 @@ def _room(machine: Machine) -> float:
     return machine.device.memory - machine.device.reserved
 
 
-def _keeps(config: RunConfig, role: str) -> bool:
-    return role == "policy" and config.ppo.kl_coef > 0
+def _keeps(config: Recipe, role: str) -> bool:
+    return isinstance(config, RunConfig) and role == "policy" and config.ppo.kl_coef > 0
 
 
-def _times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
+def _samples_per_update(config: Recipe) -> int:
+    return config.samples_per_step if isinstance(config, SFTConfig) else config.ppo.minibatch_samples
+
+
+def _engine_cells(config: Recipe, dims: ModelDims) -> list[Cell]:
+    return engine_cells(dims, config.engine, config.model.dtype) if isinstance(config, RunConfig) else []
+
+
+def _times(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
+    if isinstance(config, RunConfig):
+        yield from _run_times(config, dims, machine, lengths)
+        return
+    update = _update_seconds(config, dims, machine, lengths, "trainer", config.trainer)
+    yield update
+    yield Cell(name="time.step", value=update.value, unit="s", formula="an update")
+
+
+def _run_times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
     dtype, engine = config.model.dtype, config.engine
     responses = Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
     rollout = rollout_time(
@@ -174,14 +207,9 @@ def role_seconds(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> tuple[Cell, Cell]:
     """A model's part of a step: passes over the rollout (twice where a reference is kept), and its updates."""
-    dtype = config.model.dtype
-    row = lengths.prompt + lengths.response
-    whole = Work(rows=config.samples_per_step, row_tokens=row)
-    part = Work(rows=config.ppo.minibatch_samples, row_tokens=row)
-    forward = pass_time(dims, trainer, machine, whole, dtype, backward=False, head=head_of(role))
+    whole = Work(rows=config.samples_per_step, row_tokens=lengths.prompt + lengths.response)
+    forward = pass_time(dims, trainer, machine, whole, config.model.dtype, backward=False, head=head_of(role))
     times = 2 if _keeps(config, role) else 1
-    update = update_time(dims, trainer, head_of(role), machine, part, dtype)
-    count = config.updates_per_step
     return (
         Cell(
             name=f"time.{role}.scoring",
@@ -190,20 +218,27 @@ def role_seconds(
             formula=f"{times} passes x (arithmetic {forward.arithmetic:.2f} + exchanges {forward.tensor:.2f} + bubble "
             f"{forward.bubble:.2f} s) over {whole.tokens:,.0f} tokens",
         ),
-        Cell(
-            name=f"time.{role}.updates",
-            value=count * update.total,
-            unit="s",
-            formula=f"{count} updates x (arithmetic {update.arithmetic:.3f} + exchanges {update.tensor:.3f} + bubble "
-            f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
-            f"{part.tokens:,.0f} tokens",
-        ),
+        _update_seconds(config, dims, machine, lengths, role, trainer),
     )
 
 
-def choices(
-    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int
-) -> list[Choice]:
+def _update_seconds(
+    config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
+) -> Cell:
+    part = Work(rows=_samples_per_update(config), row_tokens=lengths.prompt + lengths.response)
+    update = update_time(dims, trainer, head_of(role), machine, part, config.model.dtype)
+    count = config.updates_per_step if isinstance(config, RunConfig) else 1
+    return Cell(
+        name=f"time.{role}.updates",
+        value=count * update.total,
+        unit="s",
+        formula=f"{count} updates x (arithmetic {update.arithmetic:.3f} + exchanges {update.tensor:.3f} + bubble "
+        f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
+        f"{part.tokens:,.0f} tokens",
+    )
+
+
+def choices(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int) -> list[Choice]:
     """Layouts of a role on ``ranks`` devices: those that can be, fastest first, then those that cannot. Of those that
     differ in ``virtual_pipeline`` alone the fastest that fits.
     """
@@ -218,7 +253,7 @@ def choices(
 
 
 def _folded(
-    config: RunConfig,
+    config: Recipe,
     dims: ModelDims,
     machine: Machine,
     lengths: Lengths,
@@ -241,22 +276,26 @@ def _folded(
 
 
 def _seconds(
-    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
+    config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, layout: ParallelLayout
 ) -> float:
     trainer = replace(config.trainers[role], layout=layout)
+    if isinstance(config, SFTConfig):
+        return _update_seconds(config, dims, machine, lengths, role, trainer).value
     return sum(cell.value for cell in role_seconds(config, dims, machine, lengths, role, trainer))
 
 
-def _beside(config: RunConfig, dims: ModelDims, machine: Machine, role: str) -> list[Cell]:
+def _beside(config: Recipe, dims: ModelDims, machine: Machine, role: str) -> list[Cell]:
     """What the other models and the engine hold."""
-    found = list(engine_cells(dims, config.engine, config.model.dtype))
+    found = _engine_cells(config, dims)
     for other, trainer in config.trainers.items():
         if other != role and not dims.layout_problems(trainer.layout):
             found += _cells(config, dims, machine, other, trainer)
     return found
 
 
-def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> list[Cell]:
+def _cells(config: Recipe, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> list[Cell]:
+    longest = limits(config, dims)
+    row = longest.prompt if isinstance(config, SFTConfig) else longest.prompt + longest.response
     return trainer_cells(
         role,
         dims,
@@ -265,8 +304,8 @@ def _cells(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trai
         config.model.dtype,
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
-        longest_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        rows=config.ppo.minibatch_samples,
+        longest_row=int(row),
+        rows=_samples_per_update(config),
     )
 
 
@@ -320,7 +359,7 @@ def _expert_shares(dims: ModelDims, layout: ParallelLayout, sizes: Sequence[int]
 
 
 def _judged(
-    config: RunConfig,
+    config: Recipe,
     dims: ModelDims,
     machine: Machine,
     lengths: Lengths,
@@ -333,8 +372,8 @@ def _judged(
     problems = dims.layout_problems(layout) or (fp8_problems(case) if case is not None else [])
     if problems := problems or list(fake_quantization_problems(dims, {role: trainer})):
         return Choice(layout=layout, bytes=0, seconds=0, problem=problems[0])
-    if config.ppo.minibatch_samples < layout.data:
-        problem = f"{layout.data} replicas need as many samples in a minibatch, got {config.ppo.minibatch_samples}"
+    if (samples := _samples_per_update(config)) < layout.data:
+        problem = f"{layout.data} replicas need as many samples in a minibatch, got {samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
     stages = unlike_stages(layout)
     least = max(least_bytes(dims, trainer, head_of(role), stage, config.model.dtype) for stage in stages)
@@ -346,13 +385,13 @@ def _judged(
     held = device_bytes(cells)
     if problem := _too_much(config, machine, beside, cells):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
-    if problem := _host_lacks(config, dims, machine, role, trainer):
+    if isinstance(config, RunConfig) and (problem := _host_lacks(config, dims, machine, role, trainer)):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     seconds = _seconds(config, dims, machine, lengths, role, layout)
     return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
 
 
-def _too_much(config: RunConfig, machine: Machine, beside: Sequence[Cell], mine: Sequence[Cell]) -> str:
+def _too_much(config: Recipe, machine: Machine, beside: Sequence[Cell], mine: Sequence[Cell]) -> str:
     """Why ``mine`` does not fit where it lies, by the rule that :func:`plan` goes by; empty where it does. What does
     not fit without it either is not held against it.
     """

@@ -23,10 +23,10 @@ import megatron_rl
 from eval.settings import parse
 from megatron_rl.config.load import ConfigError, load
 from megatron_rl.config.schema import RunConfig, SFTConfig
+from tests.recipes import TOMLS, files_of, schema_of
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TOMLS = sorted((ROOT / "examples").rglob("*.toml"))
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "eval/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
@@ -34,25 +34,9 @@ DOCUMENTS = [
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 NOT_HERE_YET = re.compile(r"(no such file|no config\.json in|no tokenizer\.json in)")
 
-BELOW = {  # files that say a part alone, and what they lie over
-    "arithmetic_cpu/fp8.toml": ["ppo.toml"],
-    "beyond_7b/fp8.toml": ["qwen2.5_14b.toml"],
-    "qwen2.5_math_7b/4_nodes_a100.toml": ["simplerl_zero.toml"],
-    "qwen2.5_math_7b/4_nodes_h100.toml": ["simplerl_zero.toml"],
-    "qwen2.5_math_7b/1_node_a100.toml": ["simplerl_zero.toml"],
-    "qwen2.5_math_7b/1_node_h100.toml": ["simplerl_zero.toml"],
-    "qwen2.5_math_7b/seed_exact.toml": ["simplerl_zero.toml", "4_nodes_a100.toml"],
-}
-
 
 def ids(paths):
     return [str(path.relative_to(ROOT)) for path in paths]
-
-
-def schema_of(file):
-    """PPO has two models, the supervised stage one trainer."""
-    tables = tomllib.loads(file.read_text())
-    return SFTConfig if "trainer" in tables else RunConfig
 
 
 def problems(root, files, overrides=()):
@@ -82,8 +66,8 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize("file", TOMLS, ids=ids(TOMLS))
 def test_every_example_configuration_loads(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    files = [*(file.parent / name for name in BELOW.get(f"{file.parent.name}/{file.name}", ())), file]
-    assert problems(schema_of(file), files) == []
+    files = files_of(file)
+    assert problems(schema_of(files), files) == []
 
 
 def test_a_wrong_example_would_be_noticed(tmp_path):
@@ -120,12 +104,14 @@ def test_commands_in_documents_exist(document, monkeypatch):
 
 def check_run(arguments, words):
     command, *settings = arguments
+    looks = {"plan", "dry-run", "doctor"}
     assert command in {"train", "sft", "check-parity", "show-config", "plan", "dry-run", "scale", "doctor"}, words
     files = [Path(word) for word in settings if word.endswith(".toml") and command != "scale"]
     needs_recipe = settings or command != "doctor"
     if needs_recipe and Path("FILE.toml") not in files:  # which stands for a file of the reader's
         overrides = [word for word in settings if "=" in word]
-        assert problems(SFTConfig if command == "sft" else RunConfig, files, overrides) == [], words
+        root = schema_of(files) if command in looks else SFTConfig if command == "sft" else RunConfig
+        assert problems(root, files, overrides) == [], words
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids(DOCUMENTS))

@@ -141,6 +141,7 @@ class Setup:
     keep_reference: bool = False
     fake_quantization: Any = "none"
     updates: int | None = 10
+    temperature: float = TEMPERATURE
 
     def __str__(self) -> str:
         """For the names of tests."""
@@ -183,7 +184,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
             fp8=fp8,
             fake_quantization=setup.fake_quantization,
         ),
-        temperature=TEMPERATURE,
+        temperature=setup.temperature,
         total_updates=setup.updates,
         seed=0,
         keep_reference=setup.keep_reference,

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from megatron_rl.config.load import parse
 from megatron_rl.config.precision import FP8Config
-from megatron_rl.config.schema import OptimizerConfig, RunConfig, TrainerConfig
+from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.memory import trainer_cells
 from megatron_rl.planner.states import state_bytes
 from megatron_rl.weights.rules import Head
 from tests.distributed.ranks import RankFailed, Ranks
 from tests.unit.weights.models import EXTRA, dims
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"num_hidden_layers": 8, "hidden_size": 48, "intermediate_size": 40, "vocab_size": 400}
 EIGHT = {"num_experts": 8, "n_routed_experts": 8}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
@@ -175,32 +171,6 @@ def test_predicted_activations_of_experts_and_latent_attention_are_near_those_of
     cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False, on_gpu=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
     assert said == pytest.approx(found, rel=0.05)
-
-
-RECIPES = sorted(set((ROOT / "examples" / "beyond_7b").glob("*.toml")) - {ROOT / "examples" / "beyond_7b" / "fp8.toml"})
-SEED = ROOT / "examples" / "qwen2.5_math_7b"
-SEED_MODEL = ROOT / "examples" / "beyond_7b" / "models" / "qwen2.5_math_7b"
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
-def test_a_rank_of_every_recipe_is_built_as_planned(file: Path, process: Ranks) -> None:
-    config = parse(RunConfig, [file])
-    sizes = read_model_dims(ROOT / config.model.path)
-    last = config.policy.layout.world_size - 1
-    found = process.run(1, _answer, sizes, config.policy, Head.TOKEN, last, "bfloat16", timeout_s=120)[0]
-    said = state_bytes(sizes, config.policy, Head.TOKEN, last, "bfloat16")
-    assert vars(said) == {name: getattr(found, name) for name in vars(said)}
-
-
-@pytest.mark.parametrize("place", ["4_nodes_a100", "4_nodes_h100", "1_node_a100", "1_node_h100"])
-def test_a_rank_of_the_seeds_models_is_built_as_planned(place: str, process: Ranks) -> None:
-    config = parse(RunConfig, [SEED / "simplerl_zero.toml", SEED / f"{place}.toml"])
-    sizes = read_model_dims(SEED_MODEL)
-    for role, head in (("policy", Head.TOKEN), ("critic", Head.VALUE)):
-        trainer = config.trainers[role]
-        found = process.run(1, _answer, sizes, trainer, head, 0, "bfloat16", timeout_s=120)[0]
-        said = state_bytes(sizes, trainer, head, 0, "bfloat16")
-        assert vars(said) == {name: getattr(found, name) for name in vars(said)}
 
 
 def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: Ranks) -> None:

@@ -55,6 +55,18 @@ def test_what_is_missing_is_named(script: str) -> None:
     assert script in done.stderr
 
 
+@pytest.mark.parametrize(("command", "runs"), [({}, "train"), ({"COMMAND": "sft"}, "sft")])
+def test_a_single_node_trains_unless_it_is_told_to_supervise(
+    command: dict[str, str], runs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "megatron-rl").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (tmp_path / "megatron-rl").chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert dry("single_node.sh", "my recipe.toml", "steps=1", DRY_RUN="", **path, **command).stdout == (
+        f"{runs}|my recipe.toml|steps=1|"
+    )
+
+
 def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret")

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from tests.end_to_end.test_train import wait_for_step
 from tests.fakes import FileModel
 
 Command = Callable[..., list[str]]
+WARMUP = Path(__file__).parents[2] / "examples/arithmetic_cpu/warmup.toml"
 ONE_RANK = ("policy.layout.tensor=1", "critic.layout.pipeline=1")
 SIX_STEPS = ("steps=6", "ppo.critic_warmup_steps=1", "checkpoint.every=1")
 OF_THE_MACHINE = re.compile(r"time$|push/\w+_s$|eta_s|seconds/|busy_s/|tokens_per_s/|peak_rss_gib/|checkpoint/")
@@ -136,6 +138,32 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Comman
     assert f"stopped as asked after step {saved.step} of 500; the same command goes on from there" in printed
     assert json.loads((run / "summary.json").read_text())["stopped_after_step"] == saved.step
     assert (run / "curve.png").is_file()
+
+
+def test_a_supervised_stage_that_is_stopped_goes_on_to_the_same_model(task: Path, tmp_path: Path) -> None:
+    def command(run: Path) -> list[str]:
+        return [
+            *[sys.executable, "-m", "megatron_rl", "sft", str(WARMUP)],
+            *(f"run_dir={run}", f"output={run / 'model'}", f"model.path={task / 'model'}"),
+            *(f"data={task / 'warmup.jsonl'}", "steps=120", "samples_per_step=16", "checkpoint.every=50"),
+        ]
+
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    finish(command(whole))
+    with subprocess.Popen(command(parted), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(parted, process, metric="model/loss")
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    saved = find_checkpoint(parted / "checkpoints")
+    assert saved is not None
+    assert 0 < saved.step < 120
+    assert f"stopped as asked after step {saved.step} of 120; the same command goes on from there" in printed
+    assert not (parted / "model").exists()
+    assert f"going on from {saved.folder}, after step {saved.step} of 120" in finish(command(parted))
+    assert computed(parted) == computed(whole)
+    mine, theirs = ((run / "model/model.safetensors").read_bytes() for run in (parted, whole))
+    assert mine == theirs
 
 
 @pytest.fixture

@@ -32,9 +32,11 @@ def documented_metrics() -> list[str]:
     return [re.sub("<.*?>", "[^/]+", name) for row in rows for name in re.findall("`(.*?)`", row)]
 
 
-def wait_for_step(run_dir: Path, process: subprocess.Popen[str], deadline_s: float = 180) -> None:
+def wait_for_step(
+    run_dir: Path, process: subprocess.Popen[str], deadline_s: float = 180, metric: str = "rollout/score"
+) -> None:
     end = time.monotonic() + deadline_s
-    while not any("rollout/score" in record for record in records(run_dir)):
+    while not any(metric in record for record in records(run_dir)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no step was finished in time"
         time.sleep(0.2)

@@ -269,6 +269,24 @@ def test_another_run_is_refused_with_all_reasons_at_once(saver: Saver, folder: P
     ]
 
 
+def test_a_supervised_stage_is_told_of_other_rows_and_may_be_laid_out_otherwise(saver: Saver, folder: Path) -> None:
+    settings = {"data": "a.jsonl", "output": "a", "samples_per_step": 4, "trainer.layout.tensor": 2}
+    identity = RunIdentity(model={}, prompts="abc", settings=settings)
+    saver.save(1)
+    found = find_checkpoint(folder)
+    assert found is not None
+    saved = dataclasses.replace(found, identity=identity)
+    moved = dataclasses.replace(identity, settings=settings | {"output": "b", "trainer.layout.tensor": 1})
+    assert check_same_run(saved, moved) == []
+    other = RunIdentity(model={}, prompts="abd", settings=settings | {"samples_per_step": 8})
+    with pytest.raises(CheckpointProblem) as problem:
+        check_same_run(saved, other)
+    assert [line.strip() for line in str(problem.value).splitlines()[1:]] == [
+        "samples_per_step: was 4, is 8; the learning-rate schedule and the position in the data count by it",
+        "data: other rows (or another template or limit); the position in the data is lost",
+    ]
+
+
 def test_the_layout_may_change_in_silence_and_the_algorithm_with_a_word(saver: Saver, folder: Path) -> None:
     saver.save(1)
     saved = find_checkpoint(folder)
@@ -284,7 +302,7 @@ def test_the_layout_may_change_in_silence_and_the_algorithm_with_a_word(saver: S
 
 def test_every_setting_that_is_spoken_of_exists() -> None:
     from megatron_rl.config.load import _keys
-    from megatron_rl.config.schema import RunConfig
+    from megatron_rl.config.schema import RunConfig, SFTConfig
 
-    known = {key for key, _ in _keys(RunConfig)}
+    known = {key for root in (RunConfig, SFTConfig) for key, _ in _keys(root)}
     assert {*module._FIXED, *module._MACHINE} <= known

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.__main__ import _Termination, _train
+from megatron_rl.__main__ import _sft, _Termination, _train
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RewardConfig
-from tests.fakes import fake_config
+from tests.fakes import fake_config, fake_supervised
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +71,43 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
         assert lines[-1] == f"{tmp_path} has summary.json, curve.png, metrics.jsonl"
         assert json.loads((tmp_path / "summary.json").read_text())["stopped_after_step"] == 4
         assert (tmp_path / "curve.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("early", "done", "says"),
+    [
+        (True, None, "stopped as asked before step 4 of 9"),
+        (False, 5, "stopped as asked after step 5 of 9; the same command goes on from there"),
+        (False, 9, "the model is in {output}"),
+    ],
+)
+def test_a_supervised_stage_that_is_stopped_says_where(
+    early: bool,
+    done: int | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = fake_supervised(tmp_path, steps=9)
+
+    @contextmanager
+    def open_supervised(config: object, stop: _Termination) -> Iterator[object]:
+        if early:
+            signal.raise_signal(signal.SIGTERM)
+        yield SimpleNamespace(start_step=3)
+
+    monkeypatch.setattr("megatron_rl.assemble.open_supervised", open_supervised)
+    monkeypatch.setattr("megatron_rl.sft.supervise", lambda run: done)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _sft(config, fresh=True)
+        (tmp_path / "left").touch()
+        with pytest.raises(ConfigError, match="--fresh needs an empty folder"):
+            _sft(config, fresh=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().out.splitlines()[1:] == [says.format(output=config.output)]
 
 
 def test_settings_may_stand_behind_an_option() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.batches import RolloutBatch
-from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig
+from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig, due
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.parity import ParityFailed
-from megatron_rl.ppo import due, train
+from megatron_rl.ppo import train
 from tests.fakes import CopyingSync, Ready, StopAfter, fake_config, fake_run
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 
 from eval.samples import GradedSample
+from eval.settings import parse as parse_evaluation
 from eval.tasks import TEMPLATES
 from examples.data import prepare_math
 from megatron_rl.config.load import dotted, load, parse
+from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Finish, Outcome
 from megatron_rl.model_dims import read_model_dims
@@ -143,6 +147,7 @@ def test_the_zoo_recipe_and_the_supervised_stages_load(inputs: Path) -> None:
     assert zoo.updates_per_step == 4
     assert zoo.data.template == TEMPLATES["qwen-boxed"]
     for name, pairs in (("sft_math_8k.toml", 8521), ("sft_long_cot.toml", 8521)):
+        assert load(SFTConfig, [FOLDER / name, FOLDER / "sft_h100.toml"], []).trainer.fp8 == FP8Config()
         config = load(SFTConfig, [FOLDER / name], [])
         assert config.steps * config.samples_per_step // pairs in {1, 2}
         assert config.trainer.layout.world_size == 8
@@ -207,6 +212,29 @@ def test_of_each_problem_the_longest_good_response_is_taught(distil: Any) -> Non
         "not graded": 1,
         "no box": 1,
     }
+
+
+def test_a_teacher_is_asked_as_the_evaluation_reads_it_and_the_filter_finds_its_samples() -> None:
+    def told(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command, environment = [FOLDER / "distil.sh", *arguments], os.environ | {"DRY_RUN": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (told().returncode, told().stderr) == (
+        2,
+        "distil.sh: no teacher; usage: distil.sh TEACHER [option of eval/run.py...]\n",
+    )
+    draw, choose = (line.split(" ") for line in told("models/QwQ", "--engines", "8").stdout.splitlines())
+    assert draw[:2] == ["python", "eval/run.py"]
+    asked = parse_evaluation(draw[2:])
+    assert (asked.model, asked.engines, asked.samples, asked.template) == (Path("models/QwQ"), 8, 4, "chat")
+    assert asked.stop == ()  # the teacher's own end of sequence alone
+    assert asked.output is not None
+    assert choose[1:] == [
+        str(FOLDER / "distil.py"),
+        str(asked.output / "samples_math_lv3to5.jsonl"),
+        "--output",
+        str(parse(SFTConfig, [FOLDER / "sft_long_cot.toml"]).data),
+    ]
 
 
 def test_the_command_writes_pairs_or_says_why_not(

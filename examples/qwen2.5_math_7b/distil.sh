@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The data of SimpleRL's first stage: a teacher answers the 8K problems through the engine and grader of every evaluation,
+# and distil.py keeps the long, right ones.
+#   distil.sh TEACHER [option of eval/run.py...]        with DRY_RUN=1 the commands are printed and nothing starts
+# A teacher ends by its own end of sequence: the seed protocol's stop strings, which are Qwen2.5's, are left out.
+set -euo pipefail
+if [ $# -eq 0 ]; then
+  echo >&2 "distil.sh: no teacher; usage: distil.sh TEACHER [option of eval/run.py...]"
+  exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+run=()
+[ -z "${DRY_RUN:-}" ] || run=(echo)
+"${run[@]}" python eval/run.py --model "$1" --tasks data/math_lv3to5.jsonl --template chat --samples 4 --temperature 0.7 \
+  --max-tokens 16000 --stop '' --output runs/teacher "${@:2}"
+"${run[@]}" python "$here/distil.py" runs/teacher/samples_math_lv3to5.jsonl --output data/long_cot.jsonl
