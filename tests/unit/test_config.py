@@ -488,7 +488,8 @@ def test_a_model_that_is_not_known_is_refused_by_name(folder, root, file):
     ]
     Path("model/config.json").write_text(json.dumps(MODEL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))
     assert problems(root=root, files=(file,)) == [
-        "model.path: Qwen2ForCausalLM: rope scaling 'dynamic' is not supported; known: default, linear, llama3, yarn"
+        "model.path: Qwen2ForCausalLM: rope scaling 'dynamic' is not supported; known: default, linear, llama3, yarn; "
+        "got {'type': 'dynamic', 'factor': 2.0}"
     ]
 
 
