@@ -62,7 +62,7 @@ def refusals(rank: int, port: int, model: Path) -> list[str]:
     attempt(worker.offload, [TrainerPart.STATE])
     worker.offload([TrainerPart.WEIGHTS])
     attempt(worker.logprobs, rows)
-    attempt(worker.send, 1)
+    attempt(worker.send, 1, 60.0)
     worker.onload([*TrainerPart])
     attempt(worker.onload, [TrainerPart.WEIGHTS])
     attempt(worker.update, minibatch(), Reinforce())
