@@ -174,9 +174,13 @@ def test_the_package_starts_without_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
+SUPERVISED = "examples/qwen2.5_math_7b/sft_math_8k.toml model.path=examples/beyond_7b/models/qwen2.5_math_7b"
 LIGHT = {  # command -> exit status, and what it says
     "--help": (0, "doctor"),
     "plan examples/beyond_7b/qwen2.5_72b.toml --device h100": (0, "192 x h100"),
+    f"plan {SUPERVISED} --device a100-80g": (0, "trainer on 8 devices"),
+    f"dry-run {SUPERVISED} --role critic": (2, "critic: --role must be one of trainer"),
+    f"doctor {SUPERVISED}": (2, "data: no such file: data/math_lv3to5_sft.jsonl"),
     "show-config examples/beyond_7b/qwen2.5_72b.toml": (2, "no such file"),
     "doctor examples/beyond_7b/qwen2.5_72b.toml": (2, "torch"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.load import parse
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
@@ -227,6 +227,13 @@ def test_a_checkpoint_has_weights_main_weights_and_both_moments() -> None:
     halves = recipe("model.dtype=bfloat16", "checkpoint.keep=3")
     assert checkpoint_bytes(halves, dims) == 14 * (policy + critic) + 2 * policy
     assert needs_of(halves, dims).disk == 4 * checkpoint_bytes(halves, dims)
+
+
+def test_a_supervised_stage_pushes_nothing_and_saves_one_model() -> None:
+    stage = parse(SFTConfig, [ROOT / "examples/qwen2.5_math_7b/sft_math_8k.toml"], ["checkpoint.keep=2"])
+    policy = 2 * 32 * 8 + 4 * 4 * 8 + 8 * 8 + 3 * 16 * 8 + 3 * 8
+    # bfloat16 weights, main weights and two moments, and the weights once more
+    assert needs_of(stage, dims_from_config(SIZES)) == Needs(buckets=0, disk=3 * policy * (2 + 4 + 8 + 2))
 
 
 def test_few_open_files_are_a_warning() -> None:
