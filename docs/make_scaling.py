@@ -93,6 +93,11 @@ def machine(device: str) -> Machine:
     return Machine(device=DEVICES[device], per_node=8)
 
 
+def machine_of(name: str) -> Machine:
+    """That a recipe beyond 7B is for."""
+    return machine("b200" if name == "deepseek_v3" else "h100")
+
+
 def recipes() -> dict[str, RunConfig]:
     whole = set(RECIPES.glob("*.toml")) - {RECIPES / "fp8.toml"}
     return {file.stem: parse(RunConfig, [file]) for file in sorted(whole)}
@@ -105,17 +110,18 @@ def fullest(found: Plan, role: str) -> float:
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
-        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100. "
+        f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average, on H100, "
+        "deepseek_v3 on B200: its engine lies on one node of 8, whose GPUs hold 168 GB of weights each. "
         "GB of the fullest device; the last column is GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
-        "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.5 times as fast by the same account, which "
+        "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.4 times as fast by the same account, which "
         "counts neither replicas that wait for each other (4 rows a minibatch) nor experts that are chosen unevenly.\n"
     )
     columns = "recipe, GPUs, policy, critic, engine, rollout s, scoring s, updates s, push s, step s, GPU-h 120"
     yield f"| {columns.replace(', ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, config in recipes().items():
-        found = plan(config, dims_of(name), machine("h100"), LENGTHS)
+        found = plan(config, dims_of(name), machine_of(name), LENGTHS)
         at = {cell.name: cell.value for cell in found.times}
         memory = " | ".join(f"{fullest(found, role):.0f}" for role in ("policy", "critic", "engine"))
         yield (
@@ -145,7 +151,7 @@ TIMES = (1, 2, 4, 8)
 
 def growth(name: str, config: RunConfig, *, weak: bool) -> list[tuple[Plan, float]]:
     """Plans of the recipe on so many times its devices, each with its efficiency against the first one."""
-    steps = [plan(grown(config, n, weak=weak), dims_of(name), machine("h100"), LENGTHS) for n in TIMES]
+    steps = [plan(grown(config, n, weak=weak), dims_of(name), machine_of(name), LENGTHS) for n in TIMES]
     base = steps[0].step_seconds
     return [
         (found, math.nan if found.problems else base / found.step_seconds / (1 if weak else n))
@@ -341,7 +347,7 @@ def draw(png: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load, and --check draws nothing
     from matplotlib.figure import Figure
 
-    planned = {name: plan(config, dims_of(name), machine("h100"), LENGTHS) for name, config in recipes().items()} | {
+    planned = {name: plan(config, dims_of(name), machine_of(name), LENGTHS) for name, config in recipes().items()} | {
         place: plan(config, dims_of("qwen2.5_math_7b"), machine(device), LENGTHS)
         for place, (config, device) in seed_recipes().items()
     }

@@ -62,6 +62,11 @@ def plan(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths)
     dtype, engine = config.model.dtype, config.engine
     problems = list(config.contradictions(dims, _gpu(machine)))
     problems += engine.gpu_problems(_gpu(machine)) if machine.device.is_gpu else engine.cpu_problems()
+    if engine.tensor > machine.per_node:
+        problems.append(
+            f"engine.tensor: at most the {machine.per_node} GPUs of a node: an engine lies on one host, "
+            f"got {engine.tensor}"
+        )
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = list(engine_cells(dims, engine, dtype))

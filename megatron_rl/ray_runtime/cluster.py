@@ -293,6 +293,7 @@ class Cluster:
                 raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
             waited = self._waited(started, f"nodes to join: asked for {asked}, the Ray cluster has {there}")
             time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
+        _check_nodes(bundles)
         self._group = placement_group(bundles, strategy="PACK")
         ready = self._group.ready()
         while not ray.wait([ready], timeout=_LOOK_S)[0]:
@@ -334,6 +335,20 @@ class Cluster:
     def _dismiss(self) -> None:
         if self._guardian is not None:
             self._guardian.dismiss()
+
+
+def _check_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a bundle that no node can ever hold: Ray would wait for such a node without end."""
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for bundle in {tuple(bundle.items()): bundle for bundle in bundles}.values():
+        if not any(all(size <= node.get(kind, 0.0) + 1e-6 for kind, size in bundle.items()) for node in nodes):
+            there = [{kind: node.get(kind, 0.0) for kind in bundle} for node in nodes]
+            largest = max(there, key=lambda node: tuple(node.values()), default={})
+            raise ClusterProblem(
+                f"a worker, or an engine of engine.tensor workers, lies on one node and needs {dict(bundle)} there, "
+                f"the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or larger nodes"
+                + ("" if "GPU" in bundle else ", or a smaller cluster.cpus_per_worker")
+            )
 
 
 def _wait_gone(pids: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -122,6 +123,30 @@ def test_workers_are_bound_to_bundles_by_the_nodes_that_ray_chose(
     started = Cluster(ClusterConfig(), gpus=4, run_dir=tmp_path)
     started.start([Role(name="policy", workers=2), Role(name="engine", workers=2)], {})
     assert found.bundle_of == {"policy 0": 0, "policy 1": 2, "engine 0": 1, "engine 1": 3}
+
+
+@pytest.mark.parametrize(
+    "role", [Role(name="engine", workers=1, devices=32), Role(name="engine", workers=2, devices=3)]
+)
+def test_an_engine_larger_than_any_node_is_refused_at_once(
+    role: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"GPU": 8.0, "CPU": 2.0}, *[{"GPU": 8.0, "CPU": 64.0 if role.devices > 8 else 2.0}] * 4, {"CPU": 256.0}]
+    FakeRay(monkeypatch, nodes)
+    asked, largest = nodes[1] | {"GPU": float(role.devices), "CPU": float(role.devices)}, nodes[1]
+    started = Cluster(ClusterConfig(address="10.0.0.1:6379"), gpus=8, run_dir=tmp_path)
+    said = f"needs {asked} there, the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or "
+    with pytest.raises(ClusterProblem, match=re.escape(said)):
+        started.start([Role(name="policy", workers=2), role], {})
+
+
+def test_a_worker_with_a_larger_share_than_any_node_has_cpus_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeRay(monkeypatch, [{"CPU": 2.0}, {"CPU": 1.0}])
+    started = Cluster(ClusterConfig(address="10.0.0.1:6379", cpus_per_worker=2.5), gpus=0, run_dir=tmp_path)
+    with pytest.raises(ClusterProblem, match=r"needs \{'CPU': 2.5\} there, .* has \{'CPU': 2.0\}; .*cpus_per_worker"):
+        started.start([Role(name="policy", workers=1)], {})
 
 
 def test_an_address_where_nobody_listens_is_told_before_anything_starts() -> None:
