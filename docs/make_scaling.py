@@ -128,22 +128,26 @@ def gpu_hours(found: Plan) -> float:
 
 
 def variants() -> Iterator[tuple[str, str, RunConfig, str]]:
-    """Recipe, numbers, settings and device: as they stand on H100, in FP8 there, and as they stand on A100."""
+    """Recipe, numbers, settings and device: as they stand on their own, in FP8 there, and those for H100 on A100."""
     for name, config in recipes().items():
-        yield name, "BF16", config, "h100"
-        yield name, "FP8", parse(RunConfig, [RECIPES / f"{name}.toml", RECIPES / "fp8.toml"]), "h100"
-        yield name, "BF16", config, "a100-80g"
+        device = config.cluster.device
+        assert device is not None
+        yield name, "BF16", config, device
+        yield name, "FP8", parse(RunConfig, [RECIPES / f"{name}.toml", RECIPES / "fp8.toml"]), device
+        if device == "h100":
+            yield name, "BF16", config, "a100-80g"
 
 
 def recipe_rows() -> Iterator[str]:
     yield "\n## Recipes beyond 7B\n"
     yield (
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each "
-        "recipe as it stands on H100, with `fp8.toml` there (training alone; engines in BF16), and as it is on A100. "
+        "recipe on the GPU that it names (deepseek_v3: B200, since its engine lies on one node of 8, whose GPUs hold "
+        "168 GB of weights each), with `fp8.toml` there (training alone; engines in BF16), and those for H100 on A100. "
         "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
         "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "
-        "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.5 times as fast by the same account, which "
+        "deepseek_v3 as TP8 PP2(31..30) DP32 EP128 would score and train 1.4 times as fast by the same account, which "
         "counts neither replicas that wait for each other (4 rows a minibatch) nor experts that are chosen unevenly.\n"
     )
     columns = (

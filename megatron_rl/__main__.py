@@ -260,9 +260,9 @@ def _doctor(config: RunConfig | SFTConfig | None, files: Sequence[Path], address
 def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) -> None:
     from megatron_rl.planner.study import is_done, plot_study, read_study, study_rows, study_table
 
-    if len(files) != 1 or overrides:
-        raise ConfigError([f"scale: takes one study and no settings, got {' '.join([*map(str, files), *overrides])}"])
-    study = read_study(files[0])
+    if len(files) != 1:
+        raise ConfigError([f"scale: takes one study, and settings for all its runs, got files: {[*map(str, files)]}"])
+    study = read_study(files[0], overrides)
     planned = study_rows(study)  # all that is wrong with any run, before the first one starts
     for run, row in zip(study.runs, planned, strict=True) if measure else ():
         if is_done(study, run):

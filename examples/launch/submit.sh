@@ -20,10 +20,10 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 
-case "$*" in # these start Ray themselves, unless they are told where it is
-  *megatron-rl\ train\ * | *megatron-rl\ sft\ * | *megatron-rl\ check-parity\ * | *megatron-rl\ doctor\ * | \
-    *"-m megatron_rl train "*) set -- "$@" cluster.address=auto ;;
-esac
+# these start Ray themselves, unless they are told where it is
+if [[ "$*" =~ (megatron-rl|-m\ megatron_rl)\ (train|sft|check-parity|doctor|scale\ run)\  ]]; then
+  set -- "$@" cluster.address=auto
+fi
 
 # the job's shell gets the command word by word, and its own folder and PATH
 # shellcheck disable=SC2016 # it is that shell which expands them

@@ -65,6 +65,11 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     Files may be missing, and the CUDA version is not known here.
     """
     problems = list(config.contradictions(dims, _gpu(machine)))
+    if isinstance(config, RunConfig) and config.engine.tensor > machine.per_node:
+        problems.append(
+            f"engine.tensor: at most the {machine.per_node} GPUs of a node: an engine lies on one host, "
+            f"got {config.engine.tensor}"
+        )
     if problems:
         return Plan(memory=(), times=(), problems=tuple(problems), devices=config.devices)
     memory = _engine_cells(config, dims)

@@ -40,16 +40,18 @@ class Study:
         folder: where each run gets a folder of its own, and the table and the picture go.
         machine: for the prediction.
         runs: at least one; the first one calibrates the times and the memory of the others.
+        shared: what all runs change in the recipe, before what each does.
     """
 
     recipe: Path
     folder: Path
     machine: Machine
     runs: tuple[StudyRun, ...]
+    shared: tuple[str, ...] = ()
 
     def settings(self, run: StudyRun) -> list[str]:
         """What ``run`` changes, its folder included."""
-        return [*run.settings, f"run_dir={self.folder / run.name}"]
+        return [*self.shared, *run.settings, f"run_dir={self.folder / run.name}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,8 @@ class StudyRow:
     problems: tuple[str, ...]
 
 
-def read_study(file: Path) -> Study:
-    """Read a study.
+def read_study(file: Path, shared: Sequence[str] = ()) -> Study:
+    """Read a study whose runs all get the settings ``shared`` too.
 
     Raises:
         ConfigError: keys are unknown, missing or of the wrong type, a name occurs twice or is no folder's, there is no
@@ -110,6 +112,7 @@ def read_study(file: Path) -> Study:
         folder=Path(table["folder"]),
         machine=Machine(device=DEVICES[device], per_node=per_node),
         runs=tuple(StudyRun(name=run["name"], settings=tuple(run.get("settings", ()))) for run in runs),
+        shared=tuple(shared),
     )
 
 

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import ray
 from ray._common.tls_utils import load_certs_from_env
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined] # compiled
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.config.schema import ClusterConfig
@@ -101,6 +101,28 @@ def place(roles: Sequence[Role], device: Mapping[str, float], *, shared: bool) -
         bundle_of={(role.name, rank): rank for role, rank in workers},
         asked={role.name: share for role in roles},
     )
+
+
+def dealt(placement: Placement, node_of: Mapping[int, str]) -> Placement:
+    """The same, with bundles of equal shape dealt out node by node: neighbours in rank exchange the most.
+
+    Which node a bundle lies on is Ray's choice, and not in the order of the bundles. Whoever shared a bundle still
+    does. Nodes with more bundles of a shape come first, so that a node which is not whole splits the last ranks.
+
+    Args:
+        placement: who shares a bundle, and of which shape.
+        node_of: the node of each bundle.
+    """
+    shapes = [tuple(sorted(bundle.items())) for bundle in placement.bundles]
+    nodes: dict[tuple[object, str], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        nodes.setdefault((shape, node_of[index]), []).append(index)
+    moved: dict[int, int] = {}
+    for shape in dict.fromkeys(shapes):
+        alike = [bundles for (of, _), bundles in nodes.items() if of == shape]
+        order = [index for bundles in sorted(alike, key=len, reverse=True) for index in bundles]
+        moved |= zip(sorted(order), order, strict=True)
+    return replace(placement, bundle_of={who: moved[bundle] for who, bundle in placement.bundle_of.items()})
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -214,7 +236,7 @@ class Cluster:
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
         placement = place([role for role in roles if not role.spread], device, shared=self._config.colocate)
-        self._place([dict(bundle) for bundle in placement.bundles])
+        placement = dealt(placement, self._place([dict(bundle) for bundle in placement.bundles]))
         groups = {}
         for role in roles:
             groups[role.name] = WorkerGroup(
@@ -261,7 +283,8 @@ class Cluster:
         }
         (self.log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
 
-    def _place(self, bundles: list[dict[str, float]]) -> None:
+    def _place(self, bundles: list[dict[str, float]]) -> Mapping[int, str]:
+        """Reserve the bundles; the node that each lies on."""
         asked = {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}
         started = time.monotonic()
         while any(asked[kind] > ray.cluster_resources().get(kind, 0.0) + 1e-6 for kind in asked):
@@ -270,11 +293,14 @@ class Cluster:
                 raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
             waited = self._waited(started, f"nodes to join: asked for {asked}, the Ray cluster has {there}")
             time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
+        _check_nodes(bundles)
         self._group = placement_group(bundles, strategy="PACK")
         ready = self._group.ready()
         while not ray.wait([ready], timeout=_LOOK_S)[0]:
             free = {kind: ray.available_resources().get(kind, 0.0) for kind in asked}
             self._waited(started, f"room: asked for {asked}, free on the cluster: {free}")
+        node_of: Mapping[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        return node_of
 
     def _waited(self, started: float, what: str) -> float:
         """Say what is waited for, and return for how long; the deadline ends it."""
@@ -309,6 +335,20 @@ class Cluster:
     def _dismiss(self) -> None:
         if self._guardian is not None:
             self._guardian.dismiss()
+
+
+def _check_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a bundle that no node can ever hold: Ray would wait for such a node without end."""
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for bundle in {tuple(bundle.items()): bundle for bundle in bundles}.values():
+        if not any(all(size <= node.get(kind, 0.0) + 1e-6 for kind, size in bundle.items()) for node in nodes):
+            there = [{kind: node.get(kind, 0.0) for kind in bundle} for node in nodes]
+            largest = max(there, key=lambda node: tuple(node.values()), default={})
+            raise ClusterProblem(
+                f"a worker, or an engine of engine.tensor workers, lies on one node and needs {dict(bundle)} there, "
+                f"the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or larger nodes"
+                + ("" if "GPU" in bundle else ", or a smaller cluster.cpus_per_worker")
+            )
 
 
 def _wait_gone(pids: Sequence[int]) -> None:

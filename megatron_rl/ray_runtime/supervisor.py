@@ -24,6 +24,7 @@ from megatron_rl.ray_runtime.child import Call, Reply
 
 LOG_LINES = 12
 _GPU_IS_FULL = "CUDA out of memory"
+_SEARCHED_BYTES = 1 << 20
 _CHILD = "from megatron_rl.ray_runtime.child import main; main()"
 
 
@@ -36,6 +37,7 @@ class Death:
         phase: what it was asked to do last; ``idle after ...`` where it had answered.
         oom_kills: how often the kernel's out-of-memory killer struck on this host since the worker started.
         log: last lines of what it printed.
+        gpu_full: the line in which it said that the GPU's memory was full; empty where it did not.
     """
 
     worker: str
@@ -45,6 +47,7 @@ class Death:
     phase: str
     oom_kills: int
     log: str
+    gpu_full: str
 
     def __str__(self) -> str:
         """All that is known of it, and that the rest is not."""
@@ -53,8 +56,8 @@ class Death:
             how += f"; the kernel's out-of-memory killer struck {self.oom_kills} time(s) on that host meanwhile"
         elif self.exit_code == -signal.SIGKILL:
             how += "; who sent it is not known, the kernel's out-of-memory killer did not strike on that host"
-        if full := next((line for line in self.log.splitlines() if _GPU_IS_FULL in line), None):
-            how += f"; the GPU's memory was full: {full.strip()}"
+        if self.gpu_full:
+            how += f"; the GPU's memory was full: {self.gpu_full}"
         text = f"{self.worker} (pid {self.pid} on {self.host}) {how}; its last phase: {self.phase}"
         return text + (f"\nlast lines of its log:\n{self.log}" if self.log else "")
 
@@ -94,6 +97,7 @@ class Supervisor:
         self._pipe_beside: Connection[Any, Any] = Connection(ours_beside.detach())
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
+            self._log_start = log.tell()  # what lies before is of a run or a process that is over
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(theirs_beside.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno(), theirs_beside.fileno()],
@@ -157,6 +161,7 @@ class Supervisor:
     def death(self) -> Death:
         """Wait for the worker's end and say how it came."""
         self._gone.wait()
+        log = self._printed()
         return Death(
             worker=self._worker,
             host=socket.gethostname(),
@@ -164,8 +169,16 @@ class Supervisor:
             exit_code=self._exit_code,
             phase=self._phase,
             oom_kills=_oom_kills() - self._oom_kills_before,
-            log="".join(self._log.read_text(errors="replace").splitlines(keepends=True)[-LOG_LINES:]),
+            log="".join(log[-LOG_LINES:]),
+            # long before the last lines where other threads, or a traceback of many frames, print after it
+            gpu_full=next((line.strip() for line in reversed(log) if _GPU_IS_FULL in line), ""),
         )
+
+    def _printed(self) -> list[str]:
+        """The last MiB of what the worker printed, by line."""
+        with self._log.open("rb") as log:
+            log.seek(max(self._log_start, self._log.stat().st_size - _SEARCHED_BYTES))
+            return log.read(_SEARCHED_BYTES).decode(errors="replace").splitlines(keepends=True)
 
     def stop(self) -> None:
         """Close the pipes, which ends the worker, and wait for it."""

@@ -12,71 +12,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end.conftest import ROOT
 from tests.ray_nodes import free_port, ray_node
 
 LAUNCH = ROOT / "examples" / "launch"
-
-
-def dry(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(LAUNCH / script), *arguments],
-        env=os.environ | {"DRY_RUN": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_addresses_ports_and_gpus_are_arguments() -> None:
-    head = dry("ray_head.sh", "--ip", "10.0.0.1", "--port", "7000", "--gpus", "8")
-    assert head.stdout.split() == [
-        *["ray", "start", "--head", "--node-ip-address=10.0.0.1", "--port=7000", "--dashboard-host=127.0.0.1"],
-        *["--dashboard-port=8265", "--disable-usage-stats", "--object-store-memory=4294967296", "--num-gpus=8"],
-    ]
-    worker = dry("ray_worker.sh", "--head", "10.0.0.1:7000", "--gpus", "8")
-    assert worker.stdout.split() == [
-        *["ray", "start", "--address=10.0.0.1:7000", "--disable-usage-stats", "--object-store-memory=4294967296"],
-        "--num-gpus=8",
-    ]
-    submit = dry("submit.sh", "--", "megatron-rl", "train", "my recipe.toml")
-    assert "megatron-rl train my\\ recipe.toml cluster.address=auto" in submit.stdout
-    assert "doctor x.toml cluster.address=auto" in dry("submit.sh", "--", "megatron-rl", "doctor", "x.toml").stdout
-    assert "cluster.address" not in dry("submit.sh", "--", "python", "eval/run.py").stdout
-
-
-@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "single_node.sh"])
-def test_what_is_missing_is_named(script: str) -> None:
-    done = dry(script)
-    assert done.returncode == 2
-    assert script in done.stderr
-
-
-@pytest.mark.parametrize(("command", "runs"), [({}, "train"), ({"COMMAND": "sft"}, "sft")])
-def test_a_single_node_trains_unless_it_is_told_to_supervise(
-    command: dict[str, str], runs: str, tmp_path: Path
-) -> None:
-    (tmp_path / "megatron-rl").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
-    (tmp_path / "megatron-rl").chmod(0o755)
-    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    assert dry("single_node.sh", "my recipe.toml", "steps=1", DRY_RUN="", **path, **command).stdout == (
-        f"{runs}|my recipe.toml|steps=1|"
-    )
-
-
-def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("secret")
-    token.chmod(0o644)
-    done = dry("ray_worker.sh", "--head", "127.0.0.1:1", DRY_RUN="", RAY_AUTH_TOKEN_PATH=str(token))
-    assert done.returncode == 2
-    assert "its mode is 644: chmod 600 it" in done.stderr
-    done = dry("ray_worker.sh", "--head", "127.0.0.1:1", DRY_RUN="", RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
-    assert done.returncode == 2
-    assert "ray_head.sh makes it on the head" in done.stderr
 
 
 def node(environment: dict[str, str], script: str, *arguments: str) -> AbstractContextManager[None]:

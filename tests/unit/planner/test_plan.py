@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[3]
 FP8 = ROOT / "examples" / "beyond_7b" / "fp8.toml"
 RECIPES = sorted(set((ROOT / "examples" / "beyond_7b").glob("*.toml")) - {FP8})
 H100 = Machine(device=DEVICES["h100"], per_node=8)
+B200 = Machine(device=DEVICES["b200"], per_node=8)
 LENGTHS = Lengths(prompt=100, response=800)
 
 
@@ -87,17 +88,28 @@ def test_models_have_as_many_parameters_as_published(name, billions):
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_every_recipe_fits_the_devices_it_asks_for(file):
     config, dims = recipe(file.stem)
-    found = plan(config, dims, H100, LENGTHS)
+    machine = B200 if file.stem == "deepseek_v3" else H100
+    found = plan(config, dims, machine, LENGTHS)
     assert found.problems == ()
     assert found.step_seconds > 0
     in_fp8 = parse(RunConfig, [file, FP8])
-    assert plan(in_fp8, dims, H100, LENGTHS).problems == ()
+    assert plan(in_fp8, dims, machine, LENGTHS).problems == ()
     a100 = replace(H100, device=DEVICES["a100-80g"])
-    assert plan(config, dims, a100, LENGTHS).problems == ()
     assert any("needs a GPU of" in problem for problem in plan(in_fp8, dims, a100, LENGTHS).problems)
+    variants = [f"{config.cluster.device} | BF16", f"{config.cluster.device} | FP8"]
+    if machine == H100:
+        assert plan(config, dims, a100, LENGTHS).problems == ()
+        variants.append("a100-80g | BF16")
     page = (ROOT / "docs" / "scaling.md").read_text()
-    variants = ("h100 | BF16", "h100 | FP8", "a100-80g | BF16")
     assert all(f"\n| {file.stem} | {variant} | {config.devices} | " in page for variant in variants)
+
+
+def test_an_engine_of_more_gpus_than_a_node_has_is_refused():
+    config, dims = recipe("deepseek_v3")
+    assert plan(config, dims, B200, LENGTHS).problems == ()
+    assert plan(config, dims, replace(B200, per_node=4), LENGTHS).problems == (
+        "engine.tensor: at most the 4 GPUs of a node: an engine lies on one host, got 8",
+    )
 
 
 def test_there_are_recipes():

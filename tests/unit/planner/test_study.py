@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_rl.__main__ import main
-from megatron_rl.config.load import ConfigError
+from megatron_rl.config.load import ConfigError, parse
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.planner.study import StudyRow, is_done, plot_study, read_study, study_rows, study_table
 
 ROOT = Path(__file__).parents[3]
@@ -75,9 +77,39 @@ def test_what_a_role_of_the_first_run_held_beyond_its_prediction_it_holds_in_the
     assert raw[1].predicted_gib == pytest.approx(raw[0].predicted_gib + 48)
 
 
-def test_settings_on_the_command_line_are_refused(tmp_path, capsys):
-    assert main(["scale", "plan", str(written(tmp_path)), "steps=3"]) == 2
-    assert f"takes one study and no settings, got {tmp_path}/study.toml steps=3" in capsys.readouterr().err
+def test_settings_on_the_command_line_go_to_every_run_which_may_change_them(tmp_path, monkeypatch):
+    commands = []
+
+    def train(command, check):
+        commands.append(command)
+        folder = tmp_path / command[-1].rpartition("/")[2]
+        finished(folder, 500.0)
+        (folder / "summary.json").write_text(json.dumps({"steps": 4}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("megatron_rl.__main__.subprocess", SimpleNamespace(run=train))
+    shared = ["cluster.address=auto", "prompts_per_step=512"]
+    assert main(["scale", "run", str(written(tmp_path)), *shared]) == 0
+    assert [command[3:5] for command in commands] == [["train", str(RECIPE)]] * 2
+    for number, (name, command) in enumerate(zip(("one", "two"), commands, strict=True), start=1):
+        own = [f"model.path={MODEL}", f"prompts_per_step={1024 * number}", f"run_dir={tmp_path / name}"]
+        assert command[5:] == [*shared, *own]
+        config = parse(RunConfig, [RECIPE], command[5:])
+        assert (config.cluster.address, config.prompts_per_step) == ("auto", 1024 * number)
+
+
+def test_settings_for_every_run_are_in_what_is_predicted(tmp_path):
+    file = written(tmp_path, names=("one",))
+    (alone,), (more,) = study_rows(read_study(file)), study_rows(read_study(file, ["engine.count=64"]))
+    assert more.devices > alone.devices
+
+
+def test_a_second_study_and_a_wrong_setting_are_refused(tmp_path, capsys):
+    file = str(written(tmp_path))
+    assert main(["scale", "plan", file, file]) == 2
+    assert f"takes one study, and settings for all its runs, got files: ['{file}', '{file}']" in capsys.readouterr().err
+    assert main(["scale", "run", file, "cluster.adress=auto"]) == 2
+    assert "cluster.adress" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_is_not_done(tmp_path):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.ray_runtime.cluster import ClusterProblem, Role, check_machine, place
+from megatron_rl.ray_runtime import cluster
+from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Placement, Role, check_machine, dealt, place
 
 GPU = {"GPU": 1.0, "CPU": 1.0}
 
@@ -32,6 +37,116 @@ def test_equal_ranks_of_all_roles_share_one_gpu_and_ask_for_no_more_than_there_i
     for bundle in range(3):
         sharing = [role for (role, _), at in placed.bundle_of.items() if at == bundle]
         assert sum(placed.asked[role]["GPU"] for role in sharing) <= 1
+
+
+def nodes_by_rank(placed: Placement, node_of: dict[int, str], role: str) -> str:
+    return "".join(node_of[bundle] for (name, _), bundle in sorted(placed.bundle_of.items()) if name == role)
+
+
+def test_neighbours_in_rank_share_a_node_however_ray_dealt_out_the_bundles() -> None:
+    roles = [Role(name="policy", workers=8), Role(name="critic", workers=4), Role(name="engine", workers=3, devices=4)]
+    scrambled = dict(enumerate("abacbaacbbca" + "cdd"))
+    placed = place(roles, GPU, shared=False)
+    assert nodes_by_rank(placed, scrambled, "policy") == "abacbaac"
+    found = dealt(placed, scrambled)
+    assert nodes_by_rank(found, scrambled, "policy") == "aaaaabbb"
+    assert nodes_by_rank(found, scrambled, "critic") == "bccc"
+    assert nodes_by_rank(found, scrambled, "engine") == "ddc"
+    assert sorted(found.bundle_of.values()) == list(range(15)), "each worker has a bundle, and nobody else has it"
+    for (role, _), bundle in found.bundle_of.items():
+        assert found.bundles[bundle] == found.asked[role]
+
+
+def test_a_node_that_is_not_whole_splits_the_last_ranks() -> None:
+    node_of = dict(enumerate("aabbbbcc"))
+    found = dealt(place([Role(name="policy", workers=8)], GPU, shared=False), node_of)
+    assert nodes_by_rank(found, node_of, "policy") == "bbbbaacc"
+
+
+def test_roles_that_share_a_device_share_it_after_dealing_too() -> None:
+    roles = [Role(name="policy", workers=4), Role(name="critic", workers=4), Role(name="engine", workers=6)]
+    node_of = dict(enumerate("xyxyxy"))
+    found = dealt(place(roles, GPU, shared=True), node_of)
+    for rank in range(4):
+        assert len({found.bundle_of[role.name, rank] for role in roles}) == 1
+    assert nodes_by_rank(found, node_of, "policy") == "xxxy"
+    assert nodes_by_rank(found, node_of, "engine") == "xxxyyy"
+
+
+class FakeRay:
+    """A cluster of nodes with these resources that puts bundle i on the node that ``where`` names."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[dict[str, float]], where: str = "") -> None:
+        self.nodes_there = nodes
+        self.bundle_of: dict[str, int] = {}
+        monkeypatch.setattr(cluster, "ray", self)
+        monkeypatch.setattr(cluster, "placement_group", lambda bundles, strategy: self)
+        monkeypatch.setattr(cluster, "remove_placement_group", lambda group: None)
+        monkeypatch.setattr(
+            cluster, "placement_group_table", lambda group: {"bundles_to_node_id": dict(enumerate(where))}
+        )
+        monkeypatch.setattr(cluster, "WorkerGroup", self.group)
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {kind: sum(node.get(kind, 0.0) for node in self.nodes_there) for kind in ("CPU", "GPU")}
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": node} for node in self.nodes_there] + [
+            {"Alive": False, "Resources": {"GPU": 64.0, "CPU": 640.0}}
+        ]
+
+    def ready(self) -> FakeRay:
+        return self
+
+    def wait(self, references: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        return references, []
+
+    def remote(self, *arguments: object) -> FakeRay:
+        return self
+
+    def options(self, scheduling_strategy: object, **rest: object) -> FakeRay:
+        self.chosen = scheduling_strategy.placement_group_bundle_index  # type: ignore[attr-defined]
+        return self
+
+    def group(self, name: str, spawn: Callable[[int], object], workers: int, **rest: object) -> SimpleNamespace:
+        for rank in range(workers):
+            spawn(rank)
+            self.bundle_of[f"{name} {rank}"] = self.chosen
+        return SimpleNamespace(names=[], births=lambda deadline, ranks: [])
+
+
+def test_workers_are_bound_to_bundles_by_the_nodes_that_ray_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = FakeRay(monkeypatch, [{"GPU": 2.0, "CPU": 8.0}] * 2, where="abab")
+    (tmp_path / "logs").mkdir()
+    started = Cluster(ClusterConfig(), gpus=4, run_dir=tmp_path)
+    started.start([Role(name="policy", workers=2), Role(name="engine", workers=2)], {})
+    assert found.bundle_of == {"policy 0": 0, "policy 1": 2, "engine 0": 1, "engine 1": 3}
+
+
+@pytest.mark.parametrize(
+    "role", [Role(name="engine", workers=1, devices=32), Role(name="engine", workers=2, devices=3)]
+)
+def test_an_engine_larger_than_any_node_is_refused_at_once(
+    role: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"GPU": 8.0, "CPU": 2.0}, *[{"GPU": 8.0, "CPU": 64.0 if role.devices > 8 else 2.0}] * 4, {"CPU": 256.0}]
+    FakeRay(monkeypatch, nodes)
+    asked, largest = nodes[1] | {"GPU": float(role.devices), "CPU": float(role.devices)}, nodes[1]
+    started = Cluster(ClusterConfig(address="10.0.0.1:6379"), gpus=8, run_dir=tmp_path)
+    said = f"needs {asked} there, the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or "
+    with pytest.raises(ClusterProblem, match=re.escape(said)):
+        started.start([Role(name="policy", workers=2), role], {})
+
+
+def test_a_worker_with_a_larger_share_than_any_node_has_cpus_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeRay(monkeypatch, [{"CPU": 2.0}, {"CPU": 1.0}])
+    started = Cluster(ClusterConfig(address="10.0.0.1:6379", cpus_per_worker=2.5), gpus=0, run_dir=tmp_path)
+    with pytest.raises(ClusterProblem, match=r"needs \{'CPU': 2.5\} there, .* has \{'CPU': 2.0\}; .*cpus_per_worker"):
+        started.start([Role(name="policy", workers=1)], {})
 
 
 def test_an_address_where_nobody_listens_is_told_before_anything_starts() -> None:

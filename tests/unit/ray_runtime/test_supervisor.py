@@ -31,10 +31,9 @@ def test_a_port_that_is_kept_is_for_the_worker_alone(supervisor: Supervisor) -> 
         accepted.close()
 
 
-def death(exit_code: int, *, oom_kills: int = 0, log: str = "") -> str:
-    return str(
-        Death(worker="critic", host="node7", pid=12, exit_code=exit_code, phase="update", oom_kills=oom_kills, log=log)
-    )
+def death(exit_code: int, *, oom_kills: int = 0, log: str = "", gpu_full: str = "") -> str:
+    known = {"exit_code": exit_code, "oom_kills": oom_kills, "log": log, "gpu_full": gpu_full}
+    return str(Death(worker="critic", host="node7", pid=12, phase="update", **known))  # type: ignore[arg-type]
 
 
 def test_a_death_says_whose_memory_was_full() -> None:
@@ -46,8 +45,39 @@ def test_a_death_says_whose_memory_was_full() -> None:
         "critic (pid 12 on node7) exited with code 1; the kernel's out-of-memory killer struck 2 time(s)"
     ), "a process of its own may have been the victim"
     log = "step\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
-    assert death(1, log=log) == (
+    assert death(1, log=log, gpu_full=log.splitlines()[1]) == (
         "critic (pid 12 on node7) exited with code 1; the GPU's memory was full: torch.OutOfMemoryError: CUDA out of "
         "memory. Tried to allocate 2 GiB.; its last phase: update\nlast lines of its log:\n" + log
     )
     assert "memory was full" not in death(1, log="step\n")
+
+
+FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def ended(supervisor: Supervisor, log: Path, printed: str) -> Death:
+    with log.open("a") as file:
+        file.write(printed)
+    supervisor.stop()
+    return supervisor.death()
+
+
+def test_a_full_gpu_is_found_long_before_the_last_lines(supervisor: Supervisor, tmp_path: Path) -> None:
+    after = [f"frame {number}\n" for number in range(5000)]
+    found = ended(supervisor, tmp_path / "worker.log", f"step\n  {FULL}\n" + "".join(after))
+    assert found.gpu_full == FULL
+    assert f"; the GPU's memory was full: {FULL}; " in str(found)
+    assert found.log == "".join(after[-12:])
+
+
+def test_a_line_more_than_a_mib_before_the_end_is_not_searched_for(supervisor: Supervisor, tmp_path: Path) -> None:
+    found = ended(supervisor, tmp_path / "worker.log", f"{FULL}\n" + "step 1234567\n" * (2**20 // 13 + 1))
+    assert found.gpu_full == ""
+    assert found.log == "step 1234567\n" * 12
+
+
+def test_what_an_earlier_process_wrote_to_the_same_log_is_not_its_successors(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text(f"{FULL}\n")
+    found = ended(Supervisor("worker", str(log), str(tmp_path / "scratch"), {}), log, "step\n")
+    assert (found.gpu_full, found.log) == ("", "step\n")

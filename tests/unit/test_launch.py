@@ -1,0 +1,218 @@
+"""What the launch scripts start, and when: dry runs, and runs against stand-ins for Slurm and Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "examples" / "launch"
+SEED = ROOT / "examples" / "qwen2.5_math_7b"
+
+
+def dry(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCH / script), *arguments],
+        env=os.environ | {"DRY_RUN": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_addresses_ports_and_gpus_are_arguments() -> None:
+    head = dry("ray_head.sh", "--ip", "10.0.0.1", "--port", "7000", "--gpus", "8")
+    assert head.stdout.split() == [
+        *["ray", "start", "--head", "--node-ip-address=10.0.0.1", "--port=7000", "--dashboard-host=127.0.0.1"],
+        *["--dashboard-port=8265", "--disable-usage-stats", "--object-store-memory=4294967296", "--num-gpus=8"],
+    ]
+    worker = dry("ray_worker.sh", "--head", "10.0.0.1:7000", "--gpus", "8")
+    assert worker.stdout.split() == [
+        *["ray", "start", "--address=10.0.0.1:7000", "--disable-usage-stats", "--object-store-memory=4294967296"],
+        "--num-gpus=8",
+    ]
+    submit = dry("submit.sh", "--", "megatron-rl", "train", "my recipe.toml")
+    assert "megatron-rl train my\\ recipe.toml cluster.address=auto" in submit.stdout
+
+
+@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "single_node.sh"])
+def test_what_is_missing_is_named(script: str) -> None:
+    done = dry(script)
+    assert done.returncode == 2
+    assert script in done.stderr
+
+
+def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    done = dry("ray_worker.sh", "--head", "127.0.0.1:1", DRY_RUN="", RAY_AUTH_TOKEN_PATH=str(token))
+    assert done.returncode == 2
+    assert "its mode is 644: chmod 600 it" in done.stderr
+    done = dry("ray_worker.sh", "--head", "127.0.0.1:1", DRY_RUN="", RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert "ray_head.sh makes it on the head" in done.stderr
+
+
+@pytest.mark.parametrize("program", [["megatron-rl"], ["python", "-m", "megatron_rl"]], ids=["command", "module"])
+@pytest.mark.parametrize("command", ["train", "sft", "check-parity", "doctor", "scale run"])
+def test_what_starts_ray_is_told_where_the_cluster_is(program: list[str], command: str) -> None:
+    asked = [*program, *command.split(), "x.toml"]
+    assert dry("submit.sh", "--", *asked).stdout.split()[-len(asked) - 1 :] == [*asked, "cluster.address=auto"]
+
+
+@pytest.mark.parametrize(
+    "asked", ["python eval/run.py", "megatron-rl scale plan x.toml", "megatron-rl plan train.toml"]
+)
+def test_what_starts_no_ray_is_left_as_it_is(asked: str) -> None:
+    assert dry("submit.sh", "--", *asked.split()).stdout.endswith(f" {asked} \n")
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """A stand-in for a command, first on the PATH where ``folder`` is."""
+    file = folder / name
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is first on the PATH; ``megatron-rl`` there prints what it was asked, word by word."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder, "megatron-rl", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    for name in ("GPU", "SEED_EXACT", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.mark.parametrize("exact", ["", "1"])
+@pytest.mark.parametrize("gpu", ["", "a100", "h100"])
+@pytest.mark.parametrize("place", ["1_node", "4_nodes"])
+def test_the_seeds_scripts_choose_the_files_of_the_place(stubs: Path, place: str, gpu: str, exact: str) -> None:
+    chosen = {"GPU": gpu} if gpu else {}
+    done = dry(str(SEED / f"simplerl_zero_{place}.sh"), "steps=2", **chosen, SEED_EXACT=exact)
+    assert done.returncode == 0, done.stderr
+    names = ["simplerl_zero", f"{place}_{gpu or 'a100'}", *(["seed_exact"] if exact else [])]
+    files = [SEED / f"{name}.toml" for name in names]
+    assert all(file.is_file() for file in files)
+    asked = [*map(str, files), "steps=2"]
+    if place == "1_node":
+        assert done.stdout.split() == ["show-config", *asked]
+    else:
+        assert done.stdout.split()[-len(asked) - 3 :] == ["megatron-rl", "train", *asked, "cluster.address=auto"]
+        assert str(ROOT) in done.stdout.split(), "the job runs in the checkout"
+
+
+RAY = f"""#!{sys.executable}
+import os, signal, socket, sys
+with open(os.environ["CALLS"] + "/ray", "w") as file:
+    print(*sys.argv[1:], os.getpid(), file=file)
+if "FAIL" in os.environ:
+    sys.exit(1)
+port = int(next(word for word in sys.argv if word.startswith("--port=")).partition("=")[2])
+listening = socket.create_server(("127.0.0.1", port))
+signal.pause()
+"""
+SRUN = """#!/bin/bash
+case "$*" in
+  *hostname*) echo "127.0.0.1 10.0.0.9" ;;
+  *) echo "$@" $$ >"$CALLS/srun" && exec sleep 60 ;;
+esac
+"""
+RUN = """#!/bin/bash
+for _ in {1..200}; do [ -s "$CALLS/srun" ] && break || sleep 0.1; done
+printf '%s\\n' "$@"
+exit "$STATUS"
+"""
+SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames n[1-4]" ] && printf 'n%s\\n' 1 2 3 4
+"""
+
+
+def free_job() -> int:
+    """A job's number whose port, 6400 and more, nobody uses here."""
+    for number in range(1000):
+        with socket.socket() as taken:
+            if taken.connect_ex(("127.0.0.1", 6400 + number)):
+                return 5000 + number
+    raise AssertionError("every port from 6400 to 7399 is in use")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def slurm(folder: Path, job: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    for name, text in (("ray", RAY), ("srun", SRUN), ("scontrol", SCONTROL), ("megatron-rl", RUN)):
+        program(folder, name, text)
+    given = {
+        "HOME": str(folder.parent),
+        "CALLS": str(folder.parent),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "n[1-4]",
+        "SLURM_JOB_ID": str(job),
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    return subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "my recipe.toml", "steps=2"],
+        env=os.environ | given | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("status", ["0", "3"])
+def test_slurm_starts_a_head_and_workers_and_ends_as_the_run_does(stubs: Path, status: str) -> None:
+    job = free_job()
+    address = f"127.0.0.1:{6400 + job % 1000}"
+    done = slurm(stubs, job, STATUS=status)
+    assert done.returncode == int(status), done.stderr
+    assert done.stdout.splitlines()[-4:] == ["train", "my recipe.toml", "steps=2", f"cluster.address={address}"]
+    *head, head_pid = (stubs.parent / "ray").read_text().split()
+    assert head[:2] == ["start", "--head"]
+    assert {"--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}", "--num-gpus=8", "--block"} < set(head)
+    *workers, workers_pid = (stubs.parent / "srun").read_text().split()
+    assert workers == [
+        *["--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--exclude=n1"],
+        *[str(LAUNCH / "ray_worker.sh"), "--head", address, "--gpus", "8"],
+    ]
+    end = time.monotonic() + 10
+    while running := [pid for pid in (head_pid, workers_pid) if alive(int(pid))]:
+        assert time.monotonic() < end, f"head {head_pid}, workers {workers_pid}, and still there: {running}"
+        time.sleep(0.05)
+    assert not [*(stubs.parent / ".ray").iterdir()], "the token ends with the job"
+
+
+def test_slurm_says_so_where_ray_does_not_start(stubs: Path) -> None:
+    done = slurm(stubs, free_job(), FAIL="1")
+    assert done.returncode == 1
+    assert "slurm.sbatch: Ray did not start on n1: nothing listens on 127.0.0.1:" in done.stderr
+    assert not (stubs.parent / "srun").exists(), "no worker is started"
+    assert "train" not in done.stdout
+
+
+@pytest.mark.parametrize(("command", "runs"), [({}, "train"), ({"COMMAND": "sft"}, "sft")])
+def test_a_single_node_trains_unless_it_is_told_to_supervise(
+    command: dict[str, str], runs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "megatron-rl").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (tmp_path / "megatron-rl").chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert dry("single_node.sh", "my recipe.toml", "steps=1", DRY_RUN="", **path, **command).stdout == (
+        f"{runs}|my recipe.toml|steps=1|"
+    )
