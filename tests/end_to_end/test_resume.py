@@ -140,6 +140,7 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_well(train_command: Comman
     assert (run / "curve.png").is_file()
 
 
+@pytest.mark.slow  # three starts of Ray; the same without Ray is in tests/distributed/test_supervised.py
 def test_a_supervised_stage_that_is_stopped_goes_on_to_the_same_model(task: Path, tmp_path: Path) -> None:
     def command(run: Path) -> list[str]:
         return [
