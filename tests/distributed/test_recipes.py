@@ -46,13 +46,6 @@ def dims_of(name: str, path: Path, arithmetic: Path) -> ModelDims:
     return read_model_dims(arithmetic if name.startswith("arithmetic_cpu") else MATH_7B)
 
 
-def device_of(name: str) -> str:
-    """What a recipe is for."""
-    if name.startswith("arithmetic_cpu"):
-        return "cpu"
-    return "h100" if "h100" in name or name.startswith("beyond_7b") else "a100-80g"
-
-
 def test_the_kinds_of_recipes_are_all_there() -> None:
     kinds = {schema_of(files).__name__ for files in RECIPES.values()}
     assert kinds == {"RunConfig", "SFTConfig"}
@@ -65,7 +58,9 @@ def test_every_recipe_is_planned_and_a_rank_of_each_of_its_models_built_as_plann
 ) -> None:
     config = parse_any(RECIPES[name])
     dims = dims_of(name, config.model.path, arithmetic)
-    found = plan(config, dims, Machine(device=DEVICES[device_of(name)], per_node=8), Lengths(prompt=30, response=30))
+    assert config.cluster.device is not None
+    machine = Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
+    found = plan(config, dims, machine, Lengths(prompt=30, response=30))
     assert (found.problems, found.devices) == ((), config.devices)
     for role, trainer in config.trainers.items():
         case = (dims, trainer, head_of(role), trainer.layout.world_size - 1, config.model.dtype)
@@ -76,7 +71,8 @@ def test_every_recipe_is_planned_and_a_rank_of_each_of_its_models_built_as_plann
 
 @pytest.mark.parametrize("name", ["qwen2.5_math_7b/sft_math_8k.toml", "qwen2.5_math_7b/sft_h100.toml"])
 def test_the_plan_of_a_supervised_stage_has_one_model_and_no_engine(name: str) -> None:
-    config, device = parse_any(RECIPES[name]), device_of(name)
+    config = parse_any(RECIPES[name])
+    device = config.cluster.device
     dims = read_model_dims(MATH_7B)
     lengths = Lengths(prompt=100, response=400)
 
