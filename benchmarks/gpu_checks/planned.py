@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_checks.case import Case, at_most
 from benchmarks.gpu_checks.plan import Row
-from benchmarks.planner import MEMORY_BOUND, SETTINGS, compared, settings_for, time_bound
+from benchmarks.planner import MEMORY_BOUND, compared, settings_for, time_bound
 
 _NAMES = {"h100": r"\bH100\b", "h200": r"\bH200\b", "a100-80g": r"\bA100\b.*\b80GB\b"}
 """By key of the planner's table, in what CUDA calls a device."""
@@ -23,7 +23,7 @@ def planner_device(name: str) -> str | None:
 
 def plans(case: Case) -> Iterator[Row]:
     """Memory and seconds of updates, predicted and measured; the first setting calibrates."""
-    device, settings, rounds = "cpu", SETTINGS[:2], 1
+    device, settings, rounds = "cpu", settings_for("cpu", 0)[:2], 1
     if not case.small:
         name = torch.cuda.get_device_name(0)
         known = planner_device(name)

@@ -36,7 +36,7 @@ def test_sharing_devices_changes_no_number(train_command: Command, tmp_path: Pat
         command = train_command(*settings, f"cluster.colocate={colocate}", f"run_dir={tmp_path / name}")
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        lines = done.stdout.count("memory in GiB, planned / measured: train ")
+        lines = done.stdout.count("memory in GiB, planned / measured: ")
         assert lines == (3 if name == "together" else 0), done.stdout
     apart, together = numbers(tmp_path / "apart"), numbers(tmp_path / "together")
     assert [record["step"] for record in apart] == [0, 0, 1, 2]
