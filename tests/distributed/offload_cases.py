@@ -74,9 +74,11 @@ def held_and_said(rank: int, port: int, model: Path, setup: Setup, export: Path)
     """The bytes of a fresh rank's parameters and of all tensors that came with it; its scores, activations and export;
     what it says to verbs that train, save, load and move.
     """
-    before = tensor_bytes()
+    before = storages()  # held, so that no new one gets the address of one that goes meanwhile
     worker = start(rank, port, model, setup)
-    found: dict[str, Any] = {"all": tensor_bytes() - before}
+    added = [storage.nbytes() for address, storage in storages().items() if address not in before]
+    found: dict[str, Any] = {"all": sum(added)}
+    del before
     found["parameters"] = sum(parameter.nbytes for chunk in worker._models for parameter in chunk.parameters())
     rows = token_rows()
     found["scores"] = worker.logprobs(rows), worker.logprobs(rows, packed=False)
@@ -98,8 +100,8 @@ def held_and_said(rank: int, port: int, model: Path, setup: Setup, export: Path)
     return found
 
 
-def tensor_bytes() -> int:
-    """Of what is alive in this process, each storage once."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Of the tensors that are alive in this process, by address."""
     gc.collect()
-    storages = (item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor))
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    found = (item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor))
+    return {storage._cdata: storage for storage in found}

@@ -71,7 +71,8 @@ def test_ranks_that_only_score_hold_their_weights_alone_and_say_the_same(
     for one, other in zip(training, scoring, strict=True):
         weights = other["parameters"]
         assert weights == one["parameters"]
-        assert weights <= other["all"] < 1.1 * weights, "rotary frequencies alone come with them"
+        random = 4 * torch.get_rng_state().nbytes
+        assert weights <= other["all"] < 1.01 * weights + random, "rotary frequencies and states of random numbers"
         assert one["all"] > 2.9 * weights, "gradients and half the moments, at the least"
         for mine, theirs in zip(one["scores"], other["scores"], strict=True):
             assert (mine is None) == (theirs is None)
