@@ -337,62 +337,23 @@ def aligner_rows() -> Iterator[str]:
         )
 
 
+DEEPSEEK_V3 = ParallelLayout(pipeline=16, data=16, expert=16, first_stage_layers=3, last_stage_layers=2)
+QWEN3_235B = ParallelLayout(
+    tensor=2,
+    sequence_parallel=True,
+    context=2,
+    pipeline=8,
+    data=4,
+    expert=16,
+    first_stage_layers=11,
+    last_stage_layers=11,
+)
 NEMO_RL = (
     # model, layout, workers of an engine, samples of a step, longest row, published tokens per second and GPU, seconds
-    (
-        "deepseek_v3",
-        ParallelLayout(pipeline=16, data=16, expert=16, first_stage_layers=3, last_stage_layers=2),
-        32,
-        512,
-        1536,
-        12.1,
-        134,
-    ),
-    (
-        "deepseek_v3",
-        ParallelLayout(pipeline=16, data=32, expert=16, first_stage_layers=3, last_stage_layers=2),
-        32,
-        512,
-        1536,
-        7.24,
-        111,
-    ),
-    (
-        "qwen3_235b_a22b",
-        ParallelLayout(
-            tensor=2,
-            sequence_parallel=True,
-            context=2,
-            pipeline=8,
-            data=4,
-            expert=16,
-            first_stage_layers=11,
-            last_stage_layers=11,
-        ),
-        16,
-        512,
-        8192,
-        58.9,
-        395,
-    ),
-    (
-        "qwen3_235b_a22b",
-        ParallelLayout(
-            tensor=2,
-            sequence_parallel=True,
-            context=2,
-            pipeline=8,
-            data=8,
-            expert=16,
-            first_stage_layers=11,
-            last_stage_layers=11,
-        ),
-        16,
-        512,
-        8192,
-        37.4,
-        312,
-    ),
+    ("deepseek_v3", DEEPSEEK_V3, 32, 512, 1536, 12.1, 134),
+    ("deepseek_v3", replace(DEEPSEEK_V3, data=32), 32, 512, 1536, 7.24, 111),
+    ("qwen3_235b_a22b", QWEN3_235B, 16, 512, 8192, 58.9, 395),
+    ("qwen3_235b_a22b", replace(QWEN3_235B, data=8), 16, 512, 8192, 37.4, 312),
     ("qwen3_30b_a3b", ParallelLayout(data=32, expert=8), 2, 2048, 4096, 1102, 192),
 )
 NEMO_RL_PROMPT, NEMO_RL_UPDATE = 100, 512
