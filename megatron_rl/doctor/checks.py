@@ -132,8 +132,8 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
 
 
 def check_device(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
-    """The GPUs that the recipe is laid out for. A node without any may be the head."""
-    if needs.device is None:
+    """The GPUs that the recipe is laid out for. A node without any may be the head; one for CPUs runs beside any."""
+    if needs.device is None or not DEVICES[needs.device].is_gpu:
         return
     if others := sorted({name for name in node.gpus if not DEVICES[needs.device].is_named(name)}):
         yield _warning(

@@ -129,7 +129,7 @@ def test_the_cuda_that_a_node_has_is_held_against_the_recipe() -> None:
 
 def test_a_gpu_that_the_recipe_is_not_laid_out_for_is_a_warning() -> None:
     node = gpu_node(gpus=("NVIDIA H100", "NVIDIA A100-SXM4-80GB"))
-    assert of(node) == of(gpu_node(), replace(NEEDS, device="h100")) == []
+    assert of(node) == of(gpu_node(), replace(NEEDS, device="h100")) == of(node, replace(NEEDS, device="cpu")) == []
     finding = only(of(node, replace(NEEDS, device="a100-80g")))
     assert (finding.severity, finding.what) == (Severity.WARNING, "device")
     assert finding.found == "the recipe is laid out for a100-80g (cluster.device), found NVIDIA H100"
@@ -207,7 +207,7 @@ def test_with_gpus_buckets_need_no_shared_memory() -> None:
 
 def test_buckets_are_those_of_the_recipe() -> None:
     assert needs_of(None, None).buckets == 64 * MIB
-    assert needs_of(recipe("sync.bucket_mib=100"), None) == Needs(buckets=200 * MIB, disk=0)
+    assert needs_of(recipe("sync.bucket_mib=100"), None) == Needs(buckets=200 * MIB, disk=0, device="cpu")
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_an_error() -> None:
@@ -233,7 +233,8 @@ def test_a_supervised_stage_pushes_nothing_and_saves_one_model() -> None:
     stage = parse(SFTConfig, [ROOT / "examples/qwen2.5_math_7b/sft_math_8k.toml"], ["checkpoint.keep=2"])
     policy = 2 * 32 * 8 + 4 * 4 * 8 + 8 * 8 + 3 * 16 * 8 + 3 * 8
     # bfloat16 weights, main weights and two moments, and the weights once more
-    assert needs_of(stage, dims_from_config(SIZES)) == Needs(buckets=0, disk=3 * policy * (2 + 4 + 8 + 2))
+    disk = 3 * policy * (2 + 4 + 8 + 2)
+    assert needs_of(stage, dims_from_config(SIZES)) == Needs(buckets=0, disk=disk, device="a100-80g")
 
 
 def test_few_open_files_are_a_warning() -> None:
