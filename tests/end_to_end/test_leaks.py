@@ -72,7 +72,7 @@ def driver_gets(number: signal.Signals, *, group: bool = False, times: int = 1) 
     def strike(run: Going) -> int:
         for _ in range(times):
             (os.killpg if group else os.kill)(run.process.pid, number)
-            time.sleep(0.2)
+            time.sleep(1)  # two that wait for one call of the main thread are told to it as one
         return run.process.pid
 
     return strike
