@@ -70,26 +70,33 @@ def replace_text(path: Path, text: str) -> None:
 
 def read_record(path: Path, read: Callable[[int], None] = lambda _: None) -> FileRecord:
     """What a file is; ``read`` is told the bytes read, chunk by chunk."""
-    with path.open("rb") as file:
-        return _record(_told(iter(lambda: file.read(CHUNK_BYTES), b""), read))
+    with path.open("rb", buffering=0) as file:
+        return _record(_told(chunks(file, 0, path.stat().st_size), read))
 
 
-def _told(chunks: Iterable[bytes], read: Callable[[int], None]) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-        read(len(chunk))
+def _told(parts: Iterable[memoryview], read: Callable[[int], None]) -> Iterator[memoryview]:
+    for part in parts:
+        yield part
+        read(len(part))
 
 
 def read_back(path: Path) -> FileRecord:
-    """What the disk gives back of a flushed file: what the system keeps of it in memory is dropped before."""
+    """What the disk gives back of a flushed file."""
     with path.open("rb", buffering=0) as file:
-        return _record(_from_disk(file, 0, path.stat().st_size))
+        forget(file, 0, 0)
+        return _record(chunks(file, 0, path.stat().st_size))
 
 
-def _from_disk(file: io.FileIO, begin: int, end: int) -> Iterator[memoryview]:
-    """Bytes ``begin`` to ``end``, fewer where the file ends before."""
-    os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+def forget(file: io.FileIO, begin: int, end: int) -> None:
+    """Drop what the system keeps in memory of bytes ``begin`` to ``end`` (0: the file's), which are flushed, so that
+    the disk is read; pages that belong to them in part alone stay.
+    """
+    os.posix_fadvise(file.fileno(), begin, max(0, end - begin), os.POSIX_FADV_DONTNEED)
+
+
+def chunks(file: io.FileIO, begin: int, end: int) -> Iterator[memoryview]:
+    """Bytes ``begin`` to ``end`` of a file, fewer where it ends before; each chunk goes when the next one is taken."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
     file.seek(begin)
     while begin < end and (count := file.readinto(buffer[: end - begin])):
         yield buffer[:count]
@@ -158,7 +165,8 @@ class CheckedFile(io.BufferedWriter):
 
     def _read(self, begin: int, end: int) -> None:
         os.fdatasync(self.fileno())
-        for chunk in _from_disk(self._back, begin, end):
+        forget(self._back, begin, end)
+        for chunk in chunks(self._back, begin, end):
             self._found.update(chunk)
 
 
@@ -232,9 +240,9 @@ def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
             return
 
 
-def _record(chunks: Iterable[bytes | memoryview]) -> FileRecord:
+def _record(parts: Iterable[bytes | memoryview]) -> FileRecord:
     digest, size = xxhash.xxh3_128(), 0
-    for chunk in chunks:
+    for chunk in parts:
         digest.update(chunk)
         size += len(chunk)
     return FileRecord(size_bytes=size, xxh3=digest.hexdigest())

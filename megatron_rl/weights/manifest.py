@@ -5,7 +5,6 @@ weights that was compared with what was written.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_rl.durable import CHUNK_BYTES, FileRecord, read_record
+from megatron_rl.durable import FileRecord, chunks, forget, read_record
 from megatron_rl.weights.safetensors_io import read_header
 
 MANIFEST = "manifest.json"
@@ -117,19 +116,15 @@ def read_back(path: Path, name: str, read: Callable[[int], None]) -> ShardRecord
     """
     header, tensors = read_header(path)
     records = {}
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(file, 0, 0)
         for tensor, stored in tensors.items():
-            digest = xxhash.xxh3_128()
-            file.seek(stored.begin)
-            left = stored.end - stored.begin
-            while left:
-                count = file.readinto(buffer[: min(left, CHUNK_BYTES)])
-                if not count:
-                    raise ValueError(f"{path} ends within {tensor}")
-                digest.update(buffer[:count])
-                left -= count
+            digest, left = xxhash.xxh3_128(), stored.end - stored.begin
+            for chunk in chunks(file, stored.begin, stored.end):
+                digest.update(chunk)
+                left -= len(chunk)
+            if left:
+                raise ValueError(f"{path} ends within {tensor}")
             records[tensor] = TensorRecord(
                 file=name,
                 dtype=str(stored.info.dtype).removeprefix("torch."),
