@@ -99,6 +99,18 @@ def optimizer_parts(optimizer: Any) -> Sequence[Any]:
     return chained
 
 
+def release(training: Training) -> None:
+    """End a training for good: from its parameters, through autograd, to its backward hooks and back to the model there
+    are circles that Python's collector does not see, so that nothing of it, its groups and their threads included,
+    would ever be freed.
+    """
+    for chunk in training.chunks:
+        chunk.grad_accs.clear()
+        chunk.config.grad_scale_func = None
+        for parameter in chunk.parameters():
+            parameter.main_param = None
+
+
 def gather_parameters(training: Training) -> None:
     """Bring every parameter up to date on every rank; called on all of them.
 

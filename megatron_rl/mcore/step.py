@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ def train_step(
 
     Raises:
         ValueError: the minibatch has no loss token at all, or fewer rows than the layout has replicas.
+        FloatingPointError: the gradient is not finite; the weights are as they were.
     """
     token_rows = rows_of(minibatch.source)
     loss_tokens = int(token_rows.response_mask[minibatch.rows].sum())
@@ -82,9 +84,16 @@ def train_step(
     training.optimizer.zero_grad()
     sums = _run_schedule(training.chunks, batches, loss_sums, forward_only=False)
     rate = get_canonical_lr_for_logging(training.optimizer.param_groups)
-    updated, grad_norm, _ = training.optimizer.step()
-    if not updated:
-        raise RuntimeError(f"the optimizer refused the step: gradient norm {grad_norm}")
+    optimizer = training.optimizer
+    optimizer.prepare_grads()
+    grad_norm = optimizer.get_grad_norm()
+    # without a scaler of gradients megatron-core applies whatever it is given
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"an update needs finite gradients, found one of norm {grad_norm}; the weights are as they were. Look for the "
+            "first number among the metrics that is not finite, mend its cause and resume from a checkpoint"
+        )
+    optimizer.step()
     training.scheduler.step(1)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None

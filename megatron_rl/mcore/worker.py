@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from megatron_rl.mcore.fp8 import linear_formats, scoring_precision
 from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
 from megatron_rl.mcore.offload import Offload
-from megatron_rl.mcore.optimizer import Training, gather_parameters, prepare_training
+from megatron_rl.mcore.optimizer import Training, gather_parameters, prepare_training, release
 from megatron_rl.mcore.quantised import forget_values, plain_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
@@ -163,8 +163,16 @@ class Worker:
     def _forward(
         self, chunks: Sequence[Any], batch: TokenRows, read: Any, packed: bool = True
     ) -> tuple[Tensor, Tensor] | None:
-        with scoring_precision(chunks, self._spec.trainer.fp8):
+        with self._scoring(chunks, batch):
             return forward_rows(chunks, batch, read, **self._placement(packed))
+
+    @contextmanager
+    def _scoring(self, chunks: Sequence[Any], batch: TokenRows) -> Iterator[None]:
+        if self._training is not None and batch.rows < self._layout.data:
+            # a replica without rows runs no forward pass, whose hooks would take part in the gather of the others
+            gather_parameters(self._training)
+        with scoring_precision(chunks, self._spec.trainer.fp8):
+            yield
 
     def _placement(self, packed: bool = True) -> dict[str, Any]:
         return {
@@ -178,7 +186,7 @@ class Worker:
     def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
         self._require(TrainerPart.WEIGHTS)
-        with scoring_precision(self._chunks, self._spec.trainer.fp8):
+        with self._scoring(self._chunks, batch):
             return layer_outputs(self._chunks, batch, **self._placement(packed))
 
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:
@@ -392,6 +400,8 @@ class Worker:
 
     def close(self) -> None:
         """Leave the groups and free the model."""
+        if self._training is not None:
+            release(self._training)
         self._training = self._reference = self._offload = self._channel = None
         self._models = []
         stop_groups()

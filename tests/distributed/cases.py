@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -307,6 +308,51 @@ def without_loss_tokens(rank: int, port: int, model: Path) -> str:
     finally:
         worker.close()
     return "it went through"
+
+
+def not_finite(rank: int, port: int, model: Path, setup: Setup, role: str) -> tuple[str, bool]:
+    """What an update says whose gradient is not finite, and whether the weights are as they were."""
+    worker = start(rank, port, model, setup, role)
+    before = named(worker._full_tensors())
+    numbers = minibatch()
+    source = numbers.source
+    mask = source.rollouts.response_mask
+    spoilt = {
+        "advantages": source.advantages.masked_fill(mask, math.nan),
+        "returns": source.returns.masked_fill(mask, math.inf),
+    }
+    said = "it went through"
+    try:
+        worker.update(
+            replace(numbers, source=replace(source, **spoilt)), Reinforce() if role == POLICY else SquaredError()
+        )
+    except FloatingPointError as error:
+        said = str(error)
+    after = named(worker._full_tensors())
+    worker.close()
+    return said, all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def few_rows(rank: int, port: int, model: Path, setup: Setup) -> list[Any]:
+    """Values of a single row, before any update and after one."""
+    worker = start(rank, port, model, setup, CRITIC)
+    answers = [worker.values(token_rows(1))]
+    worker.update(minibatch(), SquaredError())
+    answers.append(worker.values(token_rows(1)))
+    worker.close()
+    return answers
+
+
+def threads_left(rank: int, port: int, model: Path, setup: Setup) -> int:
+    """Threads that an update of a whole model leaves behind when it is closed."""
+    threads = Path("/proc/self/task")
+    before = len(list(threads.iterdir()))
+    worker = start(rank, port, model, setup)
+    worker.update(minibatch(), Reinforce())
+    worker.close()
+    del worker
+    gc.collect()
+    return len(list(threads.iterdir())) - before
 
 
 def saved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import time
@@ -25,6 +26,8 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
+        # a model's modules hold each other and, with them, process groups: each costs threads that poll
+        gc.collect()
 
 
 class Ranks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ from tests.distributed.cases import (
     CRITIC,
     POLICY,
     Setup,
+    few_rows,
     gather,
     learning_rates,
     loss_metrics,
+    not_finite,
     supervised,
+    threads_left,
     token_rows,
     trained,
     without_loss_tokens,
@@ -167,6 +172,38 @@ def test_bfloat16_keeps_float32_main_weights(
 def test_an_update_without_loss_tokens_says_so(ranks: Ranks, models: dict[str, Path]) -> None:
     [message] = ranks.run(1, without_loss_tokens, models["qwen2"])
     assert message == "an update needs at least one response token, got 2 rows without any"
+
+
+@pytest.mark.parametrize("setup", [Setup(dtype="bfloat16"), Setup(layout=ParallelLayout(data=2))], ids=str)
+@pytest.mark.parametrize("role", [POLICY, CRITIC])
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_a_gradient_that_is_not_finite_ends_the_update_before_the_weights_change(
+    role: str, setup: Setup, distributed_optimizer: bool, ranks: Ranks, models: dict[str, Path]
+) -> None:
+    setup = replace(setup, distributed_optimizer=distributed_optimizer)
+    for said, same in ranks.run(setup.layout.world_size, not_finite, models["qwen2"], setup, role):
+        assert re.match(r"an update needs finite gradients, found one of norm (nan|inf);", said)
+        assert same
+
+
+def test_a_replica_without_rows_does_not_keep_the_others_waiting(ranks: Ranks, models: dict[str, Path]) -> None:
+    one, two = (
+        ranks.run(setup.layout.world_size, few_rows, models["qwen2"], setup)
+        for setup in (
+            Setup(),
+            Setup(layout=ParallelLayout(data=2), distributed_optimizer=True, overlap_communication=True),
+        )
+    )
+    for alone, *shared in zip(one[0], *two, strict=True):
+        torch.testing.assert_close(gather(shared), gather([alone]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_a_closed_model_leaves_no_threads_of_its_groups(
+    distributed_optimizer: bool, ranks: Ranks, models: dict[str, Path]
+) -> None:
+    setup = Setup(layout=ParallelLayout(data=2), distributed_optimizer=distributed_optimizer)
+    assert max(ranks.run(2, threads_left, models["qwen2"], setup)) < 10
 
 
 def test_learning_rate_warms_up_and_ends_at_its_floor(ranks: Ranks, models: dict[str, Path]) -> None:
