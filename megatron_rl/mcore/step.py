@@ -90,8 +90,8 @@ def train_step(
     # without a scaler of gradients megatron-core applies whatever it is given
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
-            f"an update needs finite gradients, found one of norm {grad_norm}; the weights are as they were. Look for the "
-            "first number among the metrics that is not finite, mend its cause and resume from a checkpoint"
+            f"an update needs finite gradients, found one of norm {grad_norm}; the weights are as they were. Look for "
+            "the first number among the metrics that is not finite, mend its cause and resume from a checkpoint"
         )
     optimizer.step()
     training.scheduler.step(1)
