@@ -141,7 +141,7 @@ def _count(rank: int, port: int, sizes: Any, trainer: TrainerConfig, dtype: str,
     from megatron_rl.mcore.dry_run import count_activations
     from megatron_rl.mcore.groups import start_groups, stop_groups
     from megatron_rl.mcore.model import build_chunks
-    from megatron_rl.mcore.optimizer import prepare_training
+    from megatron_rl.mcore.optimizer import prepare_training, release
 
     start_groups(trainer.layout, rank=rank, host="127.0.0.1", port=port, timeout_s=60.0, seed=0)
     try:
@@ -150,7 +150,9 @@ def _count(rank: int, port: int, sizes: Any, trainer: TrainerConfig, dtype: str,
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             torch.nn.init.normal_(parameter.data, std=0.02)
         training = prepare_training(chunks, trainer, total_updates=1)
-        return count_activations(training, trainer, Head.VALUE, row_tokens)
+        counted = count_activations(training, trainer, Head.VALUE, row_tokens)
+        release(training)
+        return counted
     finally:
         stop_groups()
 
