@@ -530,10 +530,10 @@ class ClusterConfig:
     allow_open_cluster: bool = False
     """Join a cluster that asks for no token (anyone who reaches it can run code on it)."""
     device: Literal["a100-80g", "h100", "h200", "b200", "cpu"] | None = None
-    """What the recipe is laid out for: ``plan`` takes its figures unless told otherwise, ``doctor`` says where a node
-    has another GPU; training does not ask. Unset: ``plan`` takes ``h100``."""
+    """What the recipe is laid out for: ``plan`` and ``scale`` take its figures unless told otherwise, ``doctor`` says
+    where a node has another GPU; training does not ask. Unset: they take ``h100``."""
     gpus_per_node: Positive = 8
-    """The same of how many a node has, for ``plan``."""
+    """The same of how many a node has, for ``plan`` and ``scale``."""
     cpus_per_worker: PositiveFloat = 0.4
     """CPUs reserved for each training rank and engine where there is no GPU."""
     colocate: bool = False
@@ -543,6 +543,11 @@ class ClusterConfig:
     """For a worker to load its model."""
     call_deadline_s: PositiveFloat = 1800.0
     """For any single piece of work: generating a rollout, log-probs, one update, a save."""
+
+    @property
+    def planned_device(self) -> str:
+        """What a plan takes unless told otherwise."""
+        return self.device or "h100"
 
 
 @dataclass(frozen=True, kw_only=True)
