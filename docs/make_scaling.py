@@ -75,8 +75,7 @@ allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it a
 What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which
 are as many: Transformer Engine keeps rows and columns). What is near: activations of whole models, dense, with experts
 or latent attention, against passes of the real ones on a CPU (5 %, where experts are chosen alike); on a GPU
-Transformer Engine's norms keep less, and in FP8 its linears do. With `expert_tensor` above 1 they are said too low, by
-up to 25 % in a small model. What is rough: every time.
+Transformer Engine's norms keep less, and in FP8 its linears do. What is rough: every time.
 
 A node's own memory (2 TB in a DGX; `--host-gib` says another) is the sum over its ranks, each counted as one of the
 fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers 12
@@ -104,8 +103,7 @@ def machine(device: str) -> Machine:
 
 def own_machine(config: RunConfig) -> Machine:
     """That the recipe is laid out for."""
-    assert config.cluster.device is not None
-    return Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
+    return Machine(device=DEVICES[config.cluster.planned_device], per_node=config.cluster.gpus_per_node)
 
 
 def recipes() -> dict[str, RunConfig]:
@@ -235,8 +233,8 @@ def seed_rows() -> Iterator[str]:
     yield (
         "`examples/qwen2.5_math_7b/simplerl_zero.toml` with each file of its places: Qwen2.5-Math-7B, 1,024 prompts x "
         f"8 samples, 64 updates of 128 a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average. H100 "
-        "trains and generates in FP8. The seed reports less than one day for 60 steps and 1.5 days for 120 on 32 GPUs, "
-        "and calls 6 GPUs untested. Its figure is of another program, which scores answers one after the other.\n"
+        "trains and generates in FP8. The seed published less than one day for 60 steps and 1.5 days for 120 on 32 "
+        "GPUs, and calls 6 GPUs untested. Its figure is of another program, which scores answers one after the other.\n"
     )
     yield (
         "| place | GPUs | policy GB | critic GB | engine GB | node GB | rollout s | scoring s | updates s | step s | "
@@ -270,44 +268,85 @@ class Published:
         return f"{100 * (self.predicted / self.published - 1):+.0f} %"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Aligner:
+    """A published step of NeMo-Aligner.
+
+    Attributes:
+        model: of policy and critic.
+        nodes: of the policy; the critic has half as many.
+        tokens: generated for a sample, on the average.
+        samples: of a step.
+        together: of a round of generation.
+        pipeline: stages in training.
+        resharded: whether a node holds the whole policy to generate; else the stages of training do.
+        seconds: published.
+    """
+
+    model: str = "llama3_70b"
+    nodes: int
+    tokens: float
+    samples: int = 1024
+    together: int = 8
+    pipeline: int = 4
+    resharded: bool = True
+    seconds: float
+
+    @property
+    def generating(self) -> int:
+        """Copies of the policy that generate side by side, of 8 GPUs a stage."""
+        return self.nodes // (1 if self.resharded else self.pipeline)
+
+    @property
+    def name(self) -> str:
+        size = self.model.rpartition("_")[2].upper()
+        return f"{size}, {self.nodes} + {self.nodes // 2}"
+
+
 ALIGNER = (
-    # nodes of the policy, tokens generated, samples of a round, published seconds
-    (8, 350.7, 8, 366.7),
-    (16, 323.3, 8, 190.4),
-    (32, 331.7, 8, 108.0),
-    (64, 334.0, 16, 56.9),
+    Aligner(nodes=8, tokens=350.7, seconds=366.7),
+    Aligner(nodes=16, tokens=323.3, seconds=190.4),
+    Aligner(nodes=32, tokens=331.7, seconds=108.0),
+    Aligner(nodes=64, tokens=334.0, together=16, seconds=56.9),
+    Aligner(model="llama3.1_405b", nodes=84, tokens=915.6, samples=128, pipeline=21, resharded=False, seconds=164.6),
 )
 
 
-def aligner_seconds(nodes: int, tokens: float, together: int) -> tuple[float, float, float]:
+def aligner_seconds(case: Aligner) -> tuple[float, float, float]:
     """Generation, all that policy nodes do in a step, and all that critic nodes do, in seconds."""
-    dims, h100, engine = dims_of("llama3_70b"), machine("h100"), EngineConfig(tensor=8)
-    responses = Responses(mean=tokens, longest=1024)
-    longest, prompt, padded, samples = responses.longest_of(together), 400, 2048, 1024
-    step = decode_step_time(dims, engine, h100, "bfloat16", sequences=together, context=prompt + longest / 2)
-    rollout = samples / nodes / together * longest * step
+    dims, h100, engine = dims_of(case.model), machine("h100"), EngineConfig(tensor=8)
+    responses = Responses(mean=case.tokens, longest=1024)
+    longest, prompt, padded, update = responses.longest_of(case.together), 400, 2048, 128
+    # stages read their weights one after the other: a token takes as long as where one has them all
+    step = decode_step_time(dims, engine, h100, "bfloat16", sequences=case.together, context=prompt + longest / 2)
+    rollout = case.samples / case.generating / case.together * longest * step
 
     def model(gpus: int) -> TrainerConfig:
-        layout = ParallelLayout(tensor=8, pipeline=4, data=gpus // 32, sequence_parallel=True)
+        ranks = 8 * case.pipeline
+        layout = ParallelLayout(tensor=8, sequence_parallel=True, pipeline=case.pipeline, data=gpus // ranks)
+        assert not dims.layout_problems(layout), dims.layout_problems(layout)
         return trainer(layout, tokens_per_microbatch=padded, recompute="selective")
 
     def phases(gpus: int, head: Head) -> tuple[float, float]:
-        rows = [Work(rows=n, row_tokens=padded) for n in (samples, 128)]
+        rows = [Work(rows=n, row_tokens=padded) for n in (case.samples, update)]
         scored = pass_time(dims, model(gpus), h100, rows[0], "bfloat16", backward=False, head=head).total
-        return 2 * scored, samples / 128 * update_time(dims, model(gpus), head, h100, rows[1], "bfloat16").total
+        updated = update_time(dims, model(gpus), head, h100, rows[1], "bfloat16").total
+        return 2 * scored, case.samples / update * updated
 
     weights = 2 * total_parameters(dims, Head.TOKEN)
-    refit = weights / 8 / h100.link(nodes * 8)
-    moved = (12 / 2 + 1) * weights * 2 / (nodes * 8) / (LINK_SHARE * h100.device.host_link)  # Adam, initial policy
-    policy = rollout + refit + moved + sum(phases(nodes * 8, Head.TOKEN))
-    return rollout, policy, sum(phases(nodes * 4, Head.VALUE))
+    refit = weights / 8 / h100.link(case.nodes * 8) if case.resharded else 0.0  # else they are where they are needed
+    # Adam's states and the initial policy
+    moved = (12 / 2 + 1) * weights * 2 / (case.nodes * 8) / (LINK_SHARE * h100.device.host_link)
+    policy = rollout + refit + moved + sum(phases(case.nodes * 8, Head.TOKEN))
+    return rollout, policy, sum(phases(case.nodes * 4, Head.VALUE))
 
 
 def aligner_points() -> Iterator[Published]:
-    for nodes, tokens, together, published in ALIGNER:
-        _, policy, critic = aligner_seconds(nodes, tokens, together)
-        name = f"NeMo-Aligner 70B, {nodes} + {nodes // 2} nodes"
-        yield Published(name=name, unit="s", predicted=max(policy, critic), published=published)
+    for case in ALIGNER:
+        _, policy, critic = aligner_seconds(case)
+        yield Published(
+            name=f"NeMo-Aligner {case.name} nodes", unit="s", predicted=max(policy, critic), published=case.seconds
+        )
 
 
 def aligner_rows() -> Iterator[str]:
@@ -324,16 +363,28 @@ def aligner_rows() -> Iterator[str]:
         "that program took beyond what devices and links allow (its Python around each round and micro-batch, requests "
         "to the critic, memory that is emptied and filled in each step), most of it where a step is short.\n"
     )
-    columns = "nodes, generation s, policy s, critic s, predicted s, published s, error, predicted speed-up, published"
-    yield f"| {columns.replace(', ', ' | ')} |"
+    yield (
+        "Llama-3.1 405B with a critic of as much: 128 samples a step in one minibatch, 915.6 tokens generated, by the "
+        "stages of training in turn; of its step 140 s are generation (arXiv 2405.01481). Assumed besides: TP8 PP21, "
+        "since 84 and 42 nodes are 4 and 2 times 21, and rounds of 8 samples, one after the other; where a round "
+        "enters the stages behind another one it takes less.\n"
+    )
+    columns = (
+        "model, nodes; generation s; policy s; critic s; predicted s; published s; error; predicted speed-up; published"
+    )
+    yield f"| {columns.replace('; ', ' | ')} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     points = list(aligner_points())
-    for (nodes, tokens, together, published), point in zip(ALIGNER, points, strict=True):
-        rollout, policy, critic = aligner_seconds(nodes, tokens, together)
+    for case, point in zip(ALIGNER, points, strict=True):
+        rollout, policy, critic = aligner_seconds(case)
+        faster = (
+            f"{points[0].predicted / point.predicted:.2f} | {ALIGNER[0].seconds / case.seconds:.2f}"
+            if case.model == ALIGNER[0].model
+            else " | "
+        )
         yield (
-            f"| {nodes} + {nodes // 2} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {point.predicted:.1f} | "
-            f"{published} | {point.error} | {points[0].predicted / point.predicted:.2f} | "
-            f"{points[0].published / published:.2f} |"
+            f"| {case.name} | {rollout:.1f} | {policy:.1f} | {critic:.1f} | {point.predicted:.1f} | "
+            f"{case.seconds} | {point.error} | {faster} |"
         )
 
 

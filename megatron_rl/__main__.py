@@ -122,7 +122,7 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     _say_starting(workers | {"engine": config.engine.count * config.engine.tensor}, config.run_dir)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
-    from megatron_rl.report import plot_curve, summarise, summary_table
+    from megatron_rl.report import plot_curve, summary_table
 
     with open_run(config, stop) as run:
         _print(f"all of it is up after {time.monotonic() - started:.0f} s")
@@ -130,15 +130,23 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
         train(run)
+    summary = _leave_summary(config, started)
+    plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
+    _print(summary_table(summary))
+    written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
+    _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
+
+
+def _leave_summary(config: RunConfig | SFTConfig, started: float) -> Mapping[str, Any]:
+    """Write ``summary.json``, and say where the run stopped if it did before its last step."""
+    from megatron_rl.report import summarise
+
     summary = summarise(config.run_dir / "metrics.jsonl") | {"seconds": round(time.monotonic() - started, 1)}
     if summary["steps"] < config.steps:
         summary["stopped_after_step"] = summary["steps"]
         _print(f"stopped as asked after step {summary['steps']} of {config.steps}; the same command goes on from there")
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
-    _print(summary_table(summary))
-    written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
-    _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
+    return summary
 
 
 def _refuse_files(run_dir: Path, *, fresh: bool) -> None:
@@ -161,6 +169,7 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
 
 
 def _sft(config: SFTConfig, *, fresh: bool) -> None:
+    started = time.monotonic()
     _refuse_files(config.run_dir, fresh=fresh)
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
@@ -173,9 +182,8 @@ def _sft(config: SFTConfig, *, fresh: bool) -> None:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
         done = supervise(run)
-    if done < config.steps:
-        _print(f"stopped as asked after step {done} of {config.steps}; the same command goes on from there")
-    else:
+    _leave_summary(config, started)
+    if done == config.steps:
         _print(f"the model is in {config.output}")
 
 

@@ -283,6 +283,8 @@ class OptimizerConfig:
     """Share of all updates with a linear warm-up (at least one update when above 0)."""
     min_lr_fraction: Fraction = 0.1
     """The cosine ends at this share of ``lr``; 1 keeps it constant."""
+    warmup_from_zero: bool = False
+    """The schedule begins one update later, a warm-up with a rate of 0: that of transformers, which the seed has."""
     schedule_updates: Positive | None = None
     """Updates over which warm-up and cosine are spread, where a run is meant to end before its schedule does. Unset:
     all updates of the run."""
@@ -312,7 +314,9 @@ class TrainerConfig:
     fake_quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"] = "none"
     """Linear layers compute with what 8 bits keep of weights and inputs, as the engine's quantisation of this name
     does, and learn through it (docs/quantization.md); weights are saved and pushed unrounded."""
-
+    value_head_std: NonNegative = 0.0
+    """Standard deviation of a new value head's weights, of a critic alone: its first values are noise, as the seed's
+    are with ``1 / sqrt(hidden + 1)``. 0: its first values are 0."""
     logprob_kernel: Literal["auto", "torch"] = "auto"
     """What log-probs and entropies are computed with, from hidden states: Triton kernels where there are a GPU and
     Triton (``auto``), or torch in any case. The numbers are the same but for rounding."""
@@ -530,10 +534,10 @@ class ClusterConfig:
     allow_open_cluster: bool = False
     """Join a cluster that asks for no token (anyone who reaches it can run code on it)."""
     device: Literal["a100-80g", "h100", "h200", "b200", "cpu"] | None = None
-    """What the recipe is laid out for: ``plan`` takes its figures unless told otherwise, ``doctor`` says where a node
-    has another GPU; training does not ask. Unset: ``plan`` takes ``h100``."""
+    """What the recipe is laid out for: ``plan`` and ``scale`` take its figures unless told otherwise, ``doctor`` says
+    where a node has another GPU; training does not ask. Unset: they take ``h100``."""
     gpus_per_node: Positive = 8
-    """The same of how many a node has, for ``plan``."""
+    """The same of how many a node has, for ``plan`` and ``scale``."""
     cpus_per_worker: PositiveFloat = 0.4
     """CPUs reserved for each training rank and engine where there is no GPU."""
     colocate: bool = False
@@ -543,6 +547,11 @@ class ClusterConfig:
     """For a worker to load its model."""
     call_deadline_s: PositiveFloat = 1800.0
     """For any single piece of work: generating a rollout, log-probs, one update, a save."""
+
+    @property
+    def planned_device(self) -> str:
+        """What a plan takes unless told otherwise."""
+        return self.device or "h100"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -734,6 +743,7 @@ class RunConfig:
                 yield from (f"{role}.layout: {problem}" for problem in dims.layout_problems(trainer.layout))
             yield from _fp8_problems(role, trainer.fp8_case(self.model, dims, gpu))
         yield from fake_quantization_problems(dims, self.trainers)
+        yield from _value_head_problems(self.trainers)
         if dims is not None:
             yield from (f"engine.tensor: {problem}" for problem in dims.engine_problems(self.engine.tensor))
         if dims is not None and self.engine.quantised and (dims.experts or dims.latent) is not None:
@@ -805,11 +815,24 @@ class SFTConfig:
             yield from (f"trainer.layout: {problem}" for problem in dims.layout_problems(self.trainer.layout))
         yield from _fp8_problems("trainer", self.trainer.fp8_case(self.model, dims, gpu))
         yield from fake_quantization_problems(dims, self.trainers)
+        yield from _value_head_problems(self.trainers)
+        if self.cluster.colocate:
+            yield "cluster.colocate: must be false, a supervised stage has one model and nothing to share a device with"
+        if self.trainer.fp8 is not None and not self.trainer.fp8.logprobs:
+            yield "trainer.fp8.logprobs: must be true, a supervised stage scores nothing but what it learns, got false"
+        if self.logging.samples != LoggingConfig().samples:
+            yield f"logging.samples: a supervised stage draws none, remove it, got {self.logging.samples}"
 
 
 def _folder_problems(run_dir: Path) -> Iterator[str]:
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir: must be a folder, {run_dir} is a file"
+
+
+def _value_head_problems(trainers: dict[str, TrainerConfig]) -> Iterator[str]:
+    for role, trainer in trainers.items():
+        if role != "critic" and trainer.value_head_std:
+            yield f"{role}.value_head_std: must be 0, only a critic has a value head, got {trainer.value_head_std:g}"
 
 
 def _fp8_problems(role: str, case: FP8Case | None) -> list[str]:

@@ -84,7 +84,7 @@ def load_hf(
 ) -> None:
     """Fill a rank's pieces of the model from a Hugging Face folder, straight from the parts of its files that it needs.
 
-    A value head keeps its zeros where the folder is a policy's, from which a critic starts.
+    A value head stays as it was made where the folder is a policy's, from which a critic starts.
 
     Raises:
         ValueError: the weight map and the model disagree on this rank's parameters, the folder on their shapes, or it

@@ -175,8 +175,7 @@ def _leave(weight: Tensor) -> Tensor:
 def build_chunks(
     dims: ModelDims, trainer: TrainerConfig, dtype: torch.dtype, head: Head, *, transformer_engine: bool = False
 ) -> list[GPTModel]:
-    """This rank's pieces of the model, with uninitialised weights (and the value head at zero); one, but for virtual
-    pipelines.
+    """This rank's pieces of the model: uninitialised weights, a new value head; one, but for virtual pipelines.
 
     A critic never ties its embeddings: it has no output projection to tie them to.
 
@@ -191,14 +190,16 @@ def build_chunks(
     config = transformer_config(dims, trainer, dtype, transformer_engine=transformer_engine)
     pieces = trainer.layout.virtual_pipeline
     kernels = choose_kernels(trainer.logprob_kernel)
-    chunks = [_build(config, dims, head, kernels, piece if pieces > 1 else None) for piece in range(pieces)]
+    chunks = [_build(config, dims, trainer, head, kernels, piece if pieces > 1 else None) for piece in range(pieces)]
     if trainer.fake_quantization != "none":
         for chunk in chunks:
             quantise_linears(chunk, trainer.fake_quantization, dims)
     return chunks
 
 
-def _build(config: TransformerConfig, dims: ModelDims, head: Head, kernels: Kernels, piece: int | None) -> GPTModel:
+def _build(
+    config: TransformerConfig, dims: ModelDims, trainer: TrainerConfig, head: Head, kernels: Kernels, piece: int | None
+) -> GPTModel:
     virtual = {"ignore_virtual": False, "vp_stage": piece}
     model = GPTModel(
         config,
@@ -223,7 +224,7 @@ def _build(config: TransformerConfig, dims: ModelDims, head: Head, kernels: Kern
             layer.self_attention.rotary_pos_emb = rotary
     if model.post_process:
         model.output_layer = (
-            ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype)
+            ValueHead(dims.hidden, config.sequence_parallel, config.params_dtype, trainer.value_head_std)
             if head is Head.VALUE
             else TokenHead(model.output_layer, dims.vocabulary, kernels)
         )

@@ -126,16 +126,18 @@ def _schedule(optimizer: Any, chosen: OptimizerConfig, total_updates: int) -> Op
     """Linear warm-up over W updates, then a cosine that reaches its floor in the last update.
 
     Update k of the warm-up (from 1) uses ``lr * k / (W + 1)``: the first one moves already, update W + 1 has ``lr``.
+    With ``warmup_from_zero`` it is ``lr * (k - 1) / W``, and the floor would be reached by one update more.
     """
     total_updates = chosen.schedule_updates or total_updates
     warmup = math.ceil(chosen.warmup_fraction * total_updates)
+    first, last = (0.0, total_updates) if chosen.warmup_from_zero else (chosen.lr / (warmup + 1), total_updates - 1)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=chosen.lr / (warmup + 1),
+        init_lr=first,
         max_lr=chosen.lr,
         min_lr=chosen.lr * chosen.min_lr_fraction,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(total_updates - 1, warmup + 1),
+        lr_decay_steps=max(last, warmup + 1),
         lr_decay_style="cosine",
         start_wd=chosen.weight_decay,
         end_wd=chosen.weight_decay,

@@ -18,14 +18,18 @@ from megatron_rl.device import device
 class ValueHead(torch.nn.Module):
     """Hidden states [s, b, h] -> values [s, b, 1]; stands where ``GPTModel.output_layer`` stood.
 
-    It computes in float32 whatever the type of the model, is the same on every tensor rank, and starts at zero: an
-    untrained critic predicts 0 instead of noise. Its parameters are of the model's type (the optimizer's main weights
-    of float32), since megatron-core cannot save an optimizer of parameters of two types.
+    It computes in float32 whatever the type of the model, is the same on every tensor rank, and starts at zero, so that
+    an untrained critic predicts 0, or at noise of deviation ``std``, the same in every run. Its parameters are of the
+    model's type (the optimizer's main weights of float32), since megatron-core cannot save an optimizer of parameters
+    of two types.
     """
 
-    def __init__(self, hidden: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, sequence_parallel: bool, dtype: torch.dtype, std: float = 0.0) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, hidden, dtype=dtype, device=device()))
+        weight = torch.zeros(1, hidden)
+        if std:
+            weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(weight.to(device=device(), dtype=dtype))
         self.bias = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device()))
         self.sequence_parallel = sequence_parallel
         for parameter in self.parameters():

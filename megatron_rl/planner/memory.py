@@ -127,8 +127,11 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
     if len(dims.sparse_layers) < dims.layers:
         gradients[False] = hidden + 2 * dims.ffn_hidden / layout.tensor
     if dims.experts is not None and dims.sparse_layers:
-        # of tokens on their way from the experts: what these gave, that put in order, and weighed
-        copies = 3 if size == 4 else 4
+        # of tokens on their way from the experts: what these gave, that put in order, and weighed; where tensor ranks
+        # share experts, what these gave and that in order of all their tokens, and what is left of the sum over them,
+        # which is taken in float32
+        shared = layout.expert_tensor
+        copies = (3 if size == 4 else 4) if shared == 1 else (2 * shared + 2 if size == 4 else 4 * shared + 3)
         gradients[True] = copies * dims.experts.per_token * hidden
         gradients[True] += hidden if dims.experts.shared_ffn_hidden else 0.0
     if trainer.recompute == "full":

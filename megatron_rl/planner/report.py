@@ -63,7 +63,7 @@ def report(
     Raises:
         ConfigError: there is no such device or cell, or a number is out of its range.
     """
-    device = device or config.cluster.device or "h100"
+    device = device or config.cluster.planned_device
     per_node = config.cluster.gpus_per_node if per_node is None else per_node
     if problems := list(_option_problems(config, dims, device, per_node, nodes, lengths, host_gib)):
         raise ConfigError(problems)
@@ -190,8 +190,7 @@ def _ranked(found: list[Choice]) -> Iterator[str]:
     if fits and (smallest := min(fits, key=lambda choice: choice.bytes)) not in shown:
         shown.append(smallest)
     for choice in shown:
-        rough = "  activations said too low (expert_tensor)" if choice.layout.expert_tensor > 1 else ""
-        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB{rough}"
+        yield f"  {choice.layout!s:36}{choice.seconds:10.2f} s{choice.bytes / 1e9:8.1f} GB"
     if len(fits) > len(shown):
         yield f"  {len(fits) - len(shown)} more can be"
     if not fits and any(choice.bytes for choice in found):

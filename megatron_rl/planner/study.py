@@ -38,20 +38,27 @@ class Study:
     Attributes:
         recipe: a configuration file.
         folder: where each run gets a folder of its own, and the table and the picture go.
-        machine: for the prediction.
         runs: at least one; the first one calibrates the times and the memory of the others.
+        device: that runs are predicted for, by its name in the table; None: as their settings say.
+        per_node: GPUs of a node, likewise.
         shared: what all runs change in the recipe, before what each does.
     """
 
     recipe: Path
     folder: Path
-    machine: Machine
     runs: tuple[StudyRun, ...]
+    device: str | None = None
+    per_node: int | None = None
     shared: tuple[str, ...] = ()
 
     def settings(self, run: StudyRun) -> list[str]:
         """What ``run`` changes, its folder included."""
         return [*self.shared, *run.settings, f"run_dir={self.folder / run.name}"]
+
+    def machine(self, config: RunConfig) -> Machine:
+        """What a run of these settings is predicted for."""
+        per_node = config.cluster.gpus_per_node if self.per_node is None else self.per_node
+        return Machine(device=DEVICES[self.device or config.cluster.planned_device], per_node=per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +105,10 @@ def read_study(file: Path, shared: Sequence[str] = ()) -> Study:
     for key in ("recipe", "folder"):
         if not isinstance(value := table.get(key, ""), str):
             problems.append(f"{key}: must be a string, got {value!r}")
-    device, per_node = table.get("device", "h100"), table.get("gpus_per_node", 8)
-    if not isinstance(device, str) or device not in DEVICES:
+    device, per_node = table.get("device"), table.get("gpus_per_node")
+    if device is not None and (not isinstance(device, str) or device not in DEVICES):
         problems.append(f"device: must be one of {', '.join(DEVICES)}, got {device}")
-    if type(per_node) is not int or per_node < 1:
+    if per_node is not None and (type(per_node) is not int or per_node < 1):
         problems.append(f"gpus_per_node: must be a whole number of at least 1, got {per_node!r}")
     runs = table.get("runs", [])
     problems += _run_problems(runs)
@@ -110,8 +117,9 @@ def read_study(file: Path, shared: Sequence[str] = ()) -> Study:
     return Study(
         recipe=Path(table["recipe"]),
         folder=Path(table["folder"]),
-        machine=Machine(device=DEVICES[device], per_node=per_node),
         runs=tuple(StudyRun(name=run["name"], settings=tuple(run.get("settings", ()))) for run in runs),
+        device=device,
+        per_node=per_node,
         shared=tuple(shared),
     )
 
@@ -156,14 +164,15 @@ def study_rows(study: Study) -> list[StudyRow]:
             prompt=config.data.max_prompt_tokens / 4,
             response=measured.get("rollout_length_last", config.rollout.max_response_tokens / 3),
         )
-        planned = plan(config, dims, study.machine, lengths)
+        machine = study.machine(config)
+        planned = plan(config, dims, machine, lengths)
         if not planned.times:
             raise ConfigError([f"{run.name}: {problem}" for problem in planned.problems])
         seconds = measured.get("seconds_per_step_median")
         if factor is None:
             factor = 1.0 if seconds is None else seconds / planned.step_seconds
-        memory: Mapping[str, float] = {} if study.machine.device.is_gpu else measured.get("peak_rss_gib", {})
-        held, raw = sum(memory.values()), _predicted_bytes(study, planned) / 2**30
+        memory: Mapping[str, float] = {} if machine.device.is_gpu else measured.get("peak_rss_gib", {})
+        held, raw = sum(memory.values()), _predicted_bytes(machine, planned) / 2**30
         roles = len({cell.name.split(".")[0] for cell in planned.memory})
         if beyond is None:
             beyond = (held - raw) / roles if memory else 0.0
@@ -183,8 +192,8 @@ def study_rows(study: Study) -> list[StudyRow]:
     return found
 
 
-def _predicted_bytes(study: Study, planned: Plan) -> float:
-    if study.machine.device.is_gpu:
+def _predicted_bytes(machine: Machine, planned: Plan) -> float:
+    if machine.device.is_gpu:
         return device_bytes(planned.memory)
     return sum(cell.value for cell in planned.memory)
 

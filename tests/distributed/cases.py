@@ -143,6 +143,7 @@ class Setup:
     fake_quantization: Any = "none"
     updates: int | None = 10
     temperature: float = TEMPERATURE
+    value_head_std: float = 0.0
 
     def __str__(self) -> str:
         """For the names of tests."""
@@ -184,6 +185,7 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
             recompute=setup.recompute,
             fp8=fp8,
             fake_quantization=setup.fake_quantization,
+            value_head_std=setup.value_head_std,
         ),
         temperature=setup.temperature,
         total_updates=setup.updates,
@@ -442,14 +444,11 @@ def unwritable(rank: int, port: int, model: Path, folder: Path) -> str:
     return "it was written"
 
 
-def learning_rates(
-    rank: int, port: int, model: Path, lr: float, warmup: float, updates: int, spread: int | None = None
-) -> list[float]:
+def learning_rates(rank: int, port: int, model: Path, optimizer: OptimizerConfig, updates: int) -> list[float]:
     """The rate of each update of a short run."""
     from megatron_rl.mcore.optimizer import prepare_training
 
     worker = start(rank, port, model, Setup())
-    optimizer = OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1, schedule_updates=spread)
     training = prepare_training(worker._load_chunks(), TrainerConfig(optimizer=optimizer), updates)
     rates = []
     for _ in range(updates):

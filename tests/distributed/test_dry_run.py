@@ -113,6 +113,8 @@ LATENT = {
 }
 WIDE = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 128}
 SPARSE = {"head_dim": 64, "num_experts": 8, "moe_intermediate_size": 192}
+ETP2 = {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2}
+ETP4 = {"tensor": 4, "sequence_parallel": True, "expert_tensor": 4}
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "norms of heads": ("Qwen3", {"head_dim": 64}, {}),
     "latent": ("DeepseekV3", LATENT | {"q_lora_rank": 96, "first_k_dense_replace": 4}, {}),
@@ -130,6 +132,22 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "experts EP2": ("Qwen3Moe", SPARSE | {"num_experts_per_tok": 2}, {"data": 2, "expert": 2}),
+    "experts ETP2": ("Qwen3Moe", SPARSE | {"num_experts_per_tok": 2}, ETP2),
+    "many experts a token ETP2": (
+        "Qwen3Moe",
+        SPARSE | {"moe_intermediate_size": 96, "num_experts_per_tok": 4},
+        ETP2,
+    ),
+    "a gated shared expert ETP2": (
+        "Qwen2Moe",
+        {"num_experts": 8, "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384},
+        ETP2,
+    ),
+    "experts ETP4": (
+        "Qwen3Moe",
+        SPARSE | {"num_experts_per_tok": 2, "num_key_value_heads": 4},
+        ETP4,
+    ),
 }
 
 

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_rl.config.load import parse
+from megatron_rl.config.schema import OptimizerConfig, RunConfig
 from megatron_rl.layout import ParallelLayout
 from tests.distributed.cases import (
     CRITIC,
@@ -107,6 +109,22 @@ def test_a_fresh_critic_predicts_zero_and_learns(ranks: Ranks, models: dict[str,
     assert values[token_rows().response_mask].all()
     [(_, loaded, _)] = ranks.run(1, trained, tmp_path / "learned", Setup(lr=0.0), CRITIC, tmp_path / "loaded")
     torch.testing.assert_close(gather([loaded]), values)
+
+
+def test_a_fresh_critic_may_begin_with_noise_which_is_the_same_on_all_ranks(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = Setup(lr=0.0, value_head_std=0.1)
+    [(_, values, _)] = ranks.run(1, trained, models["qwen2"], alone, CRITIC, tmp_path / "alone")
+    head = tensors(tmp_path / "alone")
+    assert float(head["score.weight"].std()) == pytest.approx(0.1, rel=0.3)
+    assert not head["score.bias"].any()
+    shared = replace(alone, layout=ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2))
+    answers = ranks.run(4, trained, models["qwen2"], shared, CRITIC, tmp_path / "shared")
+    torch.testing.assert_close(gather([answer[1] for answer in answers]), gather([values]), atol=1e-5, rtol=0)
+    # a checkpoint's head is its own
+    [(_, loaded, _)] = ranks.run(1, trained, tmp_path / "alone", Setup(lr=0.0), CRITIC, tmp_path / "loaded")
+    assert torch.equal(gather([loaded]), gather([values]))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3"])
@@ -206,16 +224,50 @@ def test_a_closed_model_leaves_no_threads_of_its_groups(
     assert max(ranks.run(2, threads_left, models["qwen2"], setup)) < 10
 
 
+def schedule(lr: float, warmup: float, **changes: Any) -> OptimizerConfig:
+    return OptimizerConfig(lr=lr, warmup_fraction=warmup, min_lr_fraction=0.1, **changes)
+
+
 def test_learning_rate_warms_up_and_ends_at_its_floor(ranks: Ranks, models: dict[str, Path]) -> None:
-    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.15, 11)
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(1.0, 0.15), 11)
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 8)) for done in range(9)]
     assert rates == pytest.approx([1 / 3, 2 / 3, *cosine])
-    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.03, 1)
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(1.0, 0.03), 1)
     assert rates == [0.5]
-    [rates] = ranks.run(1, learning_rates, models["qwen2"], 0.0, 0.03, 3)
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(0.0, 0.03), 3)
     assert rates == [0, 0, 0]
 
 
 def test_a_schedule_may_be_longer_than_the_run(ranks: Ranks, models: dict[str, Path]) -> None:
-    [rates] = ranks.run(1, learning_rates, models["qwen2"], 1.0, 0.15, 4, 11)
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(1.0, 0.15, schedule_updates=11), 4)
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.1 + 0.45 * (1 + math.cos(math.pi / 8))])
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_the_seeds_learning_rates_are_those_of_its_overlay(ranks: Ranks, models: dict[str, Path], role: str) -> None:
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    seed = Path(__file__).parents[2] / "examples/qwen2.5_math_7b"
+    config = parse(RunConfig, [seed / name for name in ("simplerl_zero.toml", "4_nodes_a100.toml", "seed_exact.toml")])
+    optimizer = config.trainers[role].optimizer
+    updates = 20 * 8 * 64  # episodes, rollouts, minibatches
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], optimizer, updates)
+    # its scheduler: cosine_with_min_lr, ceil(0.03 * 10640) updates of warm-up, a floor of a tenth
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=optimizer.lr)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(theirs, 320, 10_640, min_lr_rate=0.1)
+    expected = []
+    for _ in rates:
+        expected.append(scheduler.get_last_lr()[0])
+        theirs.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected, rel=1e-9)
+    if role == "policy":
+        assert f"{rates[13]:.2e}" == "2.03e-08"  # after 13 updates, as a user's log of the seed has it
+        assert (rates[0], rates[320]) == (0.0, 5e-7)
+
+
+def test_warming_up_from_zero_is_one_update_late_and_may_be_short(ranks: Ranks, models: dict[str, Path]) -> None:
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(1.0, 0.03, warmup_from_zero=True), 1)
+    assert rates == [0]
+    [rates] = ranks.run(1, learning_rates, models["qwen2"], schedule(1.0, 0.0, warmup_from_zero=True), 2)
+    assert rates == pytest.approx([1, 0.55])

@@ -160,9 +160,13 @@ def test_a_supervised_stage_that_is_stopped_goes_on_to_the_same_model(task: Path
     assert saved is not None
     assert 0 < saved.step < 120
     assert f"stopped as asked after step {saved.step} of 120; the same command goes on from there" in printed
+    assert json.loads((parted / "summary.json").read_text())["stopped_after_step"] == saved.step
     assert not (parted / "model").exists()
     assert f"going on from {saved.folder}, after step {saved.step} of 120" in finish(command(parted))
     assert computed(parted) == computed(whole)
+    summary = json.loads((parted / "summary.json").read_text())
+    assert (summary["steps"], summary["loss_last"]) == (120, computed(parted)[-1]["model/loss"])
+    assert "stopped_after_step" not in summary
     mine, theirs = ((run / "model/model.safetensors").read_bytes() for run in (parted, whole))
     assert mine == theirs
 

@@ -38,7 +38,7 @@ def test_a_study_of_two_models_and_two_layouts_runs(
         for layout, settings in layouts.items()
     )
     study = tmp_path / "study.toml"
-    study.write_text(f'recipe = "{PPO}"\nfolder = "{tmp_path / "study"}"\ndevice = "cpu"\n{runs}')
+    study.write_text(f'recipe = "{PPO}"\nfolder = "{tmp_path / "study"}"\n{runs}')
 
     command = [sys.executable, "-m", "megatron_rl", "scale", "run", str(study)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)

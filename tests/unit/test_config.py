@@ -520,6 +520,29 @@ def test_optimizer_states_go_to_the_host_only_where_they_are_sharded(folder):
     assert problems("trainer.optimizer_on_host=true", root=SFTConfig, files=["sft.toml"])[0].startswith("trainer: ")
 
 
+def test_what_means_nothing_to_a_supervised_stage_is_refused_together(folder):
+    settings = [
+        "cluster.colocate=true",
+        "logging.samples=8",
+        "trainer.value_head_std=0.1",
+        "trainer.fp8.logprobs=false",
+    ]
+    said = problems(*settings, root=SFTConfig, files=["sft.toml"])
+    assert [line for line in said if not line.startswith("trainer.fp8: ")] == [  # whose other rules are not met either
+        "trainer.value_head_std: must be 0, only a critic has a value head, got 0.1",
+        "cluster.colocate: must be false, a supervised stage has one model and nothing to share a device with",
+        "trainer.fp8.logprobs: must be true, a supervised stage scores nothing but what it learns, got false",
+        "logging.samples: a supervised stage draws none, remove it, got 8",
+    ]
+
+
+def test_only_a_critic_has_a_value_head(folder):
+    assert load(RunConfig, [Path("ppo.toml")], ["critic.value_head_std=0.1"]).critic.value_head_std == 0.1
+    assert problems("policy.value_head_std=0.1") == [
+        "policy.value_head_std: must be 0, only a critic has a value head, got 0.1"
+    ]
+
+
 def test_a_layout_that_does_not_divide_is_refused(folder):
     assert problems("critic.layout.pipeline=4") == [
         "critic.layout: pipeline=4 does not divide the model's 6 layers; possible: [1, 2, 3, 6] "

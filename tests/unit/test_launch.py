@@ -90,7 +90,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     program(folder, "megatron-rl", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    for name in ("GPU", "SEED_EXACT", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
+    for name in ("COMMAND", "GPU", "SEED_EXACT", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -176,13 +176,17 @@ def slurm(folder: Path, job: int, **environment: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("status", ["0", "3"])
-def test_slurm_starts_a_head_and_workers_and_ends_as_the_run_does(stubs: Path, status: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "runs", "status"), [({}, "train", "0"), ({}, "train", "3"), ({"COMMAND": "sft"}, "sft", "0")]
+)
+def test_slurm_starts_a_head_and_workers_and_ends_as_the_run_does(
+    stubs: Path, command: dict[str, str], runs: str, status: str
+) -> None:
     job = free_job()
     address = f"127.0.0.1:{6400 + job % 1000}"
-    done = slurm(stubs, job, STATUS=status)
+    done = slurm(stubs, job, STATUS=status, **command)
     assert done.returncode == int(status), done.stderr
-    assert done.stdout.splitlines()[-4:] == ["train", "my recipe.toml", "steps=2", f"cluster.address={address}"]
+    assert done.stdout.splitlines()[-4:] == [runs, "my recipe.toml", "steps=2", f"cluster.address={address}"]
     *head, head_pid = (stubs.parent / "ray").read_text().split()
     assert head[:2] == ["start", "--head"]
     assert {"--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}", "--num-gpus=8", "--block"} < set(head)

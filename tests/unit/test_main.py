@@ -81,7 +81,7 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
         (False, 9, "the model is in {output}"),
     ],
 )
-def test_a_supervised_stage_that_is_stopped_says_where(
+def test_a_supervised_stage_leaves_its_summary_and_says_where_it_stopped(
     early: bool,
     done: int | None,
     says: str,
@@ -98,10 +98,22 @@ def test_a_supervised_stage_that_is_stopped_says_where(
         yield SimpleNamespace(start_step=3)
 
     monkeypatch.setattr("megatron_rl.assemble.open_supervised", open_supervised)
-    monkeypatch.setattr("megatron_rl.sft.supervise", lambda run: done)
+
+    def supervise(run: object) -> int | None:
+        records = [{"step": n, "kind": "step", "nonfinite": 0, "model/loss": 9.0 - n} for n in range(done or 0)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return done
+
+    monkeypatch.setattr("megatron_rl.sft.supervise", supervise)
     before = signal.getsignal(signal.SIGTERM)
     try:
         _sft(config, fresh=True)
+        if done is None:
+            assert list(tmp_path.iterdir()) == []
+        else:
+            summary = json.loads((tmp_path / "summary.json").read_text())
+            assert (summary["loss_first"], summary["loss_last"]) == (9.0, 10.0 - done)
+            assert summary.get("stopped_after_step") == (done if done < 9 else None)
         (tmp_path / "left").touch()
         with pytest.raises(ConfigError, match="--fresh needs an empty folder"):
             _sft(config, fresh=True)

@@ -98,6 +98,19 @@ def test_settings_on_the_command_line_go_to_every_run_which_may_change_them(tmp_
         assert (config.cluster.address, config.prompts_per_step) == ("auto", 1024 * number)
 
 
+def test_runs_are_predicted_for_the_machine_of_their_settings_unless_the_study_names_one(tmp_path):
+    def seconds(*shared, extra=""):
+        (row,) = study_rows(read_study(written(tmp_path, extra=extra, names=("one",)), shared))
+        return row.raw_seconds
+
+    h100, a100 = seconds(), seconds("cluster.device=a100-80g")
+    assert a100 > 1.5 * h100  # 989 Tflop/s against 312
+    assert seconds("cluster.device=a100-80g", extra='device = "h100"\n') == h100
+    apart = seconds("cluster.gpus_per_node=2")  # tensor ranks over two nodes
+    assert apart > h100
+    assert seconds("cluster.gpus_per_node=2", extra="gpus_per_node = 8\n") == h100
+
+
 def test_settings_for_every_run_are_in_what_is_predicted(tmp_path):
     file = written(tmp_path, names=("one",))
     (alone,), (more,) = study_rows(read_study(file)), study_rows(read_study(file, ["engine.count=64"]))

@@ -67,6 +67,7 @@ SEED = {  # train_ppo_qwen_base_math_lv35_new.sh at 17fef38, and the defaults of
     "ppo.critic_warmup_steps": 0,  # freezing_actor_steps -1
     "policy.optimizer.lr": 5e-7,
     "critic.optimizer.lr": 9e-6,
+    "critic.value_head_std": pytest.approx((3584 + 1) ** -0.5),
     **{
         f"{role}.optimizer.{name}": value
         for role in ("policy", "critic")
@@ -78,6 +79,7 @@ SEED = {  # train_ppo_qwen_base_math_lv35_new.sh at 17fef38, and the defaults of
             "clip_grad": 1.0,  # max_norm
             "warmup_fraction": 0.03,  # of 10,640: 320 updates
             "min_lr_fraction": 0.1,
+            "warmup_from_zero": True,  # transformers' cosine_with_min_lr
             "schedule_updates": 10_640,  # 20 episodes x (8523 x 8 // 128) updates
         }.items()
     },
