@@ -152,7 +152,7 @@ class PPOConfig:
     kl_coef: NonNegative = 0.01
     """0 keeps no reference at all."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL to the reference (Schulman's k1, k2 and k3)."""
+    """Estimator of the KL to the reference (Schulman's k1, k2 and k3); in the loss k2 or k3."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL is charged: each token's reward, or a term of the loss."""
     kl_target: PositiveFloat | None = None
@@ -212,11 +212,19 @@ class PPOConfig:
             yield f"dual_clip must be above 1, got {self.dual_clip}"
         if self.clip_low > 1:
             yield f"clip_low must be at most 1, got {self.clip_low}"
-        if self.kl_in == "loss" and self.kl_target is not None:
-            yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+        yield from self._kl_problems()
         yield from self._advantage_problems()
         yield from self._loss_problems()
         yield from self._correction_problems()
+
+    def _kl_problems(self) -> Iterator[str]:
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            yield (
+                "kl_kind must be 'k2' or 'k3' with kl_in='loss': the gradient of k1 does not depend on the "
+                "reference; got 'k1'"
+            )
+        if self.kl_in == "loss" and self.kl_target is not None:
+            yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
 
     def _advantage_problems(self) -> Iterator[str]:
         if self.lam_alpha is not None and self.critic_lam is None:

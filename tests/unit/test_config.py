@@ -312,9 +312,6 @@ def test_a_wrong_type_says_what_was_found(folder):
 def test_numbers_out_of_range_are_refused(folder):
     assert problems("steps=0") == ["steps: Input should be greater than 0, got 0"]
     assert problems("ppo.dual_clip=0.5") == ["ppo: dual_clip must be above 1, got 0.5"]
-    assert problems("ppo.kl_in=loss", "ppo.kl_target=6.0") == [
-        "ppo: kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
-    ]
 
 
 GRPO = PPO[: PPO.index("[critic]")].replace("[ppo]", '[ppo]\nadvantage = "grpo"')
@@ -373,6 +370,15 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
         (
             ("ppo.loss=gspo",),
             "ppo: loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, got 'token'",
+        ),
+        (
+            ("ppo.kl_in=loss",),
+            "ppo: kl_kind must be 'k2' or 'k3' with kl_in='loss': the gradient of k1 does not depend on the "
+            "reference; got 'k1'",
+        ),
+        (
+            ("ppo.kl_in=loss", "ppo.kl_kind=k2", "ppo.kl_target=6.0"),
+            "ppo: kl_target adapts the KL in the reward; with kl_in='loss' leave it unset",
         ),
         (
             ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
