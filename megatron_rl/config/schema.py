@@ -160,11 +160,13 @@ class PPOConfig:
     kl_horizon: Positive = 10_000
     """Samples over which the adaptive coefficient moves."""
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """The policy's objective: a ratio per token, one per response, or a bounded weight on the log-prob."""
+    """The policy's objective: a ratio per token, one per response, or a bounded weight on the log-prob. Clips do not
+    follow from it: set ``gspo``'s."""
     clip_low: PositiveFloat = 0.2
-    """How far the ratio may go below 1; 1 sets no bound. GSPO's ratios are far closer to 1: its paper uses 3e-4."""
+    """How far the ratio may go below 1; 1 sets no bound. GSPO's ratios are far closer to 1, so that the default bounds
+    next to nothing there: its paper uses 3e-4."""
     clip_high: PositiveFloat = 0.2
-    """How far the ratio may go above 1; GSPO's paper uses 4e-4."""
+    """How far the ratio may go above 1; GSPO's paper uses 4e-4 (see ``clip_low``)."""
     dual_clip: PositiveFloat | None = None
     """Bound c > 1 on the loss of tokens with a negative advantage; unset: none."""
     value_clip: PositiveFloat = 0.2
@@ -188,7 +190,7 @@ class PPOConfig:
     epochs: Positive = 1
     """Passes over a rollout."""
     critic_warmup_steps: Count = 0
-    """First steps in which only the critic learns."""
+    """First steps in which only the critic learns; fewer than ``steps``."""
 
     @property
     def has_critic(self) -> bool:
@@ -218,6 +220,17 @@ class PPOConfig:
         yield from self._correction_problems()
 
     def _kl_problems(self) -> Iterator[str]:
+        if self.kl_coef == 0:
+            yield from (
+                f"{name} has no effect with kl_coef=0, which keeps no reference: remove it"
+                for name in self._changed("kl_kind", "kl_in", "kl_target", "kl_horizon")
+            )
+            return
+        if self.kl_target is None:
+            yield from (
+                f"{name} has no effect without kl_target: set that or remove this"
+                for name in self._changed("kl_horizon")
+            )
         if self.kl_in == "loss" and self.kl_kind == "k1":
             yield (
                 "kl_kind must be 'k2' or 'k3' with kl_in='loss': the gradient of k1 does not depend on the "
@@ -229,6 +242,11 @@ class PPOConfig:
     def _advantage_problems(self) -> Iterator[str]:
         if self.lam_alpha is not None and self.critic_lam is None:
             yield "lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
+        if self.lam_alpha is not None and self.critic_lam is not None:
+            yield from (
+                f"{name} has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it"
+                for name in self._changed("lam")
+            )
         if not self.has_critic:
             yield from (
                 f"{name} speaks of a critic, which advantage={self.advantage!r} has not: remove it"
@@ -640,6 +658,11 @@ class RunConfig:
             )
         if not self.ppo.has_critic and self.critic is not None:
             yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
+        if self.ppo.critic_warmup_steps >= self.steps:
+            yield (
+                f"ppo.critic_warmup_steps: must be below steps={self.steps}, for the policy to learn at all, got "
+                f"{self.ppo.critic_warmup_steps}"
+            )
         if samples < 2 and self.ppo.compares_samples:
             yield (
                 f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
