@@ -83,7 +83,7 @@ def train(run: Run) -> None:
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
-            batch = collate(scored, run.forced_eos, version=step, max_staleness=cfg.sync.max_staleness)
+            batch = collate(scored, run.forced_eos, version=step)
             log.update("rollout", rollout_metrics(scored, batch))
             log.rows("samples", sample_rows(scored, step, count=cfg.logging.samples))
             with log.phase("experience"), run.phases.training():

@@ -446,8 +446,6 @@ class SyncConfig:
 
     __pydantic_config__ = FORBID_UNKNOWN
 
-    max_staleness: Count = 0
-    """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat | None = None
     """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
     1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 where policy or engine computes in FP8."""

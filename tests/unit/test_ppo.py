@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.batches import RolloutBatch
-from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, SyncConfig, due
+from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, due
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.parity import ParityFailed
 from megatron_rl.ppo import train
@@ -73,7 +73,7 @@ def test_every_algorithm_learns_on_the_same_loop(tmp_path: Path, ppo: PPOConfig)
 def test_a_push_that_does_not_arrive_stops_the_run_and_names_both_versions(tmp_path: Path) -> None:
     run = fake_run(fake_config(tmp_path))
     stuck = CopyingSync(run.policy, run.engine, dead=True)
-    with pytest.raises(StaleRollout, match=r"version 1 .* used version 0"):
+    with pytest.raises(StaleRollout, match=r"version 1, .* used version 0"):
         train(dataclasses.replace(run, weights=stuck))
     assert run.policy.updates == 4
 
@@ -101,14 +101,6 @@ def test_a_gate_that_is_not_passed_ends_the_run_before_anything_is_learned(tmp_p
         train(dataclasses.replace(run, gate=gate))
     assert caught.value.__notes__ == ["at step 0, last phase parity"]
     assert run.policy.updates == run.critic.updates == 0
-
-
-def test_staleness_within_the_setting_is_allowed(tmp_path: Path) -> None:
-    run = fake_run(fake_config(tmp_path, sync=SyncConfig(max_staleness=99)))
-    train(dataclasses.replace(run, weights=CopyingSync(run.policy, run.engine, dead=True)))
-    steps = [record for record in records(tmp_path) if "rollout/score" in record]
-    assert steps[-1]["experience/engine_gap_mean"] > 0.1
-    assert steps[0]["experience/engine_gap_mean"] < 1e-6
 
 
 def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
