@@ -12,7 +12,7 @@ from megatron_rl.batches import ExperienceBatch, Minibatch
 from megatron_rl.config.schema import RunConfig, due
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
-from megatron_rl.experience.build import build_experience, calibration_metrics, experience_metrics
+from megatron_rl.experience.build import adapt_kl, build_experience, calibration_metrics, experience_metrics
 from megatron_rl.experience.collect import rollout_metrics, sample_rows, sample_seed, score_rollouts
 from megatron_rl.interfaces import (
     AdvantageEstimator,
@@ -92,6 +92,7 @@ def train(run: Run) -> None:
                 )
             log.update("experience", experience_metrics(experience, run.kl_control))
             log.update("critic_calibration", calibration_metrics(experience))
+            adapt_kl(run.kl_control, experience)
             with log.phase("update"), run.phases.training():
                 for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
                     for model, done in results(updates(run, minibatch, step)).items():

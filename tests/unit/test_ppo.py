@@ -39,6 +39,16 @@ def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
     assert run.policy.updates == 1 * 4
 
 
+def test_the_coefficient_of_the_kl_is_told_as_it_was_used_and_moves_after_each_step(tmp_path: Path) -> None:
+    ppo = PPOConfig(minibatch_samples=16, kl_coef=0.5, kl_target=1e6, kl_horizon=320)
+    run = fake_run(fake_config(tmp_path, steps=3, ppo=ppo))
+    train(run)
+    told = [record["experience/kl_coef"] for record in records(tmp_path) if "rollout/score" in record]
+    # far below the target: 1 - 0.2 * 64 samples / 320
+    assert told == pytest.approx([0.5, 0.5 * 0.96, 0.5 * 0.96**2])
+    assert run.kl_control.coef == pytest.approx(0.5 * 0.96**3)
+
+
 @pytest.mark.parametrize(
     "ppo",
     [
