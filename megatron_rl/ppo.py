@@ -90,7 +90,7 @@ def train(run: Run) -> None:
                 experience = build_experience(
                     batch, run.policy, run.critic, run.reference, run.kl_control, run.advantage, cfg.ppo
                 )
-            log.update("experience", experience_metrics(experience, run.kl_control))
+            log.update("experience", experience_metrics(experience, run.kl_control, cfg))
             log.update("critic_calibration", calibration_metrics(experience))
             adapt_kl(run.kl_control, experience)
             with log.phase("update"), run.phases.training():

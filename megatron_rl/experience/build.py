@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.batches import ExperienceBatch, RolloutBatch
-from megatron_rl.config.schema import PPOConfig
+from megatron_rl.config.schema import PPOConfig, RunConfig
 from megatron_rl.interfaces import AdvantageEstimator, PolicyModel, ReferenceModel, ValueModel
 from megatron_rl.maths.advantages import token_rewards
 from megatron_rl.maths.diagnostics import critic_calibration, explained_variance, logprob_gap
@@ -54,17 +54,16 @@ def adapt_kl(kl_control: KlControl, experience: ExperienceBatch) -> None:
         kl_control.update(float(per_response.mean()), rollouts.rows)
 
 
-def experience_metrics(experience: ExperienceBatch, kl_control: KlControl) -> dict[str, float]:
+def experience_metrics(experience: ExperienceBatch, kl_control: KlControl, config: RunConfig) -> dict[str, float]:
     """What the models say of the rollout before any update on it; KL in nats per token and per response. To be called
-    before :func:`adapt_kl`: the coefficient is the one that the experience was made with.
+    before :func:`adapt_kl`: the coefficient is the one that the experience was made with. The gap between trainer and
+    engine is left out where they take log-probs at different temperatures, which are apart for that alone.
     """
     batch, mask = experience.rollouts, experience.rollouts.response_mask
-    gap = logprob_gap(experience.old_logprobs, batch.rollout_logprobs, batch.sampled_mask)
-    metrics = {
-        "engine_gap_mean": gap.mean_abs,
-        "engine_gap_max": gap.max_abs,
-        "engine_gap_k3": gap.k3,
-    }
+    metrics: dict[str, float] = {}
+    if config.trainer_temperature == config.rollout.temperature:
+        gap = logprob_gap(experience.old_logprobs, batch.rollout_logprobs, batch.sampled_mask)
+        metrics |= {"engine_gap_mean": gap.mean_abs, "engine_gap_max": gap.max_abs, "engine_gap_k3": gap.k3}
     if experience.values is not None and experience.returns is not None:
         metrics["value_mean"] = float(masked_mean(experience.values, mask))
         metrics["return_mean"] = float(masked_mean(experience.returns, mask))

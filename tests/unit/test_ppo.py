@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.batches import RolloutBatch
-from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, due
+from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, RolloutConfig, due
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.parity import ParityFailed
 from megatron_rl.ppo import train
@@ -47,6 +47,17 @@ def test_the_coefficient_of_the_kl_is_told_as_it_was_used_and_moves_after_each_s
     # far below the target: 1 - 0.2 * 64 samples / 320
     assert told == pytest.approx([0.5, 0.5 * 0.96, 0.5 * 0.96**2])
     assert run.kl_control.coef == pytest.approx(0.5 * 0.96**3)
+
+
+@pytest.mark.parametrize(("trainer_temperature", "told"), [(None, True), (1.0, True), (0.5, False)])
+def test_a_gap_to_the_engine_is_told_where_both_take_log_probs_at_one_temperature(
+    tmp_path: Path, trainer_temperature: float | None, told: bool
+) -> None:
+    rollout = RolloutConfig(samples_per_prompt=4, max_response_tokens=4, trainer_temperature=trainer_temperature)
+    train(fake_run(fake_config(tmp_path, steps=1, rollout=rollout)))
+    (step,) = [record for record in records(tmp_path) if "rollout/score" in record]
+    gaps = {f"experience/engine_gap_{kind}" for kind in ("mean", "max", "k3")}
+    assert gaps & step.keys() == (gaps if told else set())
 
 
 @pytest.mark.parametrize(
