@@ -25,6 +25,8 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 FORBID_UNKNOWN = {"extra": "forbid"}
+LOWEST_TEMPERATURE = 0.01
+"""That the engine samples at: vLLM raises a lower one that is above 0 to it, and says so in its log alone."""
 
 
 def nearest_multiple(value: int, of: int) -> int:
@@ -89,7 +91,7 @@ class RolloutConfig:
     samples_per_prompt: Positive = 8
     """Responses to each prompt of a step."""
     temperature: PositiveFloat = 1.0
-    """The trainer divides its logits by the same number, unless ``trainer_temperature`` says otherwise."""
+    """At least 0.01. The trainer divides its logits by the same, unless ``trainer_temperature`` says otherwise."""
     trainer_temperature: PositiveFloat | None = None
     """Log-probs in the loss and in the KL are taken at this temperature instead of that of sampling, which makes them
     those of another policy than the one that sampled (the seed recipe samples at 0.6 and trains at 1)."""
@@ -102,6 +104,11 @@ class RolloutConfig:
     sampling_rounds: Count = 0
     """Dynamic sampling (DAPO): prompts whose samples all score the same are dropped and others drawn in their place, in
     at most this many rounds a step; finding too few stops the run. 0 keeps every prompt."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.temperature < LOWEST_TEMPERATURE:
+            yield f"temperature must be at least {LOWEST_TEMPERATURE}, the engine's lowest, got {self.temperature}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,10 +528,15 @@ class EvaluationConfig:
     samples: Positive = 1
     """Responses to each; accuracy and score are means over all of them (avg@n)."""
     temperature: NonNegative = 0.0
-    """0: greedy."""
+    """0: greedy; else at least 0.01."""
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            yield (
+                f"temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, the engine's lowest, got "
+                f"{self.temperature}"
+            )
         if self.samples > 1 and self.temperature == 0:
             yield f"samples must be 1 with temperature=0, whose answers are all alike, got {self.samples}"
 
@@ -739,6 +751,7 @@ class RunConfig:
             gpu: that trains and rolls out; None: not known.
         """
         yield from (f"data: {problem}" for problem in self.data.problems())
+        yield from (f"rollout: {problem}" for problem in self.rollout.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
         yield from (f"sync: {problem}" for problem in self.sync.problems())
         yield from (f"evaluation: {problem}" for problem in self.evaluation.problems())

@@ -311,6 +311,11 @@ def test_a_wrong_type_says_what_was_found(folder):
 
 def test_numbers_out_of_range_are_refused(folder):
     assert problems("steps=0") == ["steps: Input should be greater than 0, got 0"]
+    assert problems("rollout.temperature=0.005", "evaluation.temperature=0.009") == [
+        "rollout: temperature must be at least 0.01, the engine's lowest, got 0.005",
+        "evaluation: temperature must be 0 (greedy) or at least 0.01, the engine's lowest, got 0.009",
+    ]
+    load(RunConfig, [Path("ppo.toml")], ["rollout.temperature=0.01", "evaluation.temperature=0.01"])
     assert problems("ppo.dual_clip=0.5") == ["ppo: dual_clip must be above 1, got 0.5"]
 
 
