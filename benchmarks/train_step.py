@@ -56,7 +56,6 @@ def experience(lengths: torch.Tensor, *, padded: bool) -> ExperienceBatch:
         response_mask=mask,
         rollout_logprobs=zeros,
         sampled_mask=mask,
-        truncated=torch.zeros(len(lengths), dtype=torch.bool),
         scores=torch.zeros(len(lengths)),
         group=torch.zeros(len(lengths), dtype=torch.int64),
         policy_version=0,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks import TASKS, BadInput
-from megatron_rl.config.schema import EngineConfig, RewardConfig
+from megatron_rl.config.schema import LOWEST_TEMPERATURE, EngineConfig, RewardConfig
 from megatron_rl.dataflow import Sampling
 from megatron_rl.rewards.structure import Leniency
 
@@ -89,6 +89,11 @@ def parse(arguments: Sequence[str]) -> Settings:
     sources = [settings.model, settings.run, settings.rescore, settings.gold_oracle or None]
     if sum(source is not None for source in sources) != 1:
         raise BadInput("exactly one of --model, --run, --rescore and --gold-oracle must say what is evaluated")
+    if 0 < settings.temperature < LOWEST_TEMPERATURE:
+        raise BadInput(
+            f"--temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, the engine's lowest, got "
+            f"{settings.temperature}"
+        )
     if settings.samples > 1 and settings.temperature == 0:
         raise BadInput(
             f"--samples {settings.samples} at --temperature 0 would draw the same response {settings.samples} times; "
@@ -113,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--tasks", type=_words, help=f"of {', '.join(TASKS)}, or .jsonl files; separated by commas")
     asked.add_argument("--template", help="a name, 'chat', or a file with {question}")
     asked.add_argument("--samples", type=_positive, help="per problem")
-    asked.add_argument("--temperature", type=_not_negative, help="0 is greedy")
+    asked.add_argument("--temperature", type=_not_negative, help="0 is greedy, else at least 0.01")
     asked.add_argument("--top-p", type=_probability)
     asked.add_argument("--max-tokens", type=_positive, help="of a response")
     asked.add_argument("--stop", type=_words, help="strings that end a response, separated by commas")

@@ -60,7 +60,6 @@ class RolloutBatch(TokenRows):
     Attributes:
         rollout_logprobs: [B, T] f32, by the engine that sampled; 0 outside ``sampled_mask``.
         sampled_mask: [B, T] bool, response tokens that the engine drew (a forced end of sequence is not).
-        truncated: [B] bool, the response limit cut the sample.
         scores: [B] f32, what the reward rule gave.
         group: [B] int64, which prompt of the step the row answers.
         policy_version: version of the weights that sampled all rows.
@@ -68,7 +67,6 @@ class RolloutBatch(TokenRows):
 
     rollout_logprobs: Tensor
     sampled_mask: Tensor
-    truncated: Tensor
     scores: Tensor
     group: Tensor
     policy_version: int
@@ -79,7 +77,6 @@ class RolloutBatch(TokenRows):
         shape = tuple(self.tokens.shape)
         _check(self, "rollout_logprobs", shape, torch.float32)
         _check(self, "sampled_mask", shape, torch.bool)
-        _check(self, "truncated", shape[:1], torch.bool)
         _check(self, "scores", shape[:1], torch.float32)
         _check(self, "group", shape[:1], torch.int64)
 

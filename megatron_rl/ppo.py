@@ -12,7 +12,7 @@ from megatron_rl.batches import ExperienceBatch, Minibatch
 from megatron_rl.config.schema import RunConfig, due
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
-from megatron_rl.experience.build import build_experience, calibration_metrics, experience_metrics
+from megatron_rl.experience.build import adapt_kl, build_experience, calibration_metrics, experience_metrics
 from megatron_rl.experience.collect import rollout_metrics, sample_rows, sample_seed, score_rollouts
 from megatron_rl.interfaces import (
     AdvantageEstimator,
@@ -83,15 +83,16 @@ def train(run: Run) -> None:
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
-            batch = collate(scored, run.forced_eos, version=step, max_staleness=cfg.sync.max_staleness)
+            batch = collate(scored, run.forced_eos, version=step)
             log.update("rollout", rollout_metrics(scored, batch))
             log.rows("samples", sample_rows(scored, step, count=cfg.logging.samples))
             with log.phase("experience"), run.phases.training():
                 experience = build_experience(
                     batch, run.policy, run.critic, run.reference, run.kl_control, run.advantage, cfg.ppo
                 )
-            log.update("experience", experience_metrics(experience, run.kl_control))
+            log.update("experience", experience_metrics(experience, run.kl_control, cfg))
             log.update("critic_calibration", calibration_metrics(experience))
+            adapt_kl(run.kl_control, experience)
             with log.phase("update"), run.phases.training():
                 for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
                     for model, done in results(updates(run, minibatch, step)).items():

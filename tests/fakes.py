@@ -316,7 +316,7 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         policy_loss=policy_loss(config.ppo),
         value_loss=ValueLoss(clip=0.2),
         loss_mean=loss_mean(config),
-        kl_control=KlControl(config.ppo.kl_coef),
+        kl_control=KlControl(config.ppo.kl_coef, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon),
         weights=CopyingSync(policy, engine),
         gate=None,
         checkpoints=RecordingCheckpoints(),

@@ -73,7 +73,6 @@ def random_experience(rows: int, length: int, vocabulary: int) -> ExperienceBatc
         response_mask=mask,
         rollout_logprobs=zeros,
         sampled_mask=mask,
-        truncated=torch.zeros(rows, dtype=torch.bool),
         scores=torch.zeros(rows),
         group=torch.zeros(rows, dtype=torch.int64),
         policy_version=0,

@@ -113,6 +113,23 @@ class FirstPushOnly:
         return self.weights.push(version)
 
 
+@dataclass(frozen=True)
+class ClaimedVersion:
+    """Samples that are said to be drawn by the trainer's weights, whichever drew them."""
+
+    collect: Collect
+
+    def __call__(self, prompts: int, step: int) -> list[ScoredRollout]:
+        return [
+            dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, policy_version=step))
+            for item in self.collect(prompts, step)
+        ]
+
+
+def unchecked(run: Run) -> Run:
+    return dataclasses.replace(run, weights=FirstPushOnly(run.weights), collect=ClaimedVersion(run.collect))
+
+
 def flipped(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -advantages
 
@@ -156,8 +173,8 @@ ABLATIONS = {
     ),
     UNCHECKED: Ablation(
         "rollouts stay within 0.10 of the base, checkpoint > 0.60, gap grows",
-        lambda run: dataclasses.replace(run, weights=FirstPushOnly(run.weights)),
-        (*FEW_STEPS, "sync.max_staleness=1000000"),
+        unchecked,
+        FEW_STEPS,
     ),
     "critic learning rate 0": Ablation("explained variance stays 0", overrides=("critic.optimizer.lr=0.0",)),
 }

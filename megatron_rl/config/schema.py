@@ -25,6 +25,8 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 FORBID_UNKNOWN = {"extra": "forbid"}
+LOWEST_TEMPERATURE = 0.01
+"""That the engine samples at: vLLM raises a lower one that is above 0 to it, and says so in its log alone."""
 
 
 def nearest_multiple(value: int, of: int) -> int:
@@ -89,7 +91,7 @@ class RolloutConfig:
     samples_per_prompt: Positive = 8
     """Responses to each prompt of a step."""
     temperature: PositiveFloat = 1.0
-    """The trainer divides its logits by the same number, unless ``trainer_temperature`` says otherwise."""
+    """At least 0.01. The trainer divides its logits by the same, unless ``trainer_temperature`` says otherwise."""
     trainer_temperature: PositiveFloat | None = None
     """Log-probs in the loss and in the KL are taken at this temperature instead of that of sampling, which makes them
     those of another policy than the one that sampled (the seed recipe samples at 0.6 and trains at 1)."""
@@ -102,6 +104,11 @@ class RolloutConfig:
     sampling_rounds: Count = 0
     """Dynamic sampling (DAPO): prompts whose samples all score the same are dropped and others drawn in their place, in
     at most this many rounds a step; finding too few stops the run. 0 keeps every prompt."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself."""
+        if self.temperature < LOWEST_TEMPERATURE:
+            yield f"temperature must be at least {LOWEST_TEMPERATURE}, the engine's lowest, got {self.temperature}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +159,7 @@ class PPOConfig:
     kl_coef: NonNegative = 0.01
     """0 keeps no reference at all."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL to the reference (Schulman's k1, k2 and k3)."""
+    """Estimator of the KL to the reference (Schulman's k1, k2 and k3); in the loss k2 or k3."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL is charged: each token's reward, or a term of the loss."""
     kl_target: PositiveFloat | None = None
@@ -160,11 +167,13 @@ class PPOConfig:
     kl_horizon: Positive = 10_000
     """Samples over which the adaptive coefficient moves."""
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """The policy's objective: a ratio per token, one per response, or a bounded weight on the log-prob."""
+    """The policy's objective: a ratio per token, one per response, or a bounded weight on the log-prob. Clips do not
+    follow from it: set ``gspo``'s."""
     clip_low: PositiveFloat = 0.2
-    """How far the ratio may go below 1; 1 sets no bound. GSPO's ratios are far closer to 1: its paper uses 3e-4."""
+    """How far the ratio may go below 1; 1 sets no bound. GSPO's ratios are far closer to 1, so that the default bounds
+    next to nothing there: its paper uses 3e-4."""
     clip_high: PositiveFloat = 0.2
-    """How far the ratio may go above 1; GSPO's paper uses 4e-4."""
+    """How far the ratio may go above 1; GSPO's paper uses 4e-4 (see ``clip_low``)."""
     dual_clip: PositiveFloat | None = None
     """Bound c > 1 on the loss of tokens with a negative advantage; unset: none."""
     value_clip: PositiveFloat = 0.2
@@ -188,7 +197,7 @@ class PPOConfig:
     epochs: Positive = 1
     """Passes over a rollout."""
     critic_warmup_steps: Count = 0
-    """First steps in which only the critic learns."""
+    """First steps in which only the critic learns; fewer than ``steps``."""
 
     @property
     def has_critic(self) -> bool:
@@ -212,15 +221,39 @@ class PPOConfig:
             yield f"dual_clip must be above 1, got {self.dual_clip}"
         if self.clip_low > 1:
             yield f"clip_low must be at most 1, got {self.clip_low}"
-        if self.kl_in == "loss" and self.kl_target is not None:
-            yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+        yield from self._kl_problems()
         yield from self._advantage_problems()
         yield from self._loss_problems()
         yield from self._correction_problems()
 
+    def _kl_problems(self) -> Iterator[str]:
+        if self.kl_coef == 0:
+            yield from (
+                f"{name} has no effect with kl_coef=0, which keeps no reference: remove it"
+                for name in self._changed("kl_kind", "kl_in", "kl_target", "kl_horizon")
+            )
+            return
+        if self.kl_target is None:
+            yield from (
+                f"{name} has no effect without kl_target: set that or remove this"
+                for name in self._changed("kl_horizon")
+            )
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            yield (
+                "kl_kind must be 'k2' or 'k3' with kl_in='loss': the gradient of k1 does not depend on the "
+                "reference; got 'k1'"
+            )
+        if self.kl_in == "loss" and self.kl_target is not None:
+            yield "kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+
     def _advantage_problems(self) -> Iterator[str]:
         if self.lam_alpha is not None and self.critic_lam is None:
             yield "lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
+        if self.lam_alpha is not None and self.critic_lam is not None:
+            yield from (
+                f"{name} has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it"
+                for name in self._changed("lam")
+            )
         if not self.has_critic:
             yield from (
                 f"{name} speaks of a critic, which advantage={self.advantage!r} has not: remove it"
@@ -424,8 +457,6 @@ class SyncConfig:
 
     __pydantic_config__ = FORBID_UNKNOWN
 
-    max_staleness: Count = 0
-    """How many versions the weights that sampled may lag behind the trainer's; more stops the run."""
     probe_tolerance: PositiveFloat | None = None
     """In a push, trainer and engine score the same fixed tokens; a larger mean log-prob difference (nats) fails. Unset:
     1e-3 with ``model.dtype="float32"``, 0.05 with ``"bfloat16"``, 0.45 where policy or engine computes in FP8."""
@@ -501,10 +532,15 @@ class EvaluationConfig:
     samples: Positive = 1
     """Responses to each; accuracy and score are means over all of them (avg@n)."""
     temperature: NonNegative = 0.0
-    """0: greedy."""
+    """0: greedy; else at least 0.01."""
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself."""
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            yield (
+                f"temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, the engine's lowest, got "
+                f"{self.temperature}"
+            )
         if self.samples > 1 and self.temperature == 0:
             yield f"samples must be 1 with temperature=0, whose answers are all alike, got {self.samples}"
 
@@ -641,6 +677,11 @@ class RunConfig:
             )
         if not self.ppo.has_critic and self.critic is not None:
             yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
+        if self.ppo.critic_warmup_steps >= self.steps:
+            yield (
+                f"ppo.critic_warmup_steps: must be below steps={self.steps}, for the policy to learn at all, got "
+                f"{self.ppo.critic_warmup_steps}"
+            )
         if samples < 2 and self.ppo.compares_samples:
             yield (
                 f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
@@ -719,6 +760,7 @@ class RunConfig:
             gpu: that trains and rolls out; None: not known.
         """
         yield from (f"data: {problem}" for problem in self.data.problems())
+        yield from (f"rollout: {problem}" for problem in self.rollout.problems())
         yield from (f"ppo: {problem}" for problem in self.ppo.problems())
         yield from (f"sync: {problem}" for problem in self.sync.problems())
         yield from (f"evaluation: {problem}" for problem in self.evaluation.problems())

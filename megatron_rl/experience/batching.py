@@ -8,35 +8,32 @@ import torch
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch, TokenRows
 from megatron_rl.config.schema import PPOConfig
-from megatron_rl.dataflow import Finish, Sample, ScoredRollout
+from megatron_rl.dataflow import Sample, ScoredRollout
 from megatron_rl.interfaces import LossMean
 from megatron_rl.maths.means import TokenMean
 
 
 class StaleRollout(RuntimeError):
-    """Samples were drawn by older weights than the setting allows."""
+    """Samples were not drawn by the trainer's weights."""
 
 
-def collate(
-    scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int, max_staleness: int = 0
-) -> RolloutBatch:
+def collate(scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int) -> RolloutBatch:
     """Lay scored samples out as rows, right-padded to the longest.
 
     Args:
-        scored: at least one rollout; all of one policy version.
+        scored: at least one rollout.
         eos_id: put this token at the end of every response that has none (appended where the row has room up to the
             longest row, else in place of its last token), as the seed recipe does; None leaves responses as they are.
         version: of the trainer's weights.
-        max_staleness: how many versions the samples may lag behind.
 
     Raises:
-        StaleRollout: the samples are older than that, or of mixed versions.
+        StaleRollout: samples are of another version.
     """
     versions = sorted({item.rollout.policy_version for item in scored})
-    if len(versions) != 1 or not version - max_staleness <= versions[0] <= version:
+    if versions != [version]:
         raise StaleRollout(
-            f"samples must be drawn by weights of version {version} (sync.max_staleness={max_staleness}), the engine "
-            f"used version {', '.join(map(str, versions))}: the weight push did not reach it"
+            f"samples must be drawn by weights of version {version}, the engine used version "
+            f"{', '.join(map(str, versions))}: the weight push did not reach it"
         )
     rows = [
         (group, item.rollout.prompt.token_ids, sample, score)
@@ -63,10 +60,9 @@ def collate(
         response_mask=response_mask,
         rollout_logprobs=rollout_logprobs,
         sampled_mask=sampled_mask,
-        truncated=torch.tensor([sample.finish is Finish.LENGTH for _, _, sample, _ in rows]),
         scores=torch.tensor([score.value for *_, score in rows], dtype=torch.float32),
         group=torch.tensor([group for group, *_ in rows]),
-        policy_version=versions[0],
+        policy_version=version,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.batches import ExperienceBatch, RolloutBatch
-from megatron_rl.config.schema import PPOConfig
+from megatron_rl.config.schema import PPOConfig, RunConfig
 from megatron_rl.interfaces import AdvantageEstimator, PolicyModel, ReferenceModel, ValueModel
 from megatron_rl.maths.advantages import token_rewards
 from megatron_rl.maths.diagnostics import critic_calibration, explained_variance, logprob_gap
@@ -35,9 +35,6 @@ def build_experience(
     penalty = None if ref is None or ppo.kl_in == "loss" else kl_estimate(old, ref, ppo.kl_kind)
     rewards = token_rewards(batch.scores, mask, penalty, kl_control.coef)
     advantages, returns = advantage(rewards, values, mask, batch.group)
-    if ref is not None:
-        kl_per_response = ((old - ref) * mask).sum(1).mean()
-        kl_control.update(float(kl_per_response), batch.rows)
     return ExperienceBatch(
         rollouts=batch,
         old_logprobs=old,
@@ -49,15 +46,24 @@ def build_experience(
     )
 
 
-def experience_metrics(experience: ExperienceBatch, kl_control: KlControl) -> dict[str, float]:
-    """What the models say of the rollout before any update on it; KL in nats per token and per response."""
+def adapt_kl(kl_control: KlControl, experience: ExperienceBatch) -> None:
+    """Move the coefficient by the KL of this rollout (:meth:`KlControl.update`), for the next one."""
+    rollouts, ref = experience.rollouts, experience.ref_logprobs
+    if ref is not None:
+        per_response = ((experience.old_logprobs - ref) * rollouts.response_mask).sum(1)
+        kl_control.update(float(per_response.mean()), rollouts.rows)
+
+
+def experience_metrics(experience: ExperienceBatch, kl_control: KlControl, config: RunConfig) -> dict[str, float]:
+    """What the models say of the rollout before any update on it; KL in nats per token and per response. To be called
+    before :func:`adapt_kl`: the coefficient is the one that the experience was made with. The gap between trainer and
+    engine is left out where they take log-probs at different temperatures, which are apart for that alone.
+    """
     batch, mask = experience.rollouts, experience.rollouts.response_mask
-    gap = logprob_gap(experience.old_logprobs, batch.rollout_logprobs, batch.sampled_mask)
-    metrics = {
-        "engine_gap_mean": gap.mean_abs,
-        "engine_gap_max": gap.max_abs,
-        "engine_gap_k3": gap.k3,
-    }
+    metrics: dict[str, float] = {}
+    if config.trainer_temperature == config.rollout.temperature:
+        gap = logprob_gap(experience.old_logprobs, batch.rollout_logprobs, batch.sampled_mask)
+        metrics |= {"engine_gap_mean": gap.mean_abs, "engine_gap_max": gap.max_abs, "engine_gap_k3": gap.k3}
     if experience.values is not None and experience.returns is not None:
         metrics["value_mean"] = float(masked_mean(experience.values, mask))
         metrics["return_mean"] = float(masked_mean(experience.returns, mask))

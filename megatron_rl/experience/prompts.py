@@ -37,14 +37,14 @@ class PromptSet:
         return summed.hexdigest()
 
 
-def read_rows(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines of nothing but space are skipped.
+def read_rows(file: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The objects of a JSON-lines file by the number of their line, from 1; lines of nothing but space are skipped.
 
     Raises:
         ValueError: a line is not UTF-8 or not JSON, lacks one of ``keys`` or has null there, or there is none; names
             the file and the line.
     """
-    rows = []
+    rows = {}
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # text may hold other line separators
         if not line.strip():
             continue
@@ -57,22 +57,22 @@ def read_rows(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
         missing = [key for key in keys if not isinstance(row, dict) or row.get(key) is None]
         if missing:
             raise ValueError(f"{file}:{number}: needs the keys {list(keys)}, lacks {missing}")
-        rows.append(row)
+        rows[number] = row
     if not rows:
         raise ValueError(f"{file}: needs at least one line with the keys {list(keys)}, has none")
     return rows
 
 
-def read_texts(file: Path, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """What ``rows`` of ``file`` have under ``key``.
+def read_texts(file: Path, rows: Mapping[int, Mapping[str, Any]], key: str) -> list[str]:
+    """What ``rows`` of ``file``, as :func:`read_rows` gives them, have under ``key``.
 
     Raises:
-        ValueError: one is not text, as where a chat's messages are given in place of a question.
+        ValueError: one is not text, as where a chat's messages are given in place of a question; names its line.
     """
-    for row in rows:
+    for number, row in rows.items():
         if not isinstance(row[key], str):
-            raise ValueError(f"{file}: every {key} must be text, got {str(row[key])[:200]}")
-    return [row[key] for row in rows]
+            raise ValueError(f"{file}:{number}: every {key} must be text, got {str(row[key])[:200]}")
+    return [row[key] for row in rows.values()]
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
@@ -95,7 +95,7 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
         ValueError: a line is not a question with an answer, an id occurs twice, or no prompt fits.
     """
     rows = read_rows(file, ("question", "answer"))
-    ids = [str(index if row.get("id") is None else row["id"]) for index, row in enumerate(rows)]
+    ids = [str(index if row.get("id") is None else row["id"]) for index, row in enumerate(rows.values())]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise ValueError(
             f"{file}: every id must be unlike the others, since samples are seeded by it; got {repeated[0]!r} "
@@ -111,7 +111,7 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
             source=file.stem,
             text=text,
         )
-        for index, (row, text, encoding) in enumerate(zip(rows, texts, encoded, strict=True))
+        for index, (row, text, encoding) in enumerate(zip(rows.values(), texts, encoded, strict=True))
         if 0 < len(encoding.ids) <= config.max_prompt_tokens
     )
     if not fitting:

@@ -49,7 +49,7 @@ def load_pairs(file: Path, tokenizer: Tokenizer, eos_id: int, max_tokens: int) -
     """Tokenise the rows of ``file``, with ``eos_id`` behind each response.
 
     Raises:
-        ValueError: a row lacks a key, or is longer than ``max_tokens``.
+        ValueError: a row lacks a key, has no prompt, or is longer than ``max_tokens``; names its line.
     """
     rows = read_rows(file, ("prompt", "response"))
     prompts, responses = (
@@ -57,11 +57,16 @@ def load_pairs(file: Path, tokenizer: Tokenizer, eos_id: int, max_tokens: int) -
         for key in ("prompt", "response")
     )
     pairs = [(prompt, [*response, eos_id]) for prompt, response in zip(prompts, responses, strict=True)]
-    longest = max(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
-    if sum(map(len, pairs[longest])) > max_tokens or not all(prompt for prompt, _ in pairs):
+    if empty := [number for number, (prompt, _) in zip(rows, pairs, strict=True) if not prompt]:
         raise ValueError(
-            f"{file}: every row needs a prompt and at most {max_tokens} tokens (the model's positions); the longest, "
-            f"row {longest + 1}, has {sum(map(len, pairs[longest]))}"
+            f"{file}:{empty[0]}: every prompt needs at least one token, got {rows[empty[0]]['prompt']!r} "
+            f"({len(empty)} such rows): give it a prompt or remove the row"
+        )
+    lengths = {number: len(prompt) + len(response) for number, (prompt, response) in zip(rows, pairs, strict=True)}
+    if too_long := [number for number, length in lengths.items() if length > max_tokens]:
+        raise ValueError(
+            f"{file}:{too_long[0]}: prompt, response and end-of-sequence token must fit the model's {max_tokens} "
+            f"positions, got {lengths[too_long[0]]} tokens ({len(too_long)} such rows): shorten or remove them"
         )
     return SupervisedRows(pairs)
 

@@ -58,7 +58,6 @@ def minibatch() -> Minibatch[ExperienceBatch]:
         **vars(rows),
         rollout_logprobs=number(),
         sampled_mask=rows.response_mask,
-        truncated=torch.zeros(rows.rows, dtype=torch.bool),
         scores=torch.zeros(rows.rows),
         group=torch.zeros(rows.rows, dtype=torch.int64),
         policy_version=0,

@@ -50,7 +50,6 @@ def rollouts() -> RolloutBatch:
         **vars(rows),
         rollout_logprobs=torch.zeros(rows.tokens.shape),
         sampled_mask=rows.response_mask,
-        truncated=torch.zeros(rows.rows, dtype=torch.bool),
         scores=torch.randint(-4, 5, (rows.rows,), generator=generator) / 4,
         group=torch.arange(rows.rows) // 4,
         policy_version=0,

@@ -43,7 +43,7 @@ def test_a_run_is_submitted_to_two_nodes(train_command: Callable[..., list[str]]
         stack.enter_context(node(environment, "ray_worker.sh", "--head", f"127.0.0.1:{port}", "--cpus", "1"))
         # each node has room for two of the five processes alone
         settings = ["steps=1", "policy.layout.tensor=1", "critic.layout.pipeline=1", "cluster.cpus_per_worker=0.5"]
-        settings += ["reward.pools=2"]
+        settings += ["ppo.critic_warmup_steps=0", "reward.pools=2"]
         done = subprocess.run(
             [
                 str(LAUNCH / "submit.sh"),

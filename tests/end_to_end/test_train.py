@@ -153,7 +153,8 @@ def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
     placed = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
     environment = {name: value for name, value in os.environ.items() if name not in placed} | {"HOME": str(home)}
     command = train_command(
-        "steps=1", "policy.layout.tensor=1", "critic.layout.pipeline=1", "data.max_prompt_tokens=22"
+        *("steps=1", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1"),
+        "data.max_prompt_tokens=22",
     )
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
@@ -168,7 +169,7 @@ def test_an_exception_in_a_rank_ends_the_run_with_its_cause(train_command: Comma
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     done = subprocess.run(
-        train_command("steps=1", f"model.path={broken}"), capture_output=True, text=True, timeout=120, check=False
+        train_command(f"model.path={broken}"), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
     told = done.stderr
@@ -191,7 +192,7 @@ def test_bad_settings_are_told_before_anything_starts(
     train_command: Command, tmp_path: Path, setting: str, says: str
 ) -> None:
     started = time.monotonic()
-    done = subprocess.run(train_command("steps=1", setting), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(train_command(setting), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr

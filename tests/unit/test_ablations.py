@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_only_the_first_push_arrives(tmp_path: Path) -> None:
     for version in range(3):
         first_only.push(version)
     assert sync.versions == [0]
+
+
+def test_samples_of_weights_that_were_never_pushed_are_learnt_from_where_that_is_not_checked(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path))
+    train(ablations.ABLATIONS[ablations.UNCHECKED].change(run))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    gaps = [record["experience/engine_gap_mean"] for record in records if "rollout/score" in record]
+    assert len(gaps) == 6
+    assert gaps[0] < 1e-6
+    assert gaps[-1] > 0.1
+    assert run.weights.versions == [0]

@@ -311,10 +311,12 @@ def test_a_wrong_type_says_what_was_found(folder):
 
 def test_numbers_out_of_range_are_refused(folder):
     assert problems("steps=0") == ["steps: Input should be greater than 0, got 0"]
-    assert problems("ppo.dual_clip=0.5") == ["ppo: dual_clip must be above 1, got 0.5"]
-    assert problems("ppo.kl_in=loss", "ppo.kl_target=6.0") == [
-        "ppo: kl_target adapts the KL in the reward; with kl_in='loss' leave it unset"
+    assert problems("rollout.temperature=0.005", "evaluation.temperature=0.009") == [
+        "rollout: temperature must be at least 0.01, the engine's lowest, got 0.005",
+        "evaluation: temperature must be 0 (greedy) or at least 0.01, the engine's lowest, got 0.009",
     ]
+    load(RunConfig, [Path("ppo.toml")], ["rollout.temperature=0.01", "evaluation.temperature=0.01"])
+    assert problems("ppo.dual_clip=0.5") == ["ppo: dual_clip must be above 1, got 0.5"]
 
 
 GRPO = PPO[: PPO.index("[critic]")].replace("[ppo]", '[ppo]\nadvantage = "grpo"')
@@ -374,6 +376,26 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             ("ppo.loss=gspo",),
             "ppo: loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, got 'token'",
         ),
+        *(
+            (
+                ("ppo.kl_coef=0.0", f"ppo.{name}={value}"),
+                f"ppo: {name} has no effect with kl_coef=0, which keeps no reference: remove it",
+            )
+            for name, value in (("kl_in", "loss"), ("kl_kind", "k3"), ("kl_target", 6.0), ("kl_horizon", 100))
+        ),
+        (
+            ("ppo.kl_horizon=100",),
+            "ppo: kl_horizon has no effect without kl_target: set that or remove this",
+        ),
+        (
+            ("ppo.kl_in=loss",),
+            "ppo: kl_kind must be 'k2' or 'k3' with kl_in='loss': the gradient of k1 does not depend on the "
+            "reference; got 'k1'",
+        ),
+        (
+            ("ppo.kl_in=loss", "ppo.kl_kind=k2", "ppo.kl_target=6.0"),
+            "ppo: kl_target adapts the KL in the reward; with kl_in='loss' leave it unset",
+        ),
         (
             ("ppo.loss=cispo", "ppo.dual_clip=3.0"),
             "ppo: dual_clip bounds loss='ppo' alone: remove it with loss='cispo'",
@@ -416,6 +438,16 @@ def test_settings_that_need_a_critic_or_several_samples_are_checked_with_one_too
     assert problems("ppo.lam_alpha=0.05") == [
         "ppo: lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
     ]
+    assert problems("ppo.lam_alpha=0.05", "ppo.critic_lam=1.0", "ppo.lam=0.9") == [
+        "ppo: lam has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it"
+    ]
+    assert problems("ppo.critic_warmup_steps=4") == [
+        "ppo.critic_warmup_steps: must be below steps=4, for the policy to learn at all, got 4"
+    ]
+    load(RunConfig, [Path("ppo.toml")], ["ppo.critic_warmup_steps=3", "ppo.lam_alpha=0.05", "ppo.critic_lam=1.0"])
+    load(
+        RunConfig, [Path("ppo.toml")], ["ppo.kl_target=6.0", "ppo.kl_horizon=100", "ppo.lam=0.9", "ppo.critic_lam=1.0"]
+    )
     assert problems("rollout.sampling_rounds=3", "rollout.samples_per_prompt=1", "ppo.minibatch_samples=8") == [
         "rollout.sampling_rounds: dynamic sampling keeps prompts whose samples differ in score and needs "
         "rollout.samples_per_prompt of at least 2, got 1"

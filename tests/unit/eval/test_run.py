@@ -582,6 +582,9 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
     other.write_text("temperature = 0.6\n")
     with pytest.raises(BadInput, match="give none for --tasks, --template"):
         parse(["--model", "m", "--protocol", str(other)])
+    with pytest.raises(BadInput, match=r"--temperature must be 0 \(greedy\) or at least 0.01, .* got 0.005"):
+        parse(["--model", "m", "--temperature", "0.005"])
+    assert parse(["--model", "m", "--temperature", "0.01"]).temperature == 0.01
     with pytest.raises(BadInput, match="exactly one of"):
         parse([])
     with pytest.raises(BadInput, match="exactly one of"):

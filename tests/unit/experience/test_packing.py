@@ -94,7 +94,6 @@ def _experience(with_reference: bool) -> ExperienceBatch:
         **vars(rows),
         rollout_logprobs=number + 100,
         sampled_mask=rows.response_mask,
-        truncated=torch.zeros(3).bool(),
         scores=torch.zeros(3),
         group=torch.zeros(3, dtype=torch.int64),
         policy_version=0,

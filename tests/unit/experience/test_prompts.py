@@ -45,7 +45,7 @@ def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Pat
         ("{broken", r"q.jsonl:1: .*JSON"),
         ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]"),
         ({"question": "one", "answer": None}, r"q.jsonl:1: .*lacks \['answer'\]"),
-        ({"question": [{"role": "user"}], "answer": "1"}, r"q.jsonl: every question must be text, got \[\{'role'"),
+        ({"question": [{"role": "user"}], "answer": "1"}, r"q.jsonl:1: every question must be text, got \[\{'role'"),
         ("", r"q.jsonl: needs at least one line with the keys \['question', 'answer'\], has none"),
     ],
 )

@@ -39,11 +39,35 @@ def test_the_digest_is_that_of_the_tokens_in_their_order() -> None:
         assert SupervisedRows(other).digest() != digest
 
 
-def test_a_file_is_read_with_the_end_of_sequence_behind_each_response(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(WordLevel({"a": 1, "b": 2, "?": 0}, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    words = Tokenizer(WordLevel({"a": 1, "b": 2, "?": 0}, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return words
+
+
+def test_a_file_is_read_with_the_end_of_sequence_behind_each_response(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "a a", "response": "b"}\n{"prompt": "b", "response": "a"}\n')
     assert load_pairs(file, tokenizer, EOS, 4).take(2).tokens.tolist() == [[1, 1, 2, EOS], [2, 1, EOS, 0]]
-    with pytest.raises(ValueError, match=r"at most 3 tokens .* the longest, row 1, has 4"):
-        load_pairs(file, tokenizer, EOS, 3)
+
+
+@pytest.mark.parametrize(
+    ("third", "says"),
+    [
+        ({"prompt": "", "response": "a b b"}, r"pairs.jsonl:3: every prompt needs at least one token, got '' \(1 such"),
+        (
+            {"prompt": "a a", "response": "b a"},
+            r"pairs.jsonl:3: prompt, response and .* must fit the model's 4 positions, got 5 tokens \(2 such rows\)",
+        ),
+        ({"prompt": "a", "response": ["b"]}, r"pairs.jsonl:3: every response must be text, got \['b'\]"),
+    ],
+)
+def test_a_row_that_cannot_be_learnt_is_named_by_its_line(
+    tmp_path: Path, tokenizer: Tokenizer, third: dict[str, object], says: str
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "a", "response": "b"}, third, {"prompt": "a a a a", "response": "b"}]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=says):
+        load_pairs(file, tokenizer, EOS, 4)
