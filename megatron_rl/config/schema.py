@@ -197,7 +197,7 @@ class PPOConfig:
     epochs: Positive = 1
     """Passes over a rollout."""
     critic_warmup_steps: Count = 0
-    """First steps in which only the critic learns; fewer than ``steps``."""
+    """First steps in which only the critic learns."""
 
     @property
     def has_critic(self) -> bool:
@@ -677,11 +677,6 @@ class RunConfig:
             )
         if not self.ppo.has_critic and self.critic is not None:
             yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
-        if self.ppo.critic_warmup_steps >= self.steps:
-            yield (
-                f"ppo.critic_warmup_steps: must be below steps={self.steps}, for the policy to learn at all, got "
-                f"{self.ppo.critic_warmup_steps}"
-            )
         if samples < 2 and self.ppo.compares_samples:
             yield (
                 f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
