@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
-from megatron_rl.mcore.sharded_names import ShardedName, kept_name, sharded_name, stacks_layers
+from megatron_rl.mcore.sharded_names import ShardedName, kept_key, sharded_name, stacks_layers
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
 from megatron_rl.weights.coverage import check_coverage, head_of
 from megatron_rl.weights.families import HEADS
@@ -293,7 +294,8 @@ class MegatronSource:
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
-        return kept_name(sharded_name(entry, self.dims, stacked=self._stacked), self._keys)
+        name = sharded_name(entry, self.dims, stacked=self._stacked)
+        return replace(name, key=kept_key(name.key, self._keys))
 
     def info(self, entry: WeightEntry) -> TensorInfo:
         """Type and shape of a tensor; without the rows that pad the vocabulary."""

@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.convert.verify import check_folder
 from megatron_rl.durable import FileRecord
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
-from megatron_rl.model_dims import ModelDims, read_model_dims
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.parity import ParityFailed
 from megatron_rl.weights.manifest import check_file
-from megatron_rl.weights.weight_map import WeightEntry
-from tests.unit.convert.folders import folder_sums, write_model
+from tests.unit.convert.folders import engine_name, folder_sums, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
 Run = Callable[..., tuple[int, str, str]]
@@ -166,15 +163,8 @@ def test_a_checkpoint_of_transformer_engines_layers_is_exported(
 ) -> None:
     """With the names that megatron-core's stock specification of them gives to norms."""
     source = write_model(tmp_path / "hf", family)
-
-    def name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
-        found = sharded_name(entry, dims)
-        layer = f"decoder.layers.{entry.layer}."
-        tail = found.key.removeprefix(layer)
-        return replace(found, key=layer + norms[entry.layer].get(tail, tail)) if entry.layer is not None else found
-
     with monkeypatch.context() as patch:
-        patch.setattr(to_megatron, "sharded_name", name)
+        patch.setattr(to_megatron, "sharded_name", engine_name)
         assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
     keys = TorchDistFolder(tmp_path / "megatron").keys
     for layer, renamed in norms.items():
