@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from megatron_rl.convert.summary import Summary
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _LINE_EVERY_S = 5.0
@@ -101,15 +103,16 @@ class _Lines:
         sys.stderr.write(f"{self._what}: {done:.0%}, {rate / 1e9:.2f} GB/s, {left:.0f} s left\n")
 
 
-def print_written(target: Path, size_bytes: int, began_s: float, *, written: bool) -> None:
-    """A conversion's last line: what it wrote, in what time since ``began_s`` of the monotonic clock, at what rate; or
-    that nothing was left to do.
+def print_written(target: Path, summary: Summary, began_s: float, *, written: bool) -> None:
+    """A conversion's last line: what it wrote, in what time since ``began_s`` of the monotonic clock, at what rate, and
+    what it left out; or that nothing was left to do.
     """
     if not written:
         print(f"{target} is complete already")  # noqa: T201
         return
     took = time.monotonic() - began_s
-    print(f"wrote {target} in {took:.2f} s, {size_bytes / took / 1e9:.2f} GB/s")  # noqa: T201
+    left = f"; left out: {summary.left_out}" if summary.left_out else ""
+    print(f"wrote {target} in {took:.2f} s, {summary.written_bytes / took / 1e9:.2f} GB/s{left}")  # noqa: T201
 
 
 def run(command: Callable[[], None]) -> int:
@@ -126,7 +129,8 @@ def run(command: Callable[[], None]) -> int:
 
 
 def _told(error: Exception) -> str:
-    """Without the number of an error of the system."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    """Without the number of an error of the system; its notes say where it was raised."""
+    told = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join((told, *(f"({note})" for note in getattr(error, "__notes__", ()))))

@@ -6,26 +6,53 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_rl.lifetime import die_with_parent
+from megatron_rl.lifetime import die_with_parent, ended
 
 _POLL_S = 0.2
+_END_S = 10.0
+"""What a process may take to end once it is killed or done; one that the system holds longer is left to it."""
 _Result = TypeVar("_Result")
 
 
 class ProcessDied(RuntimeError):
-    """A process was killed; the system's memory may have run out."""
+    """A process ended in the midst of its work; the system's memory may have run out."""
+
+
+@dataclass
+class Report:
+    """What a process tells of its work.
+
+    Attributes:
+        what: it is at.
+    """
+
+    _pipe: Connection
+    _done: Any
+    what: str = "its start"
+
+    def at(self, what: str) -> None:
+        """A tensor or a file is begun; it is named if the process fails, or dies, before the next one."""
+        self.what = what
+        self._pipe.send(_At(what))
+
+    def moved(self, size_bytes: int) -> None:
+        """So many more bytes are done."""
+        with self._done.get_lock():
+            self._done.value += size_bytes
 
 
 def for_each_file(
     count: int,
-    job: Callable[[int, Callable[[int], None]], _Result],
+    job: Callable[[int, Report], _Result],
     *,
     processes: int,
     progress: Callable[[int], None],
@@ -34,7 +61,8 @@ def for_each_file(
     """Do ``job`` for file 0 to ``count - 1``.
 
     The processes are forked, so that they start at once and share what is planned. They share nothing else: no
-    collectives, so nobody can wait for one that died. They die with this process.
+    collectives, so nobody can wait for one that died. They die with this process. When one fails or dies the others are
+    killed, whatever they are at: an interruption as any other.
 
     Args:
         count: files.
@@ -47,56 +75,117 @@ def for_each_file(
         the results, in the order of the files.
 
     Raises:
-        Exception: of the first file that failed; files that were not begun are left.
-        ProcessDied: a process was killed.
-        KeyboardInterrupt: Ctrl-C; the processes are killed at once.
+        Exception: of the first process that failed; a note says which it is, and at which tensor it was.
+        ProcessDied: a process was killed; the message says the same.
+        KeyboardInterrupt: Ctrl-C.
     """
     context = multiprocessing.get_context("fork")
-    done = context.Value(ctypes.c_int64)
-    workers = min(processes, max(count, 1))
-    before = set(multiprocessing.active_children())
+    done, taken = context.Value(ctypes.c_int64), context.Value(ctypes.c_int64)
+    of = min(processes, max(count, 1))
+    workers: dict[Connection, _Worker] = {}
+    results: dict[int, _Result] = {}
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, done, os.getpid())) as pool:
-            try:
-                futures = [pool.submit(_run, number) for number in range(count)]
-                meanwhile()
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                    progress(done.value)
-                    if any(future.exception() for future in finished):
-                        pool.shutdown(cancel_futures=True)
-                        break
-            except BaseException:
-                # leaving the pool waits for what it has begun, and what it has begun ignores Ctrl-C
-                for process in set(multiprocessing.active_children()) - before:
-                    process.kill()
-                pool.shutdown(cancel_futures=True)
-                raise
-            # those that were cancelled come after the one that failed
-            return [future.result() for future in futures if not future.cancelled()]
-    except BrokenProcessPool as error:
+        for rank in range(of):
+            pipe, end = context.Pipe(duplex=False)
+            name = f"process {rank} of {of}"
+            process = context.Process(target=_work, args=(name, count, job, end, done, taken, os.getpid()), daemon=True)
+            process.start()
+            end.close()  # before the next fork: a process alone holds its end, which closes with it
+            workers[pipe] = _Worker(name, process)
+        meanwhile()
+        while workers:
+            ready = wait([*workers], timeout=_POLL_S)
+            for pipe in [pipe for pipe in workers if pipe in ready]:
+                _hear(pipe, workers, results)
+            progress(done.value)
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+        for worker in workers.values():
+            worker.process.join(_END_S)
+    return [results[number] for number in range(count)]
+
+
+@dataclass
+class _Worker:
+    name: str
+    process: BaseProcess
+    what: str = "its start"
+
+
+@dataclass(frozen=True)
+class _At:
+    what: str
+
+
+@dataclass(frozen=True)
+class _Did:
+    number: int
+    result: Any
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
+    trace: str
+
+
+class _Ended:
+    """A process has nothing left to do."""
+
+
+class _There(Exception):
+    """The traceback of another process."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[int, Any]) -> None:
+    worker = workers[pipe]
+    try:
+        message = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join(_END_S)
+        hint = ""
+        if worker.process.exitcode == -signal.SIGKILL:
+            hint = (
+                "; look for the kernel's out-of-memory killer (dmesg), and use fewer processes (--processes) if it was "
+                "that"
+            )
         raise ProcessDied(
-            "a process of the conversion was killed; look for the kernel's out-of-memory killer (dmesg), and use fewer "
-            "processes if it was that"
-        ) from error
+            f"{worker.name} (pid {worker.process.pid}) {ended(worker.process.exitcode)}, at {worker.what}{hint}"
+        ) from None
+    match message:
+        case _At(what):
+            worker.what = what
+        case _Did(number, result):
+            results[number] = result
+        case _Failed(error, trace):
+            raise error from _There(trace)
+        case _Ended():
+            workers.pop(pipe).process.join(_END_S)
 
 
-_job: Callable[[int, Callable[[int], None]], Any]
-_done: Any
-
-
-def _start(job: Callable[[int, Callable[[int], None]], Any], done: Any, parent: int) -> None:
-    global _job, _done
+def _work(
+    name: str, count: int, job: Callable[[int, Report], Any], pipe: Connection, done: Any, taken: Any, parent: int
+) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
-    _job, _done = job, done
+    report = Report(pipe, done)
+    try:
+        while (number := _next(taken)) < count:
+            pipe.send(_Did(number, job(number, report)))
+    except Exception as error:
+        error.add_note(f"{name}, at {report.what}")
+        pipe.send(_Failed(error, traceback.format_exc()))
+    else:
+        pipe.send(_Ended())
 
 
-def _run(number: int) -> Any:
-    def moved(size_bytes: int) -> None:
-        with _done.get_lock():
-            _done.value += size_bytes
-
-    return _job(number, moved)
+def _next(taken: Any) -> int:
+    with taken.get_lock():
+        number: int = taken.value
+        taken.value += 1
+    return number

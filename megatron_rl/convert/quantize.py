@@ -7,16 +7,19 @@ training with the rounding. modelopt needs an environment of its own: ``make env
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.convert.sources import read_config
+import torch
+
+from megatron_rl.convert.sources import HfSource, read_config
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import flush, read_record
+from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Manifest, read_back
-from megatron_rl.weights.safetensors_io import copy_companions
+from megatron_rl.weights.safetensors_io import HfFolder, copy_companions
 
 RELEASE = "0.32"
 """Of vLLM, that :data:`FORMATS` speaks of."""
@@ -162,19 +165,26 @@ def _questions(file: Path, lines: Any, count: int) -> Iterator[str]:
             raise ValueError(f"{file}, line {number}: must be JSON with a question, got {line.strip()!r}") from error
 
 
-def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[str]) -> None:
+def quantise_folder(
+    source: Path, target: Target, name: str, prompts: Sequence[str], tell: Callable[[str], None]
+) -> None:
     """Write a quantised copy of a model folder, with its tokenizer and a manifest of checksums.
+
+    transformers leaves tensors that it does not know, and draws those at random that it lacks, so the folder is held
+    against our tables first, and the copy after that.
 
     Args:
         source: a Hugging Face policy.
         target: to write.
         name: of the format.
         prompts: to calibrate with; unused by formats that need none.
+        tell: what is left out, before the work begins.
 
     Raises:
         FileExistsError: the target is there.
-        ValueError: it is no policy, or the format is calibrated and there are no prompts.
-        RuntimeError: modelopt is not installed.
+        FileNotFoundError, ValueError: it is no policy, or as :class:`.HfSource`; or the format is calibrated and there
+            are no prompts.
+        RuntimeError: modelopt is not installed, or it left a tensor out.
     """
     form = FORMATS[name]
     architecture = str(read_config(source).get("architectures", ["none"])[0])
@@ -183,6 +193,10 @@ def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[s
     if form.calibrated and not prompts:
         raise ValueError(f"{name} fixes the scales of inputs by reading prompts: give --prompts FILE.jsonl")
     target.refuse_existing()
+    opened = HfSource(source, torch.bfloat16)
+    opened.check_copy()
+    if opened.left_out:
+        tell(f"left out: {told_left(opened.left_out)}")
     quantize, export, transformers = _modelopt()
     with target.open():
         target.discard_work()
@@ -196,12 +210,22 @@ def quantise_folder(source: Path, target: Target, name: str, prompts: Sequence[s
 
             quantize.quantize(model, getattr(quantize, form.preset), read_prompts if form.calibrated else None)
             export.export_hf_checkpoint(model, export_dir=target.model)
+            _check_written(target, name, opened)
             copy_companions(source, target.model)
             _write_manifest(target.model, name)
         except BaseException:
             target.discard()
             raise
         target.finish()
+
+
+def _check_written(target: Target, name: str, source: HfSource) -> None:
+    wanted = {hf for entry in source.weights.entries for hf in entry.hf}
+    if lost := sorted(wanted - HfFolder(target.model).names):
+        raise RuntimeError(
+            f"{target.path}: {name} must have every tensor of {source.dims.architecture}, modelopt wrote no {lost[0]} "
+            f"({len(lost)} are missing); this release of it does not export this architecture so that engines load it"
+        )
 
 
 def _write_manifest(folder: Path, name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
-from megatron_rl.mcore.sharded_names import ShardedName, kept_name, sharded_name, stacks_layers
+from megatron_rl.mcore.sharded_names import ShardedName, kept_key, sharded_name, stacks_layers
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
-from megatron_rl.weights.coverage import check_coverage, head_of
+from megatron_rl.weights.coverage import FURTHER, check_copy, check_coverage, head_of
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
 from megatron_rl.weights.reshard import hf_shapes
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from megatron_rl.mcore.torch_dist import TorchDistFolder
 
 _TYPES = (torch.float32, torch.bfloat16)
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""A training checkpoint holds the optimizer's tensors under other names."""
+_OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""Of a training checkpoint: moments and main weights, of one optimizer or several."""
+_FURTHER_KEY = "mtp."
+"""Of megatron-core's layers that predict further tokens."""
 _BRIDGED = (
     "{} is known through megatron-bridge, for files alone; to be built here, for scores or for training, it needs "
     "tables of ours (CONTRIBUTING.md, a model family)"
@@ -131,7 +135,8 @@ class HfSource:
         bridged: the model's family where megatron-bridge alone knows it.
         weights: the tensors of the model.
         quantised: whether the folder's linear layers have 8 bits.
-        left_out: tensors of the folder that the model is not made of, see :func:`.check_coverage`.
+        left_out: tensors of the folder that the model is not made of, and what sort they are, see
+            :func:`.check_coverage`.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -217,8 +222,18 @@ class HfSource:
         return self.weights.to_megatron(entry, self.hf_tensors(entry))
 
     def hf_tensors(self, entry: WeightEntry) -> list[Tensor]:
-        """The Hugging Face tensors of ``entry``, dequantised and converted."""
+        """The Hugging Face tensors of ``entry``, dequantised and converted.
+
+        Raises:
+            ValueError: a file is damaged, a tensor has no floating-point type, or as :meth:`check_copy`.
+        """
+        if entry == self.weights.entries[0]:
+            self.check_copy()
         return [self._hf_tensor(entry, name) for name in entry.hf]
+
+    def check_copy(self) -> None:
+        """Refuse a tied model's head that is no copy of its embedding, see :func:`.coverage.check_copy`."""
+        check_copy(self._path, self.left_out, self.weights, self._folder.tensor)
 
     def _hf_tensor(self, entry: WeightEntry, name: str) -> Tensor:
         tensor = self._folder.tensor(name)
@@ -254,6 +269,8 @@ class MegatronSource:
         not_computed: why the model is neither trained nor scored here, one sentence each.
         bridged: its family where megatron-bridge alone knows it.
         weights: the tensors of the model.
+        left_out: tensors of the model's that are not converted, and what sort they are; an optimizer's are not among
+            them.
     """
 
     def __init__(self, folder: Path, like: Path | None = None, *, drop_padding_rows: bool = False) -> None:
@@ -268,7 +285,8 @@ class MegatronSource:
 
         Raises:
             FileNotFoundError: a folder, or a part of it, is not there.
-            ValueError: metadata and configuration contradict each other, or a tensor is missing or has another shape.
+            ValueError: metadata and configuration contradict each other, or a tensor is missing, unknown or of another
+                shape.
         """
         from megatron_rl.mcore.torch_dist import TorchDistFolder  # slow, and an import loads it beside its writing
 
@@ -289,11 +307,12 @@ class MegatronSource:
         self.weights = _weight_map(self.dims, self.head, self.bridged)
         for entry in self.weights.entries:
             self._check(entry)
-        self._check_keys()
+        self.left_out = self._check_keys()
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
-        return kept_name(sharded_name(entry, self.dims, stacked=self._stacked), self._keys)
+        name = sharded_name(entry, self.dims, stacked=self._stacked)
+        return replace(name, key=kept_key(name.key, self._keys))
 
     def info(self, entry: WeightEntry) -> TensorInfo:
         """Type and shape of a tensor; without the rows that pad the vocabulary."""
@@ -353,11 +372,13 @@ class MegatronSource:
     def _belongs(self) -> str:
         return f"{self.like / 'config.json'} (--like names its folder) must belong to the checkpoint"
 
-    def _check_keys(self) -> None:
+    def _check_keys(self) -> dict[str, str]:
         known = {self.name(entry).key for entry in self.weights.entries}
-        unknown = sorted(key for key in self.folder.keys - known if key.startswith(_MODEL_KEYS))
+        beyond = sorted(key for key in self.folder.keys - known if not _OPTIMIZER_KEY.match(key))
+        unknown = [key for key in beyond if not key.startswith(_FURTHER_KEY)]
         if unknown:
             raise ValueError(
                 f"{self.folder.path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are "
                 f"unknown); check that {self.like} describes the same model"
             )
+        return dict.fromkeys(beyond, FURTHER)

@@ -17,7 +17,7 @@ class Summary:
         read_bytes: of tensors.
         written_bytes: of tensors.
         largest_bytes: a process holds of one of Megatron's tensors: as it is read, and as it is written or taken apart.
-        left_out: tensors of the source that are not converted.
+        left_out: which tensors of the source are not converted, for people.
         padding_rows: behind the vocabulary, which are not converted.
     """
 
@@ -26,19 +26,19 @@ class Summary:
     read_bytes: int
     written_bytes: int
     largest_bytes: int
-    left_out: tuple[str, ...] = ()
+    left_out: str = ""
     padding_rows: int = 0
 
     def __str__(self) -> str:
         """For people."""
         lines = [
-            f"{self.tensors} tensors: reads {_size(self.read_bytes)}, writes {_size(self.written_bytes)} into "
+            f"{self.tensors} Megatron tensors: reads {_size(self.read_bytes)}, writes {_size(self.written_bytes)} into "
             f"{self.files} file(s)",
             f"memory of a process: at most {_size(self.largest_bytes + _GIB)} beyond its imports (the largest tensor, "
             f"as it is read and as it is written, {_size(self.largest_bytes)}, and 1 GiB)",
         ]
         if self.left_out:
-            lines.append(f"left out: {len(self.left_out)} tensors that this model does not use: {self.left_out[0]} ...")
+            lines.append(f"left out: {self.left_out}")
         if self.padding_rows:
             lines.append(f"left out: {self.padding_rows} rows behind the vocabulary")
         return "\n".join(lines)

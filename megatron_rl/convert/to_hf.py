@@ -13,13 +13,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
 from megatron_rl.convert.sources import MegatronSource, copy_tokenizer, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
 from megatron_rl.mcore.torch_dist import METADATA
+from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.fp8_blocks import FP8, QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise, scale_shape
 from megatron_rl.weights.manifest import (
     MANIFEST,
@@ -106,6 +107,7 @@ class ExportPlan:
             read_bytes=sum(sizes),
             written_bytes=sum(written),
             largest_bytes=max(self._held_bytes(entry) for file in self.files for entry in file),
+            left_out=told_left(self.source.left_out),
             padding_rows=self.source.padding_rows(),
         )
 
@@ -196,24 +198,23 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     (model / MANIFEST).write_text(manifest.dump())
 
 
-def _write_file(
-    plan: ExportPlan, target: Target, names: list[str], number: int, moved: Callable[[int], None]
-) -> ShardRecord:
+def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int, report: Report) -> ShardRecord:
     name, infos = names[number], plan.infos(number)
+    report.at(name)
 
     def check(shard: ShardRecord) -> None:
         check_shard(target.model, name, shard, lambda _: None)
-        moved(2 * sum(info.size_bytes for info in infos.values()))
+        report.moved(2 * sum(info.size_bytes for info in infos.values()))
 
     def write() -> ShardRecord:
         partial_file = target.model / f".{name}.partial"
         partial_file.unlink(missing_ok=True)
         try:
             given = {}
-            for written in write_tensors(partial_file, infos, _tensors(plan, number)):
+            for written in write_tensors(partial_file, infos, _tensors(plan, number, report)):
                 given[written.name] = written.xxh3
-                moved(written.size_bytes)
-            shard = read_back(partial_file, name, moved)
+                report.moved(written.size_bytes)
+            shard = read_back(partial_file, name, report.moved)
             _check_written(target.path / name, infos, given, shard)
         except BaseException:
             partial_file.unlink(missing_ok=True)
@@ -224,8 +225,9 @@ def _write_file(
     return complete_file(target, name, read=shard_record, check=check, write=write)
 
 
-def _tensors(plan: ExportPlan, number: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors(plan: ExportPlan, number: int, report: Report) -> Iterator[tuple[str, Tensor]]:
     for entry in plan.files[number]:
+        report.at(", ".join(entry.hf))
         with reading(plan.source.folder.path):
             parts = plan.source.hf_tensors(entry)
         while parts:

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
 from megatron_rl.convert.sources import HfSource, copy_tokenizer, reading
 from megatron_rl.convert.summary import Summary
@@ -19,6 +19,7 @@ from megatron_rl.convert.target import Target
 from megatron_rl.durable import read_record
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name
 from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter, WrittenFile, written_file
+from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Manifest
 from megatron_rl.weights.safetensors_io import model_config
 from megatron_rl.weights.weight_map import WeightEntry
@@ -51,7 +52,7 @@ class ImportPlan:
             read_bytes=self.source.read_bytes,
             written_bytes=sum(sizes),
             largest_bytes=2 * max(sizes),  # what is read is mapped; its parts are converted, then put together
-            left_out=tuple(sorted(self.source.left_out)),
+            left_out=told_left(self.source.left_out),
         )
 
 
@@ -102,17 +103,21 @@ def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[
     pieces = [[Piece(sharded_name(entry, dims), source.info(entry)) for entry in file] for file in plan.files]
     writer = TorchDistWriter(model, pieces, list(extra_states(source.weights)))
 
-    def write(number: int, moved: Callable[[int], None]) -> WrittenFile:
+    def write(number: int, report: Report) -> WrittenFile:
         def tensor(place: int) -> Tensor:
+            entry = plan.files[number][place]
+            report.at(entry.megatron)
             with reading(plan.folder):
-                return source.tensor(plan.files[number][place])
+                return source.tensor(entry)
 
+        name = writer.path(number).name
+        report.at(name)
         return complete_file(
             target,
-            writer.path(number).name,
+            name,
             read=written_file,
-            check=lambda written: writer.check_file(number, written, moved),
-            write=lambda: writer.write_file(number, tensor, moved),
+            check=lambda written: writer.check_file(number, written, report.moved),
+            write=lambda: writer.write_file(number, tensor, report.moved),
         )
 
     written = for_each_file(len(plan.files), write, processes=processes, progress=progress, meanwhile=_load_metadata)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.processes import for_each_file
+from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
 from megatron_rl.mcore.torch_dist import METADATA
+from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_file, check_shard, read_manifest
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap
@@ -25,16 +26,16 @@ class Different(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What was compared.
+class Checked:
+    """What level ``files`` found in a folder that is whole.
 
     Attributes:
-        tensors: how many.
-        beside: tensors of each folder that were not, since the model is not made of them.
+        summed: whether it has a manifest.
+        left_out: which of its tensors the model is not made of, for people.
     """
 
-    tensors: int
-    beside: dict[Path, frozenset[str]]
+    summed: bool
+    left_out: str
 
 
 def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_rows: bool = False) -> Source:
@@ -50,28 +51,26 @@ def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_
     return HfSource(folder, dtype)
 
 
-def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> bool:
+def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> Checked:
     """Level ``files``: index, names, shapes and types, and every byte against the manifest, where there is one.
-
-    Returns:
-        whether there is one.
 
     Raises:
         FileNotFoundError, ValueError: the folder is incomplete or contradicts itself.
         Damaged: it is not what the manifest says.
     """
     if not (folder / MANIFEST).is_file():
-        open_source(folder)
-        return False
+        return Checked(summed=False, left_out=told_left(open_source(folder).left_out))
     manifest = read_manifest(folder)
     checks = [
-        *(partial(check_file, folder, name, record) for name, record in manifest.files.items()),
-        *(partial(check_shard, folder, name, record) for name, record in manifest.shards.items()),
+        *((name, partial(check_file, folder, name, record)) for name, record in manifest.files.items()),
+        *((name, partial(check_shard, folder, name, record)) for name, record in manifest.shards.items()),
     ]
 
-    def check(number: int, moved: Callable[[int], None]) -> str | None:
+    def check(number: int, report: Report) -> str | None:
+        name, compare = checks[number]
+        report.at(name)
         try:
-            checks[number](moved)
+            compare(report.moved)
         except Damaged as damage:
             return str(damage)
         return None
@@ -79,9 +78,9 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
     damages = [text for text in for_each_file(len(checks), check, processes=processes, progress=progress) if text]
     if damages:
         raise Damaged(damages[0])
-    open_source(folder)
+    source = open_source(folder)
     _check_index(folder, manifest)
-    return True
+    return Checked(summed=True, left_out=told_left(source.left_out))
 
 
 def check_values(
@@ -92,7 +91,7 @@ def check_values(
     processes: int,
     progress: Callable[[int], None],
     drop_padding_rows: bool = False,
-) -> Compared:
+) -> int:
     """Level ``values``: every element against another folder of the same model, of either kind, to the bit.
 
     Layers that predict further tokens may be in one folder alone: a conversion leaves them out.
@@ -105,6 +104,9 @@ def check_values(
         processes: at most so many at a time.
         progress: told the bytes that are compared.
         drop_padding_rows: see :class:`.MegatronSource`.
+
+    Returns:
+        how many tensors are the same.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`open_source`.
@@ -120,26 +122,20 @@ def check_values(
     step = max(1, len(entries) // (8 * processes))
     parts = [entries[start : start + step] for start in range(0, len(entries), step)]
 
-    def compare(number: int, moved: Callable[[int], None]) -> str | None:
+    def compare(number: int, report: Report) -> str | None:
         for entry in parts[number]:
+            report.at(", ".join(entry.hf))
             for name, mine, theirs in _pairs(left, right, entry):
                 difference = _difference(*_converted(entry, mine, theirs, dtype))
                 if difference:
                     return f"{name}: {difference}"
-                moved(mine.nbytes)
+                report.moved(mine.nbytes)
         return None
 
     found = [text for text in for_each_file(len(parts), compare, processes=processes, progress=progress) if text]
     if found:
         raise Different(f"{found[0]} ({folder} against {other})")
-    return Compared(
-        tensors=sum(len(entry.hf) for entry in entries),
-        beside={
-            side: source.left_out
-            for side, source in ((folder, left), (other, right))
-            if isinstance(source, HfSource) and source.left_out
-        },
-    )
+    return sum(len(entry.hf) for entry in entries)
 
 
 def _without_further(weights: WeightMap) -> WeightMap:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
 from megatron_rl.mcore.quantised import by_transformer_engine, store
+from megatron_rl.mcore.sharded_names import kept_key
 
 _OPTIMIZER, _FORMAT = "optimizer_tensors", "metadata.json"
 _EXTRA = "_extra_state"
@@ -183,8 +184,9 @@ def holds_weights(folder: Path) -> bool:
 
 
 def load_weights(folder: Path, models: Sequence[Any]) -> None:
-    """Load a model without an optimizer, at any layout: what the conversion from Hugging Face wrote, or a part of a
-    training checkpoint; called on every rank. Rows of the vocabulary that the folder has not become zero.
+    """Load a model without an optimizer, at any layout: what the conversion from Hugging Face wrote, a part of a
+    training checkpoint, or what another program saved, whose norms may have other names; called on every rank. Rows of
+    the vocabulary that the folder has not become zero.
 
     Args:
         folder: in megatron-core's ``torch_dist`` format.
@@ -206,6 +208,9 @@ def _load_models(folder: Path, models: Sequence[Any], wanted: dict[str, Any]) ->
     if not holds_weights(folder):
         raise FileNotFoundError(f"a checkpoint folder needs a {_FORMAT}, found none in {folder}")
     tensors = {name: {key: part for key, part in each.items() if _EXTRA not in key} for name, each in wanted.items()}
+    keys = dist_checkpointing.load_tensors_metadata(str(folder)).keys()
+    for tensor in nested_values(tensors):
+        tensor.key = kept_key(tensor.key, keys)
     state: dict[str, Any] = dist_checkpointing.load(tensors, str(folder))
     for name, model in _named(models):
         lacking = model.load_state_dict(state[name], strict=False)

@@ -24,7 +24,7 @@ from megatron_rl.mcore.quantised import by_transformer_engine, store
 from megatron_rl.mcore.sharded_names import PLAIN_NORMS
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.buckets import DTYPES
-from megatron_rl.weights.coverage import check_coverage, further_layers, head_of
+from megatron_rl.weights.coverage import FURTHER, check_copy, check_coverage, head_of, told_left
 from megatron_rl.weights.plan import HfFiles, Region, TensorMoves, TransferPlan, shards_on, transfer_plan
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head, WeightMap
@@ -88,15 +88,15 @@ def load_hf(
 
     Raises:
         ValueError: the weight map and the model disagree on this rank's parameters, the folder on their shapes, or it
-            lacks a tensor or has one that the model's family does not know.
+            lacks a tensor, has one that the model's family does not know, or a head that a tied model cannot have.
     """
     source = HfFolder(folder)
     new_head = head_of(json.loads((folder / "config.json").read_text())) is Head.TOKEN
     left = check_coverage(folder, source.names, weights, new_head=new_head)
-    if rank == 0 and (further := further_layers(left, weights)):
-        _log.warning(
-            "%s: left out %d tensors of layers that predict further tokens: %s ...", folder, len(further), further[0]
-        )
+    if rank == 0:
+        check_copy(folder, left, weights, source.tensor)
+        if further := told_left({name: sort for name, sort in left.items() if sort == FURTHER}):
+            _log.warning("%s: left out: %s", folder, further)
     parameters, shards = local_parameters(chunks), shards_on(weights, layout, rank)
     if parameters.keys() != shards.keys():
         lacking, unknown = sorted(parameters.keys() - shards.keys()), sorted(shards.keys() - parameters.keys())

@@ -7,7 +7,7 @@ rules with what ``sharded_state_dict`` of the real models says.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.rules import Split
@@ -68,22 +68,22 @@ def sharded_name(entry: WeightEntry, dims: ModelDims, *, stacked: bool | None = 
     return ShardedName(prefix + tail, (*index, entry.expert), (*axes, dims.experts.count))
 
 
-def kept_name(name: ShardedName, keys: Container[str]) -> ShardedName:
-    """Where a checkpoint with these keys keeps what ours have under ``name``: a norm may be by itself or in the linear
-    behind it, whatever made the checkpoint; of a tensor that it has under neither name, ``name``.
+def kept_key(key: str, keys: Container[str]) -> str:
+    """Where a checkpoint with these keys keeps what ours have under ``key``: a norm may be by itself or in the linear
+    behind it, whatever made the checkpoint; of a tensor that it has under neither name, ``key``.
 
     Transformer Engine's layers have it otherwise than ours in layers with experts and with latent attention: see
     ``get_gpt_layer_with_transformer_engine_spec`` in megatron-core's ``gpt_layer_specs.py``.
     """
-    if name.key in keys:
-        return name
+    if key in keys:
+        return key
     others = (
-        name.key.removesuffix(mine) + other
+        key.removesuffix(mine) + other
         for fused, plain in PLAIN_NORMS.items()
         for mine, other in ((fused, plain), (plain, fused))
-        if name.key.endswith(f".{mine}")
+        if key.endswith(f".{mine}")
     )
-    return next((replace(name, key=key) for key in others if key in keys), name)
+    return next((other for other in others if other in keys), key)
 
 
 def stacks_layers(keys: Iterable[str]) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.rules import Head
@@ -12,7 +16,8 @@ from megatron_rl.weights.weight_map import WeightMap
 
 _CRITIC = "ForTokenClassification"
 _HEAD_NAMES = {head: frozenset(name for rule in rules for name in rule.hf) for head, rules in HEADS.items()}
-_ANY_HEAD = frozenset[str]().union(*_HEAD_NAMES.values())
+FURTHER = "of layers that predict further tokens"
+_OTHER_HEAD, _COPY, _FREQUENCIES = "of another head", "that copies the tied embedding", "of rotary frequencies"
 
 
 def head_of(config: Mapping[str, Any]) -> Head:
@@ -27,12 +32,12 @@ def check_coverage(
     *,
     new_head: bool = False,
     hint: Callable[[str], str] | None = None,
-) -> frozenset[str]:
+) -> dict[str, str]:
     """Hold the tensors of a Hugging Face folder against those of a model.
 
     A folder may hold more than the model is made of: the other head, since a critic starts from a policy's folder and
-    the other way round; a copy of the embedding as the head of a tied model; the frequencies of rotary positions, which
-    are computed; layers that predict further tokens.
+    the other way round; a copy of the embedding as the head of a tied model (:func:`check_copy`); the frequencies of
+    rotary positions, which are computed; layers that predict further tokens.
 
     Args:
         folder: for messages.
@@ -42,7 +47,7 @@ def check_coverage(
         hint: what is the cause of a tensor that is not known, which is then told first; None: another architecture.
 
     Returns:
-        the names that the model leaves.
+        the names that the model leaves, each with what sort of tensor it is.
 
     Raises:
         ValueError: the folder lacks a tensor, or has one that no such model knows; the message names the first.
@@ -50,8 +55,8 @@ def check_coverage(
     wanted = {name for entry in weights.entries for name in entry.hf}
     what = f"{weights.dims.architecture}{' critic' if wanted & _HEAD_NAMES[Head.VALUE] else ''}"
     missing = sorted(wanted - names - (_HEAD_NAMES[Head.VALUE] if new_head else set()))
-    beyond = frozenset(names - wanted)
-    unknown = sorted(name for name in beyond if not _may_be_left(name, weights))
+    beyond = {name: _sort(name, weights) for name in sorted(names - wanted)}
+    unknown = [name for name, sort in beyond.items() if sort is None]
     if missing and not (unknown and hint):
         raise ValueError(
             f"{folder} must hold {missing[0]}, a tensor of every {what}, and does not ({len(missing)} are missing); "
@@ -60,16 +65,49 @@ def check_coverage(
     if unknown:
         cause = "check the architecture in config.json" if hint is None else hint(unknown[0])
         raise ValueError(f"{folder}: no {what} has a tensor {unknown[0]} ({len(unknown)} are unknown); {cause}")
-    return beyond
+    return {name: sort for name, sort in beyond.items() if sort is not None}
 
 
-def further_layers(left: Set[str], weights: WeightMap) -> list[str]:
-    """Those of the names that :func:`check_coverage` gave that belong to layers which predict further tokens."""
-    return sorted(name for name in left if _is_further(name, weights))
+def check_copy(folder: Path, left: Mapping[str, str], weights: WeightMap, tensor: Callable[[str], Tensor]) -> None:
+    """Refuse the head of a tied model that is no copy of its embedding: transformers would score with that head.
+
+    Args:
+        folder: for messages.
+        left: as :func:`check_coverage` gives it.
+        weights: of the model.
+        tensor: reads one of the folder's, by name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    embedding = weights.entries[0].hf[0]
+    for name in (name for name, sort in left.items() if sort == _COPY):
+        mine, theirs = tensor(embedding), tensor(name)
+        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+            raise ValueError(
+                f"{folder}: {name} must be a copy of {embedding}, since config.json ties them, and differs; if it is a "
+                "head of its own, set tie_word_embeddings to false, or else remove it"
+            )
 
 
-def _may_be_left(name: str, weights: WeightMap) -> bool:
-    return name in _ANY_HEAD or name.endswith("rotary_emb.inv_freq") or _is_further(name, weights)
+def told_left(left: Mapping[str, str]) -> str:
+    """For people: what :func:`check_coverage` gave, counted by sort, with the first name of each; "" of nothing."""
+    groups = groupby(sorted(left, key=lambda name: (left[name], name)), key=lambda name: left[name])
+    sorts = {sort: list(names) for sort, names in groups}
+    return ", ".join(
+        f"1 tensor {sort} ({names[0]})" if len(names) == 1 else f"{len(names)} tensors {sort} ({names[0]} ...)"
+        for sort, names in sorts.items()
+    )
+
+
+def _sort(name: str, weights: WeightMap) -> str | None:
+    """Why a tensor may be left; None: nobody knows it."""
+    if name in _HEAD_NAMES[Head.TOKEN] | _HEAD_NAMES[Head.VALUE]:
+        own = _HEAD_NAMES[Head.VALUE] & {hf for entry in weights.entries for hf in entry.hf}
+        return _OTHER_HEAD if own or name in _HEAD_NAMES[Head.VALUE] else _COPY
+    if name.endswith("rotary_emb.inv_freq"):
+        return _FREQUENCIES
+    return FURTHER if _is_further(name, weights) else None
 
 
 def _is_further(name: str, weights: WeightMap) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import size_bytes
 from megatron_rl.convert.sources import HfSource
 from megatron_rl.convert.target import Target
@@ -19,7 +20,7 @@ from tests.distributed.cases import CRITIC, POLICY, Setup
 from tests.distributed.convert_cases import kept_names, loaded, saved_and_exported
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_update import tensors
-from tests.unit.convert.folders import llama_135m
+from tests.unit.convert.folders import engine_name, llama_135m
 
 TP2 = ParallelLayout(tensor=2)
 PP2 = ParallelLayout(pipeline=2)
@@ -129,6 +130,26 @@ def test_megatron_core_loads_an_imported_model_and_an_export_gives_it_back(
     ranks.run(layout.world_size, loaded, checkpoint, Setup(layout=layout), role, tmp_path / "loaded", timeout_s=90)
     equal(tmp_path / "loaded", folder)
     equal(exported(checkpoint, tmp_path / "exported"), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("qwen3-moe", MOE_EP2), pytest.param("deepseek", MOE_TP2PP2, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_ranks_load_a_checkpoint_of_transformer_engines_layers(
+    ranks: Ranks,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    layout: ParallelLayout,
+) -> None:
+    """With its names of norms, which differ from ours in layers with experts or latent attention."""
+    monkeypatch.setattr(to_megatron, "sharded_name", engine_name)
+    checkpoint = imported(models[name], tmp_path / "megatron")
+    ranks.run(layout.world_size, loaded, checkpoint, Setup(layout=layout), POLICY, tmp_path / "loaded", timeout_s=90)
+    equal(tmp_path / "loaded", models[name])
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,17 @@ def test_layers_that_predict_further_tokens_are_left_out_and_logged(
     more = {"model.layers.4.eh_proj.weight": torch.ones(2, 2), "model.layers.4.enorm.weight": torch.ones(2)}
     changed(models["deepseek"], folder, {"num_nextn_predict_layers": 1}, more)
     assert ranks.run(1, load_another, folder, folder) == [
-        f"{folder}: left out 2 tensors of layers that predict further tokens: model.layers.4.eh_proj.weight ...\n"
+        f"{folder}: left out: 2 tensors of layers that predict further tokens (model.layers.4.eh_proj.weight ...)\n"
     ]
+
+
+def test_a_head_of_a_tied_model_that_is_no_copy_is_refused(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "untied"
+    changed(models["qwen2-tied"], folder, {}, {"lm_head.weight": torch.ones(2, 2)})
+    [said] = ranks.run(1, load_another, folder, folder)
+    assert "lm_head.weight must be a copy of model.embed_tokens.weight, since config.json ties them" in said
 
 
 def changed(model: Path, folder: Path, settings: dict[str, Any], more: dict[str, Tensor]) -> None:

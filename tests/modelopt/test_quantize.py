@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.convert.quantize import FORMATS, calibration_prompts
@@ -96,6 +96,25 @@ def test_an_export_has_the_types_scales_and_numbers_of_its_format(
     assert (f"{DOWN.removesuffix('weight')}input_scale" in tensors) == FORMATS[name].calibrated
     for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(tensors[kept], original[kept])
+
+
+def test_an_export_that_lacks_a_tensor_of_the_model_is_refused(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import modelopt.torch.export
+
+    write = modelopt.torch.export.export_hf_checkpoint
+
+    def short(model: object, export_dir: Path) -> None:
+        write(model, export_dir=export_dir)
+        tensors = load_file(export_dir / "model.safetensors")
+        del tensors[DOWN]
+        save_file(tensors, export_dir / "model.safetensors")
+
+    monkeypatch.setattr(modelopt.torch.export, "export_hf_checkpoint", short)
+    assert quantize.main([str(policy), str(tmp_path / "out"), "--format", "fp8_per_channel"]) == 1
+    assert f"modelopt wrote no {DOWN} (1 are missing)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_is_a_folder_with_tokenizer_and_manifest(written: Callable[[str], Path], policy: Path) -> None:

@@ -75,7 +75,7 @@ def _convert(asked: argparse.Namespace) -> None:
         return
     with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
         written = run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
-    print_written(asked.target, summary.written_bytes, began, written=written)
+    print_written(asked.target, summary, began, written=written)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def _quantise(asked: argparse.Namespace) -> None:
         check_this_machine(asked.format, capability=compute_capability())
     prompts = calibration_prompts(asked.prompts, asked.template, asked.count) if asked.prompts else []
     began = time.monotonic()
-    quantise_folder(asked.source, Target(asked.target), asked.format, prompts)
+    quantise_folder(asked.source, Target(asked.target), asked.format, prompts, print)
     print(f"wrote {asked.target} as {asked.format} in {time.monotonic() - began:.1f} s")
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +78,15 @@ def _verify(asked: argparse.Namespace) -> None:
 
 def _check_files(folder: Path, processes: int) -> None:
     with progress_bar("files", _size(folder)) as progress:
-        summed = check_folder(folder, processes=processes, progress=progress)
-    print(f"files: ok, {folder}" + ("" if summed else " (it has no manifest: names, shapes and sizes alone)"))
+        checked = check_folder(folder, processes=processes, progress=progress)
+    print(f"files: ok, {folder}" + ("" if checked.summed else " (it has no manifest: names, shapes and sizes alone)"))
+    if checked.left_out:
+        print(f"files: nothing here reads {checked.left_out}")
 
 
 def _check_values(asked: argparse.Namespace, other: Path) -> None:
     with progress_bar("values", _size(asked.folder)) as progress:
-        compared = check_values(
+        count = check_values(
             asked.folder,
             other,
             dtype=DTYPES.get(asked.dtype),
@@ -94,15 +94,7 @@ def _check_values(asked: argparse.Namespace, other: Path) -> None:
             progress=progress,
             drop_padding_rows=asked.drop_padding_rows,
         )
-    print(f"values: ok, {compared.tensors} tensors are the same in {asked.folder} and {other}")
-    for folder, names in compared.beside.items():
-        print(f"values: {len(names)} more tensors of {folder} were not compared: {', '.join(_by_layer(names))}")
-
-
-def _by_layer(names: Iterable[str]) -> list[str]:
-    """The names, those of a layer under one pattern."""
-    patterns = Counter(re.sub(r"^(model\.layers\.\d+\.).*", r"\1*", name) for name in names)
-    return [f"{pattern} ({count})" if pattern.endswith("*") else pattern for pattern, count in sorted(patterns.items())]
+    print(f"values: ok, {count} tensors are the same in {asked.folder} and {other}")
 
 
 @dataclass(frozen=True, kw_only=True)

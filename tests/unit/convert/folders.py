@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from safetensors.torch import save_file
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import ExportPlan, Form, plan_export, run_export
 from megatron_rl.convert.to_megatron import plan_import, run_import
+from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
+from megatron_rl.model_dims import ModelDims
+from megatron_rl.weights.weight_map import WeightEntry
 from tests.unit.weights.models import CONFIG, EXTRA, hf_tensors
 
 
@@ -99,6 +103,26 @@ def imported(
     plan = plan_import(source, dtype=dtype, processes=processes)
     run_import(plan, Target(target), resume=resume, processes=processes, progress=ignore)
     return target
+
+
+def engine_name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
+    """Where megatron-core's stock layers of Transformer Engine keep a tensor, as its ``gpt_layer_specs.py`` has them;
+    in place of ``sharded_name`` in an import, it makes such a checkpoint.
+    """
+    found = sharded_name(entry, dims)
+    if entry.layer is None:
+        return found
+    norms = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+    if entry.layer not in dims.sparse_layers:
+        norms = {fused: plain for plain, fused in norms.items()}
+    if dims.latent is not None:
+        for latent in ("q", "kv"):
+            fused = f"self_attention.linear_{latent}_up_proj.layer_norm_weight"
+            norms[f"self_attention.{latent}_layernorm.weight"] = fused
+    for ours, theirs in norms.items():
+        if found.key.endswith(f".{ours}"):
+            return replace(found, key=found.key.removesuffix(ours) + theirs)
+    return found
 
 
 def export_plan(source: Path, *, shard_bytes: int = 9 << 20, **form: Any) -> ExportPlan:

@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.convert.verify import check_folder
 from megatron_rl.durable import FileRecord
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.mcore.torch_dist import TorchDistFolder
-from megatron_rl.model_dims import ModelDims, read_model_dims
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.parity import ParityFailed
 from megatron_rl.weights.manifest import check_file
-from megatron_rl.weights.weight_map import WeightEntry
-from tests.unit.convert.folders import folder_sums, write_model
+from tests.unit.convert.folders import engine_name, folder_sums, imported, write_model
 from tools.convert_hf import hf_to_megatron, megatron_to_hf, verify
 
 Run = Callable[..., tuple[int, str, str]]
@@ -166,15 +163,8 @@ def test_a_checkpoint_of_transformer_engines_layers_is_exported(
 ) -> None:
     """With the names that megatron-core's stock specification of them gives to norms."""
     source = write_model(tmp_path / "hf", family)
-
-    def name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
-        found = sharded_name(entry, dims)
-        layer = f"decoder.layers.{entry.layer}."
-        tail = found.key.removeprefix(layer)
-        return replace(found, key=layer + norms[entry.layer].get(tail, tail)) if entry.layer is not None else found
-
     with monkeypatch.context() as patch:
-        patch.setattr(to_megatron, "sharded_name", name)
+        patch.setattr(to_megatron, "sharded_name", engine_name)
         assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
     keys = TorchDistFolder(tmp_path / "megatron").keys
     for layer, renamed in norms.items():
@@ -275,7 +265,7 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> 
     size = sum(tensor.nbytes for tensor in tensors(source).values()) / (1 << 20)
     status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron", "--dry-run")
     assert status == 0
-    assert out.startswith(f"17 tensors: reads {size:.1f} MiB, writes {size:.1f} MiB into 2 file(s)\n")
+    assert out.startswith(f"17 Megatron tensors: reads {size:.1f} MiB, writes {size:.1f} MiB into 2 file(s)\n")
     assert not (tmp_path / "megatron").exists()
     run(hf_to_megatron, source, tmp_path / "megatron")
     assert "into 1 file(s)" in run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dry-run")[1]
@@ -369,7 +359,8 @@ def test_a_deepseek_in_blocks_comes_in_and_goes_out_block_by_block(run: Run, tmp
         options = ("--dtype", into) if dtype is torch.float32 else ()  # bfloat16 unless something else is asked for
         status, out, _ = run(hf_to_megatron, source, tmp_path / into, *options)
         assert status == 0
-        assert "left out: 2 tensors that this model does not use: model.layers.2.mlp.down_proj.weight" in out
+        left = "2 tensors of layers that predict further tokens (model.layers.2.mlp.down_proj.weight ...)"
+        assert f"\nleft out: {left}\n" in out
         assert run(megatron_to_hf, tmp_path / into, tmp_path / f"{into}-hf")[0] == 0
         found = tensors(tmp_path / f"{into}-hf")
         assert found.keys() == wanted.keys()
@@ -456,7 +447,7 @@ def test_verify_reads_the_files_of_a_megatron_folder_side_by_side_and_tells_how_
         nonlocal total
         total = done
 
-    assert check_folder(megatron, processes=2, progress=progress)
+    assert check_folder(megatron, processes=2, progress=progress).summed
     manifest = json.loads((megatron / "manifest.json").read_text())
     assert total == sum(record["size_bytes"] for record in manifest["files"].values())
     found: dict[str, list[int]] = {}
@@ -624,6 +615,57 @@ def test_verify_names_a_tensor_of_a_converted_folder_that_the_model_has_not(run:
     status, _, err = run(verify, tmp_path / "megatron")
     assert status == 1
     assert "no LlamaForCausalLM has a tensor decoder.layers.self_attention.linear_qkv.bias (1 are unknown)" in err
+
+
+NO_MANIFEST = "(it has no manifest: names, shapes and sizes alone)"
+
+
+@pytest.fixture
+def with_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes a Megatron folder that has other tensors as well, by megatron-core's keys."""
+
+    def make(*keys: str) -> Path:
+        held = TorchDistFolder.keys.fget
+        assert held is not None
+        monkeypatch.setattr(TorchDistFolder, "keys", property(lambda folder: held(folder) | {*keys}))
+        return imported(write_model(tmp_path / "hf"), tmp_path / "megatron")
+
+    return make
+
+
+def test_an_export_leaves_the_optimizer_and_says_that_it_leaves_layers_that_predict_further_tokens(
+    run: Run, tmp_path: Path, with_keys: Callable[..., Path]
+) -> None:
+    moment = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+    megatron = with_keys(moment, f"chained_1.{moment}", "mtp.layers.0.eh_proj.weight", "mtp.layers.0.hnorm.weight")
+    left = "2 tensors of layers that predict further tokens (mtp.layers.0.eh_proj.weight ...)"
+    status, out, _ = run(megatron_to_hf, megatron, tmp_path / "back")
+    assert status == 0
+    assert f"\nleft out: {left}\n" in out
+    assert out.endswith(f" GB/s; left out: {left}\n")
+    assert run(verify, megatron)[1] == f"files: ok, {megatron}\nfiles: nothing here reads {left}\n"
+
+
+@pytest.mark.parametrize("key", ["vision_model.patch.weight", "decoder.layers.new.weight", "scale"])
+def test_an_export_refuses_a_tensor_from_elsewhere(
+    run: Run, tmp_path: Path, with_keys: Callable[..., Path], key: str
+) -> None:
+    status, _, err = run(megatron_to_hf, with_keys(key), tmp_path / "back")
+    assert status == 1
+    assert f"no Qwen2ForCausalLM has a tensor {key} (1 are unknown); " in err
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_head_of_a_tied_model_that_is_no_copy_is_refused_and_nothing_is_left(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", tie_word_embeddings=True)
+    status, _, err = run(hf_to_megatron, source, tmp_path / "megatron")
+    assert status == 1
+    assert "hf: lm_head.weight must be a copy of model.embed_tokens.weight, since config.json ties them, and" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    with_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(source)
+    status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
+    assert status == 0
+    assert out.endswith("; left out: 1 tensor that copies the tied embedding (lm_head.weight)\n")
 
 
 def test_verify_names_a_setting_that_differs(run: Run, tmp_path: Path) -> None:
@@ -981,7 +1023,7 @@ def test_tokens_behind_the_vocabulary_of_the_configuration_are_not_taken_for_pad
     status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")
     assert status == 1
     assert "the 8 rows of embedding.word_embeddings.weight behind the 24 of the vocabulary must be padding" in err
-    assert err.endswith("leave these rows behind with --drop-padding-rows\n")
+    assert "leave these rows behind with --drop-padding-rows (process 0 of 1, at model.embed_tokens.weight)\n" in err
     assert not (tmp_path / "back").exists()
 
 
@@ -1063,14 +1105,16 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(run: Run, tmp_
     with_tensors(lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(2, 2)}))(source)
     status, out, _ = run(hf_to_megatron, source, tmp_path / "megatron")
     assert status == 0
-    assert "left out: 1 tensors that this model does not use: model.layers.2.eh_proj.weight" in out
+    left = "1 tensor of layers that predict further tokens (model.layers.2.eh_proj.weight)"
+    assert f"\nleft out: {left}\n" in out  # before the work begins
+    assert out.endswith(f" GB/s; left out: {left}\n")
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     for folder in ("megatron", "back"):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["num_nextn_predict_layers"] == 0  # else a program looks for them
         status, out, _ = run(verify, tmp_path / folder, "--level", "values", "--against", source)
         assert status == 0
-        assert f"1 more tensors of {source} were not compared: model.layers.2.* (1)\n" in out
+        assert out.splitlines()[1:3] == [f"files: ok, {source} {NO_MANIFEST}", f"files: nothing here reads {left}"]
     changed_config(num_nextn_predict_layers=0)(source)
     assert "has a tensor model.layers.2.eh_proj.weight" in run(hf_to_megatron, source, tmp_path / "again")[2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from megatron_rl import durable
 from megatron_rl.convert import to_megatron
-from megatron_rl.convert.processes import ProcessDied, for_each_file
+from megatron_rl.convert.processes import ProcessDied, Report, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, SourceDamaged
 from megatron_rl.convert.target import Target
 from megatron_rl.convert.to_hf import Form, plan_export, run_export
@@ -308,12 +309,21 @@ def test_a_full_disk_ends_an_import_which_goes_on_when_there_is_room(
 ) -> None:
     monkeypatch.setattr(to_megatron, "_FILE_BYTES", 5 << 20)  # the first one is larger, by an embedding
     source, out = checkpoint.parent / "hf", tmp_path / "out"
+    read = HfSource.tensor
+
+    def late(self: HfSource, entry: WeightEntry) -> Tensor:
+        if entry == self.weights.entries[0]:
+            wait_until(lambda: bool(kept_files(out)))
+        return read(self, entry)
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (7 << 20, before[1]))  # what a full disk is to a writer
+    monkeypatch.setattr(HfSource, "tensor", late)
     try:
         with pytest.raises(OSError, match=r"out/__0_0.distcp could not be written \(File too large\).*--resume"):
             imported(source, out)
     finally:
+        monkeypatch.setattr(HfSource, "tensor", read)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not out.exists()
     kept = {file.name: stamp(file) for file in Target(out).model.iterdir()}
@@ -375,18 +385,70 @@ def test_a_source_that_an_import_cannot_read_is_told_as_such_and_a_damaged_one_l
 
 
 def test_a_killed_process_is_told_and_its_like_end_too(tmp_path: Path) -> None:
-    def kill_me(number: int, moved: Callable[[int], None]) -> None:
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    """At once, whatever the others are at; with the process, the signal and the tensor."""
+
+    def die(number: int, report: Report) -> None:
+        report.at(f"tensor {number}")
+        if number < 2:
+            time.sleep(60)
+        os.kill(os.getpid(), dying)
 
     before = psutil.Process().children()
-    with pytest.raises(ProcessDied, match="was killed; look for the kernel's out-of-memory killer"):
-        for_each_file(4, kill_me, processes=2, progress=ignore)
+    for dying, told in (
+        (signal.SIGKILL, r"\(SIGKILL\), at tensor 2; look for the kernel's out-of-memory killer \(dmesg\)"),
+        (signal.SIGTERM, r"\(SIGTERM\), at tensor 2$"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(ProcessDied, match=rf"^process \d of 3 \(pid \d+\) was killed by signal {dying} {told}"):
+            for_each_file(9, die, processes=3, progress=ignore)
+        assert time.monotonic() - began < 20
+        assert psutil.Process().children() == before
+
+
+def test_a_process_that_fails_is_told_and_its_like_end_at_once(tmp_path: Path) -> None:
+    def fail(number: int, report: Report) -> None:
+        report.at(f"tensor {number}")
+        if number != 1:
+            time.sleep(60)
+        raise MemoryError("no more")
+
+    before, began = psutil.Process().children(), time.monotonic()
+    with pytest.raises(MemoryError, match="no more") as raised:
+        for_each_file(9, fail, processes=2, progress=ignore)
+    assert time.monotonic() - began < 20
+    assert re.fullmatch("process [01] of 2, at tensor 1", raised.value.__notes__[0])
+    assert "in fail" in str(raised.value.__cause__)
     assert psutil.Process().children() == before
 
 
+def test_a_process_that_leaves_without_a_word_is_told() -> None:
+    with pytest.raises(ProcessDied, match=r"exited with code 0, at its start$"):
+        for_each_file(2, lambda number, report: os._exit(0), processes=1, progress=ignore)
+
+
+def test_an_export_of_which_a_process_is_killed_names_its_tensor_ends_at_once_and_goes_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = folder_sums(exported(checkpoint, tmp_path / "unbroken"))
+    read = MegatronSource.hf_tensors
+
+    def strike(self: MegatronSource, entry: WeightEntry) -> list[tuple[str, Tensor]]:
+        if entry.hf == ("model.layers.5.self_attn.o_proj.weight",):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, entry)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronSource, "hf_tensors", strike)
+        with pytest.raises(ProcessDied, match=r"\(SIGKILL\), at model.layers.5.self_attn.o_proj.weight; "):
+            exported(checkpoint, out)
+    assert not out.exists()
+    assert kept_files(out)
+    assert folder_sums(exported(checkpoint, out, resume=True)) == expected
+
+
 def test_ctrl_c_ends_a_conversion_at_once_and_its_processes_with_it(tmp_path: Path) -> None:
-    def slow(number: int, moved: Callable[[int], None]) -> None:
+    def slow(number: int, report: Report) -> None:
         (tmp_path / f"{number}").touch()
         time.sleep(1.0)
 

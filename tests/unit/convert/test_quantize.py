@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_rl.convert.quantize import FORMATS, calibration_prompts, check_this_machine, engine_here, serving_table
+from tests.unit.convert.folders import write_model
 from tools.convert_hf import quantize
 
 
 def folder(path: Path, architecture: str = "Qwen2ForCausalLM") -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    return path
+    return write_model(path, architectures=[architecture])
 
 
 def test_the_table_has_every_format_and_where_it_runs() -> None:
@@ -114,6 +115,24 @@ def test_a_critic_and_a_format_without_its_prompts_are_refused(
     source = folder(tmp_path / "model", architecture)
     assert quantize.main([str(source), str(tmp_path / "out"), "--format", form]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_tensor_that_transformers_would_leave_is_refused_or_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "model")
+    kept = load_file(source / "model.safetensors")
+    command = [str(source), str(tmp_path / "out"), "--format", "fp8_per_channel"]
+    save_file(kept | {"mtp.fc.weight": torch.ones(2, 2)}, source / "model.safetensors")
+    assert quantize.main(command) == 1
+    assert "no Qwen2ForCausalLM has a tensor mtp.fc.weight (1 are unknown)" in capsys.readouterr().err
+    save_file(kept | {"score.weight": torch.ones(1, 16)}, source / "model.safetensors")
+    assert quantize.main(command) == 1  # for want of modelopt
+    assert "\nleft out: 1 tensor of another head (score.weight)\n" in capsys.readouterr().out
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert quantize.main(command) == 1
+    assert "lm_head.weight must be a copy of" in capsys.readouterr().err
 
 
 def test_an_existing_target_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
