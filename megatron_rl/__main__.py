@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse_any
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.lifetime import run_command
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.rewards.rules import load_rule
 
@@ -279,7 +279,7 @@ def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) ->
             _warn(f"run {run.name} of the study is left out, it does not fit: {'; '.join(row.problems)}")
             continue
         command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
-        if status := subprocess.run(command, check=False).returncode:
+        if status := run_command(command):
             raise RuntimeError(
                 f"run {run.name} of the study ended with status {status}; the same command tries it again"
             )

@@ -6,15 +6,20 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from multiprocessing import connection
 
 _PR_SET_PDEATHSIG = 1
 _LAST_SECONDS = 2.0
 """What a process may take to end after its pipe has closed."""
+_INTERRUPTED_SECONDS = 60.0
+"""What a command may take to end after an interrupt."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -25,6 +30,27 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def run_command(command: Sequence[str]) -> int:
+    """Run a command until it ends, and give its status. It is killed where this process is; it gets a SIGTERM that this
+    process gets, and has time to end after an interrupt, which a terminal gives to both. For the main thread.
+
+    Raises:
+        KeyboardInterrupt: as interrupted; the command has ended.
+    """
+    child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
+    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_INTERRUPTED_SECONDS)
+        raise
+    finally:
+        child.kill()
+        child.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def die_with_child(pids: Sequence[int], name: str, *, unless: Callable[[], bool]) -> None:

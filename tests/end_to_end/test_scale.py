@@ -25,6 +25,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.timeout(1000)  # four runs
 def test_a_study_of_two_models_and_two_layouts_runs(
     train_command: Callable[..., list[str]], wider: Path, task: Path, tmp_path: Path
 ) -> None:
@@ -42,7 +43,7 @@ def test_a_study_of_two_models_and_two_layouts_runs(
     study.write_text(f'recipe = "{PPO}"\nfolder = "{tmp_path / "study"}"\n{runs}')
 
     command = [sys.executable, "-m", "megatron_rl", "scale", "run", str(study)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = study_rows(read_study(study))
     assert [row.name for row in rows] == ["narrow_one", "narrow_tp2", "wide_one", "wide_tp2"]

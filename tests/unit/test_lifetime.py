@@ -6,6 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
+
+import psutil
+import pytest
 
 PARENT = """
 import multiprocessing, os, sys, time
@@ -60,3 +64,59 @@ def test_a_process_ends_with_its_child_and_says_how(tmp_path):
 def test_an_end_that_was_meant_changes_nothing(tmp_path):
     status, errors, _ = parent(tmp_path, meant=True)
     assert (status, errors) == (7, "")
+
+
+COMMAND = """
+import os, signal, sys, time
+
+def stop(*_):
+    print("asked", flush=True)
+    sys.exit(5)
+
+signal.signal(signal.SIGTERM, stop)
+try:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("ended", flush=True)
+"""
+RUNNER = f"""
+import sys
+from megatron_rl.lifetime import run_command
+sys.exit(run_command([sys.executable, "-c", {COMMAND!r}]))
+"""
+
+
+@pytest.fixture
+def running():
+    """A process that runs a command, in a process group of their own, and the command's pid."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        yield process, int(process.stdout.readline())
+        process.kill()
+
+
+def test_a_command_is_asked_to_stop_with_whoever_runs_it(running):
+    process, _ = running
+    process.terminate()
+    assert process.communicate(timeout=20)[0] == "asked\n"
+    assert process.returncode == 5
+
+
+def test_an_interrupted_command_may_end(running):
+    process, _ = running
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert output == "ended\n"
+    assert errors.endswith("KeyboardInterrupt\n")
+
+
+def test_a_command_is_killed_with_whoever_runs_it(running):
+    process, pid = running
+    process.kill()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
