@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_activations, merge_rows
 from megatron_rl.checkpoints import Writing
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import SyncConfig
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.experience.packing import split_rows
@@ -63,6 +64,10 @@ def _merged(by_rank: list[list[LinearFormat]]) -> list[LinearFormat]:
                     f"ranks must agree on {linear.weight}: rank {rank} has {linear}, one before it {before}"
                 )
     return list(found.values())
+
+
+def _of_phase(deadline_s: float) -> Limit:
+    return Limit(deadline_s, "sync.phase_deadline_s")
 
 
 def _given(answers: list[Any]) -> list[Any]:
@@ -138,7 +143,7 @@ class RemotePolicy(RemoteTrainer):
 
     def send(self, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...]]:
         """Send the weights to the engines that joined."""
-        return self.group.call("send", version, deadline_s, finish=_only, deadline_s=deadline_s)
+        return self.group.call("send", version, deadline_s, finish=_only, limit=_of_phase(deadline_s))
 
     def moved_bytes(self) -> Pending[dict[tuple[int | None, int | None], int]]:
         """What ranks give in each push, see :meth:`.TransferPlan.bytes_by_pair`."""
@@ -216,7 +221,7 @@ class RemoteEngine:
                 raise ValueError(f"version {version}: all engines must receive the same, got {receipts}")
             return receipts[0]
 
-        return self.group.call("advance", phase, version, deadline_s, finish=finish, deadline_s=deadline_s)
+        return self.group.call("advance", phase, version, deadline_s, finish=finish, limit=_of_phase(deadline_s))
 
     def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
         """By each engine, for each row: log-prob of each token given those before it, at temperature 1."""
@@ -345,12 +350,12 @@ def connect(
         cuda: whether weights live on GPUs.
         shared: whether an engine may have the GPU of the policy's rank 0.
         pushed_format: what the policy quantises linears to before it sends them; None: nothing.
-        timeout_s: bound on all of it.
+        timeout_s: bound on an engine's joining.
 
     Returns:
         how weights will travel: the fastest way that the places of the roles allow.
     """
-    sender, hosts = policy.group.births(timeout_s)[0], [birth.host for birth in engine.group.births(timeout_s)]
+    sender, hosts = policy.group.births()[0], [birth.host for birth in engine.group.births()]
     transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)
