@@ -285,6 +285,7 @@ class _MachineMetrics:
         for role, verb, tokens in (
             ("engine", "generate", drawn),
             ("policy", "logprobs", scored),
+            ("policy", "reference_logprobs", scored),
             ("critic", "values", scored),
             ("policy", "update", scored * self.epochs),
             ("critic", "update", scored * self.epochs),

@@ -80,11 +80,11 @@ class RemoteTrainer:
 
     group: WorkerGroup
 
-    def _scored(self, verb: str, batch: TokenRows, *args: Any) -> Pending[Tensor]:
+    def _scored(self, verb: str, batch: TokenRows, *args: Any, label: str | None = None) -> Pending[Tensor]:
         def finish(answers: list[Any]) -> Tensor:
             return merge_rows([answer for answer in answers if answer is not None], batch)
 
-        return self.group.call(verb, batch, *args, finish=finish)
+        return self.group.call(verb, batch, *args, finish=finish, label=label)
 
     def _updated(self, minibatch: Minibatch[Any], loss: object) -> Pending[UpdateResult]:
         return self.group.call("update", minibatch, loss, finish=_only)
@@ -134,8 +134,11 @@ class RemotePolicy(RemoteTrainer):
     """The policy: scores tokens, learns, and sends its weights."""
 
     def logprobs(self, batch: TokenRows, temperature: float | None = None, packed: bool = True) -> Pending[Tensor]:
-        """[B, T] f32; at the temperature of training unless another is given."""
-        return self._scored("logprobs", batch, temperature, False, packed)
+        """[B, T] f32; at the temperature of training unless another is given, which is to compare models and is counted
+        as ``compared_logprobs``.
+        """
+        label = None if temperature is None else "compared_logprobs"
+        return self._scored("logprobs", batch, temperature, False, packed, label=label)
 
     def update(self, minibatch: Minibatch[Any], loss: TokenLoss | SupervisedTokenLoss) -> Pending[UpdateResult]:
         """One optimizer step."""
@@ -158,8 +161,8 @@ class RemoteReference(RemoteTrainer):
     """The frozen copy of the first policy that the policy's workers keep."""
 
     def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32 at the temperature of training."""
-        return self._scored("logprobs", batch, None, True)
+        """[B, T] f32 at the temperature of training; counted apart from what the same workers do for the policy."""
+        return self._scored("logprobs", batch, None, True, label="reference_logprobs")
 
 
 class RemoteCritic(RemoteTrainer):

@@ -1,4 +1,4 @@
-"""Calls to a group of workers by themselves, without Ray: whose deadline runs when."""
+"""Calls to a group of workers by themselves, without Ray: whose deadline runs when, and what is counted as what."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_rl.batches import TokenRows
 from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime import workers
 from megatron_rl.ray_runtime.child import Call, Reply, _Worker
-from megatron_rl.ray_runtime.roles import HELD_TYPES
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import DeadlineExceeded, Watch, WorkerGroup
 
 FOREVER = 100.0
@@ -59,6 +61,10 @@ class Sleeper:
     def nap(self, seconds: float) -> float:
         time.sleep(seconds)
         return seconds
+
+    def logprobs(self, batch: TokenRows, temperature: float | None, reference: bool, packed: bool = True) -> Any:
+        rows = torch.zeros(batch.tokens.shape)
+        return list(range(len(rows))), rows
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +135,14 @@ def test_replies_are_not_kept_once_they_are_taken() -> None:
     assert [call.result() for call in calls] == [0.0] * 3
     assert line._last == [None, None]
     assert all(call._before == () for call in calls)
+
+
+def test_the_reference_and_comparisons_are_counted_apart_from_the_policys_own_logprobs() -> None:
+    ranks = built()
+    policy, reference = RemotePolicy(ranks), RemoteReference(ranks)
+    mask = torch.tensor([[False, True]])
+    rows = TokenRows(tokens=torch.ones(1, 2, dtype=torch.int64), lengths=torch.tensor([2]), response_mask=mask)
+    ranks.take_statistics()
+    for pending in (policy.logprobs(rows), reference.logprobs(rows), policy.logprobs(rows, 1.0)):
+        pending.result()
+    assert [*ranks.take_statistics().busy_s] == ["logprobs", "reference_logprobs", "compared_logprobs"]
