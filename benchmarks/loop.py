@@ -24,7 +24,8 @@ def chain(step: dict[str, float]) -> float:
     def busy(role: str, verb: str) -> float:
         return step.get(f"busy_s/{role}/{verb}", 0.0)
 
-    scoring = max(busy("policy", "logprobs"), busy("critic", "values"))
+    policy = busy("policy", "logprobs") + busy("policy", "reference_logprobs")
+    scoring = max(policy, busy("critic", "values"))
     return busy("engine", "generate") + scoring + max(busy("policy", "update"), busy("critic", "update"))
 
 

@@ -54,6 +54,9 @@ _MACHINE = (
 )
 """Settings that do not change what is computed, beyond rounding."""
 
+_LATER_PARTS: Mapping[str, Any] = {"engines": []}
+"""Parts that older checkpoints lack, in the state that a run begins with."""
+
 
 class CheckpointProblem(RuntimeError):
     """A checkpoint cannot be used; the message says which, why, and how to go on."""
@@ -329,8 +332,9 @@ class RunCheckpoints:
         if saved is None:
             return 0
         results({role: model.load(saved.folder / role) for role, model in self._models.items()})
+        states = {**_LATER_PARTS, **saved.parts}
         for name, part in self._parts.items():
-            part.restore(saved.parts[name])
+            part.restore(states[name])
         return saved.step
 
     def save(self, step: int, *, wait: bool) -> dict[str, float]:

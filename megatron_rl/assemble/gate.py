@@ -118,7 +118,8 @@ def _reference(cluster: ClusterConfig, folder: Path, head: Head, run_dir: Path) 
         environment=device.worker_environment(),
         scratch=run_dir.resolve() / "scratch",
         log=run_dir.resolve() / "logs" / "hugging_face.log",
-        deadline_s=cluster.call_deadline_s,
+        start_limit=cluster.start_limit,
+        call_limit=cluster.call_limit,
     )
 
 

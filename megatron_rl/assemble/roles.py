@@ -187,11 +187,11 @@ def start_trainer(
 
 def start_ranks(group: WorkerGroup, spec: WorkerSpec, cluster: ClusterConfig) -> Pending[None]:
     """Build all ranks of ``spec``."""
-    host = group.births(cluster.start_deadline_s)[0].address
-    port = group.keep_port(cluster.start_deadline_s)
-    deadline = cluster.call_deadline_s
+    host, port = group.births()[0].address, group.keep_port()
+    # of the ranks' collectives: those of loading and those of a call, which the driver's own deadlines end sooner
+    longest = max(cluster.start_deadline_s, cluster.call_deadline_s)
     ranks = range(spec.trainer.layout.world_size)
-    return group.build(start_worker, [(spec, rank, host, port, deadline) for rank in ranks])
+    return group.build(start_worker, [(spec, rank, host, port, longest) for rank in ranks])
 
 
 def take_turns(config: RunConfig, roles: Roles) -> OwnDevices | TakingTurns:

@@ -38,7 +38,7 @@ from megatron_rl.model_dims import read_model_dims
 from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
-from megatron_rl.ray_runtime.engines import Engines
+from megatron_rl.ray_runtime.engines import Engines, Evaluated
 from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
@@ -103,7 +103,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 keep=config.checkpoint.keep,
                 asynchronous=config.checkpoint.asynchronous,
                 models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
-                parts={"prompts": stream, "kl_control": kl_control},
+                parts={"prompts": stream, "kl_control": kl_control, "engines": engines},
                 like=config.model.path.resolve(),
                 identity=identity,
             )
@@ -146,7 +146,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             config=config,
             start_step=start_step,
             collect=fresh if sampling is None else sampling,
-            engine=engines,
+            engine=Evaluated(engines),
             rewards=rewards,
             policy=policy,
             reference=RemoteReference(roles.groups["policy"]) if config.ppo.kl_coef > 0 else None,
@@ -285,6 +285,7 @@ class _MachineMetrics:
         for role, verb, tokens in (
             ("engine", "generate", drawn),
             ("policy", "logprobs", scored),
+            ("policy", "reference_logprobs", scored),
             ("critic", "values", scored),
             ("policy", "update", scored * self.epochs),
             ("critic", "update", scored * self.epochs),

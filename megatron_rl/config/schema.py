@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
@@ -580,9 +581,20 @@ class ClusterConfig:
     """Rank i of policy and critic and engine i share a device and take turns: what does not compute lies in host
     memory. False: each has a device of its own. The reference is always with the policy."""
     start_deadline_s: PositiveFloat = 600.0
-    """For a worker to load its model."""
+    """For nodes to join, and for a worker to start and load its model."""
     call_deadline_s: PositiveFloat = 1800.0
-    """For any single piece of work: generating a rollout, log-probs, one update, a save."""
+    """For any single piece of work: generating a rollout, log-probs, one update, a save. It counts from the end of the
+    work before it."""
+
+    @property
+    def start_limit(self) -> Limit:
+        """On starting."""
+        return Limit(self.start_deadline_s, "cluster.start_deadline_s")
+
+    @property
+    def call_limit(self) -> Limit:
+        """On a piece of work."""
+        return Limit(self.call_deadline_s, "cluster.call_deadline_s")
 
     @property
     def planned_device(self) -> str:

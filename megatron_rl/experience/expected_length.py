@@ -41,6 +41,15 @@ class ExpectedLength:
             }
         )
 
+    def state(self) -> list[tuple[str, int, float]]:
+        """What :meth:`restored` needs; plain data."""
+        return [(*kind, mean) for kind, mean in self.means.items()]
+
+    @staticmethod
+    def restored(state: Sequence[tuple[str, int, float]]) -> ExpectedLength:
+        """What :meth:`state` was taken of."""
+        return ExpectedLength(means={(source, digits): mean for source, digits, mean in state})
+
 
 def _kind(prompt: Prompt) -> Kind:
     return prompt.source, len(prompt.token_ids).bit_length()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import signal
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_rl.batches import TokenRows
+from megatron_rl.config.limit import Limit
 from megatron_rl.interfaces import Pending
 from megatron_rl.lifetime import die_with_parent
 from megatron_rl.weights.rules import Head
@@ -45,7 +45,15 @@ class HfProcess:
     """
 
     def __init__(
-        self, folder: Path, head: Head, *, environment: Mapping[str, str], scratch: Path, log: Path, deadline_s: float
+        self,
+        folder: Path,
+        head: Head,
+        *,
+        environment: Mapping[str, str],
+        scratch: Path,
+        log: Path,
+        start_limit: Limit,
+        call_limit: Limit,
     ) -> None:
         """Start it and return at once.
 
@@ -55,12 +63,14 @@ class HfProcess:
             environment: of the process, besides this one's.
             scratch: folder for what libraries cache.
             log: file for what the process prints.
-            deadline_s: bound on loading and every call together.
+            start_limit: on loading.
+            call_limit: on each call, from the end of what it was asked before.
         """
-        self._deadline_s = deadline_s
+        self._call_limit = call_limit
+        self._asked = [("start", time.monotonic(), start_limit)]
         self._answers: list[Any] = []
+        self._idle_since = 0.0
         self._ended: str | None = None
-        self._asked = itertools.count()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         settings = {
@@ -83,7 +93,7 @@ class HfProcess:
             )
         self._pipe: Connection[Any, Any] = Connection(ours.detach())
         self._calls: SimpleQueue[bytes | None] = SimpleQueue()
-        self._arrived: SimpleQueue[bytes | None] = SimpleQueue()
+        self._arrived: SimpleQueue[tuple[float, bytes | None]] = SimpleQueue()
         # what does not fit into the socket blocks, and the process may be just as busy telling an answer
         self._threads = [
             Thread(target=_send_all, args=(self._calls, self._pipe), daemon=True),
@@ -96,29 +106,30 @@ class HfProcess:
     def call(self, verb: str, *args: Any) -> Pending[Any]:
         """Ask for a method of :class:`~megatron_rl.hf_reference.model.HfReference`."""
         self._calls.put(pickle.dumps((verb, args)))
-        return _Answer(self, next(self._asked), verb, time.monotonic() + self._deadline_s)
+        self._asked.append((verb, time.monotonic(), self._call_limit))
+        return _Answer(self, len(self._asked) - 1)
 
-    def answer(self, number: int, verb: str, deadline: float) -> Any:
-        """Wait for the answer to call ``number``.
+    def answer(self, number: int) -> Any:
+        """Wait for the answer to call ``number``; 0 is loading.
 
         Raises:
             ReferenceFailed: the process raised, ended, or did not answer in time.
         """
         while len(self._answers) <= number:
+            verb, asked, limit = self._asked[len(self._answers)]
+            until = max(asked, self._idle_since) + limit.seconds
             try:
-                answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+                self._idle_since, answer = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
-                raise ReferenceFailed(
-                    f"the Hugging Face reference did not answer {verb} within {self._deadline_s:g} s"
-                ) from None
+                raise ReferenceFailed(f"the Hugging Face reference did not finish {verb} within {limit}") from None
             if answer is None:
-                self._arrived.put(None)  # for the next one that asks
+                self._arrived.put((self._idle_since, None))  # for the next one that asks
                 self._ended = self._ended or self._end()
                 raise ReferenceFailed(self._ended)
             self._answers.append(pickle.loads(answer))
         good, found = self._answers[number]
         if not good:
-            raise ReferenceFailed(f"the Hugging Face reference failed in {verb}:\n{found}")
+            raise ReferenceFailed(f"the Hugging Face reference failed in {self._asked[number][0]}:\n{found}")
         return found
 
     def _end(self) -> str:
@@ -163,23 +174,22 @@ def _send_all(messages: SimpleQueue[bytes | None], pipe: Connection[Any, Any]) -
             pipe.send_bytes(message)
 
 
-def _receive_all(pipe: Connection[Any, Any], messages: SimpleQueue[bytes | None]) -> None:
-    """Until the other end is closed: a None."""
+def _receive_all(pipe: Connection[Any, Any], messages: SimpleQueue[tuple[float, bytes | None]]) -> None:
+    """With the time of each; until the other end is closed: a None."""
     with suppress(EOFError, OSError):
         while True:
-            messages.put(pipe.recv_bytes())
-    messages.put(None)
+            message = pipe.recv_bytes()
+            messages.put((time.monotonic(), message))
+    messages.put((time.monotonic(), None))
 
 
 @dataclass(frozen=True)
 class _Answer:
     process: HfProcess
     number: int
-    verb: str
-    deadline: float
 
     def result(self) -> Any:
-        return self.process.answer(self.number, self.verb, self.deadline)
+        return self.process.answer(self.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +227,7 @@ class HfScorer:
 
 
 def serve() -> None:
-    """Load the model that the driver names, then answer its calls until it closes its end."""
+    """Load the model that the driver names, say so, then answer its calls until it closes its end."""
     die_with_parent(parent=int(sys.argv[2]))
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     failure, model = "", None
@@ -227,7 +237,8 @@ def serve() -> None:
 
         model = HfReference(folder, head)
     except Exception:
-        failure = traceback.format_exc()
+        failure = traceback.format_exc()  # told by the first call, which names what it was needed for
+    pipe.send_bytes(pickle.dumps((True, None)))  # loading is over
     while True:
         try:
             verb, args = pickle.loads(pipe.recv_bytes())

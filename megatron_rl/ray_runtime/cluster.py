@@ -244,7 +244,8 @@ class Cluster:
                 partial(self._spawn, role, placement, {**self._loopback(), **environment}),
                 role.workers,
                 watch=self.watch,
-                deadline_s=self._config.call_deadline_s,
+                start_limit=self._config.start_limit,
+                call_limit=self._config.call_limit,
                 held_types=role.held_types,
                 restartable=role.restartable,
             )
@@ -275,7 +276,7 @@ class Cluster:
         self._note_births(group, [rank])
 
     def _note_births(self, group: WorkerGroup, ranks: Sequence[int]) -> None:
-        births = group.births(self._config.start_deadline_s, ranks)
+        births = group.births(ranks)
         self._births += births
         self._processes |= {
             group.names[rank]: {"worker": group.names[rank], **asdict(birth)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.experience.expected_length import ExpectedLength
@@ -19,6 +20,9 @@ class Engines:
     reach engines in no other way than a push to all of them, so the last push is repeated: until it ends, the new
     engine is stale. What the dead one had not finished is drawn again with the same seeds, so samples are the same.
     A death during a push ends the run.
+
+    How long responses were decides who gets which prompt, and an engine's numbers depend on what it computes beside
+    them: so the lengths are part of a run's progress.
     """
 
     def __init__(
@@ -57,6 +61,12 @@ class Engines:
         Raises:
             WorkerDied: an engine died and its restarts are used up, or another worker of the run did.
         """
+        rollouts = self.draw(prompts, sampling, seeds)
+        self._expected = self._expected.after(rollouts)
+        return rollouts
+
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        """The same, without taking note of how long responses were."""
         done: dict[int, Rollout] = {}
         while missing := [row for row in range(len(prompts)) if row not in done]:
             costs = {
@@ -78,9 +88,15 @@ class Engines:
                     deaths.append(died)
             if deaths:
                 self._revive(deaths)
-        rollouts = [done[row] for row in range(len(prompts))]
-        self._expected = self._expected.after(rollouts)
-        return rollouts
+        return [done[row] for row in range(len(prompts))]
+
+    def state(self) -> list[tuple[str, int, float]]:
+        """What :meth:`restore` needs; plain data."""
+        return self._expected.state()
+
+    def restore(self, state: Sequence[tuple[str, int, float]]) -> None:
+        """Deal prompts out as the engines did of which :meth:`state` was taken."""
+        self._expected = ExpectedLength.restored(state)
 
     def push(self, version: int) -> Mapping[str, float]:
         """Push to all engines, having started the dead ones anew; see :meth:`~megatron_rl.interfaces.WeightSync.push`.
@@ -114,3 +130,16 @@ class Engines:
             self._left[rank] -= 1
             self._tell(f"{how}\n{name} is started anew; restarts left: {self._left[rank]}")
         self._restart(sorted(dead))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run's engines as an evaluation sees them; a :class:`~megatron_rl.interfaces.RolloutEngine`. However often a run
+    evaluates, and whether it does so anew where it goes on, its rollouts are dealt out alike.
+    """
+
+    engines: Engines
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
+        """See :meth:`Engines.draw`."""
+        return self.engines.draw(prompts, sampling, seeds)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, TokenRows, merge_activations, merge_rows
 from megatron_rl.checkpoints import Writing
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import SyncConfig
 from megatron_rl.dataflow import Prompt, Rollout, Sampling
 from megatron_rl.experience.packing import split_rows
@@ -65,6 +66,10 @@ def _merged(by_rank: list[list[LinearFormat]]) -> list[LinearFormat]:
     return list(found.values())
 
 
+def _of_phase(deadline_s: float) -> Limit:
+    return Limit(deadline_s, "sync.phase_deadline_s")
+
+
 def _given(answers: list[Any]) -> list[Any]:
     return [answer for answer in answers if answer is not None]
 
@@ -75,11 +80,11 @@ class RemoteTrainer:
 
     group: WorkerGroup
 
-    def _scored(self, verb: str, batch: TokenRows, *args: Any) -> Pending[Tensor]:
+    def _scored(self, verb: str, batch: TokenRows, *args: Any, label: str | None = None) -> Pending[Tensor]:
         def finish(answers: list[Any]) -> Tensor:
             return merge_rows([answer for answer in answers if answer is not None], batch)
 
-        return self.group.call(verb, batch, *args, finish=finish)
+        return self.group.call(verb, batch, *args, finish=finish, label=label)
 
     def _updated(self, minibatch: Minibatch[Any], loss: object) -> Pending[UpdateResult]:
         return self.group.call("update", minibatch, loss, finish=_only)
@@ -129,8 +134,11 @@ class RemotePolicy(RemoteTrainer):
     """The policy: scores tokens, learns, and sends its weights."""
 
     def logprobs(self, batch: TokenRows, temperature: float | None = None, packed: bool = True) -> Pending[Tensor]:
-        """[B, T] f32; at the temperature of training unless another is given."""
-        return self._scored("logprobs", batch, temperature, False, packed)
+        """[B, T] f32; at the temperature of training unless another is given, which is to compare models and is counted
+        as ``compared_logprobs``.
+        """
+        label = None if temperature is None else "compared_logprobs"
+        return self._scored("logprobs", batch, temperature, False, packed, label=label)
 
     def update(self, minibatch: Minibatch[Any], loss: TokenLoss | SupervisedTokenLoss) -> Pending[UpdateResult]:
         """One optimizer step."""
@@ -138,7 +146,7 @@ class RemotePolicy(RemoteTrainer):
 
     def send(self, version: int, deadline_s: float) -> Pending[tuple[PushReceipt, ...]]:
         """Send the weights to the engines that joined."""
-        return self.group.call("send", version, deadline_s, finish=_only, deadline_s=deadline_s)
+        return self.group.call("send", version, deadline_s, finish=_only, limit=_of_phase(deadline_s))
 
     def moved_bytes(self) -> Pending[dict[tuple[int | None, int | None], int]]:
         """What ranks give in each push, see :meth:`.TransferPlan.bytes_by_pair`."""
@@ -153,8 +161,8 @@ class RemoteReference(RemoteTrainer):
     """The frozen copy of the first policy that the policy's workers keep."""
 
     def logprobs(self, batch: TokenRows) -> Pending[Tensor]:
-        """[B, T] f32 at the temperature of training."""
-        return self._scored("logprobs", batch, None, True)
+        """[B, T] f32 at the temperature of training; counted apart from what the same workers do for the policy."""
+        return self._scored("logprobs", batch, None, True, label="reference_logprobs")
 
 
 class RemoteCritic(RemoteTrainer):
@@ -216,7 +224,7 @@ class RemoteEngine:
                 raise ValueError(f"version {version}: all engines must receive the same, got {receipts}")
             return receipts[0]
 
-        return self.group.call("advance", phase, version, deadline_s, finish=finish, deadline_s=deadline_s)
+        return self.group.call("advance", phase, version, deadline_s, finish=finish, limit=_of_phase(deadline_s))
 
     def score(self, rows: Sequence[Sequence[int]]) -> Pending[list[list[list[float]]]]:
         """By each engine, for each row: log-prob of each token given those before it, at temperature 1."""
@@ -345,12 +353,12 @@ def connect(
         cuda: whether weights live on GPUs.
         shared: whether an engine may have the GPU of the policy's rank 0.
         pushed_format: what the policy quantises linears to before it sends them; None: nothing.
-        timeout_s: bound on all of it.
+        timeout_s: bound on an engine's joining.
 
     Returns:
         how weights will travel: the fastest way that the places of the roles allow.
     """
-    sender, hosts = policy.group.births(timeout_s)[0], [birth.host for birth in engine.group.births(timeout_s)]
+    sender, hosts = policy.group.births()[0], [birth.host for birth in engine.group.births()]
     transport = choose_transport(sender.host, hosts, cuda=cuda, shared=shared)
     address, port = policy.group.call("listen", sender.address, finish=_only, ranks=[0]).result()
     world = 1 + tensor * len(hosts)

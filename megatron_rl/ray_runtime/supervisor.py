@@ -75,6 +75,11 @@ class Supervisor:
     """One worker process and the pipe to it; its methods run in threads of the actor."""
 
     def __init__(self, worker: str, log_file: str, scratch: str, environment: Mapping[str, str]) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: it cannot be started, or its log cannot be written.
+        """
         self._worker = worker
         self._log = Path(log_file)
         self._environment = _writing_to(Path(scratch)) | dict(environment)
@@ -84,14 +89,28 @@ class Supervisor:
         self._next_number = 0
         self._gone = threading.Event()
         self._exit_code = 0
+        self._unstarted: BaseException | None = None
         self._kept: list[socket.socket] = []
         self._oom_kills_before = _oom_kills()
         started = threading.Event()
         # The kernel's parent-death signal goes with the thread that started the child: this one stays as long as it.
         threading.Thread(target=self._guard, args=(started,), name="guard").start()
         started.wait()
+        if self._unstarted is not None:
+            raise self._unstarted
 
     def _guard(self, started: threading.Event) -> None:
+        try:
+            self._start()
+        except BaseException as error:  # raised by the constructor, which waits for this thread
+            self._unstarted = error
+            return
+        finally:
+            started.set()
+        self._exit_code = self._process.wait()
+        self._gone.set()
+
+    def _start(self) -> None:
         (ours, theirs), (ours_beside, theirs_beside) = socket.socketpair(), socket.socketpair()
         self._pipe: Connection[Any, Any] = Connection(ours.detach())
         self._pipe_beside: Connection[Any, Any] = Connection(ours_beside.detach())
@@ -109,9 +128,6 @@ class Supervisor:
             )
         theirs.close()
         theirs_beside.close()
-        started.set()
-        self._exit_code = self._process.wait()
-        self._gone.set()
 
     def birth(self) -> Birth:
         """Where the worker runs."""

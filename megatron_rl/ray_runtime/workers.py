@@ -8,13 +8,14 @@ import pickle
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import cloudpickle
 import ray
 
+from megatron_rl.config.limit import Limit
 from megatron_rl.ray_runtime.child import Call, Reply
 from megatron_rl.ray_runtime.supervisor import Birth, Death
 
@@ -42,7 +43,7 @@ class WorkerFailed(RuntimeError):
 
 
 class DeadlineExceeded(TimeoutError):
-    """Work did not finish in time; the message says whom it waited for."""
+    """Work did not finish in time; the message says whom it waited for, for how long, and which setting bounds it."""
 
 
 @dataclass
@@ -74,16 +75,23 @@ class Watch:
         """Watch nobody any more."""
         self._deaths.clear()
 
-    def wait(self, waiting: Mapping[Any, str], *, seconds: float, what: str) -> Any:
+    def wait(self, waiting: Mapping[Any, str], *, until: float, limit: Limit, what: str) -> Any:
         """Wait until one of ``waiting`` (reference -> whose) is ready.
+
+        Args:
+            waiting: for whom.
+            until: on the monotonic clock.
+            limit: that ends then; for the message, as is ``what``.
+            what: is waited for.
 
         Raises:
             WorkerDied: a worker, not necessarily one of them, is gone.
             DeadlineExceeded: none was ready in time.
         """
-        ready, _ = ray.wait([*waiting, *self._deaths], num_returns=1, timeout=max(0.0, seconds))
+        seconds = max(0.0, until - time.monotonic())
+        ready, _ = ray.wait([*waiting, *self._deaths], num_returns=1, timeout=seconds)
         if not ready:
-            raise DeadlineExceeded(f"{what} did not finish within its deadline; still waiting for {_names(waiting)}")
+            raise DeadlineExceeded(f"{what} did not finish within {limit}; still waiting for {_names(waiting)}")
         self.raise_deaths([reference for reference in ready if reference in self._deaths])
         return ready[0]
 
@@ -107,7 +115,7 @@ def _names(waiting: Mapping[Any, str]) -> str:
 
 
 class GroupCall(Generic[T]):
-    """A verb under way on some or all ranks of a group."""
+    """A verb under way on some or all ranks of a group, or in line behind other calls to them."""
 
     def __init__(
         self,
@@ -115,13 +123,34 @@ class GroupCall(Generic[T]):
         verb: str,
         references: Mapping[Any, str],
         finish: Callable[[list[Any]], T],
-        deadline_s: float | None = None,
+        *,
+        limit: Limit,
+        before: Sequence[GroupCall[Any]] = (),
     ) -> None:
+        """Take note.
+
+        Args:
+            group: that was called.
+            verb: what it is counted and told as.
+            references: of the replies -> whose they are.
+            finish: makes one result of those of all ranks.
+            limit: on it alone.
+            before: what the same ranks do first; the limit counts from its end.
+        """
         self._group = group
         self._verb = verb
         self._references = references
         self._finish = finish
-        self._deadline = time.monotonic() + (deadline_s or group.deadline_s)
+        self._limit = limit
+        self._before = before
+        self._asked = time.monotonic()
+        self._ended: float | None = None
+
+    @property
+    def _deadline(self) -> float:
+        """On the monotonic clock; while calls before it are under way, the latest that it can be."""
+        turns = [call._deadline if call._ended is None else call._ended for call in self._before]
+        return max([self._asked, *turns]) + self._limit.seconds
 
     def ready(self, within_s: float) -> bool:
         """Whether :meth:`result` would not wait any more, having waited ``within_s``."""
@@ -135,13 +164,12 @@ class GroupCall(Generic[T]):
         Raises:
             WorkerDied: a worker of the run, of this group or another, is gone.
             WorkerFailed: a rank raised.
-            DeadlineExceeded: a rank did not answer in time.
+            DeadlineExceeded: a rank did not answer in time, to this call or to one before it.
         """
-        watch, what = self._group.watch, f"{self._group.name}: {self._verb}"
-        waiting, answers = dict(self._references), {}
-        while waiting:
-            reference = watch.wait(waiting, seconds=self._deadline - time.monotonic(), what=what)
-            whose = waiting.pop(reference)
+        watch = self._group.watch
+        answers = {}
+        for reference in self._arrivals():
+            whose = self._references[reference]
             try:
                 reply: Reply | Death = ray.get(reference)
             except ray.exceptions.RayError as error:
@@ -159,6 +187,28 @@ class GroupCall(Generic[T]):
         self._group.note(self._verb, dict(zip(self._references.values(), replies, strict=True)))
         return self._finish([pickle.loads(reply.value) for reply in replies])
 
+    def _arrivals(self) -> Iterator[Any]:
+        """The replies as they come; first those of the calls before this one, each by its own deadline."""
+        for call in self._before:
+            if call._ended is None:
+                for _ in call._arrivals():
+                    pass
+        waiting, what = dict(self._references), f"{self._group.name}: {self._verb}"
+        while waiting:
+            try:
+                reference = self._group.watch.wait(waiting, until=self._deadline, limit=self._limit, what=what)
+            except DeadlineExceeded:  # told once; whoever goes on has a limit of their own
+                self._end()
+                raise
+            waiting.pop(reference)
+            yield reference
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = self._ended or time.monotonic()
+        self._before = ()
+        self._group.forget(self)
+
 
 class WorkerGroup:
     """The ranks of one role.
@@ -174,7 +224,8 @@ class WorkerGroup:
         workers: int,
         *,
         watch: Watch,
-        deadline_s: float,
+        start_limit: Limit,
+        call_limit: Limit,
         held_types: tuple[type[Any], ...] = (),
         restartable: bool = False,
     ) -> None:
@@ -185,13 +236,15 @@ class WorkerGroup:
             spawn: makes the supervisor of a rank.
             workers: how many ranks.
             watch: ends the waits of the run when a rank dies.
-            deadline_s: bound on a call.
+            start_limit: on a rank's start, and on what it builds then.
+            call_limit: on a call.
             held_types: see above.
             restartable: the death of a rank ends calls of that rank alone, see :meth:`restart`.
         """
         self.name = name
         self.watch = watch
-        self.deadline_s = deadline_s
+        self.start_limit = start_limit
+        self.call_limit = call_limit
         self.names = [name if workers == 1 else f"{name} rank {rank}" for rank in range(workers)]
         self._spawn = spawn
         self._supervisors = [spawn(rank) for rank in range(workers)]
@@ -199,6 +252,7 @@ class WorkerGroup:
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._keys = itertools.count()
         self._numbers = [itertools.count() for _ in self._supervisors]
+        self._last: list[GroupCall[Any] | None] = [None] * workers
         self._statistics = Statistics()
         self._counting = threading.Lock()
         self._restartable = restartable
@@ -206,9 +260,9 @@ class WorkerGroup:
             for worker, supervisor in zip(self.names, self._supervisors, strict=True):
                 watch.add(worker, supervisor.death.remote())
 
-    def births(self, deadline_s: float, ranks: Sequence[int] | None = None) -> list[Birth]:
+    def births(self, ranks: Sequence[int] | None = None) -> list[Birth]:
         """Where each rank (all by default) runs."""
-        return self._ask("birth", deadline_s, ranks)
+        return self._ask("birth", ranks)
 
     def deaths(self) -> dict[int, str]:
         """How those ended that are gone by now, by rank."""
@@ -238,19 +292,20 @@ class WorkerGroup:
         ray.kill(self._supervisors[rank])
         self._supervisors[rank] = self._spawn(rank)
         self._numbers[rank] = itertools.count()
+        self._last[rank] = None
 
-    def keep_port(self, deadline_s: float) -> int:
+    def keep_port(self) -> int:
         """A port on the host of rank 0 that is kept for that rank, which must listen on it with SO_REUSEPORT."""
-        ports: list[int] = self._ask("keep_port", deadline_s, ranks=[0])
+        ports: list[int] = self._ask("keep_port", ranks=[0])
         return ports[0]
 
-    def _ask(self, method: str, deadline_s: float, ranks: Sequence[int] | None = None) -> list[Any]:
+    def _ask(self, method: str, ranks: Sequence[int] | None = None) -> list[Any]:
         chosen = range(len(self._supervisors)) if ranks is None else ranks
         references = {getattr(self._supervisors[rank], method).remote(): self.names[rank] for rank in chosen}
-        waiting, end = dict(references), time.monotonic() + deadline_s
+        waiting, limit = dict(references), self.start_limit
+        until = time.monotonic() + limit.seconds
         while waiting:
-            done = self.watch.wait(waiting, seconds=end - time.monotonic(), what=f"{self.name}: {method}")
-            waiting.pop(done)
+            waiting.pop(self.watch.wait(waiting, until=until, limit=limit, what=f"{self.name}: {method}"))
         return [ray.get(reference) for reference in references]
 
     def build(
@@ -259,11 +314,28 @@ class WorkerGroup:
         """Build the object of each rank (of all by default): ``factory(*arguments[i])`` for the i-th of them."""
         calls = [Call(phase="starting", payload=cloudpickle.dumps((factory, args, {}))) for args in arguments]
         chosen = range(len(self._supervisors)) if ranks is None else ranks
-        references = dict(self._send(call, rank) for rank, call in zip(chosen, calls, strict=True))
-        return GroupCall(self, "start", references, lambda _: None)
+        to = dict(zip(chosen, calls, strict=True))
+        return self._send("start", to, lambda _: None, limit=self.start_limit)
 
-    def _send(self, call: Any, rank: int) -> tuple[Any, str]:
-        return self._supervisors[rank].call.remote(call, next(self._numbers[rank])), self.names[rank]
+    def _send(
+        self, verb: str, to: Mapping[int, Any], finish: Callable[[list[Any]], T], *, limit: Limit
+    ) -> GroupCall[T]:
+        """Send each rank its call, behind those that are on their way to it."""
+        references = {
+            self._supervisors[rank].call.remote(call, next(self._numbers[rank])): self.names[rank]
+            for rank, call in to.items()
+        }
+        before = {id(call): call for rank in to if (call := self._last[rank]) is not None}
+        sent = GroupCall(self, verb, references, finish, limit=limit, before=tuple(before.values()))
+        for rank in to:
+            self._last[rank] = sent
+        return sent
+
+    def forget(self, ended: GroupCall[Any]) -> None:
+        """Nothing waits for a call any more, and its replies need not be kept."""
+        for rank, call in enumerate(self._last):
+            if call is ended:
+                self._last[rank] = None
 
     def call(
         self,
@@ -271,23 +343,32 @@ class WorkerGroup:
         *args: Any,
         finish: Callable[[list[Any]], T],
         ranks: Sequence[int] | None = None,
-        deadline_s: float | None = None,
+        limit: Limit | None = None,
+        label: str | None = None,
     ) -> GroupCall[T]:
-        """Call ``verb`` on the ranks (all by default) at once; ``finish`` makes one result of theirs. The deadline is
-        the group's unless another is given.
+        """Call ``verb`` on the ranks at once.
+
+        Args:
+            verb: method of what they have built.
+            args: of the method.
+            finish: makes one result of theirs.
+            ranks: which; all by default.
+            limit: on this call, where it is not the group's.
+            label: what it is counted and told as, where the verb does not say.
         """
         hold: list[tuple[int, bytes]] = []
         payload = self._pickled((verb, args, {}), hold)
         drop = []
         while len(self._held) > _HELD:
             drop.append(self._held.popitem(last=False)[0])
-        call: Any = Call(phase=verb, payload=payload, hold=tuple(hold), drop=tuple(drop))
+        label = label or verb
+        call: Any = Call(phase=label, payload=payload, hold=tuple(hold), drop=tuple(drop))
         if sum(len(data) for _, data in hold) + len(payload) > _LARGE_BYTES:
             call = ray.put(call)  # once for all ranks
         chosen = range(len(self._supervisors)) if ranks is None else ranks
         if hold and len(chosen) < len(self._supervisors):
             raise ValueError(f"{self.name}: {verb} shares a batch, so it must be called on every rank, got {ranks}")
-        return GroupCall(self, verb, dict(self._send(call, rank) for rank in chosen), finish, deadline_s)
+        return self._send(label, dict.fromkeys(chosen, call), finish, limit=limit or self.call_limit)
 
     def call_beside(self, verb: str, *, finish: Callable[[list[Any]], T]) -> GroupCall[T]:
         """Call a verb on all ranks beside whatever else they do, now or later: it must touch nothing that those use."""
@@ -296,7 +377,7 @@ class WorkerGroup:
             supervisor.call_beside.remote(call): name
             for name, supervisor in zip(self.names, self._supervisors, strict=True)
         }
-        return GroupCall(self, verb, references, finish)
+        return GroupCall(self, verb, references, finish, limit=self.call_limit)
 
     def _pickled(self, value: Any, hold: list[tuple[int, bytes]], *, itself: Any = None) -> bytes:
         group = self

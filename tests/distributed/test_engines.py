@@ -159,7 +159,7 @@ def test_an_engine_that_died_while_it_had_nothing_to_do_is_there_for_the_next_pu
 ) -> None:
     run = start(1)
     run.engines.push(0)
-    os.kill(run.group.births(10)[1].pid, signal.SIGKILL)
+    os.kill(run.group.births()[1].pid, signal.SIGKILL)
     while not run.group.deaths():
         pass
     run.engines.push(1)

@@ -88,7 +88,7 @@ def test_the_share_of_failures_is_that_of_all_samples(pools: WorkerGroup) -> Non
 def test_a_pool_that_is_killed_is_named_and_leaves_no_worker(pools: WorkerGroup) -> None:
     rewards = RemoteRewards(pools, max_error_rate=1.0)
     rewards.score(requests("1", "2"))
-    pid = pools.births(10)[1].pid
+    pid = pools.births()[1].pid
     workers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     assert workers
     os.kill(pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_rl.batches import TokenRows
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.interfaces import PushPhase
@@ -155,15 +156,14 @@ def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerG
 
 def test_a_deadline_names_whom_it_waited_for(groups: dict[str, WorkerGroup]) -> None:
     engine = groups["engine"]
-    engine.deadline_s = 1
-    with pytest.raises(DeadlineExceeded, match=r"engine: sleep did not finish within its deadline; .* engine$"):
-        engine.call("sleep", 2, finish=first).result()
-    engine.deadline_s = 30
+    told = r"engine: sleep did not finish within 1 s \(a\.key, .*\); still waiting for engine$"
+    with pytest.raises(DeadlineExceeded, match=told):
+        engine.call("sleep", 2, finish=first, limit=Limit(1, "a.key")).result()
 
 
 def test_a_stopped_engine_ends_the_push_in_a_phase_that_is_named(groups: dict[str, WorkerGroup]) -> None:
     engine = groups["engine"]
-    (birth,) = engine.births(10)
+    (birth,) = engine.births()
     sync = CheckedSync(
         sender=RemotePolicy(groups["pair"]),
         receiver=RemoteEngine(engine),
@@ -171,9 +171,10 @@ def test_a_stopped_engine_ends_the_push_in_a_phase_that_is_named(groups: dict[st
         probe_tolerance=0.05,
         phase_deadline_s=1.0,
     )
+    told = r"engine: advance did not finish within 1 s \(sync\.phase_deadline_s, .*\); still waiting for engine"
     os.kill(birth.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(DeadlineExceeded, match=r"engine: advance did not finish .* waiting for engine") as caught:
+        with pytest.raises(DeadlineExceeded, match=told) as caught:
             sync.push(3)
     finally:
         os.kill(birth.pid, signal.SIGCONT)
@@ -181,7 +182,7 @@ def test_a_stopped_engine_ends_the_push_in_a_phase_that_is_named(groups: dict[st
 
 
 def test_any_death_ends_every_wait_and_is_told_in_full(groups: dict[str, WorkerGroup]) -> None:
-    (birth,) = groups["other"].births(10)
+    (birth,) = groups["other"].births()
     waiting = groups["engine"].call("sleep", 20, finish=first)
     os.kill(birth.pid, signal.SIGKILL)
     with pytest.raises(WorkerDied) as died:

@@ -43,6 +43,18 @@ class Cursor:
         self.taken = state["taken"]
 
 
+class ResponseLengths:
+    """A part that runs did not save in the beginning."""
+
+    means: Any = None
+
+    def state(self) -> Any:
+        return self.means
+
+    def restore(self, state: Any) -> None:
+        self.means = state
+
+
 class Saver:
     """A run's checkpoints with what they save."""
 
@@ -247,6 +259,24 @@ def test_an_interrupt_does_not_wait_for_the_disk(saver: Saver, folder: Path) -> 
 
 def changed(**settings: Any) -> RunIdentity:
     return dataclasses.replace(IDENTITY, settings={**IDENTITY.settings, **settings})
+
+
+def test_a_checkpoint_older_than_a_part_gives_it_the_state_that_a_run_begins_with(saver: Saver, folder: Path) -> None:
+    saver.save(3)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    engines, cursor = ResponseLengths(), Cursor()
+    checkpoints = RunCheckpoints(
+        folder, keep=2, asynchronous=True, models={}, parts={"prompts": cursor, "engines": engines}, like=folder,
+        identity=IDENTITY,
+    )  # fmt: skip
+    assert checkpoints.start(saved) == 3
+    assert (cursor.taken, engines.means) == (300, [])
+    newer = dataclasses.replace(saved, parts={**saved.parts, "engines": [["math", 3, 0.1]]})
+    checkpoints.start(newer)
+    assert engines.means == [["math", 3, 0.1]]
+    with pytest.raises(KeyError, match="prompts"):
+        checkpoints.start(dataclasses.replace(saved, parts={}))
 
 
 def test_another_run_is_refused_with_all_reasons_at_once(saver: Saver, folder: Path) -> None:

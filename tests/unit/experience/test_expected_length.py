@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample
 from megatron_rl.experience.expected_length import ExpectedLength
 
@@ -28,3 +30,9 @@ def test_what_was_never_seen_counts_as_the_longest_and_nothing_counts_more() -> 
     assert expected.of(rollout("c", 4).prompt, 50) == 50
     assert expected.of(rollout("a", 4).prompt, 50) == 50
     assert ExpectedLength().of(rollout("a", 4).prompt, 7) == 7
+
+
+def test_its_state_is_plain_and_exact() -> None:
+    expected = ExpectedLength().after([rollout("a", 4, 1, 1, 5), rollout("b", 9, 7)])
+    assert ExpectedLength.restored(json.loads(json.dumps(expected.state()))) == expected
+    assert ExpectedLength.restored([]) == ExpectedLength()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_rl.hf_reference.process
 from megatron_rl.batches import TokenRows
+from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.hf_reference.model import HfReference
 from megatron_rl.hf_reference.process import HfProcess, HfScorer, ReferenceFailed
 from megatron_rl.parity import parity_rows
@@ -47,14 +48,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(folder: Path, run_dir: Path, deadline_s: float = 60) -> Iterator[HfProcess]:
+def running(folder: Path, run_dir: Path, start: float = 60, call: float = 60) -> Iterator[HfProcess]:
+    limits = ClusterConfig(start_deadline_s=start, call_deadline_s=call)
     with HfProcess(
         folder,
         Head.TOKEN,
         environment={"OMP_NUM_THREADS": "1"},
         scratch=run_dir / "scratch",
         log=run_dir / "logs" / "hugging_face.log",
-        deadline_s=deadline_s,
+        start_limit=limits.start_limit,
+        call_limit=limits.call_limit,
     ) as process:
         yield process
 
@@ -118,8 +121,8 @@ def test_calls_and_answers_larger_than_the_socket_pass_each_other(model: Path, t
 @pytest.mark.parametrize(
     ("program", "told"),
     [
-        ("time.sleep(60)", "did not answer logprobs within 2 s"),
-        ("pipe.send(4096 .to_bytes(4) + b'half'); time.sleep(60)", "did not answer logprobs within 2 s"),
+        ("time.sleep(60)", r"did not finish start within 2 s \(cluster\.start_deadline_s, "),
+        ("pipe.send(4096 .to_bytes(4) + b'half'); time.sleep(60)", r"did not finish start within 2 s \("),
         ("pipe.close(); time.sleep(60)", "hung up, did not end within 0.5 s and was killed"),
         ("sys.exit(3)", "ended with 3; "),
     ],
@@ -132,12 +135,29 @@ def test_a_process_that_stops_anywhere_is_told_within_the_deadline(
     monkeypatch.setattr(megatron_rl.hf_reference.process, "_PROGRAM", begin + program)
     monkeypatch.setattr(megatron_rl.hf_reference.process, "_END_S", 0.5)
     started = time.monotonic()
-    with running(tmp_path, tmp_path, deadline_s=2) as process:
+    with running(tmp_path, tmp_path, start=2) as process:
         answers = [process.call("logprobs", torch.zeros(1 << 20)) for _ in range(2)]
         for answer in answers:
             with pytest.raises(ReferenceFailed, match=told):
                 answer.result()
     assert time.monotonic() - started < 30
+
+
+def test_loading_and_each_call_have_deadlines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import pickle, sys, time; from multiprocessing.connection import Connection\n"
+        "pipe = Connection(int(sys.argv[1]))\n"
+        "def after(seconds): time.sleep(seconds); pipe.send_bytes(pickle.dumps((True, seconds)))\n"
+        "after(3)\nfor seconds in (1.2, 1.2, 1.2, 60): after(seconds)"
+    )
+    monkeypatch.setattr(megatron_rl.hf_reference.process, "_PROGRAM", program)
+    with running(tmp_path, tmp_path, start=30, call=2) as process:
+        answers = [process.call("logprobs", None) for _ in range(4)]
+        assert [answer.result() for answer in answers[:3]] == [1.2] * 3, "loading and those before are not counted"
+        started = time.monotonic()
+        with pytest.raises(ReferenceFailed, match=r"did not finish logprobs within 2 s \(cluster\.call_deadline_s, "):
+            answers[3].result()
+    assert time.monotonic() - started < 10
 
 
 def test_it_dies_with_its_driver_even_while_it_computes(model: Path, tmp_path: Path) -> None:

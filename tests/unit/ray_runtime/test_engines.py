@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from megatron_rl.ray_runtime.engines import Engines
+from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.ray_runtime.engines import Engines, Evaluated
 from megatron_rl.ray_runtime.roles import RemoteEngine
 from megatron_rl.ray_runtime.workers import WorkerGroup
 
@@ -38,3 +40,65 @@ def test_what_pushes_send_is_told_once_after_the_first() -> None:
     for version in (3, 4):
         assert engines.push(version) == {"bytes": 1.0}
     assert told == ["slices, known after version 3"]
+
+
+@dataclass
+class Drawn:
+    rollouts: list[Rollout]
+
+    def result(self) -> list[Rollout]:
+        return self.rollouts
+
+
+@dataclass
+class Pair:
+    """Two engines, whose responses are as long as the prompt's answer says."""
+
+    names = ("engine rank 0", "engine rank 1")
+    dealt: list[list[str]] = field(default_factory=lambda: [[], []])
+
+    def call(
+        self, verb: str, prompts: Sequence[Prompt], sampling: Sampling, seeds: Any, *, finish: Any, ranks: list[int]
+    ) -> Drawn:
+        self.dealt[ranks[0]] = [prompt.id for prompt in prompts]
+        return Drawn([self.rollout(prompt, int(prompt.answer)) for prompt in prompts])
+
+    def rollout(self, prompt: Prompt, length: int) -> Rollout:
+        sample = Sample(token_ids=(1,) * length, logprobs=(0.0,) * length, text="", finish=Finish.STOP)
+        return Rollout(prompt=prompt, samples=(sample,), policy_version=0)
+
+
+def pair() -> tuple[Pair, Engines]:
+    group = Pair()
+    more: dict[str, Any] = {"restarts": 0, "restart": lambda _: None, "tell": lambda _: None}
+    return group, Engines(RemoteEngine(cast("WorkerGroup", group)), Sync(), **more)
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    """Each of a source of its own, with a response of so many tokens."""
+    return [Prompt(id=str(n), token_ids=(1,), answer=str(n), source=str(n)) for n in lengths]
+
+
+SAMPLING, ROW = Sampling(temperature=1.0, max_tokens=100), [[0]]
+
+
+def test_engines_that_go_on_from_a_state_deal_prompts_out_as_those_that_left_it() -> None:
+    group, engines = pair()
+    engines.generate(prompts(90, 30, 20, 40), SAMPLING, ROW * 4)
+    saved = json.loads(json.dumps(engines.state()))
+    engines.generate(prompts(90, 30, 20, 40), SAMPLING, ROW * 4)
+    later, resumed = pair()
+    resumed.restore(saved)
+    assert [sorted(ids) for ids in group.dealt] == [["90"], ["20", "30", "40"]]
+    resumed.generate(prompts(90, 30, 20, 40), SAMPLING, ROW * 4)
+    assert later.dealt == group.dealt
+    assert resumed.state() == engines.state()
+
+
+def test_an_evaluation_leaves_the_lengths_of_rollouts_as_they_are() -> None:
+    _, engines = pair()
+    engines.generate(prompts(90, 30, 20, 40), SAMPLING, ROW * 4)
+    before = engines.state()
+    evaluated = Evaluated(engines).generate(prompts(90, 30, 20, 40, 50), SAMPLING, ROW * 5)
+    assert [rollout.prompt.answer for rollout in evaluated] == ["90", "30", "20", "40", "50"]
+    assert engines.state() == before

@@ -112,7 +112,7 @@ class FakeRay:
         for rank in range(workers):
             spawn(rank)
             self.bundle_of[f"{name} {rank}"] = self.chosen
-        return SimpleNamespace(names=[], births=lambda deadline, ranks: [])
+        return SimpleNamespace(names=[], births=lambda ranks: [])
 
 
 def test_workers_are_bound_to_bundles_by_the_nodes_that_ray_chose(

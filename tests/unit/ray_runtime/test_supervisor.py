@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,22 @@ def test_a_port_that_is_kept_is_for_the_worker_alone(supervisor: Supervisor) -> 
         client.connect(("127.0.0.1", port))
         accepted, _ = worker.accept()
         accepted.close()
+
+
+def test_a_worker_that_cannot_be_started_is_told_with_the_cause(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    raised: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            Supervisor("worker", str(tmp_path / "logs" / "worker.log"), str(tmp_path / "scratch"), {})
+        except OSError as error:
+            raised.append(error)
+
+    making = threading.Thread(target=make, daemon=True)
+    making.start()
+    making.join(timeout=20)
+    assert [str(error) for error in raised] == [f"[Errno 17] File exists: '{tmp_path / 'logs'}'"]
 
 
 def death(exit_code: int, *, oom_kills: int = 0, log: str = "", gpu_full: str = "") -> str:
