@@ -104,8 +104,7 @@ def train(run: Run) -> None:
                     log.update("heldout", evaluate(run))
             if (stopping := run.stop.asked) or due(step, cfg.checkpoint.every, cfg.steps):
                 with log.phase("checkpoint"), run.phases.saving():
-                    last = stopping or step + 1 == cfg.steps
-                    log.update("checkpoint", run.checkpoints.save(step + 1, wait=last))
+                    log.update("checkpoint", run.checkpoints.save(step + 1, wait=stopping or step + 1 == cfg.steps))
         if stopping:
             break
 
