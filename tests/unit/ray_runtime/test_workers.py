@@ -123,10 +123,10 @@ def test_the_one_at_the_head_of_a_line_is_told_of_and_at_its_own_deadline() -> N
 
 def test_whether_a_call_behind_others_is_overdue_is_known_without_waiting() -> None:
     line = built()
-    line.call("nap", 2.0, finish=sum, limit=Limit(0.2, "a.key"))
-    behind = line.call("nap", 0.0, finish=sum, limit=Limit(0.2, "a.key"))
-    assert not behind.ready(within_s=0)
-    assert behind.ready(within_s=0.5)
+    line.call("nap", 4.0, finish=sum, limit=Limit(1.0, "a.key"))
+    behind = line.call("nap", 0.0, finish=sum, limit=Limit(1.0, "a.key"))
+    assert not behind.ready(within_s=1.3), "its own time may not have begun"
+    assert behind.ready(within_s=1.0)
 
 
 def test_replies_are_not_kept_once_they_are_taken() -> None:
