@@ -102,7 +102,7 @@ def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator
     """
     trainer, size = config.trainers[role], DTYPE_BYTES[config.model.dtype]
     head = Head.VALUE if role == "critic" else Head.TOKEN
-    stages = unlike_stages(trainer.layout)
+    stages = unlike_stages(dims, trainer.layout)
     of_stages = [stage_elements(dims, trainer.layout, head, stage) for stage in stages]
     elements = max(sum(parts.values()) for parts in of_stages)
     states = max(optimized_elements(dims, trainer, head, stage) for stage in stages)

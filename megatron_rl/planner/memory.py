@@ -180,17 +180,21 @@ def trainer_cells(
     if rows is not None:
         together = filled.tokens_per_microbatch * layout.context // longest_row if longest_row else 1
         most = most_micro_batches(layout, rows, together)
-    stages = unlike_stages(layout)
+    stages = unlike_stages(dims, layout)
     found = (_stage_cells(role, dims, filled, head, dtype, stage, most, reference, on_gpu) for stage in stages)
     return max(found, key=device_bytes)
 
 
-def unlike_stages(layout: ParallelLayout) -> list[int]:
+def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
     """Stages one of which has the most of anything: the first, which holds most micro-batches; the last, which has the
-    vocabulary; and their neighbours, where the ends have fewer layers, or the first ones no experts.
+    vocabulary; their neighbours; and of stages with so many layers of either kind, dense or of experts, the first.
     """
     last = layout.pipeline - 1
-    return sorted({0, min(1, last), max(0, last - 1), last})
+    kinds: dict[tuple[int, int], int] = {}
+    for stage in range(layout.pipeline):
+        held = layout.layers_of_stage(stage, dims.layers)
+        kinds.setdefault((len(held), len(dims.sparse_layers.intersection(held))), stage)
+    return sorted({0, min(1, last), max(0, last - 1), last, *kinds.values()})
 
 
 def device_bytes(cells: Iterable[Cell]) -> float:

@@ -380,7 +380,7 @@ def _judged(
     if (samples := _samples_per_update(config)) < layout.data:
         problem = f"{layout.data} replicas need as many samples in a minibatch, got {samples}"
         return Choice(layout=layout, bytes=0, seconds=0, problem=problem)
-    stages = unlike_stages(layout)
+    stages = unlike_stages(dims, layout)
     least = max(least_bytes(dims, trainer, head_of(role), stage, config.model.dtype) for stage in stages)
     states = Cell(name=f"{role}.states", value=least, unit="B", formula="weights, gradients and optimizer")
     if problem := _too_much(config, machine, beside, [states]):  # which spares laying out one by one what cannot be

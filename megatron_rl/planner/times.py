@@ -121,7 +121,7 @@ def pass_time(
     ways = 1 if not backward else 2
     times = [
         _stage_time(dims, trainer, machine, stage, micro, work.row_tokens, dtype, backward=backward, head=head)
-        for stage in unlike_stages(layout)
+        for stage in unlike_stages(dims, layout)
     ]
     arithmetic, exchanged = max(times, key=sum)
     if layout.pipeline == 1:
@@ -226,9 +226,9 @@ def update_time(
     """
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True, head=head)
     hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
+    stages = unlike_stages(dims, trainer.layout)
     replicas, optimizer = max(
-        (_step_time(dims, trainer, head, machine, stage, dtype, hidden) for stage in unlike_stages(trainer.layout)),
-        key=sum,
+        (_step_time(dims, trainer, head, machine, stage, dtype, hidden) for stage in stages), key=sum
     )
     return replace(compute, replicas=replicas, optimizer=optimizer)
 

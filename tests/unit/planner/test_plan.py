@@ -349,6 +349,19 @@ def test_a_policys_last_stage_has_the_output_layer_besides():
     assert policy - critic == pytest.approx(64 * 1024 * 2 * 4096 * 128256 / (0.7 * 989e12))
 
 
+def test_the_stage_that_holds_most_is_found_where_dense_layers_reach_into_the_second(monkeypatch):
+    dims = model("deepseek_v3")
+    ends = {"first_stage_layers": 2, "last_stage_layers": 1}
+    chosen = trainer(tensor=8, sequence_parallel=True, expert=64, data=8, pipeline=31, **ends)
+
+    def held():
+        return device_bytes(trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=True))
+
+    found = held()
+    monkeypatch.setattr("megatron_rl.planner.memory.unlike_stages", lambda dims, layout: range(layout.pipeline))
+    assert found == held()
+
+
 def test_of_stages_with_as_many_layers_the_one_with_experts_sets_the_pace():
     # the first three of 61 layers have no experts; each of DeepSeek-V3's other layers computes more and exchanges
     dims, work = model("deepseek_v3"), Work(rows=64, row_tokens=1024)
