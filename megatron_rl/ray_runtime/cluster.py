@@ -159,7 +159,7 @@ class Cluster:
 
         Args:
             config: which cluster, and the deadlines.
-            gpus: on this machine.
+            gpus: on this machine, by which workers get GPUs or CPUs.
             run_dir: gets ``logs/`` and ``scratch/``, what the workers' libraries cache.
         """
         self._config = config
@@ -182,7 +182,8 @@ class Cluster:
         """Start Ray, or join a cluster.
 
         Raises:
-            ClusterProblem: the cluster cannot be reached, or asks for no token, or Ray in this process uses none.
+            ClusterProblem: the cluster cannot be reached, or asks for no token, or Ray in this process uses none; or it
+                has GPUs and this machine has not.
         """
         terminate = signal.getsignal(signal.SIGTERM)
         if self.local:
@@ -225,6 +226,12 @@ class Cluster:
                 ray.init(address=self._config.address, **common)
             except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
                 raise ClusterProblem(f"cannot join the Ray cluster at {self._config.address}: {error}") from error
+            there = ray.cluster_resources().get("GPU", 0)
+            if there and not self._gpus and self._config.device != "cpu":
+                raise ClusterProblem(
+                    f"the Ray cluster at {self._config.address} has {there:g} GPU(s), but the driver sees none and "
+                    "would lay everything out on CPUs: run it on a node with GPUs, or set cluster.device='cpu' to do without"
+                )
 
     def start(self, roles: Sequence[Role], environment: Mapping[str, str]) -> dict[str, WorkerGroup]:
         """Place every role's workers and start their processes, which wait for what to build.

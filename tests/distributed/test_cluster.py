@@ -25,7 +25,8 @@ from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role
 
 began = time.monotonic()
 try:
-    with Cluster(ClusterConfig(address=sys.argv[1], start_deadline_s=60), gpus=0, run_dir=Path(sys.argv[2])) as cluster:
+    config = ClusterConfig(address=sys.argv[1], start_deadline_s=60, device=sys.argv[3] if sys.argv[3:] else None)
+    with Cluster(config, gpus=0, run_dir=Path(sys.argv[2])) as cluster:
         print(f"seconds {time.monotonic() - began:.1f}")
         group = cluster.start([Role(name="only", workers=1)], {})["only"]
         group.build(dict, [()]).result()
@@ -60,14 +61,23 @@ def test_ray_that_was_imported_too_early_to_ask_for_a_token_is_refused(tmp_path:
 
 @pytest.fixture(params=["token", "disabled"])
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str], str]]:
-    """A Ray cluster started by hand, that asks for a token or does not; its address and a client's environment."""
+    """A Ray cluster started by hand, of one GPU as it says, that asks for a token or does not; its address and the
+    environment of a client.
+    """
     mode = str(request.param)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
     if mode == "token":
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     port = free_port()
-    options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    options = [
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--num-gpus=1",
+        "--include-dashboard=false",
+    ]
     with ray_node([RAY, "start", *options, "--block"], environment, tmp_path / "head.log"):
         yield f"127.0.0.1:{port}", environment, mode
 
@@ -76,18 +86,23 @@ def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
     head: tuple[str, dict[str, str], str], tmp_path: Path
 ) -> None:
     address, environment, mode = head
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN, address, str(tmp_path)],
-        env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN", "0" * 64)},
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seconds = float(re.findall(r"seconds (\S+)", done.stdout)[0])
-    assert seconds < 15, "a client without a token must not be tried for the 20 s that Ray takes"
-    print(done.stdout)
+
+    def said(*device: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN, address, str(tmp_path), *device],
+            env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN", "0" * 64)},
+            timeout=120,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = float(re.findall(r"seconds (\S+)", done.stdout)[0])
+        assert seconds < 15, "a client without a token must not be tried for the 20 s that Ray takes"
+        return done.stdout + done.stderr
+
     if mode == "token":
-        assert "joined 0" in done.stdout, done.stdout + done.stderr
+        assert "joined 0" in said("cpu")
+        # a driver without GPUs would lay everything out on CPUs, on nodes that have GPUs
+        assert f"refused: the Ray cluster at {address} has 1 GPU(s), but the driver sees none" in said()
     else:
-        assert f"refused: the Ray cluster at {address} asks for no token" in done.stdout, done.stdout + done.stderr
+        assert f"refused: the Ray cluster at {address} asks for no token" in said()
