@@ -230,7 +230,7 @@ class Cluster:
             if there and not self._gpus and self._config.device != "cpu":
                 raise ClusterProblem(
                     f"the Ray cluster at {self._config.address} has {there:g} GPU(s), but the driver sees none and "
-                    "would lay everything out on CPUs: run it on a node with GPUs, or set cluster.device='cpu' to do without"
+                    "would lay everything out on CPUs: run it on a node that has one, or set cluster.device='cpu'"
                 )
 
     def start(self, roles: Sequence[Role], environment: Mapping[str, str]) -> dict[str, WorkerGroup]:
