@@ -58,10 +58,11 @@ class RewardService:
         wall_timeout_s: wall seconds that one sample may take, for rules that wait and workers that are stopped.
         start_timeout_s: wall seconds that a worker may take until it is ready.
         max_restarts: how many workers may die by themselves in one call before it gives up. Workers that the service
-            kills for a time-out do not count.
-        max_error_rate: the largest share of a call's samples whose rule may raise or kill its process; 1 for no limit.
-            Time-outs do not count: hostile text may cause them.
-        memory_bytes: limit of each worker's address space, or None for no limit.
+            kills for a time-out and those that a rule fills do not count.
+        max_error_rate: the largest share of a call's samples whose rule may raise, fill its memory or kill its process;
+            1 for no limit. Time-outs do not count: hostile text may cause them.
+        memory_bytes: limit of each worker's address space, or None for no limit. A worker that has reached it is
+            replaced.
 
     Raises:
         ValueError: a number is out of range, or the rule cannot be loaded.
@@ -120,7 +121,8 @@ class RewardService:
 
         Returns:
             One score per request, in order. A sample whose rule overran a limit has ``Outcome.TIMEOUT``; one
-            whose rule raised or killed its process has ``Outcome.ERROR``; both have the rule's ``failure_value``.
+            whose rule raised, filled its memory or killed its process has ``Outcome.ERROR``; both have the rule's
+            ``failure_value``.
 
         Raises:
             RuntimeError: the service is closed, a worker could not start, too many workers died by themselves, or the
@@ -395,11 +397,16 @@ class _Call:
 
     def _handle_death(self, worker: _Worker) -> None:
         """The worker's output ended: its first pending sample is the one that ended it."""
-        how = _how_it_ended(worker.exit_code())
-        self.deaths += 1
+        code = worker.exit_code()
+        how = _how_it_ended(code)
+        reason = f"reward worker {worker.pid} {how}"
+        if code == wire.MEMORY_FULL and worker.pending:
+            reason = f"the rule filled its worker's memory: memory_bytes={self.service._memory_bytes}"
+        else:
+            self.deaths += 1
         if worker.pending:
             self.service._busy_seconds += time.monotonic() - worker.clock
-            self._fail(worker.pending.popleft(), Outcome.ERROR, f"reward worker {worker.pid} {how}")
+            self._fail(worker.pending.popleft(), Outcome.ERROR, reason)
         if self.deaths > self.service._max_restarts:
             raise RuntimeError(
                 f"reward worker {worker.pid} {how}, and {self.deaths} workers ended by themselves in this call (at "

@@ -5,12 +5,16 @@ JSON and not pickle, because the messages carry model text.
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 _LENGTH = struct.Struct(">I")
+
+MEMORY_FULL = errno.ENOMEM
+"""Exit code of a worker that ran out of memory: a message would need some."""
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -2,7 +2,8 @@
 
 Started by :class:`megatron_rl.rewards.service.RewardService` as ``python -m megatron_rl.rewards.worker``. Its standard
 input brings one start message with the rule, then batches; its standard output carries ``{"ready": true}`` and one
-answer per sample, in order (see :mod:`megatron_rl.rewards.wire`).
+answer per sample, in order (see :mod:`megatron_rl.rewards.wire`). A worker that runs out of memory ends: what filled it
+may still be there, and it would fail the next samples too, sooner than others score theirs.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def main() -> None:
         _send(outgoing, {"failed": f"{type(error).__name__}: {error}"})
         return
     _send(outgoing, {"ready": True})
-    while (batch := wire.read(incoming)) is not None:
-        for index, text, answer, finish in batch["samples"]:
-            _send(outgoing, {"index": index, **_score(rule, text, answer, Finish(finish))})
+    try:
+        while (batch := wire.read(incoming)) is not None:
+            for index, text, answer, finish in batch["samples"]:
+                _send(outgoing, {"index": index, **_score(rule, text, answer, Finish(finish))})
+    except MemoryError:
+        os._exit(wire.MEMORY_FULL)
     os._exit(0)
 
 
@@ -64,6 +68,8 @@ def _score(rule: RewardRule, text: str, answer: str, finish: Finish) -> dict[str
             if not math.isfinite(number):
                 raise ValueError(f"a score must be finite, the rule returned {number} as its {name}")
         result: dict[str, Any] = {"value": value, "parts": parts, "outcome": score.outcome.value}
+    except MemoryError:
+        raise
     except BaseException as error:  # a rule that calls sys.exit() must not end the worker
         result = {"error": f"{type(error).__name__}: {error}"[:500]}
     result["seconds"] = time.perf_counter() - begin

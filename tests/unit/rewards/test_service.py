@@ -33,6 +33,8 @@ if os.environ.get("RULE_LOADS_ONLY_IN") not in (None, str(os.getpid())):
         time.sleep(60)
     raise ImportError("not here")
 
+KEPT = []
+
 
 def rule(text, answer, finish):
     match text[:8]:
@@ -68,10 +70,13 @@ def rule(text, answer, finish):
             return float("nan")
         case "nan part":
             return Score(value=1.0, parts={"correct": float("nan")})
+        case "keep    ":
+            while True:
+                KEPT.append(bytes(64 << 20))
+        case "need    ":
+            return len(bytes(512 << 20))
         case "pid     ":
             return os.getpid()
-        case "memory  ":
-            return len(bytearray(8 << 30))
         case "torch   ":
             return float("torch" in sys.modules)
         case "print   ":
@@ -224,13 +229,23 @@ def test_one_worker_goes_on_after_a_timeout(spec: str) -> None:
 def test_a_rule_that_raises_gives_an_error_and_is_logged(spec: str, caplog: pytest.LogCaptureFixture) -> None:
     with RewardService(spec) as service, caplog.at_level(logging.WARNING):
         scores = service.score(
-            _requests("1", "raise   ", "exit    ", "nan     ", "nan part", "no number", "memory  ", "2", "pid     ")
+            _requests("1", "raise   ", "exit    ", "nan     ", "nan part", "no number", "2", "pid     ")
         )
-        assert scores[:-1] == [Score(value=1.0), *[FAILED] * 6, Score(value=2.0)]
+        assert scores[:-1] == [Score(value=1.0), *[FAILED] * 5, Score(value=2.0)]
         first_worker = scores[-1].value
         assert [score.value for score in service.score(_requests("pid     "))] == [first_worker]  # it survived all
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["6 of 9 samples could not be scored: the rule raised KeyError: 'a key that is missing'"]
+    assert messages == ["5 of 8 samples could not be scored: the rule raised KeyError: 'a key that is missing'"]
+
+
+def test_a_worker_that_is_full_costs_one_sample_and_no_death(spec: str, caplog: pytest.LogCaptureFixture) -> None:
+    with RewardService(spec, workers=2, memory_bytes=2 << 30, max_restarts=0) as service:
+        texts = ["keep    ", *["need    "] * 40]
+        for _ in range(2):
+            assert service.score(_requests(*texts)) == [FAILED, *[Score(value=float(512 << 20))] * 40]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 41 samples could not be scored: the rule filled its worker's memory: memory_bytes=2147483648"
+    ] * 2
 
 
 def test_a_worker_that_dies_costs_one_sample(spec: str) -> None:
