@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import megatron_rl
 from eval.grading import Grader, grade, rule_sha256, same_answers
+from eval.identity import IDENTITY_FILE, read_identity
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
@@ -64,10 +65,9 @@ class Evaluation:
         Raises:
             BadInput: it does; the message says what differs.
         """
-        file = self.output / "identity.json"
-        if not file.is_file():
+        there = read_identity(self.output)
+        if there is None:
             return
-        there = json.loads(file.read_text())
         differing = [key for key, value in self.identity().items() if there["settings"].get(key) != value]
         differing += [
             f"data of {item.name}"
@@ -115,10 +115,10 @@ class Evaluation:
         return results
 
     def _note_identity(self) -> None:
-        file = self.output / "identity.json"
-        tasks = json.loads(file.read_text())["tasks"] if file.is_file() else {}
-        tasks |= {item.name: item.sha256 for item in self.problems}
-        replace_text(file, json.dumps({"settings": self.identity(), "tasks": tasks}, indent=2) + "\n")
+        there = read_identity(self.output)
+        tasks = (there["tasks"] if there else {}) | {item.name: item.sha256 for item in self.problems}
+        identity = {"settings": self.identity(), "tasks": tasks}
+        replace_text(self.output / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
 
     def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
         """The samples that were asked for, among those that are there."""
