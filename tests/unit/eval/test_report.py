@@ -101,7 +101,7 @@ def test_an_evaluation_that_lacks_samples_of_the_others_is_refused_by_its_step(r
     ("part", "change", "told"),
     [
         ("settings", {"max_tokens": 16000}, "max_tokens"),
-        ("settings", {"engine": {"vllm": "0.1"}}, "engine"),
+        ("settings", {"releases": {"vllm": "0.1"}}, "releases"),
         ("tasks", {"zeta": "cc"}, "data of zeta"),
     ],
 )

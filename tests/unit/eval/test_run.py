@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from eval.settings import parse
 from eval.tasks import BadInput
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.durable import locked
+from megatron_rl.rewards import answers
 
 ROOT = Path(__file__).parents[3]
 PYTHON_BLOCK = """```python
@@ -231,6 +233,24 @@ def test_verdicts_of_a_rule_that_changed_are_not_mixed(tmp_path, model, task, en
     monkeypatch.setattr("megatron_rl.__version__", "0.0.1")
     assert main([*asked, "--output", str(tmp_path / "other")]) == 2
     assert "(other megatron_rl)" in capsys.readouterr().err
+
+
+def test_verdicts_of_another_grammar_and_samples_of_another_engine_are_not_mixed(
+    tmp_path, model, task, engine, monkeypatch, capsys
+):
+    asked = command(tmp_path, model, task)
+    assert main(asked) == 0
+    rewards = Path(shutil.copytree(Path(answers.__file__).parent, tmp_path / "rewards"))
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "__file__", str(rewards / "answers.py"))
+        assert main(asked) == 0  # the same code in another place
+        (rewards / "notation.py").write_text((rewards / "notation.py").read_text() + "# another grammar\n")
+        assert main(asked) == 2
+        assert "holds samples drawn otherwise (other rewards_sha256)" in capsys.readouterr().err
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.1" if name.startswith("vllm") else installed(name))
+    assert main(asked) == 2
+    assert "holds samples drawn otherwise (other releases)" in capsys.readouterr().err
 
 
 def test_samples_vote_by_equality_of_their_answers(tmp_path, model, engine):
