@@ -619,6 +619,25 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
         parse(["--model", "m", "--relative-tolerance", "0.01"])
 
 
+def test_a_list_of_a_protocol_stays_as_it_is(tmp_path):
+    protocol = tmp_path / "p.toml"
+    written = (ROOT / "eval" / "seed_protocol.toml").read_text().partition("stop =")[0]
+    protocol.write_text(written + 'stop = ["Therefore, done", "\\n\\n"]\n')
+    asked = ["--model", "m", "--protocol", str(protocol)]
+    found = parse(asked)
+    assert found.stop == ("Therefore, done", "\n\n")
+    assert len(found.tasks) == 8
+    assert parse([*asked, "--stop", "a,b"]).stop == ("a", "b")
+    protocol.write_text(written + "stop = ''\n")
+    assert parse(asked).stop == ()
+    protocol.write_text(written + "stop = ['a', '']\n")
+    with pytest.raises(BadInput, match="stop must be a list of strings that are not empty, got"):
+        parse(asked)
+    protocol.write_text(written.replace("seed = 0", "seed = [0]") + "stop = []\n")
+    with pytest.raises(BadInput, match="seed must be one value, got the list"):
+        parse(asked)
+
+
 def test_the_quick_starts_template_is_that_of_its_configuration():
     folder = ROOT / "examples" / "arithmetic_cpu"
     template = tomllib.loads((folder / "ppo.toml").read_text())["data"]["template"]
