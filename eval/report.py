@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if not __package__:  # run as a program: Python then looks beside this file, not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.behaviour import Behaviour, behaviour
+from eval.identity import IDENTITY_FILE, protocol_differences, read_identity
 from eval.results import title
 from eval.samples import GradedSample, read_samples
 from eval.tasks import TASKS, BadInput
@@ -52,7 +54,7 @@ def load_evaluations(folder: Path) -> dict[int, dict[str, list[GradedSample]]]:
         folder: holds ``step_N/samples_TASK.jsonl``; or is itself one evaluation, which then is step 0.
 
     Raises:
-        BadInput: there are none, or a line is not a sample.
+        BadInput: there are none, a line is not a sample, or checkpoints were evaluated by different protocols.
     """
     named = [(_STEP.fullmatch(path.name), path) for path in folder.glob("step_*")]
     places = {int(step[1]): path for step, path in named if step is not None}
@@ -60,7 +62,36 @@ def load_evaluations(folder: Path) -> dict[int, dict[str, list[GradedSample]]]:
     found = {step: tasks for step, tasks in found.items() if tasks}
     if not found:
         raise BadInput(f"{folder}: no step_*/samples_*.jsonl in it; make them with eval/run.py --run")
+    if len(found) > 1:
+        _check_same_protocol({step: places[step] for step in found}, list(dict.fromkeys(chain(*found.values()))))
     return found
+
+
+def _check_same_protocol(places: Mapping[int, Path], tasks: Sequence[str]) -> None:
+    """Refuse steps that differ in more than their models.
+
+    Raises:
+        BadInput: there are some, or one does not say how it was evaluated; names step and settings.
+    """
+    identities = {}
+    for step, place in places.items():
+        if (identity := read_identity(place)) is None:
+            raise BadInput(
+                f"{place}: every checkpoint must say how it was evaluated, there is no {IDENTITY_FILE}; evaluate it "
+                "with eval/run.py"
+            )
+        identities[step] = identity
+    first, *others = identities
+    differing = [
+        f"step {step} differs from step {first} in {', '.join(names)}"
+        for step in others
+        if (names := protocol_differences(identities[first], identities[step], tasks))
+    ]
+    if differing:
+        raise BadInput(
+            f"every checkpoint must be evaluated by the same protocol, {'; '.join(differing)}; evaluate these anew, "
+            "with the same options and releases"
+        )
 
 
 def _samples(folder: Path) -> dict[str, list[GradedSample]]:

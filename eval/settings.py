@@ -78,7 +78,11 @@ def parse(arguments: Sequence[str]) -> Settings:
     """
     parser = _parser()
     protocol = parser.parse_known_args(arguments)[0].protocol
-    given = vars(parser.parse_args([*_protocol_arguments(protocol, parser), *arguments]))
+    keys = _protocol_keys(protocol, parser)
+    lists = _protocol_lists(protocol, keys, parser)
+    parser.set_defaults(**lists)  # as they are: text would be split again
+    words = [f"--{key}={value}" for key, value in keys.items() if key.replace("-", "_") not in lists]
+    given = vars(parser.parse_args([*words, *arguments]))
     del given["protocol"]
     if missing := [name for name in _PROTOCOL_NAMES if given[name] is None]:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
@@ -121,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--temperature", type=_not_negative, help="0 is greedy, else at least 0.01")
     asked.add_argument("--top-p", type=_probability)
     asked.add_argument("--max-tokens", type=_positive, help="of a response")
-    asked.add_argument("--stop", type=_words, help="strings that end a response, separated by commas")
+    asked.add_argument(
+        "--stop",
+        type=_words,
+        help="strings that end a response, separated by commas; one with a comma needs a list in a protocol",
+    )
     asked.add_argument("--seed", type=_seed, help="of sampling and bootstrap")
     asked.add_argument("--rule", help="reward rule that decides what is right")
     asked.add_argument(
@@ -186,8 +194,8 @@ def _probability(text: str) -> float:
     return float(_bounded(float, text, 0, 1, open_low=True))
 
 
-def _protocol_arguments(file: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """A protocol as the words of a command line."""
+def _protocol_keys(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What a protocol says, by option."""
     try:
         keys = tomllib.loads(file.read_text())
     except OSError as error:
@@ -201,4 +209,19 @@ def _protocol_arguments(file: Path, parser: argparse.ArgumentParser) -> list[str
             raise BadInput(
                 f"--protocol {file}: unknown key {key!r}" + (f"; did you mean {nearest[0]}?" if nearest else "")
             )
-    return [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in keys.items()]
+    return keys
+
+
+def _protocol_lists(file: Path, keys: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
+    """The lists of a protocol, by attribute."""
+    allowed = {action.dest for action in parser._actions if action.type is _words}
+    lists = {}
+    for key, value in keys.items():
+        if not isinstance(value, list):
+            continue
+        if key.replace("-", "_") not in allowed:
+            raise BadInput(f"--protocol {file}: {key} must be one value, got the list {value}")
+        if not all(isinstance(word, str) and word for word in value):
+            raise BadInput(f"--protocol {file}: {key} must be a list of strings that are not empty, got {value}")
+        lists[key.replace("-", "_")] = tuple(value)
+    return lists

@@ -140,7 +140,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         host=host,
         python=platform.python_version(),
         packages=packages,
-        code=_hash_of_code(),
+        code=hash_of_code(Path(megatron_rl.__file__).parent),
         files={str(file): _hash(file) for file in files},
         apex=_apex(),
         engine_fault=_engine_fault(packages),
@@ -155,6 +155,14 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         capabilities=capabilities,
         token=_token(),
     )
+
+
+def hash_of_code(folder: Path) -> str:
+    """SHA-256 over names and contents of the Python files below ``folder``."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)} {_hash(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def look_at_port(address: str, number: int, option: str) -> Port:
@@ -181,13 +189,6 @@ def _packages() -> dict[str, str]:
 
 def _hash(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def _hash_of_code() -> str:
-    folder, digest = Path(megatron_rl.__file__).parent, hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(f"{file.relative_to(folder)} {_hash(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _apex() -> Apex | None:

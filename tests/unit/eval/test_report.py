@@ -25,6 +25,8 @@ def write(folder: Path, step: int, task: str, *samples) -> None:
     place = folder / f"step_{step:06}"
     place.mkdir(parents=True, exist_ok=True)
     SampleLog(place / f"samples_{task}.jsonl").append(samples)
+    settings = {"model": {"model.safetensors": [1, step]}, "source": None, "max_tokens": 3000, "rule": "correctness"}
+    (place / "identity.json").write_text(json.dumps({"settings": settings, "tasks": {"math500": "aa", "zeta": "bb"}}))
 
 
 @pytest.fixture
@@ -93,6 +95,31 @@ def test_an_evaluation_that_lacks_samples_of_the_others_is_refused_by_its_step(r
     write(run, 4, "zeta", graded("a", 1, "1", task="zeta"))
     with pytest.raises(BadInput, match=r"step 12 has 1 of 2 samples of zeta; step 20 has 1 of 2 samples of zeta"):
         dynamics(load_evaluations(run))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("settings", {"max_tokens": 16000}, "max_tokens"),
+        ("settings", {"releases": {"vllm": "0.1"}}, "releases"),
+        ("tasks", {"zeta": "cc"}, "data of zeta"),
+    ],
+)
+def test_checkpoints_that_were_evaluated_by_different_protocols_are_refused(run, part, change, told, capsys):
+    file = run / "step_000012" / "identity.json"
+    identity = json.loads(file.read_text())
+    file.write_text(json.dumps(identity | {part: identity[part] | change}))
+    assert main([str(run)]) == 2
+    assert f"by the same protocol, step 12 differs from step 4 in {told}; evaluate" in capsys.readouterr().err
+    assert not (run / "dynamics.json").exists()
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_evaluated_is_refused_among_others(run):
+    (run / "step_000012" / "identity.json").unlink()
+    with pytest.raises(BadInput, match=r"step_000012: every checkpoint must say how .* no identity\.json"):
+        load_evaluations(run)
+    shutil.rmtree(run / "step_000004")
+    assert list(load_evaluations(run)) == [12]
 
 
 def test_one_evaluation_is_a_report_too_and_nothing_is_an_error(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from eval.settings import parse
 from eval.tasks import BadInput
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.durable import locked
+from megatron_rl.rewards import answers
 
 ROOT = Path(__file__).parents[3]
 PYTHON_BLOCK = """```python
@@ -231,6 +233,24 @@ def test_verdicts_of_a_rule_that_changed_are_not_mixed(tmp_path, model, task, en
     monkeypatch.setattr("megatron_rl.__version__", "0.0.1")
     assert main([*asked, "--output", str(tmp_path / "other")]) == 2
     assert "(other megatron_rl)" in capsys.readouterr().err
+
+
+def test_verdicts_of_another_grammar_and_samples_of_another_engine_are_not_mixed(
+    tmp_path, model, task, engine, monkeypatch, capsys
+):
+    asked = command(tmp_path, model, task)
+    assert main(asked) == 0
+    rewards = Path(shutil.copytree(Path(answers.__file__).parent, tmp_path / "rewards"))
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "__file__", str(rewards / "answers.py"))
+        assert main(asked) == 0  # the same code in another place
+        (rewards / "notation.py").write_text((rewards / "notation.py").read_text() + "# another grammar\n")
+        assert main(asked) == 2
+        assert "holds samples drawn otherwise (other rewards_sha256)" in capsys.readouterr().err
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.1" if name.startswith("vllm") else installed(name))
+    assert main(asked) == 2
+    assert "holds samples drawn otherwise (other releases)" in capsys.readouterr().err
 
 
 def test_samples_vote_by_equality_of_their_answers(tmp_path, model, engine):
@@ -597,6 +617,25 @@ def test_the_seeds_protocol_is_the_default_and_options_override_it(tmp_path):
         parse(["--model", "m", "--seed", "-1"])
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--relative-tolerance", "0.01"])
+
+
+def test_a_list_of_a_protocol_stays_as_it_is(tmp_path):
+    protocol = tmp_path / "p.toml"
+    written = (ROOT / "eval" / "seed_protocol.toml").read_text().partition("stop =")[0]
+    protocol.write_text(written + 'stop = ["Therefore, done", "\\n\\n"]\n')
+    asked = ["--model", "m", "--protocol", str(protocol)]
+    found = parse(asked)
+    assert found.stop == ("Therefore, done", "\n\n")
+    assert len(found.tasks) == 8
+    assert parse([*asked, "--stop", "a,b"]).stop == ("a", "b")
+    protocol.write_text(written + "stop = ''\n")
+    assert parse(asked).stop == ()
+    protocol.write_text(written + "stop = ['a', '']\n")
+    with pytest.raises(BadInput, match="stop must be a list of strings that are not empty, got"):
+        parse(asked)
+    protocol.write_text(written.replace("seed = 0", "seed = [0]") + "stop = []\n")
+    with pytest.raises(BadInput, match="seed must be one value, got the list"):
+        parse(asked)
 
 
 def test_the_quick_starts_template_is_that_of_its_configuration():
