@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +26,10 @@ from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.durable import locked, replace_text
+from megatron_rl.interfaces import RolloutEngine
+
+if TYPE_CHECKING:
+    from eval.generate import Draws
 
 _LOCK_WAIT_S = 2.0
 
@@ -193,24 +197,8 @@ class Evaluation:
                 soft_wrap=True,
             )
         parts = batches(draws, 4 * settings.max_concurrent)
-        longest = max(len(item.prompt.token_ids) + item.max_tokens for item in draws)
-
-        from megatron_rl import device
-        from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
-        from megatron_rl.vllm_engine.engine import EngineSpec
-
-        spec = EngineSpec(
-            model=self.model.folder,
-            dtype=self.model.dtype,
-            max_model_len=longest,
-            kv_cache_mib=settings.kv_cache_mib,
-            max_concurrent=settings.max_concurrent,
-            on_cpu=not device.has_cuda(),
-            version=0,
-        )
-        count = min(settings.engines, len(parts))
         with (
-            open_engines(spec, count, ClusterConfig(), self.output) as engines,
+            self._engines(parts) as engines,
             closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
             _Progress(console, name, total) as progress,
         ):
@@ -219,6 +207,31 @@ class Evaluation:
                 logs[found[0].task].append(graded)
                 progress.add(graded)
         return total
+
+    @contextmanager
+    def _engines(self, parts: Sequence[Sequence[Draws]]) -> Iterator[Sequence[RolloutEngine]]:
+        """Engines for the longest response that is asked for; none where prompts leave no room for any."""
+        asked = [part for part in parts if part[0].max_tokens]
+        if not asked:
+            yield []
+            return
+
+        from megatron_rl import device
+        from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
+        from megatron_rl.vllm_engine.engine import EngineSpec
+
+        settings = self.settings
+        spec = EngineSpec(
+            model=self.model.folder,
+            dtype=self.model.dtype,
+            max_model_len=max(len(item.prompt.token_ids) + item.max_tokens for part in asked for item in part),
+            kv_cache_mib=settings.kv_cache_mib,
+            max_concurrent=settings.max_concurrent,
+            on_cpu=not device.has_cuda(),
+            version=0,
+        )
+        with open_engines(spec, min(settings.engines, len(asked)), ClusterConfig(), self.output) as engines:
+            yield engines
 
 
 class _Progress:

@@ -97,7 +97,7 @@ def responses(
     changes it.
 
     Args:
-        engines: hold the same weights.
+        engines: hold the same weights; none are needed where no part has room for a response.
         parts: see :func:`batches`.
         sampling: its ``max_tokens`` is replaced by that of the part.
         seed: of the evaluation.

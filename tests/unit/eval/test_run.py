@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eval.run import _model_name, main
 from eval.samples import read_samples
@@ -266,6 +266,26 @@ def test_engines_are_given_what_the_model_says(tmp_path, task, engine):
     assert (spec.model, spec.dtype, spec.kv_cache_mib, spec.version) == (model, "bfloat16", 64, 0)
     assert count == 1  # one part, so a second engine would have nothing to do
     assert spec.max_model_len <= 64
+
+
+def test_a_prompt_that_the_model_has_no_room_for_is_answered_by_nothing(tmp_path, task, engine, capsys):
+    model = make_model(tmp_path / "short", max_position_embeddings=3)
+    words = Tokenizer(models.WordLevel({"x": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(model / "tokenizer.json"))
+    (tmp_path / "bare.txt").write_text("{question}")
+    task.write_text('{"question": "a b c d e", "answer": "0"}\n{"question": "a", "answer": "1"}\n')
+    asked = [*command(tmp_path, model, task), "--template", str(tmp_path / "bare.txt")]
+    assert main(asked) == 0
+    assert [spec.max_model_len for spec, _ in engine.opened] == [3]  # not the 5 of the prompt without room
+    found = {sample.id: sample for sample in read_samples(tmp_path / "out" / "samples_sums.jsonl")}
+    assert {name: (sample.response, sample.correct) for name, sample in found.items()} == {
+        **{"0": ("", False), "1": ("\\boxed{1}", True)}
+    }
+    assert "sums 0: a prompt of 5 tokens leaves room for 0 of 8" in capsys.readouterr().err
+    assert main([*asked, "--output", str(tmp_path / "first"), "--limit", "1"]) == 0
+    assert len(engine.opened) == 1  # an engine that draws nothing is not started
+    assert results(tmp_path / "first")["results"]["sums"]["pass@1,none"] == 0.0
 
 
 def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, engine, capsys):
