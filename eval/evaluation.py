@@ -24,6 +24,7 @@ from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.interfaces import RolloutEngine
@@ -177,6 +178,7 @@ class Evaluation:
             item
             for problems in self.problems
             for item in plan_draws(
+            part_size,
                 problems,
                 set(logs[problems.name].samples),
                 tokenizer,
@@ -196,7 +198,7 @@ class Evaluation:
                 highlight=False,
                 soft_wrap=True,
             )
-        parts = batches(draws, 4 * settings.max_concurrent)
+        parts = batches(draws, part_size(settings.max_concurrent, settings.max_tokens))
         with (
             self._engines(parts) as engines,
             closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
@@ -230,7 +232,8 @@ class Evaluation:
             on_cpu=not device.has_cuda(),
             version=0,
         )
-        with open_engines(spec, min(settings.engines, len(asked)), ClusterConfig(), self.output) as engines:
+        cluster = _Cluster(call_deadline_s=settings.call_deadline_s)
+        with open_engines(spec, min(settings.engines, len(asked)), cluster, self.output) as engines:
             yield engines
 
 
@@ -247,6 +250,14 @@ class _Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+class _Cluster(ClusterConfig):
+    """A cluster whose messages name this program's options."""
+
+    @property
+    def call_limit(self) -> Limit:
+        return Limit(self.call_deadline_s, "--call-deadline-s")
+
+
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks import TASKS, BadInput
-from megatron_rl.config.schema import LOWEST_TEMPERATURE, EngineConfig, RewardConfig
+from megatron_rl.config.schema import LOWEST_TEMPERATURE, ClusterConfig, EngineConfig, RewardConfig
 from megatron_rl.dataflow import Sampling
 from megatron_rl.rewards.structure import Leniency
 
@@ -45,6 +45,7 @@ class Settings:
     engines: int
     kv_cache_mib: int
     max_concurrent: int
+    call_deadline_s: float
     reward_workers: int
     timeout_s: float
 
@@ -144,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--kv-cache-mib", type=_positive, default=engine.kv_cache_mib, help="of each engine")
     machine.add_argument("--max-concurrent", type=_positive, default=engine.max_concurrent, help="of each engine")
     machine.add_argument("--reward-workers", type=_positive, default=reward.workers, help="processes that grade")
+    machine.add_argument(
+        "--call-deadline-s",
+        type=_positive_float,
+        default=ClusterConfig().call_deadline_s,
+        help="for an engine to draw one part of the samples, after which they are on the disk",
+    )
     machine.add_argument("--timeout-s", type=_positive_float, default=reward.timeout_s, help="to grade a response")
     return parser
 

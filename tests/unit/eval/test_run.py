@@ -64,6 +64,7 @@ def engine(monkeypatch):
     @contextmanager
     def opened(spec, count, cluster, run_dir) -> Iterator[list[ScriptedEngine]]:
         scripted.opened.append((spec, count))
+        scripted.limit = cluster.call_limit
         yield [scripted] * count
 
     monkeypatch.setattr(megatron_rl.assemble, "open_engines", opened)
@@ -266,6 +267,11 @@ def test_engines_are_given_what_the_model_says(tmp_path, task, engine):
     assert (spec.model, spec.dtype, spec.kv_cache_mib, spec.version) == (model, "bfloat16", 64, 0)
     assert count == 1  # one part, so a second engine would have nothing to do
     assert spec.max_model_len <= 64
+
+
+def test_how_long_an_engine_may_draw_is_an_option_that_the_message_names(tmp_path, model, task, engine):
+    assert main(command(tmp_path, model, task, "--call-deadline-s", "7200")) == 0
+    assert str(engine.limit) == "7200 s (--call-deadline-s, to be raised if it may take longer)"
 
 
 def test_a_prompt_that_the_model_has_no_room_for_is_answered_by_nothing(tmp_path, task, engine, capsys):
