@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, rule_sha256, same_answers
+from eval.grading import Grader, check_errors, grade, rule_sha256, same_answers
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
@@ -26,6 +26,7 @@ from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.dataflow import Outcome
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.interfaces import RolloutEngine
 
@@ -106,10 +107,15 @@ class Evaluation:
         started = time.monotonic()
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
+        for task, log in logs.items():
+            if failed := [sample for sample in log.samples.values() if sample.outcome is Outcome.ERROR]:
+                log.replace(grade(failed, graders[task]))
         drawn = self._draw_missing(logs, graders, console, name)
         if not drawn and (self.output / "results.json").is_file():
             console.print(f"{name}: complete, no engine started", highlight=False, soft_wrap=True)
         graded = {item.name: self._asked_for(item, logs[item.name]) for item in self.problems}
+        for task, samples in graded.items():
+            self._check_errors(task, samples, len(samples))
         results = {
             task: task_results(samples, same_answers(samples, graders[task]), seed=self.settings.seed)
             for task, samples in graded.items()
@@ -124,6 +130,10 @@ class Evaluation:
         tasks = json.loads(file.read_text())["tasks"] if file.is_file() else {}
         tasks |= {item.name: item.sha256 for item in self.problems}
         replace_text(file, json.dumps({"settings": self.identity(), "tasks": tasks}, indent=2) + "\n")
+
+    def _check_errors(self, task: str, samples: Iterable[GradedSample], total: int) -> None:
+        errors = sum(sample.outcome is Outcome.ERROR for sample in samples)
+        check_errors(task, errors, total, self.settings.max_error_rate)
 
     def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
         """The samples that were asked for, among those that are there."""
@@ -168,6 +178,7 @@ class Evaluation:
     ) -> int:
         from eval.generate import (
             batches,
+            part_size,
             plan_draws,
             responses,
         )  # loads torch, which an unusable input need not wait for
@@ -178,7 +189,6 @@ class Evaluation:
             item
             for problems in self.problems
             for item in plan_draws(
-            part_size,
                 problems,
                 set(logs[problems.name].samples),
                 tokenizer,
@@ -189,6 +199,7 @@ class Evaluation:
             )
         ]
         total = sum(len(item.numbers) for item in draws)
+        wanted = {item.name: len(item.problems) * settings.samples for item in self.problems}
         if not total:
             return 0
         for shorter in [item for item in draws if item.max_tokens < settings.max_tokens]:
@@ -205,9 +216,11 @@ class Evaluation:
             _Progress(console, name, total) as progress,
         ):
             for found in drawn:
-                graded = grade(found, graders[found[0].task])
-                logs[found[0].task].append(graded)
+                task = found[0].task
+                graded = grade(found, graders[task])
+                logs[task].append(graded)
                 progress.add(graded)
+                self._check_errors(task, logs[task].samples.values(), max(wanted[task], len(logs[task].samples)))
         return total
 
     @contextmanager
@@ -237,6 +250,14 @@ class Evaluation:
             yield engines
 
 
+class _Cluster(ClusterConfig):
+    """A cluster whose messages name this program's options."""
+
+    @property
+    def call_limit(self) -> Limit:
+        return Limit(self.call_deadline_s, "--call-deadline-s")
+
+
 class _Progress:
     """A bar on a terminal, a line per batch elsewhere."""
 
@@ -250,14 +271,6 @@ class _Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-class _Cluster(ClusterConfig):
-    """A cluster whose messages name this program's options."""
-
-    @property
-    def call_limit(self) -> Limit:
-        return Limit(self.call_deadline_s, "--call-deadline-s")
-
-
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,

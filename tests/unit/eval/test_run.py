@@ -375,6 +375,38 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path, model, task, engin
     assert main(command(tmp_path, model, task)) == 0
 
 
+def test_answers_whose_grading_failed_are_limited_told_and_graded_again(tmp_path, model, task, engine, capsys):
+    """The rule fails on as many questions as a file says, as a machine short of memory would."""
+    (tmp_path / "failing").write_text("2")
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from pathlib import Path\nfrom megatron_rl.dataflow import Score\n\n\n"
+        "def shaky(text, answer, finish):\n"
+        "    failing = int(Path(__file__).with_name('failing').read_text())\n"
+        "    if answer in ['2', '3'][:failing]:\n"
+        "        raise OSError('no room')\n"
+        "    return Score(value=1.0, parts={'correct': 1.0})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:shaky")
+    assert main(asked) == 1
+    message = "grading failed on 2 of 5 samples of sums, at most --max-error-rate=0.25 of them may fail"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main(asked) == 1  # still so, and nothing is drawn again
+    assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--rule", f"{rule}:shaky"]) == 1
+    assert main([*asked, "--max-error-rate", "0.4"]) == 0
+    told = "model, sums: 2 samples could not be graded and count as wrong (time-outs 0, errors 2)."
+    assert told in (tmp_path / "out" / "table.md").read_text()
+    (tmp_path / "failing").write_text("1")
+    assert main(asked) == 0  # one of five
+    assert results(tmp_path / "out")["results"]["sums"]["grader_errors,none"] == 1
+    (tmp_path / "failing").write_text("0")
+    assert main(asked) == 0
+    assert results(tmp_path / "out")["results"]["sums"]["pass@1,none"] == 1.0
+    assert [sample.id for sample in read_samples(tmp_path / "out" / "samples_sums.jsonl")] == list("01234")
+    assert engine.calls == 1
+
+
 def test_a_verdict_between_right_and_wrong_is_refused(tmp_path, model, task, engine, capsys):
     rule = tmp_path / "rule.py"
     rule.write_text(
