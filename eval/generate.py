@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
@@ -14,6 +14,8 @@ from eval.tasks import ProblemSet
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sampling
 from megatron_rl.experience.collect import sample_seed
 from megatron_rl.interfaces import RolloutEngine
+
+_TOKENS_IN_A_ROW = 16_384  # of one of an engine's places, in a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,26 @@ def plan_draws(
     return left
 
 
+def part_size(max_concurrent: int, max_tokens: int) -> int:
+    """Samples that an engine gets at a time: up to four times as many as it draws at once, so that it is seldom idle
+    while the last ones end; fewer where responses may be long, so that they reach the disk within a call's deadline.
+
+    Args:
+        max_concurrent: sequences that the engine draws at once.
+        max_tokens: of a response.
+    """
+    return max_concurrent * max(1, min(4, _TOKENS_IN_A_ROW // max_tokens))
+
+
 def batches(draws: Sequence[Draws], samples: int) -> list[list[Draws]]:
-    """Parts of ``draws`` with about ``samples`` samples each, alike in task and room; an engine gets one at a time."""
+    """Parts of ``draws`` with about ``samples`` samples each (below twice as many), alike in task and room; an engine
+    gets one at a time.
+    """
+    draws = [
+        replace(item, numbers=item.numbers[first : first + samples])
+        for item in draws
+        for first in range(0, len(item.numbers), samples)
+    ]
     parts: list[list[Draws]] = []
     filled = 0
     for item in sorted(draws, key=lambda item: (item.prompt.source, -item.max_tokens)):  # stable: the task's order
@@ -97,7 +117,7 @@ def responses(
     changes it.
 
     Args:
-        engines: hold the same weights.
+        engines: hold the same weights; none are needed where no part has room for a response.
         parts: see :func:`batches`.
         sampling: its ``max_tokens`` is replaced by that of the part.
         seed: of the evaluation.

@@ -101,6 +101,26 @@ def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
     )
 
 
+def check_errors(task: str, errors: int, samples: int, limit: float) -> None:
+    """Stop where grading fails too often for the rest to mean anything.
+
+    Args:
+        task: for the message.
+        errors: samples of the task on which the rule raised or ended its process.
+        samples: of the task in all.
+        limit: the largest share of them that may fail.
+
+    Raises:
+        RuntimeError: more did.
+    """
+    if errors > limit * samples:
+        raise RuntimeError(
+            f"grading failed on {errors} of {samples} samples of {task}, at most --max-error-rate={limit:g} of them "
+            "may fail; the warnings above say how. Mend it and run this command again, which grades them again, or "
+            "raise the limit"
+        )
+
+
 def same_answers(samples: Iterable[GradedSample], grader: Grader) -> Same:
     """Equality of the answers that samples of one problem gave, decided for every pair that a vote asks about.
 

@@ -97,7 +97,8 @@ def averages(results: Mapping[str, Results]) -> dict[str, Results]:
 
 
 def table(rows: Mapping[str, Mapping[str, Results]]) -> str:
-    """Markdown: pass@1 in percent, the seed's columns and average first (where any of them is there), others after.
+    """Markdown: pass@1 in percent, the seed's columns and average first (where any of them is there), others after;
+    below it, how many samples could not be graded.
 
     Args:
         rows: results by task, by the name of the model.
@@ -113,6 +114,15 @@ def table(rows: Mapping[str, Mapping[str, Results]]) -> str:
         average = averages(results).get("seed_average")
         cells = [_percent(average if task is None else results.get(task)) for task in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, results in rows.items():
+        for task, found in results.items():
+            timeouts, errors = (found.get(f"grader_{kind}s,none", 0) for kind in ("timeout", "error"))
+            if timeouts or errors:
+                lines += [
+                    "",
+                    f"{name}, {title(task)}: {timeouts + errors} samples could not be graded and count as wrong "
+                    f"(time-outs {timeouts}, errors {errors}).",
+                ]
     return "\n".join(lines) + "\n"
 
 

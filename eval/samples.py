@@ -12,6 +12,7 @@ from typing import Any
 
 from eval.tasks import BadInput
 from megatron_rl.dataflow import Finish, Outcome
+from megatron_rl.durable import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +129,8 @@ class SampleLog:
             lines.flush()
             os.fsync(lines.fileno())
         self.samples |= {sample.key: sample for sample in samples}
+
+    def replace(self, samples: Sequence[GradedSample]) -> None:
+        """Put other verdicts in the place of those that are there; a kill leaves the old file or the new one."""
+        self.samples |= {sample.key: sample for sample in samples}
+        replace_text(self._file, "".join(sample.as_json() + "\n" for sample in self.samples.values()))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks import TASKS, BadInput
-from megatron_rl.config.schema import LOWEST_TEMPERATURE, EngineConfig, RewardConfig
+from megatron_rl.config.schema import LOWEST_TEMPERATURE, ClusterConfig, EngineConfig, RewardConfig
 from megatron_rl.dataflow import Sampling
 from megatron_rl.rewards.structure import Leniency
 
@@ -45,8 +45,10 @@ class Settings:
     engines: int
     kv_cache_mib: int
     max_concurrent: int
+    call_deadline_s: float
     reward_workers: int
     timeout_s: float
+    max_error_rate: float
 
     def leniency(self, task: str) -> Leniency:
         """What is forgiven in the numbers of a task."""
@@ -151,8 +153,20 @@ def _parser() -> argparse.ArgumentParser:
     engine, reward = EngineConfig(), RewardConfig()
     machine.add_argument("--kv-cache-mib", type=_positive, default=engine.kv_cache_mib, help="of each engine")
     machine.add_argument("--max-concurrent", type=_positive, default=engine.max_concurrent, help="of each engine")
+    machine.add_argument(
+        "--call-deadline-s",
+        type=_positive_float,
+        default=ClusterConfig().call_deadline_s,
+        help="for an engine to draw one part of the samples, after which they are on the disk",
+    )
     machine.add_argument("--reward-workers", type=_positive, default=reward.workers, help="processes that grade")
     machine.add_argument("--timeout-s", type=_positive_float, default=reward.timeout_s, help="to grade a response")
+    machine.add_argument(
+        "--max-error-rate",
+        type=_share,
+        default=reward.max_error_rate,
+        help="of a task's samples, whose grading may fail; time-outs do not count",
+    )
     return parser
 
 
@@ -188,6 +202,10 @@ def _positive_float(text: str) -> float:
 
 def _not_negative(text: str) -> float:
     return float(_bounded(float, text, 0, 100, open_low=False))
+
+
+def _share(text: str) -> float:
+    return float(_bounded(float, text, 0, 1, open_low=False))
 
 
 def _probability(text: str) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from eval.generate import batches, plan_draws, responses
+from eval.generate import batches, part_size, plan_draws, responses
 from eval.tasks import Problem, ProblemSet
 from megatron_rl.dataflow import Finish, Rollout, Sample, Sampling
 
@@ -92,6 +92,19 @@ def test_parts_have_about_the_size_asked_for_and_one_task_each(tokenizer):
         [("b", "0"), ("b", "1")],
         [("b", "2"), ("b", "3")],
         [("b", "4")],
+    ]
+
+
+def test_long_responses_come_in_smaller_parts():
+    assert [part_size(256, tokens) for tokens in (1, 3_000, 4_096, 8_192, 16_384, 100_000)] == [
+        *(1024, 1024, 1024, 512, 256, 256)
+    ]
+
+
+def test_many_samples_of_one_problem_are_several_parts(tokenizer):
+    parts = batches(plan(tokenizer, problem_set("x", "x"), samples=5), 2)
+    assert [[(item.prompt.id, item.numbers) for item in part] for part in parts] == [
+        *([("0", (0, 1))], [("0", (2, 3))], [("0", (4,)), ("1", (0, 1))], [("1", (2, 3))], [("1", (4,))])
     ]
 
 

@@ -67,6 +67,10 @@ def test_the_table_has_the_form_of_the_seeds():
         "| other | - | 50.0 | - | - | - | - | 90.0 |",
     ]
     assert table({"m": {"mine": {"pass@1,none": 0.5}}}).splitlines()[::2] == ["| | mine |", "| m | 50.0 |"]
+    failed = {"grader_timeouts,none": 2, "grader_errors,none": 1}
+    assert table({"m": {"math500": {"pass@1,none": 0.5} | failed, "mine": {"pass@1,none": 0.5}}}).splitlines()[3:] == [
+        *("", "m, MATH 500: 3 samples could not be graded and count as wrong (time-outs 2, errors 1).")
+    ]
     found = averages({**zero, "gsm8k": {"pass@1,none": 0.9}})
     assert found["seed_average"]["length,none"] == 700.0
     assert found["average"] == {"pass@1,none": pytest.approx((sum(values.values()) + 0.9) / 6)}

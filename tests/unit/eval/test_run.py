@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eval.run import _model_name, main
 from eval.samples import read_samples
@@ -66,6 +66,7 @@ def engine(monkeypatch):
     @contextmanager
     def opened(spec, count, cluster, run_dir) -> Iterator[list[ScriptedEngine]]:
         scripted.opened.append((spec, count))
+        scripted.limit = cluster.call_limit
         yield [scripted] * count
 
     monkeypatch.setattr(megatron_rl.assemble, "open_engines", opened)
@@ -288,6 +289,31 @@ def test_engines_are_given_what_the_model_says(tmp_path, task, engine):
     assert spec.max_model_len <= 64
 
 
+def test_how_long_an_engine_may_draw_is_an_option_that_the_message_names(tmp_path, model, task, engine):
+    assert main(command(tmp_path, model, task, "--call-deadline-s", "7200")) == 0
+    assert str(engine.limit) == "7200 s (--call-deadline-s, to be raised if it may take longer)"
+
+
+def test_a_prompt_that_the_model_has_no_room_for_is_answered_by_nothing(tmp_path, task, engine, capsys):
+    model = make_model(tmp_path / "short", max_position_embeddings=3)
+    words = Tokenizer(models.WordLevel({"x": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(model / "tokenizer.json"))
+    (tmp_path / "bare.txt").write_text("{question}")
+    task.write_text('{"question": "a b c d e", "answer": "0"}\n{"question": "a", "answer": "1"}\n')
+    asked = [*command(tmp_path, model, task), "--template", str(tmp_path / "bare.txt")]
+    assert main(asked) == 0
+    assert [spec.max_model_len for spec, _ in engine.opened] == [3]  # not the 5 of the prompt without room
+    found = {sample.id: sample for sample in read_samples(tmp_path / "out" / "samples_sums.jsonl")}
+    assert {name: (sample.response, sample.correct) for name, sample in found.items()} == {
+        **{"0": ("", False), "1": ("\\boxed{1}", True)}
+    }
+    assert "sums 0: a prompt of 5 tokens leaves room for 0 of 8" in capsys.readouterr().err
+    assert main([*asked, "--output", str(tmp_path / "first"), "--limit", "1"]) == 0
+    assert len(engine.opened) == 1  # an engine that draws nothing is not started
+    assert results(tmp_path / "first")["results"]["sums"]["pass@1,none"] == 0.0
+
+
 def test_responses_are_graded_again_without_an_engine(tmp_path, model, task, engine, capsys):
     engine.say = lambda prompt, seed: f"the boxed {prompt.answer}"
     assert main(command(tmp_path, model, task)) == 0
@@ -367,6 +393,38 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path, model, task, engin
     assert f"another process is writing {tmp_path / 'out'} (pid {os.getpid()}" in error
     assert engine.opened == []
     assert main(command(tmp_path, model, task)) == 0
+
+
+def test_answers_whose_grading_failed_are_limited_told_and_graded_again(tmp_path, model, task, engine, capsys):
+    """The rule fails on as many questions as a file says, as a machine short of memory would."""
+    (tmp_path / "failing").write_text("2")
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from pathlib import Path\nfrom megatron_rl.dataflow import Score\n\n\n"
+        "def shaky(text, answer, finish):\n"
+        "    failing = int(Path(__file__).with_name('failing').read_text())\n"
+        "    if answer in ['2', '3'][:failing]:\n"
+        "        raise OSError('no room')\n"
+        "    return Score(value=1.0, parts={'correct': 1.0})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:shaky")
+    assert main(asked) == 1
+    message = "grading failed on 2 of 5 samples of sums, at most --max-error-rate=0.25 of them may fail"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main(asked) == 1  # still so, and nothing is drawn again
+    assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--rule", f"{rule}:shaky"]) == 1
+    assert main([*asked, "--max-error-rate", "0.4"]) == 0
+    told = "model, sums: 2 samples could not be graded and count as wrong (time-outs 0, errors 2)."
+    assert told in (tmp_path / "out" / "table.md").read_text()
+    (tmp_path / "failing").write_text("1")
+    assert main(asked) == 0  # one of five
+    assert results(tmp_path / "out")["results"]["sums"]["grader_errors,none"] == 1
+    (tmp_path / "failing").write_text("0")
+    assert main(asked) == 0
+    assert results(tmp_path / "out")["results"]["sums"]["pass@1,none"] == 1.0
+    assert [sample.id for sample in read_samples(tmp_path / "out" / "samples_sums.jsonl")] == list("01234")
+    assert engine.calls == 1
 
 
 def test_a_verdict_between_right_and_wrong_is_refused(tmp_path, model, task, engine, capsys):
