@@ -32,6 +32,7 @@ from eval.identity import IDENTITY_FILE, protocol_differences, read_identity
 from eval.results import title
 from eval.samples import GradedSample, read_samples
 from eval.tasks import TASKS, BadInput
+from megatron_rl.durable import replace_bytes, replace_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -302,9 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure = draw(found)
     place = asked.folder.resolve()
     title = asked.title or f"Evaluation of {place.parent.name if place.name == 'eval' else place.name}"
-    (output / "dynamics.json").write_text(json.dumps(as_json(found), indent=2) + "\n")
-    (output / "dynamics.png").write_bytes(figure)
-    (output / "report.html").write_text(page(title, found, figure, evaluations, asked.problems))
+    replace_text(output / "dynamics.json", json.dumps(as_json(found), indent=2) + "\n")
+    replace_bytes(output / "dynamics.png", figure)
+    replace_text(output / "report.html", page(title, found, figure, evaluations, asked.problems))
     for name in ("dynamics.json", "dynamics.png", "report.html"):
         sys.stdout.write(f"{output / name}\n")
     return 0

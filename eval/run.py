@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from eval.evaluation import Evaluation, rescored_description, results_document
 from eval.grading import Grader, check_errors, check_rule, grade, same_answers, ungradable_golds
+from eval.identity import protocol_differences, read_identity
 from eval.model import converted, find_checkpoints, find_model
 from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
@@ -66,11 +67,10 @@ def _evaluate(settings: Settings) -> None:
     _rule(settings)
     if settings.run is not None:
         folder = settings.output or settings.run / "eval"
-        jobs = {
-            name: (find_model(path, settings.dtype), folder / name)
-            for name, path in find_checkpoints(settings.run).items()
-        }
+        checkpoints = find_checkpoints(settings.run)
+        jobs = {name: (find_model(path, settings.dtype), folder / name) for name, path in checkpoints.items()}
     else:
+        checkpoints = {}
         assert settings.model is not None
         name = _model_name(settings.model)
         output = settings.output or Path("runs/eval") / name
@@ -84,15 +84,66 @@ def _evaluate(settings: Settings) -> None:
         evaluation.check()
     console = Console(stderr=True)
     for note in (item.note for item in problems if item.note):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        _note(console, note)
     found: dict[str, dict[str, Results]] = {}
     with _graders(settings, [item.name for item in problems]) as graders:
         for name, evaluation in evaluations.items():
-            found[name] = evaluation.run(graders, console, name)
-    text = table(found)
+            if not _is_gone(name, checkpoints, console):
+                try:
+                    found[name] = evaluation.run(graders, console, name)
+                except Exception:  # whatever missed the checkpoint: a lock, the tokenizer, the engine
+                    if not _is_gone(name, checkpoints, console):
+                        raise
     if settings.run is not None:
-        replace_text((settings.output or settings.run / "eval") / "table.md", text)
-    _print(text)
+        newest = list(evaluations.values())[-1]
+        found = dict(sorted((_rows_of_before(newest, found, console) | found).items()))
+        replace_text(newest.output.parent / "table.md", table(found))
+    _print(table(found))
+
+
+def _is_gone(name: str, checkpoints: Mapping[str, Path], console: Console) -> bool:
+    """Whether the run has removed a checkpoint since it was found; that is told."""
+    if name not in checkpoints or checkpoints[name].is_dir():
+        return False
+    _note(console, f"{name}: the run has removed this checkpoint since; what it has not answered yet is left out")
+    return True
+
+
+def _rows_of_before(newest: Evaluation, found: Mapping[str, Any], console: Console) -> dict[str, dict[str, Results]]:
+    """The results of checkpoints that a run has removed since they were evaluated, by name.
+
+    Args:
+        newest: an evaluation of now; results that do not compare with its are told and left out.
+        found: the rows there are.
+        console: where that is told.
+    """
+    rows = {}
+    for file in sorted(newest.output.parent.glob("step_*/results.json")):
+        name, identity = file.parent.name, read_identity(file.parent)
+        if name in found or identity is None:
+            continue
+        tasks = [item.name for item in newest.problems]
+        now = {"settings": newest.identity(), "tasks": {item.name: item.sha256 for item in newest.problems}}
+        document = json.loads(file.read_text())
+        differing = protocol_differences(now, identity, tasks)
+        differing += [
+            f"samples of {item.name}"
+            for item in newest.problems
+            if document["n-samples"].get(item.name)
+            != {"original": len(item.problems), "effective": len(item.problems), "samples": newest.settings.samples}
+        ]
+        if differing:
+            _note(console, f"{name} was evaluated otherwise (other {', '.join(differing)}) and has no row in the table")
+        else:
+            results = {task: document["results"][task] for task in tasks}
+            rows[name] = {
+                task: {key: value for key, value in of.items() if key != "alias"} for task, of in results.items()
+            }
+    return rows
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", highlight=False, soft_wrap=True)
 
 
 def _model_name(path: Path) -> str:

@@ -61,9 +61,14 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Give ``path`` this content in one move: a reader sees the old content or the new one, also after a crash."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As :func:`replace_text`."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    write_file(partial, text.encode())
+    write_file(partial, content)
     partial.replace(path)
     flush(path.parent)
 

@@ -25,7 +25,7 @@ from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check
 from megatron_rl.config.load import dotted, dump
 from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
-from megatron_rl.durable import locked
+from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer
@@ -330,4 +330,4 @@ def _note_resumed(metrics: MetricLog, saved: SavedRun | None, changes: Sequence[
 
 
 def _leave_settings(config: RunConfig | SFTConfig) -> None:
-    (config.run_dir / "config.json").write_text(dump(config))
+    replace_text(config.run_dir / "config.json", dump(config))

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_rl import device
 from megatron_rl.assemble.audit import check_engine
+from megatron_rl.assemble.runs import _leave_settings
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins
 from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import EngineConfig, OptimizerConfig, RunConfig, SFTConfig, SyncConfig, TrainerConfig
@@ -285,6 +286,20 @@ def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder
     Path("shown.json").write_text(dump(config))
     assert load_any([Path("shown.toml")]) == config
     assert load_any([Path("shown.json")]) == config
+
+
+def test_a_start_that_cannot_write_its_settings_leaves_those_of_before(folder, monkeypatch):
+    config = load_any([Path("sft.toml")])
+    config.run_dir.mkdir(parents=True)
+    _leave_settings(config)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        _leave_settings(dataclasses.replace(config, seed=7))
+    assert load_any([config.run_dir / "config.json"]) == config
 
 
 @pytest.mark.parametrize(

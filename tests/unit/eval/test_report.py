@@ -141,6 +141,14 @@ def test_the_report_is_written_beside_the_evaluations(run):
     assert "4 of 6 samples" in (run / "report.html").read_text()
 
 
+def test_a_report_is_replaced_in_one_move(run):
+    assert main([str(run)]) == 0
+    files = [run / name for name in ("dynamics.json", "dynamics.png", "report.html")]
+    before = [file.stat().st_ino for file in files]
+    assert main([str(run)]) == 0
+    assert all(file.stat().st_ino != old for file, old in zip(files, before, strict=True))  # not written over
+
+
 def test_model_text_cannot_leave_its_place(run):
     assert main([str(run)]) == 0
     page = (run / "report.html").read_text()

@@ -280,6 +280,54 @@ def test_every_checkpoint_of_a_run_is_evaluated_once(tmp_path, task, engine, cap
     assert main(["--run", str(tmp_path / "model")]) == 2
 
 
+def test_checkpoints_that_a_run_removes_keep_their_rows_and_hold_up_no_other(tmp_path, task, engine, capsys):
+    run = tmp_path / "run"
+    kept = run / "checkpoints"
+    make_model(kept / "step_000001" / "hf")
+    asked = ["--run", str(run), "--tasks", str(task), "--template", "abel", "--max-tokens", "8"]
+    assert main(asked) == 0
+    shutil.rmtree(kept / "step_000001")
+    for step in (2, 3, 4, 5):
+        make_model(kept / f"step_{step:06}" / "hf")
+
+    def say(prompt, seed):
+        shutil.rmtree(kept / "step_000003", ignore_errors=True)  # while the one before it is evaluated
+        if engine.calls == 3:
+            shutil.rmtree(kept / "step_000004")
+            raise RuntimeError("the weights are not there")
+        return "I do not know"
+
+    engine.say = say
+    assert main(asked) == 0
+    rows = (run / "eval" / "table.md").read_text().splitlines()[2:]
+    assert rows == ["| step_000001 | 100.0 |", "| step_000002 | 0.0 |", "| step_000005 | 0.0 |"]
+    told = capsys.readouterr().err
+    assert all(f"step_00000{step}: the run has removed this checkpoint since" in told for step in (3, 4))
+    assert [spec.model.parent.name[-1] for spec, _ in engine.opened] == ["1", "2", "4", "5"]
+    make_model(kept / "step_000006" / "hf")
+
+    def broken(prompt, seed):
+        raise RuntimeError("out of memory")
+
+    engine.say = broken
+    assert main(asked) == 1
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [(("--max-tokens", "9"), "max_tokens"), (("--limit", "2"), "samples of sums")]
+)
+def test_a_row_of_before_that_does_not_compare_is_told_and_left_out(more, told, tmp_path, task, engine, capsys):
+    run = tmp_path / "run"
+    make_model(run / "checkpoints" / "step_000001" / "hf")
+    asked = ["--run", str(run), "--tasks", str(task), "--template", "abel", "--max-tokens", "8"]
+    assert main(asked) == 0
+    (run / "checkpoints" / "step_000001").rename(run / "checkpoints" / "step_000002")
+    assert main([*asked, *more]) == 0
+    assert (run / "eval" / "table.md").read_text().splitlines()[2:] == ["| step_000002 | 100.0 |"]
+    assert f"step_000001 was evaluated otherwise (other {told}) and has no row" in capsys.readouterr().err
+
+
 def test_engines_are_given_what_the_model_says(tmp_path, task, engine):
     model = make_model(tmp_path / "half" / "hf", dtype="bfloat16")
     assert main(command(tmp_path, model.parent, task, "--engines", "2", "--kv-cache-mib", "64")) == 0
