@@ -69,7 +69,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
         device.worker_environment(),
     )
     critic_updates = config.steps * config.updates_per_step
-    policy_updates = (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step
+    policy_updates = max(1, (config.steps - config.ppo.critic_warmup_steps) * config.updates_per_step)
     spec = engine_spec(config, config.model.path)
     engine = RemoteEngine(groups["engine"])
     starting: dict[str, Pending[None]] = {}

@@ -153,8 +153,7 @@ def test_nothing_is_written_outside_the_run_and_dropped_prompts_are_counted(
     placed = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
     environment = {name: value for name, value in os.environ.items() if name not in placed} | {"HOME": str(home)}
     command = train_command(
-        *("steps=1", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1"),
-        "data.max_prompt_tokens=22",
+        "steps=1", "policy.layout.tensor=1", "critic.layout.pipeline=1", "data.max_prompt_tokens=22"
     )
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
