@@ -100,15 +100,14 @@ def optimizer_parts(optimizer: Any) -> Sequence[Any]:
 
 
 def release(training: Training) -> None:
-    """End a training for good: from its parameters, through autograd, to its backward hooks and back to the model there
-    are circles that Python's collector does not see, so that nothing of it, its groups and their threads included,
-    would ever be freed.
+    """End a training for good: backward hooks hold what wraps the model, and are held through autograd by parameters'
+    main weights and by tensors that layers keep. Python's collector does not see these circles: nothing in them, the
+    process groups and their threads included, would ever be freed.
     """
     for chunk in training.chunks:
-        chunk.grad_accs.clear()
-        chunk.config.grad_scale_func = None
         for parameter in chunk.parameters():
             parameter.main_param = None
+        vars(chunk).clear()
 
 
 def gather_parameters(training: Training) -> None:

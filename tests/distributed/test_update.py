@@ -216,12 +216,19 @@ def test_a_replica_without_rows_does_not_keep_the_others_waiting(ranks: Ranks, m
         torch.testing.assert_close(gather(shared), gather([alone]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize(
+    ("model", "setup"),
+    [
+        ("qwen2", Setup(layout=ParallelLayout(data=2))),
+        ("qwen2", Setup(layout=ParallelLayout(data=2), distributed_optimizer=True, overlap_communication=True)),
+        ("qwen2-moe", Setup(layout=ParallelLayout(data=2, expert=2))),
+    ],
+    ids=str,
+)
 def test_a_closed_model_leaves_no_threads_of_its_groups(
-    distributed_optimizer: bool, ranks: Ranks, models: dict[str, Path]
+    model: str, setup: Setup, ranks: Ranks, models: dict[str, Path]
 ) -> None:
-    setup = Setup(layout=ParallelLayout(data=2), distributed_optimizer=distributed_optimizer)
-    assert max(ranks.run(2, threads_left, models["qwen2"], setup)) < 10
+    assert max(ranks.run(2, threads_left, models[model], setup)) < 10
 
 
 def schedule(lr: float, warmup: float, **changes: Any) -> OptimizerConfig:
