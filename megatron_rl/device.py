@@ -46,6 +46,11 @@ def cuda_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def has_wide_vectors() -> bool:
+    """Whether the CPU computes with AVX-512 or AMX."""
+    return bool(torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def worker_environment() -> dict[str, str]:
     """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise."""
     return {} if has_cuda() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.device import has_wide_vectors
 from megatron_rl.weights.safetensors_io import HfFolder
 from tests.end_to_end.conftest import PPO
 
@@ -22,6 +23,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_wide_vectors(), reason="vLLM keeps keys and values in FP8 with AVX-512 or AMX alone")
 def test_it_does_not_matter_who_quantises_but_for_the_bytes(
     train_command: Callable[..., list[str]], task: Path, tmp_path: Path
 ) -> None:

@@ -190,7 +190,13 @@ def test_without_a_gpu_only_scales_per_channel_are_possible(asked, monkeypatch):
         check_engine(EngineConfig(quantization=asked), gpus=0)
     monkeypatch.setattr(device, "compute_capability", lambda: (8, 9))
     check_engine(EngineConfig(quantization=asked), gpus=1)
-    check_engine(EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8"), gpus=0)
+    monkeypatch.setattr(device, "has_wide_vectors", lambda: True)
+    both = EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8")
+    check_engine(both, gpus=0)
+    monkeypatch.setattr(device, "has_wide_vectors", lambda: False)
+    with pytest.raises(ClusterProblem, match=r"kv_cache_dtype: .* on CPUs with AVX-512 or AMX alone; .*: set 'auto'"):
+        check_engine(both, gpus=0)
+    check_engine(dataclasses.replace(both, kv_cache_dtype="auto"), gpus=0)
 
 
 @pytest.mark.parametrize("asked", ["fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
