@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -80,14 +79,14 @@ def test_what_a_role_of_the_first_run_held_beyond_its_prediction_it_holds_in_the
 def test_settings_on_the_command_line_go_to_every_run_which_may_change_them(tmp_path, monkeypatch):
     commands = []
 
-    def train(command, check):
+    def train(command):
         commands.append(command)
         folder = tmp_path / command[-1].rpartition("/")[2]
         finished(folder, 500.0)
         (folder / "summary.json").write_text(json.dumps({"steps": 4}))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr("megatron_rl.__main__.subprocess", SimpleNamespace(run=train))
+    monkeypatch.setattr("megatron_rl.__main__.run_command", train)
     shared = ["cluster.address=auto", "prompts_per_step=512"]
     assert main(["scale", "run", str(written(tmp_path)), *shared]) == 0
     assert [command[3:5] for command in commands] == [["train", str(RECIPE)]] * 2
