@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -120,7 +120,7 @@ class Evaluation:
             console.print(f"{name}: complete, no engine started", highlight=False, soft_wrap=True)
         graded = {item.name: self._asked_for(item, logs[item.name]) for item in self.problems}
         for task, samples in graded.items():
-            self._check_errors(task, samples, len(samples))
+            check_errors(task, samples, len(samples), self.settings.max_error_rate)
         results = {
             task: task_results(samples, same_answers(samples, graders[task]), seed=self.settings.seed)
             for task, samples in graded.items()
@@ -135,10 +135,6 @@ class Evaluation:
         tasks = (there["tasks"] if there else {}) | {item.name: item.sha256 for item in self.problems}
         identity = {"settings": self.identity(), "tasks": tasks}
         replace_text(self.output / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
-
-    def _check_errors(self, task: str, samples: Iterable[GradedSample], total: int) -> None:
-        errors = sum(sample.outcome is Outcome.ERROR for sample in samples)
-        check_errors(task, errors, total, self.settings.max_error_rate)
 
     def _asked_for(self, problems: ProblemSet, log: SampleLog) -> list[GradedSample]:
         """The samples that were asked for, among those that are there."""
@@ -225,7 +221,8 @@ class Evaluation:
                 graded = grade(found, graders[task])
                 logs[task].append(graded)
                 progress.add(graded)
-                self._check_errors(task, logs[task].samples.values(), max(wanted[task], len(logs[task].samples)))
+                there = logs[task].samples
+                check_errors(task, there.values(), max(wanted[task], len(there)), settings.max_error_rate)
         return total
 
     @contextmanager

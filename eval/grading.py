@@ -101,21 +101,22 @@ def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
     )
 
 
-def check_errors(task: str, errors: int, samples: int, limit: float) -> None:
+def check_errors(task: str, samples: Iterable[GradedSample], total: int, limit: float) -> None:
     """Stop where grading fails too often for the rest to mean anything.
 
     Args:
         task: for the message.
-        errors: samples of the task on which the rule raised or ended its process.
-        samples: of the task in all.
+        samples: of the task, those that are graded.
+        total: samples of the task in all.
         limit: the largest share of them that may fail.
 
     Raises:
-        RuntimeError: more did.
+        RuntimeError: the rule raised or ended its process on more.
     """
-    if errors > limit * samples:
+    errors = sum(sample.outcome is Outcome.ERROR for sample in samples)
+    if errors > limit * total:
         raise RuntimeError(
-            f"grading failed on {errors} of {samples} samples of {task}, at most --max-error-rate={limit:g} of them "
+            f"grading failed on {errors} of {total} samples of {task}, at most --max-error-rate={limit:g} of them "
             "may fail; the warnings above say how. Mend it and run this command again, which grades them again, or "
             "raise the limit"
         )

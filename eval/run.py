@@ -29,7 +29,6 @@ from eval.results import Results, table, task_results
 from eval.samples import GradedSample, SampleLog, read_samples
 from eval.settings import Settings, parse
 from eval.tasks import BadInput, ProblemSet, load_tasks, load_template
-from megatron_rl.dataflow import Outcome
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.rewards.rules import AnswerRule, RewardRule, lenient, load_rule
 from megatron_rl.rewards.service import RewardService
@@ -214,8 +213,7 @@ def _grade_again(settings: Settings, file: Path, before: Sequence[GradedSample],
     with _graders(settings, tasks) as graders:
         for task, grader in graders.items():
             by_task[task] = grade([sample for sample in before if sample.task == task], grader)
-            errors = sum(sample.outcome is Outcome.ERROR for sample in by_task[task])
-            check_errors(task, errors, len(by_task[task]), settings.max_error_rate)
+            check_errors(task, by_task[task], len(by_task[task]), settings.max_error_rate)
         results = {
             task: task_results(samples, same_answers(samples, graders[task]), seed=settings.seed)
             for task, samples in by_task.items()

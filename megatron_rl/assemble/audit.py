@@ -28,13 +28,7 @@ def check_engine(engine: EngineConfig, gpus: int) -> None:
         ClusterProblem: it cannot; the message says what it can.
     """
     gpu = Gpu(capability=device.compute_capability() if gpus else (0, 0), cuda=device.cuda_version())
-    problems = list(engine.machine_problems(gpu))
-    if not gpus and engine.kv_cache_dtype == "fp8" and not device.has_wide_vectors():
-        problems.append(
-            "engine.kv_cache_dtype: without a GPU vLLM keeps keys and values in 'fp8' on CPUs with AVX-512 or AMX "
-            "alone; this one has neither: set 'auto'"
-        )
-    if problems:
+    if problems := list(engine.machine_problems(gpu, wide_vectors=device.has_wide_vectors())):
         raise ClusterProblem("; ".join(problems))
 
 

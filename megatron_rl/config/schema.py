@@ -426,12 +426,17 @@ class EngineConfig:
         """Type of what is not quantised, for a model of this type."""
         return "bfloat16" if self.quantised else model_dtype
 
-    def machine_problems(self, gpu: Gpu) -> Iterator[str]:
-        """What an engine cannot do with this GPU, or without one."""
-        return self.cpu_problems() if gpu.capability == (0, 0) else self.gpu_problems(gpu)
+    def machine_problems(self, gpu: Gpu, *, wide_vectors: bool = True) -> Iterator[str]:
+        """What an engine cannot do with this GPU, or without one, on a CPU with AVX-512 or AMX or without."""
+        return self.cpu_problems(wide_vectors) if gpu.capability == (0, 0) else self.gpu_problems(gpu)
 
-    def cpu_problems(self) -> Iterator[str]:
-        """What an engine without a GPU cannot do."""
+    def cpu_problems(self, wide_vectors: bool) -> Iterator[str]:
+        """What an engine without a GPU cannot do, on a CPU with AVX-512 or AMX or without."""
+        if self.kv_cache_dtype == "fp8" and not wide_vectors:
+            yield (
+                "engine.kv_cache_dtype: without a GPU vLLM keeps keys and values in 'fp8' on CPUs with AVX-512 or AMX "
+                "alone; this one has neither: set 'auto'"
+            )
         if self.quantization not in {"none", "fp8_per_channel"}:
             yield (
                 f"engine.quantization: without a GPU vLLM has no kernel for {self.quantization!r}: "

@@ -220,8 +220,7 @@ def quantise_folder(
 
 
 def _check_written(target: Target, name: str, source: HfSource) -> None:
-    wanted = {hf for entry in source.weights.entries for hf in entry.hf}
-    if lost := sorted(wanted - HfFolder(target.model).names):
+    if lost := sorted(source.weights.hf_names - HfFolder(target.model).names):
         raise RuntimeError(
             f"{target.path}: {name} must have every tensor of {source.dims.architecture}, modelopt wrote no {lost[0]} "
             f"({len(lost)} are missing); this release of it does not export this architecture so that engines load it"

@@ -164,7 +164,7 @@ class HfSource:
 
     def _scales(self) -> set[str]:
         """Those of the model's tensors, which must be of 8 bits: another tensor would be taken without its scale."""
-        weights = {name + SCALE_SUFFIX: name for entry in self.weights.entries for name in entry.hf}
+        weights = {name + SCALE_SUFFIX: name for name in self.weights.hf_names}
         found = {scale: self._infos.get(weights[scale]) for scale in weights.keys() & self._infos.keys()}
         stray = sorted(scale for scale, weight in found.items() if weight is None or weight.dtype is not FP8)
         if stray:

@@ -192,5 +192,4 @@ def _first_setting(left: Source, right: Source) -> str:
     for problem in (*left.not_computed, *right.not_computed):
         if (problem in left.not_computed) != (problem in right.not_computed):
             return f"of one alone, {problem}"
-    of_left, of_right = ({name for entry in side.weights.entries for name in entry.hf} for side in (left, right))
-    return f"{min(of_left ^ of_right)} is in one alone"
+    return f"{min(left.weights.hf_names ^ right.weights.hf_names)} is in one alone"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +90,22 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
     for part in optimizer_parts(optimizer):
         if not part.is_stub_optimizer:
             start_moments(part.optimizer)
+    optimizer.get_grad_norm = partial(_finite_norm, optimizer.get_grad_norm)
     config.grad_scale_func = optimizer.scale_loss
     return Training(chunks=chunks, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))
+
+
+def _finite_norm(norm: Callable[[], float]) -> float:
+    """What megatron-core's step asks for between gathering gradients and applying them: without a scaler of gradients
+    it would apply whatever it is given.
+    """
+    found = norm()
+    if not math.isfinite(found):
+        raise FloatingPointError(
+            f"an update needs finite gradients, found one of norm {found}; the weights are as they were. Look for "
+            "the first number among the metrics that is not finite, mend its cause and resume from a checkpoint"
+        )
+    return found
 
 
 def optimizer_parts(optimizer: Any) -> Sequence[Any]:

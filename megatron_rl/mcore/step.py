@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -84,16 +83,7 @@ def train_step(
     training.optimizer.zero_grad()
     sums = _run_schedule(training.chunks, batches, loss_sums, forward_only=False)
     rate = get_canonical_lr_for_logging(training.optimizer.param_groups)
-    optimizer = training.optimizer
-    optimizer.prepare_grads()
-    grad_norm = optimizer.get_grad_norm()
-    # without a scaler of gradients megatron-core applies whatever it is given
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"an update needs finite gradients, found one of norm {grad_norm}; the weights are as they were. Look for "
-            "the first number among the metrics that is not finite, mend its cause and resume from a checkpoint"
-        )
-    optimizer.step()
+    _, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(1)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None

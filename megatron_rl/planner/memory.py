@@ -191,9 +191,10 @@ def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
     """
     last = layout.pipeline - 1
     kinds: dict[tuple[int, int], int] = {}
+    sparse = dims.sparse_layers
     for stage in range(layout.pipeline):
         held = layout.layers_of_stage(stage, dims.layers)
-        kinds.setdefault((len(held), len(dims.sparse_layers.intersection(held))), stage)
+        kinds.setdefault((len(held), len(sparse.intersection(held))), stage)
     return sorted({0, min(1, last), max(0, last - 1), last, *kinds.values()})
 
 

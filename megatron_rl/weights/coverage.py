@@ -52,7 +52,7 @@ def check_coverage(
     Raises:
         ValueError: the folder lacks a tensor, or has one that no such model knows; the message names the first.
     """
-    wanted = {name for entry in weights.entries for name in entry.hf}
+    wanted = weights.hf_names
     what = f"{weights.dims.architecture}{' critic' if wanted & _HEAD_NAMES[Head.VALUE] else ''}"
     missing = sorted(wanted - names - (_HEAD_NAMES[Head.VALUE] if new_head else set()))
     beyond = {name: _sort(name, weights) for name in sorted(names - wanted)}
@@ -103,8 +103,8 @@ def told_left(left: Mapping[str, str]) -> str:
 def _sort(name: str, weights: WeightMap) -> str | None:
     """Why a tensor may be left; None: nobody knows it."""
     if name in _HEAD_NAMES[Head.TOKEN] | _HEAD_NAMES[Head.VALUE]:
-        own = _HEAD_NAMES[Head.VALUE] & {hf for entry in weights.entries for hf in entry.hf}
-        return _OTHER_HEAD if own or name in _HEAD_NAMES[Head.VALUE] else _COPY
+        is_critic = _HEAD_NAMES[Head.VALUE] & weights.hf_names
+        return _OTHER_HEAD if is_critic or name in _HEAD_NAMES[Head.VALUE] else _COPY
     if name.endswith("rotary_emb.inv_freq"):
         return _FREQUENCIES
     return FURTHER if _is_further(name, weights) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class WeightMap:
 
     dims: ModelDims
     entries: tuple[WeightEntry, ...]
+
+    @cached_property
+    def hf_names(self) -> frozenset[str]:
+        """Of all Hugging Face tensors."""
+        return frozenset(name for entry in self.entries for name in entry.hf)
 
     def check_hf_shapes(self, entry: WeightEntry, shapes: Sequence[Sequence[int]]) -> None:
         """Refuse Hugging Face tensors that are not this model's.
