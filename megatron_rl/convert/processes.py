@@ -172,6 +172,7 @@ def _work(
 ) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which would end this one without a word
     torch.set_num_threads(1)
     report = Report(pipe, done)
     try:

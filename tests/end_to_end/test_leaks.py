@@ -139,7 +139,7 @@ RARE = {
         status=1, says=raised("critic", "values"), fault=("critic rank 0", "values", "raise")
     ),
     "an exception in the reference": Ending(
-        status=1, says=raised("policy rank 0", "logprobs"), fault=("reference rank 0", "logprobs", "raise")
+        status=1, says=raised("policy rank 0", "reference_logprobs"), fault=("reference rank 0", "logprobs", "raise")
     ),
     "an exception in the engine": Ending(
         status=1, says=raised("engine", "generate"), fault=("engine", "generate", "raise")

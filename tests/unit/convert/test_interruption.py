@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -384,6 +384,15 @@ def test_a_source_that_an_import_cannot_read_is_told_as_such_and_a_damaged_one_l
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def _commands_handler() -> Iterator[None]:
+    """A process is begun with its parent's handlers: the commands have one for SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_commands_handler")
 def test_a_killed_process_is_told_and_its_like_end_too(tmp_path: Path) -> None:
     """At once, whatever the others are at; with the process, the signal and the tensor."""
 
