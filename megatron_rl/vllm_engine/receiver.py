@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_rl.device import keep_freed_memory
 from megatron_rl.interfaces import PushReceipt
 from megatron_rl.lifetime import die_with_parent
 from megatron_rl.vllm_engine import unloaded  # noqa: F401 - every worker must know it before it loads its model
@@ -78,6 +79,8 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
             TransferError: the sender or another receiver is not there in time.
         """
         self.shutdown()
+        if self.device.type == "cpu":
+            keep_freed_memory()  # every push takes and frees the model's memory layer by layer
         self._channel = Channel.join(
             (init_info.host, init_info.port),
             rank=init_info.rank + self.parallel_config.rank,

@@ -46,6 +46,26 @@ assert found.tolist() == [[3.0] * 4] * 2
 assert not latent.HAVE_TE
 """
 TOO_LATE = "import megatron.core; from megatron_rl.device import prepare_megatron; prepare_megatron()"
+FREED_MEMORY = """
+import resource
+
+import torch
+
+from megatron_rl.device import keep_freed_memory
+
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+found = new_pages()
+keep_freed_memory()
+new_pages()  # until the heap holds what it needs
+print(found, new_pages())
+"""
 
 
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,3 +86,10 @@ def test_experts_and_latent_attention_need_no_transformer_engine_on_a_gpu() -> N
 def test_preparing_too_late_is_refused() -> None:
     done = _run(TOO_LATE)
     assert "prepare_megatron() must run before megatron.core is imported" in done.stderr
+
+
+def test_freed_memory_is_used_again_without_new_pages() -> None:
+    done = _run(FREED_MEMORY)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
