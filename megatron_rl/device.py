@@ -18,7 +18,7 @@ import torch.utils._device
 from torch import Tensor
 
 _CPU = torch.device("cpu")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,10 +105,11 @@ def keep_freed_memory() -> None:
     """Let this process use freed memory of the host again instead of giving each large piece back to the system, which
     clears every page before it hands it out again: slower by several times than to copy what is written there.
 
-    What is free at the top of the heap goes back above 1 GiB. Where the C library is not glibc nothing changes.
+    Pieces above 256 MiB still go back when they are freed, and so does the end of the heap above 1 GiB: a process keeps
+    a few times its largest piece. Where the C library is not glibc nothing changes.
     """
     if (tune := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        tune(_M_MMAP_MAX, 0)
+        tune(_M_MMAP_THRESHOLD, 256 << 20)
         tune(_M_TRIM_THRESHOLD, 1 << 30)
 
 
