@@ -109,6 +109,8 @@ class Supervisor:
             started.set()
         self._exit_code = self._process.wait()
         self._gone.set()
+        with self._turn:
+            self._turn.notify_all()
 
     def _start(self) -> None:
         (ours, theirs), (ours_beside, theirs_beside) = socket.socketpair(), socket.socketpair()
@@ -151,7 +153,10 @@ class Supervisor:
         each other's collectives for ever.
         """
         with self._turn:
-            self._turn.wait_for(lambda: self._next_number == number)
+            self._turn.wait_for(lambda: self._next_number == number or self._gone.is_set())
+            its_turn = self._next_number == number
+        if not its_turn:  # nor will it be: the one before it was never answered
+            return self.death()
         self._phase = call.phase
         try:
             self._pipe.send_bytes(pickle.dumps(call))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
+from megatron_rl.ray_runtime.child import Call
 from megatron_rl.ray_runtime.supervisor import Death, Supervisor
 
 
@@ -98,3 +104,12 @@ def test_what_an_earlier_process_wrote_to_the_same_log_is_not_its_successors(tmp
     log.write_text(f"{FULL}\n")
     found = ended(Supervisor("worker", str(log), str(tmp_path / "scratch"), {}), log, "step\n")
     assert (found.gpu_full, found.log) == ("", "step\n")
+
+
+def test_calls_in_line_behind_one_that_the_worker_dies_in_are_told_at_once(supervisor: Supervisor) -> None:
+    call = Call(phase="sleep", payload=cloudpickle.dumps((time.sleep, (600,), {})))
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(supervisor.call, call, number) for number in range(3)]
+        os.kill(supervisor._process.pid, signal.SIGKILL)
+        deaths = [each.result(timeout=30) for each in asked]
+    assert all(isinstance(death, Death) and death.exit_code == -signal.SIGKILL for death in deaths)
