@@ -34,12 +34,14 @@ class Needs:
         buckets: and the store: bytes in shared memory.
         disk: bytes for checkpoints.
         gpu_problems: what it cannot do on a GPU.
+        cpu_problems: what it cannot do without one, on a CPU with wide vectors or without.
         device: that its recipe names.
     """
 
     buckets: int
     disk: int = 0
     gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
+    cpu_problems: Callable[[bool], Iterable[str]] = field(default=lambda wide_vectors: (), compare=False)
     device: str | None = None
 
 
@@ -51,8 +53,10 @@ def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Ne
         return Needs(buckets=buckets)
     # the oldest one goes when the newest one is whole
     disk = 0 if dims is None else (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
-    problems = partial(_gpu_problems, config, dims)
-    return Needs(buckets=buckets, disk=disk, gpu_problems=problems, device=config.cluster.device)
+    needs = Needs(
+        buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims), device=config.cluster.device
+    )
+    return replace(needs, cpu_problems=config.engine.cpu_problems) if isinstance(config, RunConfig) else needs
 
 
 def _gpu_problems(config: RunConfig | SFTConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
@@ -79,6 +83,7 @@ def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> 
         *check_versions(node),
         *check_driver(node),
         *check_gpus(node, needs),
+        *check_cpu(node, needs),
         *check_device(node, needs),
         *check_apex(node),
         *check_transformer_engine(node),
@@ -169,6 +174,24 @@ def check_gpus(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
     for capability in sorted(set(node.capabilities)):
         for problem in needs.gpu_problems(Gpu(capability=capability, cuda=_cuda(node))):
             yield _error("GPU", problem, "change that setting, or run on other GPUs")
+
+
+def check_cpu(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """What a recipe for CPUs asks of them: FP8 in the engine."""
+    if needs.device == "cpu" and not node.gpus:
+        for problem in needs.cpu_problems(node.wide_vectors):
+            yield _error("CPU", problem, "change that setting, or run on other CPUs")
+
+
+def check_driver_node(here: NodeFacts, nodes: Sequence[NodeFacts], needs: Needs) -> Iterator[Finding]:
+    """This machine as the one that a run is started from: it must see a GPU where the cluster has any."""
+    if needs.device != "cpu" and not here.gpus and (hosts := [node.host for node in nodes if node.gpus]):
+        found = _warning(
+            "device",
+            f"a run that starts here is refused: there are GPUs on {', '.join(hosts[:_NAMED])}, and none here",
+            "start it on a node that has one, or set cluster.device='cpu' to leave them idle",
+        )
+        yield replace(found, hosts=(here.host,))
 
 
 def _cuda(node: NodeFacts) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
     check_configuration,
+    check_driver_node,
     check_node,
     check_port,
     check_same,
@@ -134,7 +135,8 @@ def _ask(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFac
         do = "see examples/launch: head, workers and this command need the same Python, Ray and token"
         found = Finding(severity=Severity.ERROR, what="cluster", found=str(problem), do=do)
         return _Survey(findings=[found], not_checked=["clocks, other nodes: the cluster could not be asked"])
-    findings: list[Finding] = []
+    nodes = [answer.value for answer in answers if not isinstance(answer, NoAnswer)]
+    findings = [*check_driver_node(here, nodes, needs)]
     for answer in answers:
         if isinstance(answer, NoAnswer):
             findings.append(_silent(answer.host, answer.reason))

@@ -79,6 +79,7 @@ class NodeFacts:
         gpus: names.
         driver: of the GPUs, such as ``580.82``.
         capabilities: compute capability of each GPU, such as (9, 0), as far as the driver tells it.
+        wide_vectors: whether its CPU computes with AVX-512 or AMX.
         token: Ray's.
     """
 
@@ -98,6 +99,7 @@ class NodeFacts:
     gpus: tuple[str, ...]
     driver: str | None
     capabilities: tuple[tuple[int, int], ...]
+    wide_vectors: bool
     token: Token
 
 
@@ -153,6 +155,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         gpus=gpus,
         driver=driver,
         capabilities=capabilities,
+        wide_vectors=_wide_vectors(Path("/proc/cpuinfo").read_text()),
         token=_token(),
     )
 
@@ -251,6 +254,12 @@ def _gpus() -> tuple[tuple[str, ...], str | None, tuple[tuple[int, int], ...]]:
     numbers = (re.fullmatch(r"(\d+)\.(\d+)", capability) for capability in capabilities)
     found = tuple((int(number[1]), int(number[2])) for number in numbers if number is not None)
     return names, drivers[0] if drivers else None, found
+
+
+def _wide_vectors(cpuinfo: str) -> bool:
+    """As torch tells it, which need not be here."""
+    flags = next((line.split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
+    return {"avx512f", "avx512vl", "avx512bw", "avx512dq"} <= {*flags} or "amx_tile" in flags
 
 
 def _asked_of_gpus(field: str) -> tuple[str, ...]:

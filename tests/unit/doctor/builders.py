@@ -27,6 +27,7 @@ _HEALTHY = NodeFacts(
     gpus=(),
     driver=None,
     capabilities=(),
+    wide_vectors=True,
     token=Token(path="/home/me/token", mode=0o600),
 )
 

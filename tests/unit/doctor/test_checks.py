@@ -13,6 +13,7 @@ from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
     check_configuration,
+    check_driver_node,
     check_node,
     check_port,
     check_same,
@@ -125,6 +126,35 @@ def test_the_cuda_that_a_node_has_is_held_against_the_recipe() -> None:
     needs = needs_of(recipe("policy.fp8.recipe=blockwise", "model.dtype=bfloat16"), None)
     finding = only(check_node(gpu_node(packages=older), needs, joins=False, reached=False))
     assert finding.found.endswith("needs a torch built with CUDA 12.9 or newer, got 12.8")
+
+
+def test_what_an_engine_cannot_do_on_this_cpu_is_an_error() -> None:
+    needs = needs_of(recipe("engine.kv_cache_dtype=fp8"), None)
+    narrow = healthy(wide_vectors=False)
+    finding = only(list(check_node(narrow, needs, joins=False, reached=False)))
+    assert (finding.severity, finding.what) == (Severity.ERROR, "CPU")
+    assert finding.found.startswith("engine.kv_cache_dtype: ")
+    finding = only(
+        list(
+            check_node(
+                healthy(), needs_of(recipe("engine.quantization=fp8_per_block"), None), joins=False, reached=False
+            )
+        )
+    )
+    assert finding.found.startswith("engine.quantization: ")
+    for node, fits in ((healthy(), needs), (narrow, NEEDS), (narrow, replace(needs, device="h100"))):
+        assert list(check_node(node, fits, joins=False, reached=False)) == []
+    assert list(check_node(gpu_node(wide_vectors=False), needs, joins=False, reached=False)) == []
+
+
+def test_a_run_that_starts_where_no_gpu_is_of_a_cluster_that_has_some_is_a_warning() -> None:
+    nodes = [healthy(), gpu_node(host="second"), gpu_node(host="third")]
+    finding = only(list(check_driver_node(healthy(), nodes, NEEDS)))
+    assert (finding.severity, finding.what, finding.hosts) == (Severity.WARNING, "device", ("first",))
+    assert finding.found.endswith("there are GPUs on second, third, and none here")
+    assert list(check_driver_node(healthy(), nodes, replace(NEEDS, device="cpu"))) == []
+    assert list(check_driver_node(healthy(), nodes[:1], NEEDS)) == []
+    assert list(check_driver_node(gpu_node(), nodes, NEEDS)) == []
 
 
 def test_a_gpu_that_the_recipe_is_not_laid_out_for_is_a_warning() -> None:

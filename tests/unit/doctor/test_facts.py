@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.doctor.facts import Listener, NodeFacts, look, look_at_port
+from megatron_rl.device import has_wide_vectors
+from megatron_rl.doctor.facts import Listener, NodeFacts, _wide_vectors, look, look_at_port
 
 
 def looked(*files: Path, run_dir: Path | None = None) -> NodeFacts:
@@ -137,3 +138,21 @@ def test_the_driver_is_told_also_where_it_does_not_know_compute_capabilities(
     found = looked()
     assert (found.gpus, found.driver) == (("NVIDIA H100", "NVIDIA A100, 80 GB"), "470.57")
     assert found.capabilities == capabilities
+
+
+def test_wide_vectors_are_told_as_torch_tells_them() -> None:
+    assert look(None, []).wide_vectors == has_wide_vectors()
+
+
+@pytest.mark.parametrize(
+    ("flags", "wide"),
+    [
+        ("fpu avx2", False),
+        ("avx512f avx512vl", False),
+        ("avx512f avx512vl avx512bw avx512dq", True),
+        ("amx_tile", True),
+    ],
+)
+def test_wide_vectors_are_read_from_the_flags_of_the_cpu(flags: str, wide: bool) -> None:
+    assert _wide_vectors(f"processor: 0\nflags\t\t: {flags}\n") is wide
+    assert not _wide_vectors("processor: 0\n")
