@@ -55,6 +55,9 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo >&2 "make env: needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	    "install a newer one and name it, as in: make env PYTHON=python3.12"; exit 1; }
+	@test -e $@ || ! ls -d $(VENV)/lib/python*/site-packages/nvidia >/dev/null 2>&1 || { \
+	  echo >&2 "make env: $(VENV) must not hold packages for GPUs, which those for CPUs would overwrite; use it as it is" \
+	    "($(BIN)/megatron-rl, $(BIN)/pytest), or name another folder, as in: make test VENV=.venv-cpu"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(UV) install --python $(BIN)/python --no-deps $(TORCH_SOURCE) '$(TORCH)'

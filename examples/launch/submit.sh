@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run a command on the cluster as a Ray job, from this folder:  submit.sh [--dashboard URL] -- megatron-rl train FILE.toml...
 # The package and this folder must be there on every node (a shared file system, or the same checkout at the same place).
-# With DRY_RUN=1 the command is printed and nothing starts.
+# With DRY_RUN=1 the command is printed and nothing starts. Ctrl-C ends what is shown of the job, not the job: SIGTERM to
+# the process of megatron-rl on the head lets it save and end; ray job stop ends it at once, with nothing saved.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=examples/launch/token.sh
@@ -21,8 +22,13 @@ if [ $# -eq 0 ]; then
 fi
 
 # these start Ray themselves, unless they are told where it is
-if [[ "$*" =~ (megatron-rl|-m\ megatron_rl)\ (train|sft|check-parity|doctor|scale\ run)\  ]]; then
+starts_ray='(megatron-rl|-m megatron_rl) (train|sft|check-parity|doctor|scale run) '
+if [[ "$*" =~ ^([^ ]*/)?(python[0-9.]*( -[^ ]+)* )?$starts_ray ]]; then
   set -- "$@" cluster.address=auto
+elif [[ "$*" =~ $starts_ray && "$*" != *cluster.address=* ]]; then
+  echo >&2 "submit.sh: the command that starts Ray must stand first, or be told where Ray is, found it in: $*; give it" \
+    "the setting cluster.address=auto"
+  exit 2
 fi
 
 # the job's shell gets the command word by word, and its own folder and PATH

@@ -24,7 +24,7 @@ need_token() {
     exit 2
   fi
   local mode
-  mode=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")
+  mode=$(stat -L -c %a "$RAY_AUTH_TOKEN_PATH")
   if [ "$mode" != 600 ] && [ "$mode" != 400 ]; then
     echo >&2 "$0: $RAY_AUTH_TOKEN_PATH must be readable by its owner alone, its mode is $mode: chmod 600 it, and make a new" \
       "one if others may have read it"

@@ -108,8 +108,8 @@ class DynamicSampling:
 
         Returns:
             under ``sampling/``: ``rounds``; ``prompts_drawn``, ``prompts_uniform``; and of all samples drawn, the
-            dropped ones too, ``score``, ``accuracy`` and ``response_tokens`` (those under ``rollout/`` speak of the
-            kept ones).
+            dropped ones too, ``score``, ``accuracy`` (where the rule says what is correct) and ``response_tokens``
+            (those under ``rollout/`` speak of the kept ones).
         """
         counts, self._counts = self._counts, {}
         return counts
@@ -125,7 +125,7 @@ def _drawn_metrics(drawn: Sequence[ScoredRollout]) -> dict[str, float]:
     return {
         "sampling/prompts_drawn": float(len(drawn)),
         "sampling/prompts_uniform": float(sum(map(is_uniform, drawn))),
-        **{f"sampling/{name}": every[name] for name in ("score", "accuracy", "response_tokens")},
+        **{f"sampling/{name}": every[name] for name in ("score", "accuracy", "response_tokens") if name in every},
     }
 
 

@@ -62,11 +62,33 @@ def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
     assert "ray_head.sh makes it on the head" in done.stderr
 
 
+def test_of_a_token_that_is_a_link_the_file_counts(tmp_path: Path) -> None:
+    token, link = tmp_path / "token", tmp_path / "link"
+    token.write_text("secret")
+    link.symlink_to(token)
+    for mode, status in ((0o600, 0), (0o644, 2)):
+        token.chmod(mode)
+        environment = os.environ | {"RAY_AUTH_TOKEN_PATH": str(link)}
+        needed = ["bash", "-c", f"source {LAUNCH / 'token.sh'} && need_token"]
+        assert subprocess.run(needed, env=environment, timeout=60, check=False).returncode == status
+
+
 @pytest.mark.parametrize("program", [["megatron-rl"], ["python", "-m", "megatron_rl"]], ids=["command", "module"])
 @pytest.mark.parametrize("command", ["train", "sft", "check-parity", "doctor", "scale run"])
 def test_what_starts_ray_is_told_where_the_cluster_is(program: list[str], command: str) -> None:
     asked = [*program, *command.split(), "x.toml"]
     assert dry("submit.sh", "--", *asked).stdout.split()[-len(asked) - 1 :] == [*asked, "cluster.address=auto"]
+
+
+def test_a_command_within_another_must_be_told_by_the_user() -> None:
+    within = dry("submit.sh", "--", "bash", "-c", "megatron-rl train x.toml && echo done")
+    assert within.returncode == 2
+    assert "give it the setting cluster.address=auto" in within.stderr
+    told = dry("submit.sh", "--", "bash", "-c", "megatron-rl train x.toml cluster.address=auto && echo done")
+    assert told.returncode == 0
+    assert told.stdout.count("cluster.address=auto") == 1
+    before = dry("submit.sh", "--", "/opt/bin/python3.12", "-u", "-m", "megatron_rl", "train", "x.toml")
+    assert before.stdout.endswith("train x.toml cluster.address=auto \n")
 
 
 @pytest.mark.parametrize(

@@ -49,16 +49,22 @@ class CountingEngine:
 class Scorer:
     """Scores by (prompt, sample number)."""
 
-    def __init__(self, score: Callable[[int, int], float]) -> None:
-        self._score = score
+    def __init__(self, score: Callable[[int, int], float], *, parts: bool = True) -> None:
+        self._score, self._parts = score, parts
 
     def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
         values = [self._score(*map(int, text.split("/"))) for text, _, _ in requests]
+        if not self._parts:
+            return [Score(value=value) for value in values]
         return [Score(value=value, parts={"correct": float(value == 1), "boxed": 1.0}) for value in values]
 
 
 def collecting(
-    score: Callable[[int, int], float], *, rounds: int = 5, overlong: OverlongPenalty | None = None
+    score: Callable[[int, int], float],
+    *,
+    rounds: int = 5,
+    overlong: OverlongPenalty | None = None,
+    parts: bool = True,
 ) -> tuple[DynamicSampling, CountingEngine]:
     prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(50)]
     engine = CountingEngine()
@@ -66,7 +72,7 @@ def collecting(
     source = FreshRollouts(
         prompts=PromptStream(prompts, seed=0),
         engine=engine,
-        rewards=Scorer(score),
+        rewards=Scorer(score, parts=parts),
         config=config,
         seed=0,
         overlong=overlong,
@@ -120,6 +126,13 @@ def test_what_was_drawn_is_counted_once() -> None:
         "sampling/response_tokens": 4 * len(drawn),
     }
     assert sampling.take_metrics({}) == {}
+
+
+def test_a_rule_that_does_not_say_what_is_correct_has_no_accuracy() -> None:
+    sampling, _ = collecting(even_prompts_differ, parts=False)
+    sampling(8, step=0)
+    names = {name.removeprefix("sampling/") for name in sampling.take_metrics({})}
+    assert names == {"rounds", "prompts_drawn", "prompts_uniform", "score", "response_tokens"}
 
 
 def test_too_few_prompts_end_the_run_and_say_what_was_found() -> None:

@@ -48,6 +48,7 @@ from megatron_rl.weights.rules import Head
 
 ROOT = Path(__file__).parents[3]
 FP8 = ROOT / "examples" / "beyond_7b" / "fp8.toml"
+SEEDS = ROOT / "examples" / "qwen2.5_math_7b" / "simplerl_zero.toml"
 RECIPES = sorted(set((ROOT / "examples" / "beyond_7b").glob("*.toml")) - {FP8})
 H100 = Machine(device=DEVICES["h100"], per_node=8)
 B200 = Machine(device=DEVICES["b200"], per_node=8)
@@ -83,6 +84,22 @@ def trainer(**changes):
 )
 def test_models_have_as_many_parameters_as_published(name, billions):
     assert total_parameters(model(name), Head.TOKEN) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_over_the_seeds_recipe_a_larger_one_gets_what_it_does_not_set_and_keeps_the_rest(file):
+    alone, seeds = parse(RunConfig, [file]), parse(RunConfig, [SEEDS])
+    assert parse(RunConfig, [SEEDS, file]) == replace(
+        alone,
+        seed=seeds.seed,
+        data=replace(alone.data, template=seeds.data.template),
+        rollout=replace(alone.rollout, stop=seeds.rollout.stop),
+        reward=seeds.reward,
+        policy=replace(alone.policy, optimizer=seeds.policy.optimizer),
+        critic=replace(alone.critic, optimizer=seeds.critic.optimizer),
+        evaluation=seeds.evaluation,
+        checkpoint=seeds.checkpoint,
+    )
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
