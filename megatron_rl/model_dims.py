@@ -333,6 +333,23 @@ def token_ids(config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
     return eos_ids, eos_ids[0] if pad is None else int(pad)
 
 
+def stop_ids(folder: Path) -> list[int]:
+    """The tokens that end a sample: those of config.json, and then of generation_config.json, which often differ in
+    chat models.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not found:
+        raise ValueError(f"{folder}: config.json must name eos_token_id, else no sample ends by itself")
+    return [*dict.fromkeys(found)]
+
+
 def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:
     switches = {"qkv_bias": family.qkv_bias, "projection_bias": family.projection_bias, "mlp_bias": family.mlp_bias}
     for key in ("attention_bias", "attention_out_bias", "mlp_bias"):

@@ -62,7 +62,7 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     heldout: tuple[Prompt, ...]
-    forced_eos: int | None
+    forced_eos: tuple[int, ...]
     phases: Phases
     metrics: MetricLog
 
@@ -79,6 +79,8 @@ def train(run: Run) -> None:
         if cfg.evaluation.at_start:
             with log.phase("evaluate"), run.phases.generating():
                 log.update("heldout", evaluate(run))
+    if run.stop.asked:
+        return
     for step in range(run.start_step, cfg.steps):
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():

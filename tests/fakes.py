@@ -211,7 +211,7 @@ class RecordingCheckpoints:
 
 @dataclass
 class StopAfter:
-    """Asks to stop from the given question on (one is asked per step)."""
+    """Asks to stop from the given question on (one is asked before the first step, and one in each)."""
 
     questions: int
     asked_so_far: int = 0
@@ -320,9 +320,9 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
         weights=CopyingSync(policy, engine),
         gate=None,
         checkpoints=RecordingCheckpoints(),
-        stop=StopAfter(config.steps),
+        stop=StopAfter(1 + config.steps),
         heldout=prompts[:4],
-        forced_eos=None,
+        forced_eos=(),
         phases=OwnDevices(),
         metrics=MetricLog(config.run_dir, total_steps=config.steps, start_step=start_step),
     )

@@ -257,7 +257,7 @@ def random_case(config: RunConfig, seed: int, *, forced_eos: bool = True) -> Cas
 
 def experience_of(case: Case) -> ExperienceBatch:
     ppo = case.config.ppo
-    batch = collate(case.rollouts, EOS if case.forced_eos else None, version=0)
+    batch = collate(case.rollouts, (EOS,) if case.forced_eos else (), version=0)
     batch = dataclasses.replace(batch, scores=batch.scores.double())
     critic = Model(case.rows, "values") if ppo.has_critic else None
     reference = Model(case.rows, "ref") if ppo.kl_coef > 0 else None

@@ -34,7 +34,7 @@ from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.metrics import MetricLog, Source
-from megatron_rl.model_dims import read_model_dims
+from megatron_rl.model_dims import read_model_dims, stop_ids
 from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
@@ -162,7 +162,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
             phases=turns,
-            forced_eos=dims.eos_ids[0] if config.rollout.force_eos else None,
+            forced_eos=tuple(stop_ids(config.model.path)) if config.rollout.force_eos else (),
             metrics=metrics,
         )
 

@@ -687,6 +687,11 @@ class RunConfig:
 
     def _algorithm_problems(self) -> Iterator[str]:
         advantage, samples = self.ppo.advantage, self.rollout.samples_per_prompt
+        if self.ppo.kl_target is not None and self.samples_per_step >= 5 * self.ppo.kl_horizon:
+            yield (
+                "ppo.kl_horizon: must be above a fifth of the samples of a step, else one step can turn the "
+                f"coefficient to 0 or below; got {self.ppo.kl_horizon} for {self.samples_per_step} samples"
+            )
         if self.ppo.has_critic and self.critic is None:
             yield (
                 f"critic: required with ppo.advantage={advantage!r}, not set; add a [critic] table, "

@@ -17,13 +17,14 @@ class StaleRollout(RuntimeError):
     """Samples were not drawn by the trainer's weights."""
 
 
-def collate(scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int) -> RolloutBatch:
+def collate(scored: Sequence[ScoredRollout], eos_ids: Sequence[int], *, version: int) -> RolloutBatch:
     """Lay scored samples out as rows, right-padded to the longest.
 
     Args:
         scored: at least one rollout.
-        eos_id: put this token at the end of every response that has none (appended where the row has room up to the
-            longest row, else in place of its last token), as the seed recipe does; None leaves responses as they are.
+        eos_ids: put the first of these tokens at the end of every response that ends in none of them (appended where
+            the row has room up to the longest row, else in place of its last token), as the seed recipe does; without
+            any, responses are left as they are.
         version: of the trainer's weights.
 
     Raises:
@@ -46,7 +47,7 @@ def collate(scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int
     rollout_logprobs = torch.zeros(len(rows), width)
     lengths = torch.zeros(len(rows), dtype=torch.int64)
     for row, (_, prompt, sample, _) in enumerate(rows):
-        drawn, forced = _with_eos(sample, eos_id, room=width - len(prompt))
+        drawn, forced = _with_eos(sample, eos_ids, room=width - len(prompt))
         start, end = len(prompt), len(prompt) + len(drawn)
         tokens[row, :start] = torch.tensor(prompt)
         tokens[row, start:end] = torch.tensor(drawn)
@@ -66,12 +67,12 @@ def collate(scored: Sequence[ScoredRollout], eos_id: int | None, *, version: int
     )
 
 
-def _with_eos(sample: Sample, eos_id: int | None, room: int) -> tuple[list[int], int]:
+def _with_eos(sample: Sample, eos_ids: Sequence[int], room: int) -> tuple[list[int], int]:
     """The response's tokens and how many of its last ones were forced (0 or 1)."""
     drawn = list(sample.token_ids)
-    if eos_id is None or drawn[-1] == eos_id:
+    if not eos_ids or drawn[-1] in eos_ids:
         return drawn, 0
-    return ([*drawn, eos_id] if len(drawn) < room else [*drawn[:-1], eos_id]), 1
+    return ([*drawn, eos_ids[0]] if len(drawn) < room else [*drawn[:-1], eos_ids[0]]), 1
 
 
 def minibatches(
@@ -79,7 +80,7 @@ def minibatches(
 ) -> Iterator[Minibatch[ExperienceBatch]]:
     """Shuffled minibatches of ``ppo.minibatch_samples`` rows, ``ppo.epochs`` times over; ``seed`` is (run, step)."""
     mask = experience.rollouts.response_mask
-    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+    generator = torch.Generator().manual_seed((seed[0] * 1_000_003 + seed[1]) % 2**64)
     for _ in range(ppo.epochs):
         for rows in torch.randperm(mask.shape[0], generator=generator).split(ppo.minibatch_samples):
             yield Minibatch(source=experience, rows=rows, loss_weight=mean(mask[rows]))

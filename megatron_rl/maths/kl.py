@@ -69,7 +69,7 @@ class KlControl:
             raise ValueError(
                 f"KL control needs coef >= 0, target > 0 (or none) and horizon >= 1, got {coef}, {target}, {horizon}"
             )
-        self._coef = float(coef)
+        self._first = self._coef = float(coef)
         self._target = target
         self._horizon = horizon
 
@@ -93,9 +93,11 @@ class KlControl:
 
     def state(self) -> dict[str, float]:
         """What :meth:`restore` needs; plain data."""
-        return {"coef": self._coef}
+        return {"coef": self._coef, "first": self._first}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on with the coefficient of :meth:`state`. A fixed coefficient keeps the value of the configuration."""
-        if self._target is not None:
+        """Go on with the coefficient of :meth:`state`, unless that began at another one: what the configuration says
+        now is then the start. A fixed coefficient keeps the value of the configuration.
+        """
+        if self._target is not None and state.get("first", self._first) == self._first:
             self._coef = float(state["coef"])

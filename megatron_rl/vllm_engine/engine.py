@@ -7,7 +7,6 @@ rank nor a second engine can live there.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ from megatron_rl.device import compute_capability, limit_threads, memory_used
 from megatron_rl.interfaces import MemoryUse, PushPhase, PushReceipt
 from megatron_rl.lifetime import die_with_child
 from megatron_rl.linear_formats import LinearFormat, first_difference
+from megatron_rl.model_dims import stop_ids
 from megatron_rl.vllm_engine import scales
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Engine:
             ValueError: the model names no eos_token_id, or vLLM cannot use it as asked.
         """
         self._spec = spec
-        self._stop_ids = _stop_ids(spec.model)
+        self._stop_ids = stop_ids(spec.model)
         self._version = spec.version
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
@@ -513,18 +513,6 @@ def _chosen(token_ids: Sequence[int], candidates: Sequence[Any] | None) -> list[
             f"({found[bad[0]]}): the weights may hold NaN or infinity"
         )
     return found
-
-
-def _stop_ids(model: Path) -> list[int]:
-    """What config.json and generation_config.json name as end of sequence: chat models often differ in the two."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            ids = json.loads((model / name).read_text()).get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
-    if not found:
-        raise ValueError(f"{model}: config.json must name eos_token_id, else no sample ends by itself")
-    return sorted(found)
 
 
 def _prepare_process(spec: EngineSpec) -> None:

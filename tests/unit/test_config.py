@@ -405,6 +405,11 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             for name, value in (("kl_in", "loss"), ("kl_kind", "k3"), ("kl_target", 6.0), ("kl_horizon", 100))
         ),
         (
+            ("ppo.kl_target=6.0", "ppo.kl_horizon=6"),
+            "ppo.kl_horizon: must be above a fifth of the samples of a step, else one step can turn the coefficient to "
+            "0 or below; got 6 for 32 samples",
+        ),
+        (
             ("ppo.kl_horizon=100",),
             "ppo: kl_horizon has no effect without kl_target: set that or remove this",
         ),

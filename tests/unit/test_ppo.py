@@ -14,6 +14,7 @@ from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOCon
 from megatron_rl.experience.batching import StaleRollout
 from megatron_rl.parity import ParityFailed
 from megatron_rl.ppo import train
+from megatron_rl.report import plot_curve, summarise
 from tests.fakes import CopyingSync, Ready, StopAfter, fake_config, fake_run
 
 
@@ -167,11 +168,21 @@ def test_an_evaluation_draws_as_many_samples_as_asked_with_the_same_seeds_each_t
 
 
 def test_a_run_that_is_asked_to_stop_saves_the_step_in_progress_and_begins_none(tmp_path: Path) -> None:
-    run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(1))
+    run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(2))
     train(run)
     assert run.weights.versions == [0, 1, 2]
     assert (run.checkpoints.steps, run.checkpoints.awaited) == ([2], [2])
     assert records(tmp_path)[-1]["checkpoint/pause_s"] == 0.25
+
+
+def test_a_run_that_is_asked_to_stop_before_its_first_step_begins_none(tmp_path: Path) -> None:
+    run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(0))
+    train(run)
+    assert run.weights.versions == [0]
+    assert run.checkpoints.steps == []
+    summary = summarise(tmp_path / "metrics.jsonl")
+    plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    assert summary["steps"] == 0
 
 
 def test_a_resumed_run_goes_on_at_its_step(tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_the_adaptive_coefficient_survives_a_restart():
     assert resumed.coef == control.coef != 0.1
 
 
+def test_a_coefficient_that_the_configuration_changed_is_the_new_one_after_a_restart():
+    control = KlControl(0.0, target=6.0)
+    resumed = KlControl(0.01, target=6.0)
+    resumed.restore(json.loads(json.dumps(control.state())))
+    assert resumed.coef == 0.01
+    resumed.update(60.0, 500)
+    assert resumed.coef > 0.01
+
+
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="target > 0"):
         KlControl(0.1, target=0.0)

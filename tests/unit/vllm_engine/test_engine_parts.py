@@ -14,8 +14,9 @@ import pytest
 
 from megatron_rl.assemble.roles import engine_spec
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.model_dims import stop_ids
 from megatron_rl.vllm_engine import engine
-from megatron_rl.vllm_engine.engine import EngineSpec, _chosen, _stop_ids
+from megatron_rl.vllm_engine.engine import EngineSpec, _chosen
 
 
 @dataclass
@@ -65,15 +66,15 @@ def test_a_missing_log_prob_is_refused() -> None:
 
 def test_both_configurations_name_tokens_that_end_a_sample(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert _stop_ids(tmp_path) == [7]
+    assert stop_ids(tmp_path) == [7]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert _stop_ids(tmp_path) == [5, 7]
+    assert stop_ids(tmp_path) == [7, 5]
 
 
 def test_a_model_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must name eos_token_id"):
-        _stop_ids(tmp_path)
+        stop_ids(tmp_path)
 
 
 @pytest.mark.parametrize(("quantization", "version"), [(None, None), ("fp8_per_channel", 0)])
