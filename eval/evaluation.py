@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
 import megatron_rl
 from eval.grading import Grader, check_errors, grade, rewards_sha256, rule_sha256, same_answers
@@ -29,6 +28,7 @@ from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.dataflow import Outcome
 from megatron_rl.durable import locked, replace_text
+from megatron_rl.experience.prompts import load_tokenizer
 from megatron_rl.interfaces import RolloutEngine
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Evaluation:
         )  # loads torch, which an unusable input need not wait for
 
         settings = self.settings
-        tokenizer = Tokenizer.from_file(str(self.model.folder / "tokenizer.json"))
+        tokenizer = load_tokenizer(self.model.folder)
         draws = [
             item
             for problems in self.problems

@@ -272,8 +272,9 @@ def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) ->
         raise ConfigError([f"scale: takes one study, and settings for all its runs, got files: {[*map(str, files)]}"])
     study = read_study(files[0], overrides)
     planned = study_rows(study)  # all that is wrong with any run, before the first one starts
-    for run, row in zip(study.runs, planned, strict=True) if measure else ():
-        if is_done(study, run):
+    done = [measure and is_done(study, run) for run in study.runs]
+    for run, row, already in zip(study.runs, planned, done, strict=True) if measure else ():
+        if already:
             continue  # the same command goes on where it stopped
         if row.problems:
             _warn(f"run {run.name} of the study is left out, it does not fit: {'; '.join(row.problems)}")

@@ -350,6 +350,13 @@ def stop_ids(folder: Path) -> list[int]:
     return [*dict.fromkeys(found)]
 
 
+def special_tokens(folder: Path) -> dict[str, int]:
+    """Ids, by their text, of the tokens that tokenizer.json calls special: no text of a sample shows them."""
+    file = folder / "tokenizer.json"
+    added = json.loads(file.read_text()).get("added_tokens") or [] if file.is_file() else []
+    return {token["content"]: token["id"] for token in added if token.get("special")}
+
+
 def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:
     switches = {"qkv_bias": family.qkv_bias, "projection_bias": family.projection_bias, "mlp_bias": family.mlp_bias}
     for key in ("attention_bias", "attention_out_bias", "mlp_bias"):

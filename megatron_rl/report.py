@@ -50,7 +50,8 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
     records = read_records(metrics_jsonl)
     steps = [record for record in records if record["kind"] == "step"]
     summary: dict[str, Any] = {"steps": len(steps)}
-    at_start = any(record["kind"] == "evaluation" and record["step"] == 0 for record in records)
+    before = [record for record in records if record["kind"] == "evaluation" and record["step"] == 0]
+    at_start = any(name.startswith("heldout/") for record in before for name in record)
     for prefix, label, first, last in (("heldout", "", "before", "after"), ("rollout", "rollout_", "first", "last")):
         named = (
             ("score", "score"),

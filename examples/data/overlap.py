@@ -102,6 +102,14 @@ def _question(row: Row) -> str:
     return found
 
 
+def _by_place(rows: Sequence[Row]) -> dict[str, str]:
+    """Questions; the rows of a list that stands on one line have one place, and are numbered."""
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        found[f"{row.place} row {number}" if row.place in found else row.place] = _question(row)
+    return found
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -121,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all overlaps here")
     asked = parser.parse_args(arguments)
     try:
-        training = {row.place: _question(row) for spec in asked.train for row in read(spec)}
-        evaluation = {spec: {row.place: _question(row) for row in read(spec)} for spec in asked.eval}
+        training = _by_place([row for spec in asked.train for row in read(spec)])
+        evaluation = {spec: _by_place(read(spec)) for spec in asked.eval}
     except SourceError as error:
         sys.stderr.write(f"overlap: {error}\n")
         return 2

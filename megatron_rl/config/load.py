@@ -82,6 +82,12 @@ def dotted(config: RunConfig | SFTConfig) -> dict[str, Any]:
     return dict(_flat(TypeAdapter(type(config)).dump_python(config, mode="json")))
 
 
+def differences(config: RunConfig | SFTConfig, saved: str) -> list[str]:
+    """Dotted keys of a configuration that was saved by :func:`dump`, an earlier one perhaps, that are others now."""
+    now = dotted(config)
+    return sorted(key for key, value in _flat(json.loads(saved)) if key not in now or now[key] != value)
+
+
 def origins(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each setting, and each empty table, that was given comes from, by dotted key: the last file that has it, or
     ``command line``. What is not there has its default.

@@ -99,7 +99,8 @@ class RolloutConfig:
     max_response_tokens: Positive = 3000
     """Where a response is cut. Prompt and response together must fit the model's positions."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, besides the model's end-of-sequence tokens."""
+    """Strings that end a response, besides the model's end-of-sequence tokens; a special token of the tokenizer may be
+    one of them."""
     force_eos: bool = False
     """Put an end-of-sequence token where a response has none, and train on it (as the seed recipe does)."""
     sampling_rounds: Count = 0

@@ -76,16 +76,20 @@ def read_texts(file: Path, rows: Mapping[int, Mapping[str, Any]], key: str) -> l
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer in a model's folder.
+    """The tokenizer in a model's folder. It cuts and fills up no text, also where the file says so, as files do that
+    were saved in the midst of somebody's training.
 
     Raises:
         ValueError: its ``tokenizer.json`` cannot be used.
     """
     file = model / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no other type
         raise ValueError(f"{file} must be a tokenizer as Hugging Face's library saves it: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:

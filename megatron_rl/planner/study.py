@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.load import ConfigError, parse
+from megatron_rl.config.load import ConfigError, differences, parse
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
@@ -21,6 +21,7 @@ from megatron_rl.planner.times import Machine
 from megatron_rl.report import summarise
 
 _KEYS = {"recipe", "folder", "device", "gpus_per_node", "runs"}
+_NOT_MEASURED = ("cluster.address", "cluster.allow_open_cluster", "logging.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +143,26 @@ def _run_problems(runs: object) -> Iterator[str]:
 
 
 def is_done(study: Study, run: StudyRun) -> bool:
-    """Whether ``run`` was trained to its last step, not stopped before."""
-    summary = study.folder / run.name / "summary.json"
-    return summary.is_file() and "stopped_after_step" not in json.loads(summary.read_text())
+    """Whether ``run`` was trained to its last step, not stopped before.
+
+    Raises:
+        ConfigError: it was, with other settings than it has now.
+    """
+    config = parse(RunConfig, [study.recipe], study.settings(run))
+    summary, saved = config.run_dir / "summary.json", config.run_dir / "config.json"
+    if not summary.is_file():
+        return False
+    found = json.loads(summary.read_text())
+    if "stopped_after_step" in found or found["steps"] < config.steps:
+        return False
+    if changed := [key for key in differences(config, saved.read_text()) if not key.startswith(_NOT_MEASURED)]:
+        raise ConfigError(
+            [
+                f"runs: {run.name!r} must have the settings that it was measured with, found others for "
+                f"{', '.join(changed)}: give it another name, or remove {config.run_dir}"
+            ]
+        )
+    return True
 
 
 def study_rows(study: Study) -> list[StudyRow]:

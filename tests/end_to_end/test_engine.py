@@ -31,6 +31,7 @@ from tests.distributed.parity_cases import Recorded, hugging_face
 TIMEOUT_S = 60.0
 EOS = 3
 VOCABULARY = 384
+SPECIAL = 300
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 PROMPTS = [
     Prompt(id=f"p{index}", token_ids=(20 + index, 21, 22 + index, 40 + 2 * index), answer="", source="")
@@ -170,7 +171,7 @@ def build_model(path: Path, seed: int, tied: bool, *, experts: bool = False) -> 
     model.save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens([f"w{EOS}"])
+    words.add_special_tokens([f"w{EOS}", f"w{SPECIAL}"])
     words.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return path
@@ -365,6 +366,16 @@ def test_a_stop_string_ends_the_text_and_a_limit_cuts_it(fresh: RemoteEngine, fo
     (rollout,) = fresh.call("generate", PROMPTS[:1], stopping, [[0]])
     (stopped,) = rollout.samples
     assert (stopped.token_ids, stopped.text, stopped.finish) == ((77,) * 2, "w7", Finish.STOP)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_response_though_no_text_shows_it(
+    fresh: RemoteEngine, folders: dict[str, Path]
+) -> None:
+    fresh.push(1, biased_towards(loaded(folders["B-untied"]), SPECIAL))
+    for stop, tokens, finish in (((), 3, Finish.LENGTH), ((f"w{SPECIAL}", "never"), 1, Finish.STOP)):
+        sampling = Sampling(temperature=0.0, max_tokens=3, stop=stop)
+        ((sample,),) = (rollout.samples for rollout in fresh.call("generate", PROMPTS[:1], sampling, [[0]]))
+        assert (sample.token_ids, sample.text, sample.finish) == ((SPECIAL,) * tokens, "", finish)
 
 
 def test_too_long_prompts_and_missing_seeds_are_refused(engine: RemoteEngine) -> None:

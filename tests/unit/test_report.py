@@ -92,6 +92,19 @@ def test_there_is_no_before_where_nothing_was_evaluated_before_the_first_step(tm
     assert (summary["rollout_accuracy_first"], summary["rollout_accuracy_last"]) == (0.2, 0.4)
 
 
+def test_an_evaluation_that_was_not_asked_for_at_the_start_is_no_before(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 0, "kind": "evaluation", "nonfinite": 0},
+        {"step": 3, "kind": "step", "heldout/accuracy": 0.7, "nonfinite": 0},
+        {"step": 7, "kind": "step", "heldout/accuracy": 0.8, "nonfinite": 0},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = summarise(file)
+    assert "accuracy_before" not in summary
+    assert summary["accuracy_after"] == 0.8
+
+
 def test_the_table_flattens_and_aligns():
     table = summary_table({"steps": 3, "accuracy": 0.123456, "peak": {"policy": 1.5, "lost": math.nan}, "run": "a"})
     assert table == ("steps        3\naccuracy     0.1235\npeak/policy  1.5\npeak/lost    nan\nrun          a\n")

@@ -234,3 +234,10 @@ def test_the_overlap_report_names_both_places(tmp_path, capsys):
     assert json.loads(output.read_text())[0]["exact"] is True
     assert overlap.main(["--train", train, "--eval", str(tmp_path / "none.jsonl")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_the_rows_of_a_list_on_one_line_are_all_looked_at(tmp_path, capsys):
+    for name, questions in (("train", ["What is 1 + 1?", "What is 2 + 2?"]), ("eval", ["What is 1 + 1?", "Why?"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"question": each} for each in questions]))
+    assert overlap.main(["--train", str(tmp_path / "train.json"), "--eval", str(tmp_path / "eval.json")]) == 0
+    assert "2 questions, 1 the same, 0 similar" in capsys.readouterr().out

@@ -30,6 +30,16 @@ def config(file: Path, **changes: object) -> DataConfig:
     return DataConfig(**{"train": file, "heldout": file, "template": "Q {question}", "max_prompt_tokens": 2, **changes})
 
 
+def test_what_a_tokenizers_file_says_of_cutting_and_filling_up_is_left_aside(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path).encode_batch(["Q", "Q one two"], add_special_tokens=False)
+    assert [each.ids for each in found] == [[1], [1, 2, 3]]
+
+
 def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = write(
         tmp_path / "q.jsonl", {"question": "one", "answer": 1}, {"question": "one two", "answer": "2", "id": "x"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.__main__ import main
-from megatron_rl.config.load import ConfigError, parse
+from megatron_rl.config.load import ConfigError, dump, parse
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.planner.study import StudyRow, is_done, plot_study, read_study, study_rows, study_table
 
@@ -83,7 +83,8 @@ def test_settings_on_the_command_line_go_to_every_run_which_may_change_them(tmp_
         commands.append(command)
         folder = tmp_path / command[-1].rpartition("/")[2]
         finished(folder, 500.0)
-        (folder / "summary.json").write_text(json.dumps({"steps": 4}))
+        (folder / "summary.json").write_text(json.dumps({"steps": 120}))
+        (folder / "config.json").write_text(dump(parse(RunConfig, [RECIPE], command[5:])))
         return 0
 
     monkeypatch.setattr("megatron_rl.__main__.run_command", train)
@@ -125,12 +126,20 @@ def test_a_second_study_and_a_wrong_setting_are_refused(tmp_path, capsys):
 
 
 def test_a_run_that_was_stopped_is_not_done(tmp_path):
-    study = read_study(written(tmp_path))
+    study = read_study(written(tmp_path), ["steps=4"])
     one, two = study.runs
     for run, summary in ((one, {"steps": 2, "stopped_after_step": 2}), (two, {"steps": 4})):
         (tmp_path / run.name).mkdir()
         (tmp_path / run.name / "summary.json").write_text(json.dumps(summary))
+        (tmp_path / run.name / "config.json").write_text(dump(parse(RunConfig, [study.recipe], study.settings(run))))
     assert (is_done(study, one), is_done(study, two)) == (False, True)
+    longer = read_study(written(tmp_path), ["steps=5"])
+    assert not is_done(longer, two)
+    elsewhere = read_study(written(tmp_path), ["steps=4", "cluster.address=auto", "logging.samples=1"])
+    assert is_done(elsewhere, two)
+    other = read_study(written(tmp_path), ["steps=4", "seed=7", "engine.count=64"])
+    with pytest.raises(ConfigError, match=r"runs: 'two' must have the settings .* others for engine.count, seed: give"):
+        is_done(other, two)
     (tmp_path / "two" / "summary.json").unlink()
     assert not is_done(study, two)
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.assemble.roles import engine_spec
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.model_dims import stop_ids
+from megatron_rl.model_dims import special_tokens, stop_ids
 from megatron_rl.vllm_engine import engine
 from megatron_rl.vllm_engine.engine import EngineSpec, _chosen
 
@@ -69,6 +69,13 @@ def test_both_configurations_name_tokens_that_end_a_sample(tmp_path: Path) -> No
     assert stop_ids(tmp_path) == [7]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert stop_ids(tmp_path) == [7, 5]
+
+
+def test_special_tokens_are_those_that_no_text_shows(tmp_path: Path) -> None:
+    assert special_tokens(tmp_path) == {}
+    added = [{"id": 3, "content": "<|im_end|>", "special": True}, {"id": 4, "content": "<think>", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert special_tokens(tmp_path) == {"<|im_end|>": 3}
 
 
 def test_a_model_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
