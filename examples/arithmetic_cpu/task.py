@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 TEMPLATE = "Question:\n{question}\nAnswer:\n"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+_WRITTEN = {"model", "warmup.jsonl", "train.jsonl", "heldout.jsonl"}
 # Digits stand alone; words, punctuation and line breaks stay together (the pattern of Qwen's tokenizers).
 PRETOKENS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -212,8 +213,15 @@ def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def prepare(folder: Path, sizes: Sizes, *, seed: int, steps: int = 480, samples_per_step: int = 64) -> None:
-    """Write the whole task to ``folder``, in place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the whole task to ``folder``, in place of one that was there.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    if folder.exists():
+        if others := sorted({path.name for path in folder.iterdir()} - _WRITTEN):
+            raise FileExistsError(f"{folder} must be new, or hold an earlier task alone; found {', '.join(others)}")
+        shutil.rmtree(folder)
     write_model(folder / "model", sizes, seed)
     write_rows(folder / "warmup.jsonl", warmup_rows(seed, steps, samples_per_step, mixed_steps=100))
     for name, held_out, count in (("train", False, 4096), ("heldout", True, 512)):
@@ -239,4 +247,7 @@ if __name__ == "__main__":
         ffn_hidden=3 * asked.hidden,
         layers=asked.layers,
     )
-    prepare(asked.folder, chosen, seed=asked.seed)
+    try:
+        prepare(asked.folder, chosen, seed=asked.seed)
+    except OSError as error:
+        parser.error(str(error))
