@@ -79,9 +79,7 @@ def train(run: Run) -> None:
         if cfg.evaluation.at_start:
             with log.phase("evaluate"), run.phases.generating():
                 log.update("heldout", evaluate(run))
-    if run.stop.asked:
-        return
-    for step in range(run.start_step, cfg.steps):
+    for step in range(run.start_step, run.start_step if run.stop.asked else cfg.steps):
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
