@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse_any
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.lifetime import run_command
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.rewards.rules import load_rule
+
+if TYPE_CHECKING:
+    from megatron_rl.planner.study import Study, StudyRow
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
@@ -266,14 +269,26 @@ def _doctor(config: RunConfig | SFTConfig | None, files: Sequence[Path], address
 
 
 def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) -> None:
-    from megatron_rl.planner.study import is_done, plot_study, read_study, study_rows, study_table
+    from megatron_rl.planner.study import plot_study, read_study, study_rows, study_table
 
     if len(files) != 1:
         raise ConfigError([f"scale: takes one study, and settings for all its runs, got files: {[*map(str, files)]}"])
     study = read_study(files[0], overrides)
     planned = study_rows(study)  # all that is wrong with any run, before the first one starts
-    done = [measure and is_done(study, run) for run in study.runs]
-    for run, row, already in zip(study.runs, planned, done, strict=True) if measure else ():
+    if measure:
+        _run_study(study, planned)
+    rows = study_rows(study)
+    if measure:
+        (study.folder / "study.md").write_text(study_table(rows))
+        plot_study(rows, study.folder / "study.png")
+    _print(study_table(rows))
+
+
+def _run_study(study: Study, planned: Sequence[StudyRow]) -> None:
+    from megatron_rl.planner.study import is_done
+
+    done = [is_done(study, run) for run in study.runs]  # what it refuses, it refuses before the first one starts
+    for run, row, already in zip(study.runs, planned, done, strict=True):
         if already:
             continue  # the same command goes on where it stopped
         if row.problems:
@@ -286,11 +301,6 @@ def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) ->
             )
         if not is_done(study, run):
             raise RuntimeError(f"run {run.name} of the study was asked to stop; the same command goes on from there")
-    rows = study_rows(study)
-    if measure:
-        (study.folder / "study.md").write_text(study_table(rows))
-        plot_study(rows, study.folder / "study.png")
-    _print(study_table(rows))
 
 
 class _Termination:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,36 +325,53 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tupl
 
 def token_ids(config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
     """The tokens that end a text, of which there must be one, and the one that fills rows up."""
-    eos = config.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    eos_ids = _eos_ids(config)
     if not eos_ids:
         raise ValueError("config.json must name eos_token_id, found none")
     pad = config.get("pad_token_id")
     return eos_ids, eos_ids[0] if pad is None else int(pad)
 
 
-def stop_ids(folder: Path) -> list[int]:
-    """The tokens that end a sample: those of config.json, and then of generation_config.json, which often differ in
-    chat models.
+@dataclass(frozen=True, kw_only=True)
+class EndingTokens:
+    """The tokens that can end a sample of a model.
+
+    Attributes:
+        ids: those of config.json, and then of generation_config.json, which often differ in chat models.
+        special: ids, by their text, of the tokens that tokenizer.json calls special: no text of a sample shows them.
+    """
+
+    ids: tuple[int, ...]
+    special: Mapping[str, int]
+
+    def with_stops(self, stop: Sequence[str]) -> list[int]:
+        """Those that end a sample drawn with these stop strings, each once, the model's own first."""
+        return [*dict.fromkeys([*self.ids, *(self.special[each] for each in stop if each in self.special)])]
+
+
+def read_ending_tokens(folder: Path) -> EndingTokens:
+    """Of the model in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it names none.
     """
-    found: list[int] = []
+    ids: list[int] = []
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text()).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not found:
+            ids += _eos_ids(json.loads((folder / name).read_text()))
+    if not ids:
         raise ValueError(f"{folder}: config.json must name eos_token_id, else no sample ends by itself")
-    return [*dict.fromkeys(found)]
+    tokenizer = folder / "tokenizer.json"
+    added = json.loads(tokenizer.read_text()).get("added_tokens") or [] if tokenizer.is_file() else []
+    return EndingTokens(
+        ids=tuple(dict.fromkeys(ids)),
+        special={token["content"]: token["id"] for token in added if token.get("special")},
+    )
 
 
-def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids, by their text, of the tokens that tokenizer.json calls special: no text of a sample shows them."""
-    file = folder / "tokenizer.json"
-    added = json.loads(file.read_text()).get("added_tokens") or [] if file.is_file() else []
-    return {token["content"]: token["id"] for token in added if token.get("special")}
+def _eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
 
 
 def _biases(family: _Family, config: Mapping[str, Any]) -> dict[str, bool]:

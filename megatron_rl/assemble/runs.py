@@ -34,7 +34,7 @@ from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.metrics import MetricLog, Source
-from megatron_rl.model_dims import read_model_dims, special_tokens, stop_ids
+from megatron_rl.model_dims import read_ending_tokens, read_model_dims
 from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
@@ -66,7 +66,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     gpus = device.gpu_count()
     check_machine(config.devices, gpus, config.cluster)
     check_engine(config.engine, gpus)
-    dims = read_model_dims(config.model.path)
+    dims, ending = read_model_dims(config.model.path), read_ending_tokens(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
@@ -162,16 +162,9 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             stop=stop,
             heldout=heldout.prompts[: config.evaluation.prompts],
             phases=turns,
-            forced_eos=_ending_tokens(config) if config.rollout.force_eos else (),
+            forced_eos=tuple(ending.with_stops(config.rollout.stop)) if config.rollout.force_eos else (),
             metrics=metrics,
         )
-
-
-def _ending_tokens(config: RunConfig) -> tuple[int, ...]:
-    """That the engine ends a response with: first the model's own, then special tokens among the stop strings."""
-    special = special_tokens(config.model.path)
-    stops = (special[stop] for stop in config.rollout.stop if stop in special)
-    return tuple(dict.fromkeys([*stop_ids(config.model.path), *stops]))
 
 
 @contextmanager

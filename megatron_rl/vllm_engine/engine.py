@@ -25,7 +25,7 @@ from megatron_rl.device import compute_capability, limit_threads, memory_used
 from megatron_rl.interfaces import MemoryUse, PushPhase, PushReceipt
 from megatron_rl.lifetime import die_with_child
 from megatron_rl.linear_formats import LinearFormat, first_difference
-from megatron_rl.model_dims import special_tokens, stop_ids
+from megatron_rl.model_dims import read_ending_tokens
 from megatron_rl.vllm_engine import scales
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Engine:
             ValueError: the model names no eos_token_id, or vLLM cannot use it as asked.
         """
         self._spec = spec
-        self._stop_ids, self._special = stop_ids(spec.model), special_tokens(spec.model)
+        self._ending = read_ending_tokens(spec.model)
         self._version = spec.version
         self._next: tuple[PushPhase, int] | None = None
         self._late: str | None = None
@@ -434,14 +434,13 @@ class Engine:
         )
 
     def _draw(self, sampling: Sampling, seed: int) -> Any:
-        # vLLM looks for stop strings in the text, where special tokens are left out
-        special = [self._special[stop] for stop in sampling.stop if stop in self._special]
         return self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
-            stop_token_ids=[*self._stop_ids, *special],
+            # vLLM looks for stop strings in the text, where special tokens are left out
+            stop_token_ids=self._ending.with_stops(sampling.stop),
             seed=seed,
             logprobs=0,
             output_kind=self._final_only,

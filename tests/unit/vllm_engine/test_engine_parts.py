@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.assemble.roles import engine_spec
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.model_dims import special_tokens, stop_ids
+from megatron_rl.model_dims import EndingTokens, read_ending_tokens
 from megatron_rl.vllm_engine import engine
 from megatron_rl.vllm_engine.engine import EngineSpec, _chosen
 
@@ -66,22 +66,25 @@ def test_a_missing_log_prob_is_refused() -> None:
 
 def test_both_configurations_name_tokens_that_end_a_sample(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert stop_ids(tmp_path) == [7]
+    assert read_ending_tokens(tmp_path).ids == (7,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert stop_ids(tmp_path) == [7, 5]
+    assert read_ending_tokens(tmp_path).ids == (7, 5)
 
 
 def test_special_tokens_are_those_that_no_text_shows(tmp_path: Path) -> None:
-    assert special_tokens(tmp_path) == {}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert read_ending_tokens(tmp_path).special == {}
     added = [{"id": 3, "content": "<|im_end|>", "special": True}, {"id": 4, "content": "<think>", "special": False}]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    assert special_tokens(tmp_path) == {"<|im_end|>": 3}
+    found = read_ending_tokens(tmp_path)
+    assert found == EndingTokens(ids=(7,), special={"<|im_end|>": 3})
+    assert found.with_stops(("never", "<|im_end|>", "<think>")) == [7, 3]
 
 
 def test_a_model_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must name eos_token_id"):
-        stop_ids(tmp_path)
+        read_ending_tokens(tmp_path)
 
 
 @pytest.mark.parametrize(("quantization", "version"), [(None, None), ("fp8_per_channel", 0)])
