@@ -32,6 +32,7 @@ class Needs:
 
     Attributes:
         buckets: and the store: bytes in shared memory.
+        buckets_with_gpus: pushes go through it between GPUs, too.
         disk: bytes for checkpoints.
         gpu_problems: what it cannot do on a GPU.
         cpu_problems: what it cannot do without one, on a CPU with wide vectors or without.
@@ -39,6 +40,7 @@ class Needs:
     """
 
     buckets: int
+    buckets_with_gpus: bool = False
     disk: int = 0
     gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
     cpu_problems: Callable[[bool], Iterable[str]] = field(default=lambda wide_vectors: (), compare=False)
@@ -56,7 +58,13 @@ def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Ne
     needs = Needs(
         buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims), device=config.cluster.device
     )
-    return replace(needs, cpu_problems=config.engine.cpu_problems) if isinstance(config, RunConfig) else needs
+    if not isinstance(config, RunConfig):
+        return needs
+    return replace(
+        needs,
+        buckets_with_gpus=config.cluster.colocate and config.engine.count > 1,
+        cpu_problems=config.engine.cpu_problems,
+    )
 
 
 def _gpu_problems(config: RunConfig | SFTConfig, dims: ModelDims | None, gpu: Gpu) -> list[str]:
@@ -243,9 +251,10 @@ def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
         return
     there = "there is no /dev/shm" if node.shared_memory is None else f"/dev/shm has {_size(free)} free"
     parts = f"{_size(needs.buckets)} for two buckets of a push (sync.bucket_mib) and {_size(store)} for Ray's objects"
+    needed = needs.buckets_with_gpus or not node.gpus
     size = f"{-(-wanted // (1 << 30)) + 1}g"
     yield Finding(
-        severity=Severity.ERROR if free < needs.buckets and not node.gpus else Severity.WARNING,
+        severity=Severity.ERROR if free < needs.buckets and needed else Severity.WARNING,
         what="shared memory",
         found=f"{parts} must fit, {there}",
         do=f"start the container with --shm-size {size}, or as root: mount -o remount,size={size} /dev/shm",

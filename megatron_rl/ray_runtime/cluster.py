@@ -248,7 +248,7 @@ class Cluster:
         for role in roles:
             groups[role.name] = WorkerGroup(
                 role.name,
-                partial(self._spawn, role, placement, {**self._loopback(), **environment}),
+                partial(self._spawn, role, placement, {**self._loopback(), **self._hidden(), **environment}),
                 role.workers,
                 watch=self.watch,
                 start_limit=self._config.start_limit,
@@ -263,6 +263,10 @@ class Cluster:
 
     def _loopback(self) -> dict[str, str]:
         return {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": _LOOPBACK} if self.local else {}
+
+    def _hidden(self) -> dict[str, str]:
+        """Why: Ray leaves the GPUs of a node in sight of a worker that asked for none."""
+        return {} if self._gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
     def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
         """The supervisor of one rank."""

@@ -10,7 +10,7 @@ from megatron_rl.experience.expected_length import ExpectedLength
 from megatron_rl.experience.packing import split_rows
 from megatron_rl.interfaces import WeightSync
 from megatron_rl.ray_runtime.roles import RemoteEngine
-from megatron_rl.ray_runtime.workers import WorkerDied
+from megatron_rl.ray_runtime.workers import WorkerDied, WorkerFailed
 
 
 class Engines:
@@ -106,7 +106,7 @@ class Engines:
         """
         if dead := self._engine.group.deaths():
             self._start_anew(dead)
-        found = self._sync.push(version)
+        found = self._push(version)
         if self._version is None and self._describe is not None:
             self._tell(self._describe())
         self._version = version
@@ -120,7 +120,19 @@ class Engines:
         idle = self._engine.group.deaths()  # one that had answered may have died since
         self._start_anew({**idle, **{names.index(died.worker): str(died) for died in deaths}})
         if self._version is not None:
-            self._sync.push(self._version)
+            self._push(self._version)
+
+    def _push(self, version: int) -> Mapping[str, float]:
+        """Why: the trainer, which waits for an engine that died, fails as well, and is told first."""
+        try:
+            return self._sync.push(version)
+        except WorkerFailed as failed:
+            for rank, how in self._engine.group.deaths().items():
+                died = WorkerDied(how, worker=self._engine.group.names[rank])
+                for note in getattr(failed, "__notes__", ()):
+                    died.add_note(note)
+                raise died from failed
+            raise
 
     def _start_anew(self, dead: Mapping[int, str]) -> None:
         for rank, how in dead.items():

@@ -32,12 +32,13 @@ from megatron_rl.interfaces import (
     results,
 )
 from megatron_rl.linear_formats import LinearFormat
-from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.ray_runtime.workers import GroupCall, WorkerGroup
 from megatron_rl.weights.slices import SlicePlan
 from megatron_rl.weights.transports import Transport, choose_transport
 
 HELD_TYPES = (TokenRows, ExperienceBatch)
 """What model workers keep once they have got it."""
+_POLL_S = 0.1
 
 
 def _only(answers: list[Any]) -> Any:
@@ -378,6 +379,14 @@ def connect(
         )
         for index in range(len(hosts))
     ]
-    for pending in [*joining, opening]:
-        pending.result()
+    _wait_for_all([opening, *joining])
     return transport
+
+
+def _wait_for_all(calls: Sequence[GroupCall[None]]) -> None:
+    """Why not one after the other: where one end fails, the other waits for it in vain, and would tell only that."""
+    waiting = list(calls)
+    while waiting:
+        for call in [call for call in waiting if call.ready(_POLL_S)]:
+            call.result()
+            waiting.remove(call)

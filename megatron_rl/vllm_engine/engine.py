@@ -46,6 +46,10 @@ _ENVIRONMENT_DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch has threads by then
 }
 _CPU_BATCHED_TOKENS = 8192
+_CHECKED_FRACTION = 0.01
+"""Of a GPU's memory that vLLM asks to be free before it starts, whatever it then takes; nothing else of it counts where
+the size of the cache is given. The default, 0.92, would refuse a GPU that others use as well.
+"""
 _SLEEP_TAGS = ("weights", "kv_cache")
 """What vLLM wakes by itself, in that order."""
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
@@ -150,6 +154,7 @@ class Engine:
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            gpu_memory_utilization=_CHECKED_FRACTION,
             **_weights_arguments(spec),
             kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
@@ -213,6 +218,7 @@ class Engine:
             for prompt, of_prompt in zip(prompts, seeds, strict=True)
             for seed in of_prompt
         ]
+        self._forget_prefixes()
         with self._noting_what_is_not_finite():
             samples = iter([_sample(output) for output in self._run(requests)])
         return [
@@ -347,12 +353,18 @@ class Engine:
         if phase is PushPhase.FINISH:
             self._on_workers("finish_weight_update", deadline_s=deadline_s)
         if phase is PushPhase.RESET_CACHE:
-            if not self._engine.reset_prefix_cache():
-                raise RuntimeError(f"version {version}: the cache of prefixes must be emptied, it is still in use")
+            self._forget_prefixes()
             if self._cache_spoilt and not self._asleep:  # else it is zeroed when it wakes
                 self._on_workers("zero_cache", deadline_s=deadline_s)
                 self._cache_spoilt = False
         return None
+
+    def _forget_prefixes(self) -> None:
+        """Why before each rollout, too: what was scored or drawn since the push, at a resume another time than without
+        one, would decide which tokens are computed together, and with it how they are rounded.
+        """
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("the cache of prefixes must be emptied, it is still in use")
 
     def sleep(self, keep_weights: bool) -> MemoryUse:
         """Free the GPU: weights go to host memory or are thrown away, keys and values are forgotten. On a CPU nothing

@@ -15,11 +15,11 @@ import torch
 
 from megatron_rl.batches import TokenRows
 from megatron_rl.config.limit import Limit
-from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.config.schema import ClusterConfig, SyncConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.interfaces import PushPhase
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check_machine
-from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy
+from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, connect
 from megatron_rl.ray_runtime.workers import DeadlineExceeded, WorkerDied, WorkerFailed, WorkerGroup
 from megatron_rl.weights.sync import CheckedSync
 
@@ -56,6 +56,22 @@ class Recorder:
 
     def advance(self, phase: PushPhase, version: int, deadline_s: float) -> None:
         """As an engine does."""
+
+    def gpus_in_sight(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def listen(self, address: str) -> tuple[str, int]:
+        """As a sender whose channel will not open."""
+        return address, 1
+
+    def open_channel(self, *_: object) -> None:
+        if self.rank == 0:
+            raise ValueError("/dev/shm must have room")
+
+    def join(self, *_: object) -> None:
+        """As an engine that waits for the sender in vain."""
+        time.sleep(8)
+        raise ValueError("waited for ranks [0]")
 
     def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[tuple[int, ...]]) -> list[Rollout]:
         """Samples whose text names this rank and their seed."""
@@ -145,6 +161,18 @@ def test_several_engines_share_the_prompts_and_rollouts_come_back_in_order(group
     assert [rollout.prompt.id for rollout in rollouts] == ["0", "1", "2", "3"]
     (alone,) = RemoteEngine(group).generate(prompts[:1], sampling, seeds[:1])
     assert alone == rollouts[0]
+
+
+def test_a_channel_that_does_not_open_is_told_by_the_side_that_failed_first(groups: dict[str, WorkerGroup]) -> None:
+    started = time.monotonic()
+    policy, engine = RemotePolicy(groups["pair"]), RemoteEngine(groups["engine"])
+    with pytest.raises(WorkerFailed, match=r"pair rank 0 .* failed in open_channel:(.|\n)*/dev/shm must have room"):
+        connect(policy, engine, SyncConfig(), tensor=1, cuda=False, shared=False, pushed_format=None, timeout_s=8)
+    assert time.monotonic() - started < 6
+
+
+def test_without_gpus_workers_see_none_even_where_the_node_has_some(group: WorkerGroup) -> None:
+    assert group.call("gpus_in_sight", finish=list).result() == ["", ""]
 
 
 def test_a_failure_names_the_rank_and_does_not_wait_for_its_peers(group: WorkerGroup) -> None:

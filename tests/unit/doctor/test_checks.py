@@ -17,6 +17,7 @@ from megatron_rl.doctor.checks import (
     check_node,
     check_port,
     check_same,
+    check_shared_memory,
     checkpoint_bytes,
     needs_of,
 )
@@ -233,6 +234,20 @@ def test_shared_memory_must_hold_two_buckets_and_rays_objects(
 def test_with_gpus_buckets_need_no_shared_memory() -> None:
     found = of(healthy(shared_memory=63 * MIB, gpus=("H100",)))
     assert [finding.severity for finding in found if finding.what == "shared memory"] == [Severity.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("settings", "severity"),
+    [
+        (["cluster.colocate=true"], Severity.WARNING),  # read where the sender wrote them, on the GPU
+        (["engine.count=2"], Severity.WARNING),
+        (["cluster.colocate=true", "engine.count=2"], Severity.ERROR),
+    ],
+)
+def test_several_colocated_engines_take_buckets_from_shared_memory(settings: list[str], severity: Severity) -> None:
+    needs = replace(needs_of(recipe(*settings), None), disk=0)
+    found = [*check_shared_memory(healthy(shared_memory=63 * MIB, gpus=("H100",)), needs)]
+    assert [finding.severity for finding in found] == [severity]
 
 
 def test_buckets_are_those_of_the_recipe() -> None:

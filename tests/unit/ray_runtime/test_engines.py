@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytest
+
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.ray_runtime.engines import Engines, Evaluated
 from megatron_rl.ray_runtime.roles import RemoteEngine
-from megatron_rl.ray_runtime.workers import WorkerGroup
+from megatron_rl.ray_runtime.workers import WorkerDied, WorkerFailed, WorkerGroup
 
 
 class Group:
@@ -40,6 +42,35 @@ def test_what_pushes_send_is_told_once_after_the_first() -> None:
     for version in (3, 4):
         assert engines.push(version) == {"bytes": 1.0}
     assert told == ["slices, known after version 3"]
+
+
+class Dying(Group):
+    """An engine that is found dead after a push has failed."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def deaths(self) -> dict[int, str]:
+        self.asked += 1
+        return {0: "engine was killed by signal 9"} if self.asked > 1 else {}
+
+
+class Failing:
+    def push(self, version: int) -> Mapping[str, float]:
+        error = WorkerFailed("policy rank 0 failed in send: rank 0 waited for rank 1, a receiver")
+        error.add_note("in phase transfer")
+        raise error
+
+
+def test_an_engine_that_dies_in_a_push_is_the_cause_and_not_the_trainer_that_waited_for_it() -> None:
+    more: dict[str, Any] = {"restarts": 1, "restart": lambda _: None, "tell": lambda _: None}
+    with pytest.raises(WorkerDied, match="killed by signal 9") as caught:
+        Engines(RemoteEngine(cast("WorkerGroup", Dying())), Failing(), **more).push(1)
+    assert caught.value.worker == "engine"
+    assert caught.value.__notes__ == ["in phase transfer"]
+    assert "failed in send" in str(caught.value.__cause__)
+    with pytest.raises(WorkerFailed, match="failed in send"):
+        Engines(RemoteEngine(cast("WorkerGroup", Group())), Failing(), **more).push(1)
 
 
 @dataclass

@@ -14,9 +14,10 @@ import pytest
 
 from megatron_rl.assemble.roles import engine_spec
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.dataflow import Sampling
 from megatron_rl.model_dims import EndingTokens, read_ending_tokens
 from megatron_rl.vllm_engine import engine
-from megatron_rl.vllm_engine.engine import EngineSpec, _chosen
+from megatron_rl.vllm_engine.engine import Engine, EngineSpec, _chosen
 
 
 @dataclass
@@ -123,3 +124,29 @@ def test_a_run_asks_its_engines_to_run_eagerly_where_its_settings_do(tmp_path: P
         pushed_format=None,
     )
     assert engine_spec(config, tmp_path).eager is eager
+
+
+@dataclass
+class Idle:
+    """vLLM's engine with nothing to do."""
+
+    emptied: bool
+    asked: int = 0
+
+    def reset_prefix_cache(self) -> bool:
+        self.asked += 1
+        return self.emptied
+
+    def has_unfinished_requests(self) -> bool:
+        return False
+
+
+def test_a_rollout_begins_without_what_was_scored_or_drawn_before() -> None:
+    engine = Engine.__new__(Engine)
+    engine._asleep, engine._version, engine._engine = frozenset(), 0, Idle(emptied=True)
+    for calls in (1, 2):
+        assert engine.generate([], Sampling(temperature=1.0, max_tokens=1), []) == []
+        assert engine._engine.asked == calls
+    engine._engine = Idle(emptied=False)
+    with pytest.raises(RuntimeError, match="the cache of prefixes must be emptied, it is still in use"):
+        engine.generate([], Sampling(temperature=1.0, max_tokens=1), [])
