@@ -54,7 +54,8 @@ def run_command(command: Sequence[str]) -> int:
 
 
 def die_with_child(pids: Sequence[int], name: str, *, unless: Callable[[], bool]) -> None:
-    """From now on, leave at once when one of these processes ends, having said on standard error which and how.
+    """From now on, leave at once when one of these processes ends, having said on standard error which and how. The
+    others are killed first: what they print when they miss it would bury that.
 
     Args:
         pids: of processes that ``multiprocessing`` started here and nobody waited for.
@@ -72,8 +73,11 @@ def die_with_child(pids: Sequence[int], name: str, *, unless: Callable[[], bool]
         if unless():
             return
         rank, child = next((rank, child) for rank, child in enumerate(watched) if child.sentinel in gone)
+        for other in watched:
+            if other.sentinel not in gone:
+                other.kill()
         end = time.monotonic() + _LAST_SECONDS
-        while child.exitcode is None and time.monotonic() < end:
+        while any(each.exitcode is None for each in watched) and time.monotonic() < end:
             time.sleep(0.01)
         print(f"{name} rank {rank} (pid {child.pid}) {ended(child.exitcode)}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(1)
