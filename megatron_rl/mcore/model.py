@@ -228,7 +228,24 @@ def _build(
             if head is Head.VALUE
             else TokenHead(model.output_layer, dims.vocabulary, kernels)
         )
+    _gather_on(model, device())
     return model
+
+
+def _gather_on(model: torch.nn.Module, where: torch.device) -> None:
+    """Move what lies elsewhere: norms, routers and plain linears, which megatron-core makes on the host. It expects
+    ``model.cuda()`` of its caller, which takes no fake tensors, and exchanges FP8 parameters that are there already.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device != where:
+                moved = torch.nn.Parameter(parameter.detach().to(where), parameter.requires_grad)
+                # how it is split and summed, as megatron-core has noted on it
+                vars(moved).update(vars(parameter) | vars(moved))
+                module._parameters[name] = moved
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != where:
+                module._buffers[name] = buffer.to(where)
 
 
 def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = None) -> Any:
