@@ -160,13 +160,13 @@ def attention(case: Case) -> Iterator[Row]:
     from types import SimpleNamespace
 
     from megatron_rl.mcore.attention import PackedAttention
-    from megatron_rl.mcore.capabilities import lacking
+    from megatron_rl.mcore.capabilities import fuses_packed_rows, lacking
     from megatron_rl.mcore.groups import start_groups
 
     shapes = (TINY_SHAPE,) if case.small else SHAPES
     for shape in shapes:
         yield from _attention(case, shape, PackedAttention(SimpleNamespace(attention_dropout=0.0)), shape.name)
-    if lacking("bfloat16") is None:
+    if lacking("bfloat16") is None and fuses_packed_rows():
         with port_kept() as port:
             start_groups(ParallelLayout(), rank=0, host="127.0.0.1", port=port.getsockname()[1], timeout_s=60.0, seed=0)
         for shape in shapes:

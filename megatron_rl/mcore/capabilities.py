@@ -6,9 +6,11 @@ import functools
 import importlib
 from dataclasses import dataclass
 
-from megatron_rl.device import has_cuda
+from megatron_rl.device import compute_capability, has_cuda
 
 _ENGINE = "transformer_engine"
+_FUSED_ROWS = (9, 0)
+_OWN_ATTENTION = "torch SDPA, rows of like length"
 
 
 class BrokenLibrary(RuntimeError):
@@ -38,7 +40,7 @@ def transformer_engine_version() -> str | None:
         if error.name == _ENGINE:
             return None
         raise BrokenLibrary(_half(error)) from error
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # the last where only some of its wheels are
         raise BrokenLibrary(_half(error)) from error
 
 
@@ -76,6 +78,18 @@ def lacking(dtype: str) -> str | None:
 
 
 @functools.cache
+def fuses_packed_rows() -> bool:
+    """Whether Transformer Engine, which must be there, has a fused attention for packed rows on this GPU: cuDNN's asks
+    for compute capability 9.0 (``fused_attn.cpp``), below that flash-attn 2 serves where it is installed. Without
+    either, it would hold the products of all pairs of tokens, and refuse context ranks.
+    """
+    if compute_capability() >= _FUSED_ROWS:
+        return True
+    asked = importlib.import_module(f"{_ENGINE}.pytorch.attention.dot_product_attention.utils")
+    return bool(asked.FlashAttentionUtils.is_installed)  # of a version that it supports
+
+
+@functools.cache
 def _has_apex() -> bool:
     try:
         importlib.import_module("apex.optimizers")
@@ -94,9 +108,18 @@ def capabilities(layers: str = "auto", dtype: str = "bfloat16") -> list[Capabili
     return [
         Capability("linear layers", f"{named}, FP8 possible" if engine else "megatron-core, no FP8", why),
         Capability("norm", f"{named}, fused with the linear after it" if engine else "torch RMSNorm", why),
-        Capability("attention", f"{named}, fused, packed rows" if engine else "torch SDPA, rows of like length", why),
+        _attention(version, why) if engine else Capability("attention", _OWN_ATTENTION, why),
         _optimizer(version),
     ]
+
+
+def _attention(version: str | None, why: str) -> Capability:
+    """With the layers of Transformer Engine."""
+    if fuses_packed_rows():
+        return Capability("attention", f"Transformer Engine {version}, fused, packed rows", why)
+    needs, has = (".".join(map(str, number)) for number in (_FUSED_ROWS, compute_capability()))
+    lacks = f"Transformer Engine's needs compute capability {needs} or flash-attn 2, this GPU has {has}"
+    return Capability("attention", _OWN_ATTENTION, lacks)
 
 
 def _optimizer(version: str | None) -> Capability:

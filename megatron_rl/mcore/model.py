@@ -29,6 +29,7 @@ from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.device import device
 from megatron_rl.layout import padded_vocabulary
 from megatron_rl.mcore.attention import LatentRotary, PackedAttention, PackedRotary, PackedRows
+from megatron_rl.mcore.capabilities import fuses_packed_rows
 from megatron_rl.mcore.fake_quant import quantise_linears
 from megatron_rl.mcore.fp8 import model_fields
 from megatron_rl.mcore.fused_attention import packed_attention
@@ -260,7 +261,8 @@ def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = N
     if engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        exchange = {TEDotProductAttention: packed_attention(TEDotProductAttention), MLASelfAttention: _LatentAttention}
+        attention = packed_attention(TEDotProductAttention) if fuses_packed_rows() else PackedAttention
+        exchange = {TEDotProductAttention: attention, MLASelfAttention: _LatentAttention}
         names = _FUSED_KEYS if dims.latent is None else _LATENT_FUSED_KEYS
         by_field[TransformerLayerSubmodules] = {"sharded_state_dict_keys_map": lambda _: names}
     else:

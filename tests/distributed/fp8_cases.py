@@ -147,13 +147,16 @@ def stand_ins() -> dict[str, Any]:
 
 
 @contextmanager
-def engine_layers(recipe: Any = None) -> Iterator[None]:
-    """Inside, layers are made of the stand-ins; with a recipe, FP8 is taken for possible."""
+def engine_layers(recipe: Any = None, *, fused: bool = True) -> Iterator[None]:
+    """Inside, layers are made of the stand-ins; with a recipe, FP8 is taken for possible. Attention is theirs where the
+    GPU is ``fused``.
+    """
     import megatron.core.extensions.transformer_engine as extension
     import megatron.core.models.gpt.gpt_layer_specs as specs
     import megatron.core.transformer.multi_latent_attention as latent
     from megatron.core.post_training.modelopt.layers import Linear
 
+    import megatron_rl.mcore.model as model
     import megatron_rl.mcore.worker as worker
     from megatron_rl.mcore.fp8 import linear_formats
 
@@ -165,6 +168,7 @@ def engine_layers(recipe: Any = None) -> Iterator[None]:
             (specs, "HAVE_TE", True),
             (latent, "Linear", Linear),  # as layer_spec does for the local modules
             (extension, "TEDotProductAttention", found["attention"]),
+            (model, "fuses_packed_rows", lambda: fused),
             (worker, "uses_transformer_engine", lambda layers, dtype: True),
             (worker, "fp8_faults", lambda spec: []),
             (worker, "linear_formats", partial(linear_formats, recipe_of=partial(recipe_of, recipe))),
@@ -174,12 +178,12 @@ def engine_layers(recipe: Any = None) -> Iterator[None]:
 
 
 def one_step(
-    rank: int, port: int, model: Path, setup: Setup, engine: bool
+    rank: int, port: int, model: Path, setup: Setup, engine: bool, fused: bool = True
 ) -> tuple[Any, UpdateResult | None, dict[str, Tensor], dict[str, Tensor]]:
     """Log-probs, one update, and on rank 0 all gradients and parameters after it."""
     with ExitStack() as stack:
         if engine:
-            stack.enter_context(engine_layers(RECIPES["blockwise"]))
+            stack.enter_context(engine_layers(RECIPES["blockwise"], fused=fused))
         worker = start(rank, port, model, setup)
         scored = worker.logprobs(token_rows())
         result = worker.update(minibatch(), Reinforce())

@@ -76,6 +76,18 @@ def test_layers_under_the_names_of_transformer_engine_are_the_same_model(
     assert _gap(engine[0][3], local[0][3]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"), [("qwen2", ParallelLayout(context=2)), ("deepseek", ParallelLayout())], ids=str
+)
+def test_linears_of_transformer_engine_go_with_the_attention_of_other_gpus(
+    ranks: Ranks, models: dict[str, Path], model: str, layout: ParallelLayout
+) -> None:
+    run = (layout.world_size, cases.one_step, models[model], Setup(layout=layout, budget=100, clip_grad=NO_CLIP))
+    local, engine = ranks.run(*run, False), ranks.run(*run, True, False)
+    torch.testing.assert_close(_scores(engine), _scores(local), rtol=1e-5, atol=2e-6)
+    assert _gap(engine[0][2], local[0][2]) < 1e-5
+
+
 @pytest.mark.parametrize("model", ["qwen2", "qwen2-moe", "deepseek"])
 @pytest.mark.parametrize("saves", [True, False], ids=["from-engine", "to-engine"])
 def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(

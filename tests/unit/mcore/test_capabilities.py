@@ -37,7 +37,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
     """Pretend that libraries are there, or fail in some way, and that there is a GPU."""
     load = importlib.import_module
 
-    def pretend(*, engine: Any = None, apex: bool = False, cuda: bool = False) -> None:
+    def pretend(
+        *,
+        engine: Any = None,
+        apex: bool = False,
+        cuda: bool = False,
+        capability: tuple[int, int] = (9, 0),
+        flash: bool = False,
+    ) -> None:
         def found(name: str) -> Any:
             top = name.partition(".")[0]
             if top == "transformer_engine":
@@ -45,7 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
                     raise engine
                 if engine is None:
                     raise ModuleNotFoundError("No module named 'transformer_engine'", name="transformer_engine")
-                return SimpleNamespace(__version__=engine)
+                return SimpleNamespace(__version__=engine, FlashAttentionUtils=SimpleNamespace(is_installed=flash))
             if top == "apex":
                 if not apex:
                     raise ModuleNotFoundError("No module named 'apex'", name="apex")
@@ -54,6 +61,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
 
         monkeypatch.setattr(module, "importlib", SimpleNamespace(import_module=found))
         monkeypatch.setattr(module, "has_cuda", lambda: cuda)
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
         _forget()
 
     yield pretend
@@ -63,6 +71,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
 def _forget() -> None:
     module.transformer_engine_version.cache_clear()
     module._has_apex.cache_clear()
+    module.fuses_packed_rows.cache_clear()
 
 
 def used(layers: str = "auto") -> dict[str, str]:
@@ -89,6 +98,27 @@ def test_transformer_engine_is_used_where_there_is_a_gpu(machine: Installed) -> 
     }
     assert used("local")["linear layers"] == "megatron-core, no FP8"
     assert not uses_transformer_engine("local", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash", "attention"),
+    [
+        ((8, 0), False, "torch SDPA, rows of like length"),
+        ((8, 9), False, "torch SDPA, rows of like length"),
+        ((8, 0), True, "Transformer Engine 2.20.2, fused, packed rows"),
+        ((9, 0), False, "Transformer Engine 2.20.2, fused, packed rows"),
+    ],
+)
+def test_packed_rows_are_fused_from_hopper_on_or_by_flash_attention(
+    machine: Installed, capability: tuple[int, int], flash: bool, attention: str
+) -> None:
+    machine(engine="2.20.2", cuda=True, capability=capability, flash=flash)
+    row = next(row for row in capabilities() if row.part == "attention")
+    assert row.used == attention
+    if attention.startswith("torch"):
+        named = ".".join(map(str, capability))
+        assert row.why == f"Transformer Engine's needs compute capability 9.0 or flash-attn 2, this GPU has {named}"
+    assert used()["linear layers"] == "Transformer Engine 2.20.2, FP8 possible"
 
 
 def test_apex_serves_the_optimizer_alone(machine: Installed) -> None:
@@ -121,6 +151,7 @@ def test_asking_for_what_is_not_there_is_an_error(
         FileNotFoundError("libtransformer_engine.so"),
         OSError("undefined symbol: cublasLtGroupedMatrixLayoutInit_internal"),
         ModuleNotFoundError("No module named 'transformer_engine_torch'", name="transformer_engine_torch"),
+        AssertionError("Could not find `transformer_engine_torch`"),
     ],
 )
 def test_a_half_installed_transformer_engine_is_one_clear_error(machine: Installed, error: Exception) -> None:
