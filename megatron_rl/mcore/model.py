@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -254,7 +253,7 @@ def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = N
     configuration says, with a few exchanges.
     """
     engine = config.transformer_impl == "transformer_engine"
-    spec = get_gpt_decoder_block_spec(
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=engine, normalization=config.normalization, vp_stage=piece
     )
     by_field: _Fields = {}
@@ -266,7 +265,8 @@ def layer_spec(config: TransformerConfig, dims: ModelDims, piece: int | None = N
         names = _FUSED_KEYS if dims.latent is None else _LATENT_FUSED_KEYS
         by_field[TransformerLayerSubmodules] = {"sharded_state_dict_keys_map": lambda _: names}
     else:
-        exchange = _LOCAL
+        # Apex's, where it is installed, whatever the configuration says of the final norm
+        exchange = {**_LOCAL, gpt_layer_specs.LNImpl: _Norm}
         # split over tensor ranks and gathered again, as the local spec has them, these lose the other ranks' heads in
         # the gradient of the keys' rotary part; replicated, as Transformer Engine's spec has them, they do not
         down = {"linear_q_down_proj": lambda _: Linear, "linear_kv_down_proj": lambda _: Linear}

@@ -19,6 +19,8 @@ from megatron_rl.weights.weight_map import Head
 
 device.prepare_megatron()
 
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm  # noqa: E402
+from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import random as random_states  # noqa: E402
 
 from megatron_rl.mcore.groups import build_parallel_groups, stop_groups  # noqa: E402
@@ -100,3 +102,10 @@ def test_a_model_lies_on_the_device_alone_and_its_parameters_know_how_they_are_s
     assert notes == {name: vars(parameter) for name, parameter in on_host.named_parameters()}
     assert notes["decoder.layers.0.self_attention.linear_proj.weight"]["tensor_model_parallel"]
     assert notes["decoder.final_layernorm.weight"]["sequence_parallel"]
+
+
+def test_norms_are_the_same_where_apex_is_installed(monkeypatch: pytest.MonkeyPatch, two_ranks: ParallelLayout) -> None:
+    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what megatron-core takes then
+    model: Any = built(two_ranks, "Qwen2ForCausalLM", Head.TOKEN)
+    assert type(model.decoder.final_layernorm) is torch.nn.RMSNorm
+    assert model.decoder.final_layernorm.weight.sequence_parallel
