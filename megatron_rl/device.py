@@ -125,13 +125,15 @@ def limit_threads() -> None:
 def prepare_megatron() -> None:
     """Make ``import megatron.core`` work here; call it before the first one. Where there is CUDA, it only does what
     megatron-core lacks without Transformer Engine: an Adam whose states load again, and experts and latent attention
-    that do not ask for it.
+    that do not ask for it; and leaves cuDNN out of torch's attention, which keeps a graph for every new shape: packed
+    rows make hundreds of them at each step.
 
     No tensor operation is intercepted and no file of megatron-core is touched: calls that ask torch for CUDA itself
     (placement, streams, random state, type names) get the CPU's answer, and the optimizer gets an Adam with the
     interface it knows from GPUs. The cost at run time is a dictionary look-up per tensor created by a factory.
     """
     if has_cuda():
+        torch.backends.cuda.enable_cudnn_sdp(False)
         _use_fused_adam()
         _do_without_transformer_engine()
         return

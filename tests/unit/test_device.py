@@ -32,6 +32,7 @@ import torch
 
 from megatron_rl import device
 
+assert torch.backends.cuda.cudnn_sdp_enabled()
 device.has_cuda = lambda: True
 device.prepare_megatron()
 import megatron.core.optimizer as optimizer
@@ -39,6 +40,7 @@ import megatron.core.transformer.moe.moe_utils as moe_utils
 import megatron.core.transformer.multi_latent_attention as latent
 
 assert optimizer.Adam is device.FusedAdam
+assert not torch.backends.cuda.cudnn_sdp_enabled(), "it keeps a graph for every shape"
 assert torch.zeros(1).type() == "torch.FloatTensor", "torch is left as it is"
 gating = moe_utils.RouterGatingLinearFunction.apply
 found = gating(torch.ones(2, 3), torch.ones(4, 3), None, torch.float32)
