@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import mmap
 import os
 import sys
 import warnings
@@ -60,8 +61,39 @@ def worker_environment() -> dict[str, str]:
 
 
 def host_buffer(size: int) -> Tensor:
-    """[size] bytes of host memory, pinned where there is a GPU to copy from."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=has_cuda())
+    """[size] bytes of host memory, pinned where there is a GPU to copy from, and given back when the last view of them
+    goes. Torch's own pinned memory is rounded up to a power of two and kept for the life of the process.
+
+    Raises:
+        MemoryError: they cannot be pinned.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if not size or not has_cuda() or type(buffer) is not Tensor:  # a dry run's have no bytes
+        return buffer
+    return torch.frombuffer(_PinnedPages(size), dtype=torch.uint8)
+
+
+class _PinnedPages(mmap.mmap):
+    """Pages of their own, so that no two registrations meet in one, which CUDA refuses."""
+
+    _unregister: Callable[[], object] | None = None
+
+    def __new__(cls, size: int) -> _PinnedPages:
+        return super().__new__(cls, -1, size)
+
+    def __init__(self, size: int) -> None:
+        runtime = torch.cuda.cudart()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        if fault := int(runtime.cudaHostRegister(address, size, 0)):
+            raise MemoryError(
+                f"{size:,} bytes of host memory must be pinned, CUDA refuses with error {fault}: leave more memory "
+                "free, or allow more to be locked (ulimit -l)"
+            )
+        self._unregister = functools.partial(runtime.cudaHostUnregister, address)
+
+    def __del__(self) -> None:
+        if self._unregister is not None:
+            self._unregister()
 
 
 def release_cached() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import get_te_version
 from torch import Tensor
 
+from megatron_rl.device import host_buffer
+
 
 class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
     """megatron-core's hybrid optimizer with every parameter on the host.
 
     megatron-core chooses parameters by ``is_cuda``, which on a CPU finds none, and makes main weights of bfloat16
     parameters alone, which it then expects of every parameter that it loads (a KeyError on GPUs as well). Here every
-    parameter gets a float32 main weight on the host, whatever its type and device; the rest is megatron-core's.
+    parameter gets a float32 main weight on the host, whatever its type and device, and main weights and gradients are
+    two buffers, not one for each parameter; the rest is megatron-core's.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -31,7 +35,10 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
         """Groups on the host, groups on the device (none), parameter -> main weight, and back, and parameter -> float32
         main weight (the same).
         """
-        mains = {param: self._main_weight(param) for group in self.param_groups for param in group["params"]}
+        params = [param for group in self.param_groups for param in group["params"]]
+        mains = dict(zip(params, _on_host(params), strict=True))
+        for param, main in mains.items():
+            main.copy_(param.detach())
         groups = [
             {**group, "params": [mains[param] for param in group["params"]]}
             for group in self.param_groups
@@ -39,9 +46,12 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
         ]
         return groups, [], mains, {main: param for param, main in mains.items()}, mains
 
-    def _main_weight(self, param: Tensor) -> Tensor:
-        main = torch.empty(param.shape, dtype=torch.float32, device="cpu", pin_memory=self.pin_cpu_params)
-        return main.copy_(param.detach())
+    def _set_sub_optimizer_grads(self) -> None:
+        if not self.cpu_copy_map_grad:  # at the first step, as megatron-core, which would make one by one
+            mains = list(self.cpu_copys_map_gpu_param)
+            for main, gradient in zip(mains, _on_host(mains), strict=True):
+                self.cpu_copy_map_grad[main] = main.grad = gradient
+        super()._set_sub_optimizer_grads()
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
         """Take up a state that was loaded: this replica's share of it, of which megatron-core makes views into whole
@@ -53,6 +63,13 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
             for name in ("exp_avg", "exp_avg_sq"):
                 if state[name].untyped_storage().nbytes() > state[name].nbytes:
                     state[name] = state[name].clone()
+
+
+def _on_host(like: Sequence[Tensor]) -> list[Tensor]:
+    """Float32 tensors of the same shapes in one buffer on the host, uninitialised."""
+    parts = host_buffer(4 * sum(tensor.numel() for tensor in like)).view(torch.float32)
+    sizes = [tensor.numel() for tensor in like]
+    return [part.view(tensor.shape) for part, tensor in zip(parts.split(sizes), like, strict=True)]
 
 
 def start_moments(adam: torch.optim.Optimizer) -> None:

@@ -61,10 +61,13 @@ class Offload:
         elif not self._away:
             gather_parameters(self._training)  # nothing may be under way
         clear_cached_weights([*self._training.chunks, *self._reference])
-        self._away[part] = []
-        for storage in self._of(part):
-            self._away[part].append((storage, _copied(storage)))
+        storages = self._of(part)
+        sizes = [storage.nbytes() for storage in storages]
+        copies = host_buffer(sum(sizes)).split(sizes)
+        for storage, copy in zip(storages, copies, strict=True):
+            copy.copy_(_bytes(storage))
             storage.resize_(0)
+        self._away[part] = list(zip(storages, copies, strict=True))
         release_cached()
 
     def back(self, part: TrainerPart) -> None:
@@ -125,7 +128,3 @@ def _storages(tensors: Iterable[Tensor]) -> list[Any]:
 
 def _bytes(storage: Any) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _copied(storage: Any) -> Tensor:
-    return host_buffer(storage.nbytes()).copy_(_bytes(storage))

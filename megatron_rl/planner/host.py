@@ -17,6 +17,8 @@ _UNDER_WAY = 2
 """``weights.transports.AHEAD``, which cannot be imported without torch; a test compares them."""
 _FLOAT32_STATES = 12
 """Main weight and both moments of an element."""
+_HOST_GRADIENT = 4
+"""From which Adam computes on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator
     states = max(optimized_elements(dims, trainer, head, stage) for stage in stages)
     kept = _FLOAT32_STATES if size == 2 or trainer.optimizer_on_host else _FLOAT32_STATES - 4
     if trainer.optimizer_on_host:
-        yield _cell(f"host.{role}.optimizer", ranks, kept * states, f"{states:,.0f} elements x {kept} B")
+        held = kept + _HOST_GRADIENT
+        yield _cell(f"host.{role}.optimizer", ranks, held * states, f"{states:,.0f} elements x {held} B")
     if trainer.distributed_optimizer:
         told = f"{elements:,} elements x {_FLOAT32_STATES} B, gathered from all replicas"
         yield _cell(f"host.{role}.gathered", ranks, _FLOAT32_STATES * elements, told)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl import device
 
 LOAD = """
 import sys
@@ -95,3 +102,34 @@ def test_freed_memory_is_used_again_without_new_pages() -> None:
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
     assert after < before / 10
+
+
+def test_host_buffers_beside_a_gpu_are_pinned_exactly_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int) -> int:
+        assert address % mmap.PAGESIZE == flags == 0
+        pinned[address] = size
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    size = 2 * mmap.PAGESIZE + 8
+    buffer = device.host_buffer(size)
+    assert pinned == {buffer.data_ptr(): size}
+    assert len(buffer) == size
+    view = buffer[8:16].view(torch.float32).fill_(1.5)
+    del buffer
+    assert view.tolist() == [1.5, 1.5]
+    assert len(pinned) == 1, "a view still needs it"
+    del view
+    assert not pinned
+    assert len(device.host_buffer(0)) == len(pinned) == 0
+
+
+def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    with pytest.raises(MemoryError, match=r"1,000 bytes of host memory must be pinned, CUDA refuses with error 2: .*"):
+        device.host_buffer(1000)

@@ -72,8 +72,8 @@ def test_states_on_the_host_are_there_for_each_rank_besides():
     on_host = replace(config, policy=replace(config.policy, optimizer_on_host=True))
     ranks = 8 * sum(stage_elements(dims, config.policy.layout, Head.TOKEN, 0).values())
     use = host_uses(on_host, dims, H100)[0]
-    assert told(use)["host.policy.optimizer"] == 12 * ranks
-    assert use.most == (12 + 12 + 14) * ranks + EACH_NODE  # each rank of a tensor group saves its own part
+    assert told(use)["host.policy.optimizer"] == (12 + 4) * ranks
+    assert use.most == (12 + 4 + 12 + 14) * ranks + EACH_NODE  # each rank of a tensor group saves its own part
 
 
 def test_roles_that_share_a_node_add_up():
