@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
@@ -92,7 +93,10 @@ class SaveToMemory(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.memory = _HostMemory()
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Serialise this rank's shards; on rank 0 the metadata of all of them, too."""
+        """Serialise this rank's shards; on rank 0 the metadata of all of them, too. FP8 parameters go as plain numbers:
+        pickled as they are, only Transformer Engine could read them.
+        """
+        force_all_tensors_to_non_fp8(sharded_state_dict)
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=False)
         writer.fs = self.memory  # type: ignore[assignment]

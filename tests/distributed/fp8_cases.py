@@ -374,6 +374,32 @@ def fp8_parameter(rank: int, port: int, model: Path) -> dict[str, Any]:
     return {"exported": exported, "quantised": quantised, "forgotten": forgotten}
 
 
+def fp8_parameter_saved(rank: int, port: int, model: Path, folder: Path) -> Tensor:
+    """What a checkpoint holds of a parameter in FP8, read without knowing of it; its bytes are zeros, it means ones."""
+    from megatron.core import dist_checkpointing, fp8_utils
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_rl.mcore.checkpoint import SaveToMemory
+
+    class Quantised(torch.nn.Parameter):
+        def dequantize(self) -> Tensor:  # type: ignore[override]
+            return torch.ones(4, 2)
+
+    worker, strategy = start(rank, port, model, Setup()), SaveToMemory()
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", Quantised(torch.zeros(4, 2)))}
+    with (
+        patch.object(fp8_utils, "is_float8tensor", lambda tensor: isinstance(tensor, Quantised)),
+        patch.object(fp8_utils, "dequantize_fp8_tensor", Quantised.dequantize),
+    ):
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    for path, content in strategy.memory.files.items():
+        (folder / path.name).write_bytes(content.getbuffer())
+    wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.empty(4, 2))}
+    values: Tensor = dist_checkpointing.load(wanted, str(folder))["weight"]
+    worker.close()
+    return values
+
+
 def fp8_parameter_from_checkpoint(rank: int, port: int, model: Path, folder: Path) -> Tensor:
     """What a main weight would start from after weights of a checkpoint were loaded into a parameter in FP8."""
     from megatron_rl.mcore.checkpoint import load_weights

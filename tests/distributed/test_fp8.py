@@ -155,6 +155,12 @@ def test_an_fp8_parameter_is_loaded_whole_and_exported_as_plain_numbers(ranks: R
     assert found["forgotten"]
 
 
+def test_a_checkpoint_holds_the_plain_numbers_of_an_fp8_parameter(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    assert torch.equal(ranks.run(1, cases.fp8_parameter_saved, models["qwen2"], tmp_path)[0], torch.ones(4, 2))
+
+
 def test_the_main_weight_of_an_fp8_parameter_starts_from_the_checkpoint(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path
 ) -> None:
