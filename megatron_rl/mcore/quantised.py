@@ -23,6 +23,8 @@ def store(parameter: Any, values: Tensor) -> None:
     def clear() -> None:
         parameter.get_high_precision_init_val = lambda: None
 
+    if hasattr(parameter, "clear_high_precision_init_val"):
+        parameter.clear_high_precision_init_val()  # of the values that the layer was made with, in host memory too
     with torch.no_grad():
         parameter.copy_(values)
     parameter.get_high_precision_init_val = lambda: kept
