@@ -98,7 +98,10 @@ class SaveToMemory(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """
         force_all_tensors_to_non_fp8(sharded_state_dict)
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=False)
+        # copied ahead, what comes from a GPU would be pinned, each tensor rounded up to a power of two, and stay so
+        writer = torch_checkpoint.FileSystemWriter(
+            checkpoint_dir, thread_count=1, sync_files=False, per_thread_copy_ahead=0
+        )
         writer.fs = self.memory  # type: ignore[assignment]
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(flat, is_loading=False),
@@ -256,8 +259,9 @@ def _metadata() -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         # experts have an optimizer of their own where expert > 1: its name must not get into those of the moments
         "chained_optim_avoid_prefix": True,
-        # moments are gathered over the collective backend itself; there is no second set of gloo groups
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        # moments and main weights of all replicas go to the first one, on the host: else to every one, on its GPU,
+        # where there is no room for 8 to 12 B per parameter beside the model
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

@@ -66,9 +66,13 @@ def build_parallel_groups(layout: ParallelLayout, timeout_s: float | None = None
         expert_tensor_parallel_size=layout.expert_tensor,
         order="tp-cp-ep-dp-pp",
         distributed_timeout_minutes=30 if timeout_s is None else timeout_s / 60,
-        # a second, CPU-only set of groups beside NCCL's: each costs polling threads, and nothing here asks for one
-        create_gloo_process_groups=False,
+        create_gloo_process_groups=needs_host_groups(),
     )
+
+
+def needs_host_groups() -> bool:
+    """Whether replicas need groups over gloo beside their own, for what a save gathers on the host."""
+    return bool(dist.get_backend() == "nccl")
 
 
 def _meet(host: str, port: int, world_size: int, rank: int, timeout: timedelta) -> dist.TCPStore:

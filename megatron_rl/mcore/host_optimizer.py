@@ -31,6 +31,15 @@ class HostOptimizer(HybridDeviceOptimizer):  # type: ignore[misc]
                 param.retain_grad()
         super().add_param_group(param_group)
 
+    def _init_sub_optimizers(self) -> None:
+        """Not yet: where replicas share the optimizer, megatron-core makes a first one, of whole parameters, and throws
+        it away; in circles that Python's collector alone would find, with main weights of the whole model.
+        """
+
+    def take_parameters(self) -> None:
+        """Make the main weights; called once, of the optimizer that stays."""
+        super()._init_sub_optimizers()
+
     def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple[Any, ...]:
         """Groups on the host, groups on the device (none), parameter -> main weight, and back, and parameter -> float32
         main weight (the same).
@@ -77,6 +86,7 @@ def start_moments(adam: torch.optim.Optimizer) -> None:
     torch's, which has one for each parameter).
     """
     if isinstance(adam, HostOptimizer):
+        adam.take_parameters()
         for host in adam.cpu_optimizers:
             start_moments(host)
         adam._sync_sub_optimizers_state_to_hdo()

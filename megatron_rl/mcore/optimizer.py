@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config.schema import OptimizerConfig, TrainerConfig
 from megatron_rl.mcore.fp8 import ddp_fields, optimizer_fields
+from megatron_rl.mcore.groups import needs_host_groups
 from megatron_rl.mcore.host_optimizer import start_moments
 
 
@@ -84,12 +85,14 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
             **optimizer_fields(trainer.fp8),
         ),
         chunks,
-        use_gloo_process_groups=False,
+        use_gloo_process_groups=needs_host_groups(),
     )
     # so that a model is saved and loaded alike before its first update: the policy, while the critic warms up
     for part in optimizer_parts(optimizer):
         if not part.is_stub_optimizer:
             start_moments(part.optimizer)
+        if trainer.distributed_optimizer and not needs_host_groups():
+            part.data_parallel_group_gloo = part.data_parallel_group
     optimizer.get_grad_norm = partial(_finite_norm, optimizer.get_grad_norm)
     config.grad_scale_func = optimizer.scale_loss
     return Training(chunks=chunks, optimizer=optimizer, scheduler=_schedule(optimizer, chosen, total_updates))

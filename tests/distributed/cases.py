@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -406,12 +407,20 @@ def three_updates(rank: int, port: int, model: Path, setup: Setup, begin: Path |
 
 
 def kept_on_host(rank: int, port: int, model: Path, setup: Setup, folder: Path) -> tuple[int, int]:
-    """After loading: bytes of memory that the optimizer's states keep, and bytes that their numbers need."""
+    """After loading: bytes of memory that the optimizer's states keep, and bytes that their numbers need. Nothing that
+    Python's collector alone would find holds main weights, and a save asks for no memory of a GPU.
+    """
+    gc.disable()
     worker = start(rank, port, model, setup)
+    found = (each for each in gc.get_objects() if type(each).__name__ == "HostOptimizer")
+    (_,) = [adam for adam in found if hasattr(adam, "param_to_inner_param")]
+    gc.enable()
     worker.load(folder)
     states = [value for state in worker._training.optimizer.state.items() for value in state[1].values()]
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in states}
     needed = sum(value.nbytes for value in states)
+    with patch.object(torch.Tensor, "cuda", side_effect=AssertionError("a save gathers on the host")):
+        worker.save(folder.with_name(f"of_{setup.layout.data}"))
     worker.close()
     return sum(storages.values()), needed
 

@@ -10,7 +10,7 @@ from megatron_rl.device import prepare_megatron
 
 prepare_megatron()
 
-from megatron_rl.mcore.host_optimizer import HostOptimizer  # noqa: E402
+from megatron_rl.mcore.host_optimizer import HostOptimizer, start_moments  # noqa: E402
 
 SHAPES = [(5, 3), (7,), (2, 2)]
 ADAM: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
@@ -28,6 +28,7 @@ def test_main_weights_and_gradients_are_one_exact_buffer_each() -> None:
         param_update_in_fp32=True,
         **ADAM,
     )
+    start_moments(adam)
     expected = torch.optim.AdamW(plain, **ADAM)
     for _ in range(2):
         for param, other in zip(params, plain, strict=True):
