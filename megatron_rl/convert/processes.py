@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,11 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_rl.durable import write_at
 from megatron_rl.lifetime import die_with_parent, ended
 
 _POLL_S = 0.2
 _END_S = 10.0
 """What a process may take to end once it is killed or done; one that the system holds longer is left to it."""
+_NUMBER = "q"
 _Result = TypeVar("_Result")
 
 
@@ -46,8 +49,7 @@ class Report:
 
     def moved(self, size_bytes: int) -> None:
         """So many more bytes are done."""
-        with self._done.get_lock():
-            self._done.value += size_bytes
+        self._done.value += size_bytes
 
 
 def for_each_file(
@@ -61,8 +63,8 @@ def for_each_file(
     """Do ``job`` for file 0 to ``count - 1``.
 
     The processes are forked, so that they start at once and share what is planned. They share nothing else: no
-    collectives, so nobody can wait for one that died. They die with this process. When one fails or dies the others are
-    killed, whatever they are at: an interruption as any other.
+    collectives and no locks, so nobody can wait for one that died. They die with this process. When one fails or dies
+    the others are killed, whatever they are at: an interruption as any other.
 
     Args:
         count: files.
@@ -80,15 +82,16 @@ def for_each_file(
         KeyboardInterrupt: Ctrl-C.
     """
     context = multiprocessing.get_context("fork")
-    done, taken = context.Value(ctypes.c_int64), context.Value(ctypes.c_int64)
     of = min(processes, max(count, 1))
+    done = [context.RawValue(ctypes.c_int64) for _ in range(of)]  # each is written by one process alone
+    left = _numbers(count)
     workers: dict[Connection, _Worker] = {}
     results: dict[int, _Result] = {}
     try:
         for rank in range(of):
             pipe, end = context.Pipe(duplex=False)
             name = f"process {rank} of {of}"
-            process = context.Process(target=_work, args=(name, count, job, end, done, taken, os.getpid()), daemon=True)
+            process = context.Process(target=_work, args=(name, job, end, done[rank], left, os.getpid()), daemon=True)
             process.start()
             end.close()  # before the next fork: a process alone holds its end, which closes with it
             workers[pipe] = _Worker(name, process)
@@ -97,8 +100,9 @@ def for_each_file(
             ready = wait([*workers], timeout=_POLL_S)
             for pipe in [pipe for pipe in workers if pipe in ready]:
                 _hear(pipe, workers, results)
-            progress(done.value)
+            progress(sum(each.value for each in done))
     finally:
+        os.close(left)
         for worker in workers.values():
             worker.process.kill()
         for worker in workers.values():
@@ -145,7 +149,7 @@ def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[in
     worker = workers[pipe]
     try:
         message = pipe.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # of no message, or of half of one
         worker.process.join(_END_S)
         hint = ""
         if worker.process.exitcode == -signal.SIGKILL:
@@ -167,16 +171,14 @@ def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[in
             workers.pop(pipe).process.join(_END_S)
 
 
-def _work(
-    name: str, count: int, job: Callable[[int, Report], Any], pipe: Connection, done: Any, taken: Any, parent: int
-) -> None:
+def _work(name: str, job: Callable[[int, Report], Any], pipe: Connection, done: Any, left: int, parent: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which would end this one without a word
     torch.set_num_threads(1)
     report = Report(pipe, done)
     try:
-        while (number := _next(taken)) < count:
+        while (number := _next(left)) is not None:
             pipe.send(_Did(number, job(number, report)))
     except Exception as error:
         error.add_note(f"{name}, at {report.what}")
@@ -185,8 +187,15 @@ def _work(
         pipe.send(_Ended())
 
 
-def _next(taken: Any) -> int:
-    with taken.get_lock():
-        number: int = taken.value
-        taken.value += 1
-    return number
+def _numbers(count: int) -> int:
+    """A descriptor from which forked processes take the numbers of files: they share its position, which the kernel
+    moves on for one read at a time, and no process that is killed can keep.
+    """
+    descriptor = os.memfd_create("numbers of files")
+    write_at(descriptor, array(_NUMBER, range(count)).tobytes(), 0)
+    return descriptor
+
+
+def _next(left: int) -> int | None:
+    read = array(_NUMBER, os.read(left, array(_NUMBER).itemsize))
+    return read[0] if read else None

@@ -430,6 +430,41 @@ def test_a_process_that_fails_is_told_and_its_like_end_at_once(tmp_path: Path) -
     assert psutil.Process().children() == before
 
 
+class _Deadly(int):
+    """A number at which its process dies when it is added to another one."""
+
+    def __radd__(self, other: int) -> int:
+        time.sleep(1.0)  # the parent asks for the count meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+        return other
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_is_killed_while_it_counts_keeps_nobody_waiting() -> None:
+    with pytest.raises(ProcessDied, match=r"\(SIGKILL\), at its start; "):
+        for_each_file(4, lambda number, report: report.moved(_Deadly(1)), processes=2, progress=ignore)
+
+
+def test_a_process_that_leaves_in_the_midst_of_a_message_is_told() -> None:
+    def half(number: int, report: Report) -> None:
+        os.write(report._pipe.fileno(), (100).to_bytes(4, "big") + b"half")
+        os._exit(3)
+
+    with pytest.raises(ProcessDied, match=r"exited with code 3, at its start$"):
+        for_each_file(2, half, processes=1, progress=ignore)
+
+
+def test_every_file_is_given_out_once_and_all_bytes_are_told() -> None:
+    told: list[int] = []
+
+    def work(number: int, report: Report) -> int:
+        report.moved(number)
+        return number
+
+    assert for_each_file(500, work, processes=4, progress=told.append) == [*range(500)]
+    assert told[-1] == sum(range(500))
+
+
 def test_a_process_that_leaves_without_a_word_is_told() -> None:
     with pytest.raises(ProcessDied, match=r"exited with code 0, at its start$"):
         for_each_file(2, lambda number, report: os._exit(0), processes=1, progress=ignore)
