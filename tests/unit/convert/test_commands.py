@@ -273,7 +273,8 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> 
 
 
 def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) -> None:
-    source = write_model(tmp_path / "hf")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "vocab_size": 512}
+    source = write_model(tmp_path / "hf", sizes=sizes)
     run(hf_to_megatron, source, tmp_path / "megatron")
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks")[0] == 0
     small = tensors(tmp_path / "fp8")
@@ -285,6 +286,7 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     assert small["lm_head.weight"].dtype == torch.float32
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     # there and back again: what was quantised once stays what it is
     assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "again", "--dtype", "float32")[0] == 0
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
@@ -302,17 +304,41 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "told"),
+    [
+        (
+            "Qwen3Moe",
+            {"moe_intermediate_size": 192},
+            "a moe_intermediate_size that is a multiple of 128, Qwen3Moe.* 192:",
+        ),
+        (
+            "DeepseekV3",
+            {"moe_intermediate_size": 128, "q_lora_rank": 96},
+            "a q_lora_rank that is a multiple of 128, DeepseekV3.* 96:",
+        ),
+    ],
+)
+def test_blocks_that_engines_can_load_in_no_layout_are_refused(
+    run: Run, tmp_path: Path, family: str, sizes: dict[str, int], told: str
+) -> None:
+    run(hf_to_megatron, write_model(tmp_path / "hf", family, sizes=sizes), tmp_path / "megatron")
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks", "--dry-run")
+    assert status == 1
+    assert re.search(f"^error: --fp8-blocks needs {told} vLLM loads such a model in no layout", err)
+
+
 WIDE = {
     "hidden_size": 160,
-    "intermediate_size": 288,
-    "moe_intermediate_size": 144,
-    "q_lora_rank": 132,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 256,
     "kv_lora_rank": 136,
     "qk_nope_head_dim": 40,
     "qk_rope_head_dim": 8,
     "v_head_dim": 48,
 }
-"""Every linear layer has several blocks each way, the last ones cut off."""
+"""Every linear layer has several blocks each way, the last ones cut off where engines hold nothing behind them."""
 
 
 def blocks_spread(scales: Tensor, shape: torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.processes import ProcessDied, Report, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, SourceDamaged
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import Form, plan_export, run_export
+from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
 from megatron_rl.weights.weight_map import WeightEntry
@@ -228,7 +228,7 @@ def test_a_tokenizer_that_cannot_be_read_is_not_told_as_a_full_target(
     for work in (
         lambda: imported(source, tmp_path / "out"),
         lambda: run_export(
-            plan_export(megatron, like=source, form=Form(), shard_bytes=9 << 20),
+            plan_export(megatron, like=source, shard_bytes=9 << 20),
             Target(tmp_path / "out"),
             resume=False,
             processes=2,
