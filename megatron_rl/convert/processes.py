@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import signal
 import traceback
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_rl.durable import write_at
 from megatron_rl.lifetime import die_with_parent, ended
 
 _POLL_S = 0.2
 _END_S = 10.0
 """What a process may take to end once it is killed or done; one that the system holds longer is left to it."""
-_NUMBER = "q"
 _Result = TypeVar("_Result")
 
 
@@ -84,25 +82,25 @@ def for_each_file(
     context = multiprocessing.get_context("fork")
     of = min(processes, max(count, 1))
     done = [context.RawValue(ctypes.c_int64) for _ in range(of)]  # each is written by one process alone
-    left = _numbers(count)
+    numbers = iter(range(count))
     workers: dict[Connection, _Worker] = {}
     results: dict[int, _Result] = {}
     try:
         for rank in range(of):
-            pipe, end = context.Pipe(duplex=False)
+            pipe, end = context.Pipe()
             name = f"process {rank} of {of}"
-            process = context.Process(target=_work, args=(name, job, end, done[rank], left, os.getpid()), daemon=True)
+            process = context.Process(target=_work, args=(name, job, end, done[rank], os.getpid()), daemon=True)
             process.start()
             end.close()  # before the next fork: a process alone holds its end, which closes with it
             workers[pipe] = _Worker(name, process)
+            _give(pipe, numbers)
         meanwhile()
         while workers:
             ready = wait([*workers], timeout=_POLL_S)
             for pipe in [pipe for pipe in workers if pipe in ready]:
-                _hear(pipe, workers, results)
+                _hear(pipe, workers, results, numbers)
             progress(sum(each.value for each in done))
     finally:
-        os.close(left)
         for worker in workers.values():
             worker.process.kill()
         for worker in workers.values():
@@ -145,7 +143,15 @@ class _There(Exception):
         return f"\n{self.args[0]}"
 
 
-def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[int, Any]) -> None:
+def _give(pipe: Connection, numbers: Iterator[int]) -> None:
+    """The next file, or None: there is none left."""
+    with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which is heard next
+        pipe.send(next(numbers, None))
+
+
+def _hear(
+    pipe: Connection, workers: dict[Connection, _Worker], results: dict[int, Any], numbers: Iterator[int]
+) -> None:
     worker = workers[pipe]
     try:
         message = pipe.recv()
@@ -165,37 +171,24 @@ def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[in
             worker.what = what
         case _Did(number, result):
             results[number] = result
+            _give(pipe, numbers)
         case _Failed(error, trace):
             raise error from _There(trace)
         case _Ended():
             workers.pop(pipe).process.join(_END_S)
 
 
-def _work(name: str, job: Callable[[int, Report], Any], pipe: Connection, done: Any, left: int, parent: int) -> None:
+def _work(name: str, job: Callable[[int, Report], Any], pipe: Connection, done: Any, parent: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which would end this one without a word
     torch.set_num_threads(1)
     report = Report(pipe, done)
     try:
-        while (number := _next(left)) is not None:
+        while (number := pipe.recv()) is not None:
             pipe.send(_Did(number, job(number, report)))
     except Exception as error:
         error.add_note(f"{name}, at {report.what}")
         pipe.send(_Failed(error, traceback.format_exc()))
     else:
         pipe.send(_Ended())
-
-
-def _numbers(count: int) -> int:
-    """A descriptor from which forked processes take the numbers of files: they share its position, which the kernel
-    moves on for one read at a time, and no process that is killed can keep.
-    """
-    descriptor = os.memfd_create("numbers of files")
-    write_at(descriptor, array(_NUMBER, range(count)).tobytes(), 0)
-    return descriptor
-
-
-def _next(left: int) -> int | None:
-    read = array(_NUMBER, os.read(left, array(_NUMBER).itemsize))
-    return read[0] if read else None

@@ -18,9 +18,9 @@ from megatron_rl.convert.resume import Conversion, complete_file, convert
 from megatron_rl.convert.sources import MegatronSource, copy_tokenizer, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import read_record
+from megatron_rl.durable import files_in, read_record
 from megatron_rl.mcore.torch_dist import METADATA
-from megatron_rl.weights.coverage import told_left
+from megatron_rl.weights.coverage import critic_architecture, told_left
 from megatron_rl.weights.fp8_blocks import BLOCK, FP8, SCALE_SUFFIX, block_config, quantise, scale_shape
 from megatron_rl.weights.manifest import (
     MANIFEST,
@@ -34,6 +34,7 @@ from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import (
     TensorInfo,
     file_names,
+    has_vocabulary,
     header_of,
     model_config,
     write_index,
@@ -102,8 +103,10 @@ class ExportPlan:
             tensors=len(sizes),
             files=len(self.files),
             read_bytes=sum(sizes),
+            summed_bytes=sum(record.size_bytes for record in self.source.sums.values()),
             written_bytes=sum(written),
             largest_bytes=max(self._held_bytes(entry) for file in self.files for entry in file),
+            has_vocabulary=has_vocabulary(self.source.like),
             left_out=told_left(self.source.left_out),
             padding_rows=self.source.padding_rows(),
         )
@@ -136,9 +139,12 @@ def plan_export(
         drop_padding_rows: rows behind the vocabulary need not be zero, see :class:`.MegatronSource`.
 
     Raises:
-        FileNotFoundError, ValueError: as :class:`.MegatronSource`; or engines could not load the model in blocks.
+        FileNotFoundError, ValueError: as :class:`.MegatronSource`; or transformers has no such critic, or engines could
+            not load the model in blocks.
     """
     source = MegatronSource(folder, like, drop_padding_rows=drop_padding_rows)
+    if source.head is Head.VALUE:
+        critic_architecture(source.dims.architecture)
     form = Form(dtype=dtype, in_blocks=_in_blocks(source) if fp8_blocks else frozenset())
     files: list[list[WeightEntry]] = [[]]
     size = 0
@@ -160,12 +166,14 @@ def run_export(
 ) -> bool:
     """Write the folder: each file under a temporary name, flushed, read back from the disk, then given its name.
 
+    First the files of the source are compared with their sums, where it has them.
+
     Args:
         plan: of the export.
         target: to write.
         resume: go on with an export that was interrupted, keeping the files that are complete and undamaged.
         processes: at most so many at a time.
-        progress: told the bytes done: written and read back.
+        progress: told the bytes done: compared, written and read back.
 
     Returns:
         False: it was complete already.
@@ -184,8 +192,12 @@ def run_export(
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
+    _check_source(plan.source, processes, progress)
+    summed = sum(record.size_bytes for record in plan.source.sums.values())
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
-    shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
+    shards = for_each_file(
+        len(plan.files), job, processes=processes, progress=lambda done_bytes: progress(summed + done_bytes)
+    )
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:
@@ -194,9 +206,21 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     copied = copy_tokenizer(plan.source.like, model)
     (model / "config.json").write_text(json.dumps(_config(plan, copied), indent=2) + "\n")
     names = dict(zip(file_names(len(shards)), shards, strict=True))
-    others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
-    manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})
+    others = {name: path for name, path in files_in(model).items() if name not in names and name != MANIFEST}
+    manifest = Manifest(plan=plan.digest, shards=names, files={name: read_record(others[name]) for name in others})
     (model / MANIFEST).write_text(manifest.dump())
+
+
+def _check_source(source: MegatronSource, processes: int, progress: Callable[[int], None]) -> None:
+    """Before anything is written: what a target's own manifest vouches for was read from files that are whole."""
+    names = [*source.sums]
+
+    def check(number: int, report: Report) -> None:
+        report.at(names[number])
+        with reading(source.folder.path):
+            source.check_sum(names[number], report.moved)
+
+    for_each_file(len(names), check, processes=processes, progress=progress)
 
 
 def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int, report: Report) -> ShardRecord:
@@ -298,7 +322,7 @@ def _whole_modules(plan: ExportPlan) -> list[str]:
 def _config(plan: ExportPlan, beside: list[str]) -> dict[str, object]:
     source = plan.source
     name = source.dims.architecture
-    architecture = name.replace("ForCausalLM", "ForTokenClassification") if source.head is Head.VALUE else name
+    architecture = critic_architecture(name) if source.head is Head.VALUE else name
     entry = source.weights.entries[0]
     config = model_config(source.config, architecture, plan.form.dtype or source.info(entry).dtype, beside=beside)
     return config | ({"quantization_config": block_config(_whole_modules(plan))} if plan.form.in_blocks else {})

@@ -73,7 +73,7 @@ def _convert(asked: argparse.Namespace) -> None:
     print(summary)
     if asked.dry_run:
         return
-    with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
+    with progress_bar("export", summary.moved_bytes) as progress:
         written = run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
     print_written(asked.target, summary, began, written=written)
 

@@ -215,7 +215,7 @@ def _hugging_face(folder: Path, asked: argparse.Namespace) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         plan = plan_export(folder, shard_bytes=_SHARD_BYTES, drop_padding_rows=asked.drop_padding_rows)
-        with progress_bar("export", 2 * plan.summary().written_bytes) as progress:
+        with progress_bar("export", plan.summary().moved_bytes) as progress:
             run_export(plan, Target(Path(scratch) / "hf"), resume=False, processes=asked.processes, progress=progress)
         yield Path(scratch) / "hf"
 
