@@ -373,7 +373,9 @@ class MegatronSource:
         try:
             check_file(folder, name, record, read)
         except Damaged as damage:
-            raise Damaged(f"{damage}; {_RESTORE.format(self._manifest)}") from damage
+            own = self._manifest.parent == folder  # without a checkpoint's no run goes on from it
+            advice = _RESTORE.format(self._manifest) if own else f"restore it, {self._manifest} has its sum"
+            raise Damaged(f"{damage}; {advice}") from damage
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""

@@ -380,6 +380,7 @@ def test_the_manifest_of_a_training_checkpoint_counts_for_its_models(
             status, _, err = run(*command)
             assert status == 1
             assert f"{policy / name}: it must have" in err
+            assert "remove" not in err
         assert not (source.parent / "again").exists()
         flip(policy / name, 100)
 
