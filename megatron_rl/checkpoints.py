@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_rl.durable import FileRecord, flush, read_record, replace_text, write_file
+from megatron_rl.durable import FileRecord, files_in, flush, read_record, replace_text, write_file
 from megatron_rl.interfaces import Pending, results
 
 _PREFIX, _PARTIAL = "step_", ".partial_"
@@ -187,6 +187,23 @@ def find_checkpoint(folder: Path) -> SavedRun | None:
     return SavedRun(
         folder=folder / name, step=state["step"], parts=state["parts"], identity=RunIdentity(**state["identity"])
     )
+
+
+def sums_of(model: Path) -> dict[str, FileRecord]:
+    """What the files of a model's folder in a checkpoint must be, by name; empty where the folder is in none.
+
+    Raises:
+        ValueError: the checkpoint's manifest cannot be read.
+    """
+    model = model.resolve()
+    checkpoint, prefix = model.parent, f"{model.name}/"
+    if not ((checkpoint / _STATE).is_file() and (checkpoint / _MANIFEST).is_file()):
+        return {}
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        return {name.removeprefix(prefix): FileRecord(**manifest[name]) for name in manifest if name.startswith(prefix)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint / _MANIFEST} cannot be read: {error!r}") from error
 
 
 def check_whole(saved: SavedRun) -> None:
@@ -390,8 +407,8 @@ class RunCheckpoints:
 
     def _commit(self, partial: Path, files: dict[str, FileRecord], state: str) -> int:
         """Make a checkpoint of a folder whose models are written; its size in bytes."""
-        for path in sorted((partial / "hf").iterdir()):  # flushed by its writer
-            files[f"hf/{path.name}"] = read_record(path)
+        for name, path in files_in(partial / "hf").items():  # flushed by its writer
+            files[f"hf/{name}"] = read_record(path)
         files[_STATE] = write_file(partial / _STATE, state.encode())
         manifest = {name: asdict(record) for name, record in sorted(files.items())}
         write_file(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())

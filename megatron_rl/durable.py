@@ -184,6 +184,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """All files of a folder and of those in it, by their names from there, in order."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flush_all(folder: Path) -> None:
+    """:func:`flush` a folder and all that it holds."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
 @contextmanager
 def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
     """Be the only process that writes to a folder; the kernel frees the lock when this process, and whatever it forked,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,8 @@ class _Family:
     slides: bool = False
     """Whether ``sliding_window`` counts where there is no ``use_sliding_window``."""
     experts: Callable[[Mapping[str, Any]], ExpertDims] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=lambda: {"sliding_window": 4096})
+    """What transformers takes where the configuration does not name a setting."""
     problems: Callable[[Mapping[str, Any]], Iterator[str]] = lambda _: iter(())
     """Why experts are not computed as the configuration says, one sentence each."""
 
@@ -249,6 +251,12 @@ class _Family:
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
     dims, problems = sizes_from_config(config)
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{dims.architecture}: config.json must have no quantization_config, training starts from no such weights; "
+            "convert weights in 8-bit blocks first, with hf_to_megatron.py and then megatron_to_hf.py without "
+            "--fp8-blocks (both in tools/convert_hf)"
+        )
     if problems:
         raise ValueError(f"{dims.architecture}: {'; '.join(problems)}")
     return dims
@@ -281,6 +289,7 @@ def sizes_from_config(config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, 
 
 
 def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...]]:
+    config = {**family.defaults, **config}
     problems = [*family.problems(config)]
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act must be silu, got {config['hidden_act']}")
@@ -505,7 +514,7 @@ def _latent_problems(config: Mapping[str, Any], scaling: RopeScaling | None) -> 
 
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias="attention_bias", projection_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": _Family(slides=True),
+    "MistralForCausalLM": _Family(slides=True, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "Qwen2ForCausalLM": _Family(qkv_bias=True),
     "Qwen2MoeForCausalLM": _Family(qkv_bias=True, experts=_qwen2_experts),
     "Qwen3ForCausalLM": _Family(qk_norm=True),

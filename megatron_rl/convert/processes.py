@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -46,8 +47,7 @@ class Report:
 
     def moved(self, size_bytes: int) -> None:
         """So many more bytes are done."""
-        with self._done.get_lock():
-            self._done.value += size_bytes
+        self._done.value += size_bytes
 
 
 def for_each_file(
@@ -61,8 +61,8 @@ def for_each_file(
     """Do ``job`` for file 0 to ``count - 1``.
 
     The processes are forked, so that they start at once and share what is planned. They share nothing else: no
-    collectives, so nobody can wait for one that died. They die with this process. When one fails or dies the others are
-    killed, whatever they are at: an interruption as any other.
+    collectives and no locks, so nobody can wait for one that died. They die with this process. When one fails or dies
+    the others are killed, whatever they are at: an interruption as any other.
 
     Args:
         count: files.
@@ -80,24 +80,26 @@ def for_each_file(
         KeyboardInterrupt: Ctrl-C.
     """
     context = multiprocessing.get_context("fork")
-    done, taken = context.Value(ctypes.c_int64), context.Value(ctypes.c_int64)
     of = min(processes, max(count, 1))
+    done = [context.RawValue(ctypes.c_int64) for _ in range(of)]  # each is written by one process alone
+    numbers = iter(range(count))
     workers: dict[Connection, _Worker] = {}
     results: dict[int, _Result] = {}
     try:
         for rank in range(of):
-            pipe, end = context.Pipe(duplex=False)
+            pipe, end = context.Pipe()
             name = f"process {rank} of {of}"
-            process = context.Process(target=_work, args=(name, count, job, end, done, taken, os.getpid()), daemon=True)
+            process = context.Process(target=_work, args=(name, job, end, done[rank], os.getpid()), daemon=True)
             process.start()
             end.close()  # before the next fork: a process alone holds its end, which closes with it
             workers[pipe] = _Worker(name, process)
+            _give(pipe, numbers)
         meanwhile()
         while workers:
             ready = wait([*workers], timeout=_POLL_S)
             for pipe in [pipe for pipe in workers if pipe in ready]:
-                _hear(pipe, workers, results)
-            progress(done.value)
+                _hear(pipe, workers, results, numbers)
+            progress(sum(each.value for each in done))
     finally:
         for worker in workers.values():
             worker.process.kill()
@@ -141,11 +143,19 @@ class _There(Exception):
         return f"\n{self.args[0]}"
 
 
-def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[int, Any]) -> None:
+def _give(pipe: Connection, numbers: Iterator[int]) -> None:
+    """The next file, or None: there is none left."""
+    with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which is heard next
+        pipe.send(next(numbers, None))
+
+
+def _hear(
+    pipe: Connection, workers: dict[Connection, _Worker], results: dict[int, Any], numbers: Iterator[int]
+) -> None:
     worker = workers[pipe]
     try:
         message = pipe.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # of no message, or of half of one
         worker.process.join(_END_S)
         hint = ""
         if worker.process.exitcode == -signal.SIGKILL:
@@ -161,32 +171,24 @@ def _hear(pipe: Connection, workers: dict[Connection, _Worker], results: dict[in
             worker.what = what
         case _Did(number, result):
             results[number] = result
+            _give(pipe, numbers)
         case _Failed(error, trace):
             raise error from _There(trace)
         case _Ended():
             workers.pop(pipe).process.join(_END_S)
 
 
-def _work(
-    name: str, count: int, job: Callable[[int, Report], Any], pipe: Connection, done: Any, taken: Any, parent: int
-) -> None:
+def _work(name: str, job: Callable[[int, Report], Any], pipe: Connection, done: Any, parent: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which would end this one without a word
     torch.set_num_threads(1)
     report = Report(pipe, done)
     try:
-        while (number := _next(taken)) < count:
+        while (number := pipe.recv()) is not None:
             pipe.send(_Did(number, job(number, report)))
     except Exception as error:
         error.add_note(f"{name}, at {report.what}")
         pipe.send(_Failed(error, traceback.format_exc()))
     else:
         pipe.send(_Ended())
-
-
-def _next(taken: Any) -> int:
-    with taken.get_lock():
-        number: int = taken.value
-        taken.value += 1
-    return number

@@ -16,7 +16,7 @@ import torch
 
 from megatron_rl.convert.sources import HfSource, read_config
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import flush, read_record
+from megatron_rl.durable import files_in, flush_all, read_record
 from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Manifest, read_back
 from megatron_rl.weights.safetensors_io import HfFolder, copy_companions
@@ -228,11 +228,12 @@ def _check_written(target: Target, name: str, source: HfSource) -> None:
 
 
 def _write_manifest(folder: Path, name: str) -> None:
-    paths = sorted(folder.iterdir())
-    for path in paths:
-        flush(path)
-    shards = {path.name: read_back(path, path.name, lambda _: None) for path in paths if path.suffix == ".safetensors"}
-    files = {path.name: read_record(path) for path in paths if path.name not in shards}
+    flush_all(folder)
+    paths = files_in(folder)
+    shards = {
+        name: read_back(path, name, lambda _: None) for name, path in paths.items() if path.suffix == ".safetensors"
+    }
+    files = {name: read_record(path) for name, path in paths.items() if name not in shards}
     (folder / MANIFEST).write_text(Manifest(plan=f"modelopt {name}", shards=shards, files=files).dump())
 
 

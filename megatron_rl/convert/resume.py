@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_rl.convert.sources import SourceDamaged, SourceUnreadable
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import flush, replace_text
+from megatron_rl.durable import files_in, flush, replace_text
 from megatron_rl.weights.manifest import MANIFEST, Damaged, read_manifest
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def _do(conversion: Conversion, target: Target, work: Callable[[], None]) -> Non
         target.discard()  # nothing can be made of it
         raise
     except OSError:
-        for path in target.model.iterdir():  # half of what makes the files look like a model
-            if not (target.work / _RECORDS / f"{path.name}.json").is_file():
+        for name, path in files_in(target.model).items():  # half of what makes the files look like a model
+            if not (target.work / _RECORDS / f"{name}.json").is_file():
                 path.unlink()
         raise
     target.finish()

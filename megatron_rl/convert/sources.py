@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from megatron_rl.checkpoints import sums_of
+from megatron_rl.durable import FileRecord
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
 from megatron_rl.mcore.sharded_names import ShardedName, kept_key, sharded_name, stacks_layers
 from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_config
 from megatron_rl.weights.coverage import FURTHER, check_copy, check_coverage, head_of
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
+from megatron_rl.weights.manifest import MANIFEST, Damaged, check_file, read_manifest
 from megatron_rl.weights.reshard import hf_shapes
 from megatron_rl.weights.rules import Head
-from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo, read_companions, write_companions
+from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo, as_bytes, read_companions, write_companions
 from megatron_rl.weights.shapes import full_shape, is_float32, is_vocabulary
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap, weight_map
 
@@ -37,6 +41,7 @@ _BRIDGED = (
     "{} is known through megatron-bridge, for files alone; to be built here, for scores or for training, it needs "
     "tables of ours (CONTRIBUTING.md, a model family)"
 )
+_RESTORE = "restore it, or if it was changed on purpose remove {}, which has its sum"
 _VALUE_HEAD = frozenset(rule.hf for rule in HEADS[Head.VALUE])
 
 
@@ -101,6 +106,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def recorded_sums(folder: Path) -> tuple[Path, dict[str, FileRecord]]:
+    """Of a Megatron folder's files, and the manifest that has them: its own, or that of the training checkpoint that it
+    is in; empty where there is none.
+
+    Raises:
+        ValueError: a manifest cannot be read.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder / MANIFEST, dict(read_manifest(folder).files)
+    return folder.resolve().parent / MANIFEST, sums_of(folder)
+
+
 def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...], BridgedFamily | None]:
     """Sizes of the model, why it is not computed here, and the family where megatron-bridge alone knows it."""
     try:
@@ -157,6 +174,7 @@ class HfSource:
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
+        self._sums = self._read_sums()
         hint = None if self.bridged is None else self.bridged.hint
         self.left_out = check_coverage(folder, self._infos.keys() - self._scales(), self.weights, hint=hint)
         for entry in self.weights.entries:
@@ -175,6 +193,21 @@ class HfSource:
                 "scales of weights that are no longer in 8 bits"
             )
         return {*found}
+
+    def _read_sums(self) -> dict[str, str] | None:
+        """xxh3-128 of each tensor, where the folder has a manifest with them."""
+        manifest = read_manifest(self._path) if (self._path / MANIFEST).is_file() else None
+        if manifest is None or not manifest.shards:
+            return None
+        records = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
+        for name, info in self._infos.items():
+            record = records.get(name)
+            if record is None or (record.dtype, record.shape) != (str(info.dtype).removeprefix("torch."), info.shape):
+                raise Damaged(f"{self._path}: {name} is not the tensor that was written; {self._restore()}")
+        return {name: record.xxh3 for name, record in records.items()}
+
+    def _restore(self) -> str:
+        return _RESTORE.format(self._path / MANIFEST)
 
     def identity(self) -> object:
         """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
@@ -225,7 +258,8 @@ class HfSource:
         """The Hugging Face tensors of ``entry``, dequantised and converted.
 
         Raises:
-            ValueError: a file is damaged, a tensor has no floating-point type, or as :meth:`check_copy`.
+            ValueError: a file is damaged, a tensor has no floating-point type or not the sum that the folder's manifest
+                has, or as :meth:`check_copy`.
         """
         if entry == self.weights.entries[0]:
             self.check_copy()
@@ -236,10 +270,16 @@ class HfSource:
         check_copy(self._path, self.left_out, self.weights, self._folder.tensor)
 
     def _hf_tensor(self, entry: WeightEntry, name: str) -> Tensor:
-        tensor = self._folder.tensor(name)
+        tensor = self._whole(name)
         if tensor.dtype is FP8:
-            return dequantise(tensor, self._folder.tensor(name + SCALE_SUFFIX), self._dtype or torch.bfloat16)
+            return dequantise(tensor, self._whole(name + SCALE_SUFFIX), self._dtype or torch.bfloat16)
         return tensor.to(self._type(entry, name, tensor.dtype))
+
+    def _whole(self, name: str) -> Tensor:
+        tensor = self._folder.tensor(name)
+        if self._sums is not None and xxhash.xxh3_128_hexdigest(as_bytes(tensor)) != self._sums[name]:
+            raise Damaged(f"{self._path}: the bytes of {name} are not those that were written; {self._restore()}")
+        return tensor
 
     def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
         if self._dtype is None or keeps_type(entry, found):
@@ -271,6 +311,8 @@ class MegatronSource:
         weights: the tensors of the model.
         left_out: tensors of the model's that are not converted, and what sort they are; an optimizer's are not among
             them.
+        sums: of the files with its tensors, by name, where a manifest has them: the folder's own, or that of the
+            training checkpoint it is in.
     """
 
     def __init__(self, folder: Path, like: Path | None = None, *, drop_padding_rows: bool = False) -> None:
@@ -288,10 +330,16 @@ class MegatronSource:
             ValueError: metadata and configuration contradict each other, or a tensor is missing, unknown or of another
                 shape.
         """
-        from megatron_rl.mcore.torch_dist import TorchDistFolder  # slow, and an import loads it beside its writing
+        from megatron_rl.mcore.torch_dist import (
+            METADATA,
+            TorchDistFolder,
+        )  # slow, and an import loads it beside its writing
 
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
+        self._manifest, records = recorded_sums(folder)
+        if METADATA in records:
+            self._compare(folder, METADATA, records[METADATA], lambda _: None)
         self.folder: TorchDistFolder = TorchDistFolder(folder)
         self._keys = self.folder.keys
         self._stacked = stacks_layers(self._keys)
@@ -308,6 +356,26 @@ class MegatronSource:
         for entry in self.weights.entries:
             self._check(entry)
         self.left_out = self._check_keys()
+        files = self.folder.files_of({self.name(entry).key for entry in self.weights.entries}) if records else ()
+        if unknown := sorted({*files} - records.keys()):
+            raise Damaged(f"{folder / unknown[0]}: {self._manifest} must have its sum, and does not name it")
+        self.sums = {name: records[name] for name in sorted(files)}
+
+    def check_sum(self, name: str, read: Callable[[int], None]) -> None:
+        """Read one of the files of ``sums`` and compare; ``read`` is told the bytes.
+
+        Raises:
+            Damaged: it has changed.
+        """
+        self._compare(self.folder.path, name, self.sums[name], read)
+
+    def _compare(self, folder: Path, name: str, record: FileRecord, read: Callable[[int], None]) -> None:
+        try:
+            check_file(folder, name, record, read)
+        except Damaged as damage:
+            own = self._manifest.parent == folder  # without a checkpoint's no run goes on from it
+            advice = _RESTORE.format(self._manifest) if own else f"restore it, {self._manifest} has its sum"
+            raise Damaged(f"{damage}; {advice}") from damage
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""

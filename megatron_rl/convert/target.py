@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_rl.durable import flush, locked
+from megatron_rl.durable import flush, flush_all, locked
 
 _MODEL, _LOCK = "model", "lock"
 _LOCK_WAIT_S = 10.0
@@ -82,9 +82,7 @@ class Target:
 
     def finish(self) -> None:
         """Flush everything and give it its name."""
-        for path in self.model.iterdir():
-            flush(path)
-        flush(self.model)
+        flush_all(self.model)
         self.model.rename(self.path)
         flush(self.path.parent)
         self.discard()

@@ -18,10 +18,10 @@ from megatron_rl.convert.resume import Conversion, complete_file, convert
 from megatron_rl.convert.sources import MegatronSource, copy_tokenizer, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import read_record
+from megatron_rl.durable import files_in, read_record
 from megatron_rl.mcore.torch_dist import METADATA
-from megatron_rl.weights.coverage import told_left
-from megatron_rl.weights.fp8_blocks import FP8, QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise, scale_shape
+from megatron_rl.weights.coverage import critic_architecture, told_left
+from megatron_rl.weights.fp8_blocks import BLOCK, FP8, SCALE_SUFFIX, block_config, quantise, scale_shape
 from megatron_rl.weights.manifest import (
     MANIFEST,
     Manifest,
@@ -34,6 +34,7 @@ from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import (
     TensorInfo,
     file_names,
+    has_vocabulary,
     header_of,
     model_config,
     write_index,
@@ -41,7 +42,7 @@ from megatron_rl.weights.safetensors_io import (
 )
 from megatron_rl.weights.weight_map import WeightEntry
 
-_QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
+_LINEAR = ("_proj.weight", "_proj_with_mqa.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +51,25 @@ class Form:
 
     Attributes:
         dtype: None: as they are.
-        fp8_blocks: linear layers in 8 bits with a scale per block of 128 x 128; the rest as ``dtype`` says.
+        in_blocks: Hugging Face tensors in 8 bits, with a scale per block of 128 x 128; others are as ``dtype`` says.
     """
 
     dtype: torch.dtype | None = None
-    fp8_blocks: bool = False
+    in_blocks: frozenset[str] = frozenset()
 
     def infos(self, entry: WeightEntry, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
         """What one Hugging Face tensor of ``entry`` is written as."""
-        if self._quantises(name):
+        if name in self.in_blocks:
             scale = TensorInfo(torch.float32, scale_shape(info.shape))
             return {name: TensorInfo(FP8, info.shape), name + SCALE_SUFFIX: scale}
         return {name: TensorInfo(self._type(entry, info.dtype), info.shape)}
 
     def tensors(self, entry: WeightEntry, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """The same of the tensor itself."""
-        if self._quantises(name):
+        if name in self.in_blocks:
             small, scale = quantise(tensor)
             return [(name, small), (name + SCALE_SUFFIX, scale)]
         return [(name, tensor.to(self._type(entry, tensor.dtype)))]
-
-    def _quantises(self, name: str) -> bool:
-        return self.fp8_blocks and name.startswith("model.layers.") and name.endswith(_QUANTISED)
 
     def _type(self, entry: WeightEntry, found: torch.dtype) -> torch.dtype:
         return found if self.dtype is None or keeps_type(entry, found) else self.dtype
@@ -105,8 +103,10 @@ class ExportPlan:
             tensors=len(sizes),
             files=len(self.files),
             read_bytes=sum(sizes),
+            summed_bytes=sum(record.size_bytes for record in self.source.sums.values()),
             written_bytes=sum(written),
             largest_bytes=max(self._held_bytes(entry) for file in self.files for entry in file),
+            has_vocabulary=has_vocabulary(self.source.like),
             left_out=told_left(self.source.left_out),
             padding_rows=self.source.padding_rows(),
         )
@@ -118,27 +118,34 @@ class ExportPlan:
 
 
 def plan_export(
-    folder: Path, *, like: Path | None, form: Form, shard_bytes: int, drop_padding_rows: bool = False
+    folder: Path,
+    *,
+    like: Path | None = None,
+    dtype: torch.dtype | None = None,
+    fp8_blocks: bool = False,
+    shard_bytes: int,
+    drop_padding_rows: bool = False,
 ) -> ExportPlan:
     """Plan without reading a tensor.
 
     Args:
         folder: a ``torch_dist`` checkpoint.
         like: where configuration and tokenizer come from, see :class:`.MegatronSource`.
-        form: of the tensors.
+        dtype: of the tensors; None: as they are.
+        fp8_blocks: linear layers in 8 bits with a scale per block of 128 x 128. Those that engines hold as one matrix
+            (queries, keys and values; gate and up) stay in ``dtype`` where blocks would reach from one into the next.
         shard_bytes: a file is closed before it grows beyond this; only larger tensors that are made together make a
             larger file.
         drop_padding_rows: rows behind the vocabulary need not be zero, see :class:`.MegatronSource`.
 
     Raises:
-        FileNotFoundError, ValueError: as :class:`.MegatronSource`.
+        FileNotFoundError, ValueError: as :class:`.MegatronSource`; or transformers has no such critic, or engines could
+            not load the model in blocks.
     """
     source = MegatronSource(folder, like, drop_padding_rows=drop_padding_rows)
-    if form.fp8_blocks and source.bridged is not None:
-        raise ValueError(
-            f"--fp8-blocks needs a family that has a table here: {source.dims.architecture} is known through "
-            "megatron-bridge, which does not say which of its layers loaders take in 8 bits"
-        )
+    if source.head is Head.VALUE:
+        critic_architecture(source.dims.architecture)
+    form = Form(dtype=dtype, in_blocks=_in_blocks(source) if fp8_blocks else frozenset())
     files: list[list[WeightEntry]] = [[]]
     size = 0
     for entry in source.weights.entries:
@@ -150,7 +157,7 @@ def plan_export(
         size += more
     frozen = tuple(tuple(file) for file in files)
     digest = xxhash.xxh3_128((folder / METADATA).read_bytes())
-    digest.update(repr((source.config, form, frozen)).encode())
+    digest.update(repr((source.config, dtype, sorted(form.in_blocks), frozen)).encode())
     return ExportPlan(source=source, form=form, files=frozen, digest=digest.hexdigest())
 
 
@@ -159,12 +166,14 @@ def run_export(
 ) -> bool:
     """Write the folder: each file under a temporary name, flushed, read back from the disk, then given its name.
 
+    First the files of the source are compared with their sums, where it has them.
+
     Args:
         plan: of the export.
         target: to write.
         resume: go on with an export that was interrupted, keeping the files that are complete and undamaged.
         processes: at most so many at a time.
-        progress: told the bytes done: written and read back.
+        progress: told the bytes done: compared, written and read back.
 
     Returns:
         False: it was complete already.
@@ -183,8 +192,12 @@ def run_export(
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
+    _check_source(plan.source, processes, progress)
+    summed = sum(record.size_bytes for record in plan.source.sums.values())
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
-    shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
+    shards = for_each_file(
+        len(plan.files), job, processes=processes, progress=lambda done_bytes: progress(summed + done_bytes)
+    )
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:
@@ -193,9 +206,21 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     copied = copy_tokenizer(plan.source.like, model)
     (model / "config.json").write_text(json.dumps(_config(plan, copied), indent=2) + "\n")
     names = dict(zip(file_names(len(shards)), shards, strict=True))
-    others = sorted(path for path in model.iterdir() if path.name not in names and path.name != MANIFEST)
-    manifest = Manifest(plan=plan.digest, shards=names, files={path.name: read_record(path) for path in others})
+    others = {name: path for name, path in files_in(model).items() if name not in names and name != MANIFEST}
+    manifest = Manifest(plan=plan.digest, shards=names, files={name: read_record(others[name]) for name in others})
     (model / MANIFEST).write_text(manifest.dump())
+
+
+def _check_source(source: MegatronSource, processes: int, progress: Callable[[int], None]) -> None:
+    """Before anything is written: what a target's own manifest vouches for was read from files that are whole."""
+    names = [*source.sums]
+
+    def check(number: int, report: Report) -> None:
+        report.at(names[number])
+        with reading(source.folder.path):
+            source.check_sum(names[number], report.moved)
+
+    for_each_file(len(names), check, processes=processes, progress=progress)
 
 
 def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int, report: Report) -> ShardRecord:
@@ -252,10 +277,52 @@ def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...])
     }
 
 
+def _in_blocks(source: MegatronSource) -> frozenset[str]:
+    """The Hugging Face tensors that are written in blocks.
+
+    Source: what vLLM can hold in blocks, ``validate_fp8_block_shape`` and ``validate_fp8_block_shape_moe`` in
+    ``vllm/model_executor/layers/quantization/utils/fp8_utils.py``.
+    """
+    dims = source.dims
+    if source.bridged is not None:
+        raise ValueError(
+            f"--fp8-blocks needs a family that has a table here: {dims.architecture} is known through megatron-bridge, "
+            "which does not say which of its layers loaders take in 8 bits"
+        )
+    widths = {} if dims.experts is None else {"moe_intermediate_size": dims.experts.ffn_hidden}
+    widths |= {} if dims.latent is None else {"q_lora_rank": dims.latent.query_rank or 0}
+    for name, width in widths.items():
+        if width % BLOCK:
+            raise ValueError(
+                f"--fp8-blocks needs a {name} that is a multiple of {BLOCK}, {dims.architecture} has {width}: vLLM "
+                "loads such a model in no layout; leave the option out"
+            )
+    written: set[str] = set()
+    for entry in source.weights.entries:
+        infos = source.hf_infos(entry)
+        *before, _ = (info.shape[0] for _, info in infos)  # of one matrix each but the last must end with a block
+        if all(_is_linear(name) for name in entry.hf) and not any(rows % BLOCK for rows in before):
+            written |= {*entry.hf}
+    return frozenset(written)
+
+
+def _is_linear(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith(_LINEAR)
+
+
+def _whole_modules(plan: ExportPlan) -> list[str]:
+    """The modules with a matrix that is not in blocks, but for the embedding, which engines never hold so."""
+    _, *entries = plan.source.weights.entries
+    infos = (named for entry in entries for named in plan.source.hf_infos(entry))
+    matrices = (name for name, info in infos if len(info.shape) > 1 and name not in plan.form.in_blocks)
+    # a tied model has its head without a tensor
+    return sorted({"lm_head", *(name.removesuffix(".weight") for name in matrices)})
+
+
 def _config(plan: ExportPlan, beside: list[str]) -> dict[str, object]:
     source = plan.source
     name = source.dims.architecture
-    architecture = name.replace("ForCausalLM", "ForTokenClassification") if source.head is Head.VALUE else name
+    architecture = critic_architecture(name) if source.head is Head.VALUE else name
     entry = source.weights.entries[0]
     config = model_config(source.config, architecture, plan.form.dtype or source.info(entry).dtype, beside=beside)
-    return config | ({"quantization_config": QUANTIZATION_CONFIG} if plan.form.fp8_blocks else {})
+    return config | ({"quantization_config": block_config(_whole_modules(plan))} if plan.form.in_blocks else {})

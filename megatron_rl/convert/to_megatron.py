@@ -16,12 +16,12 @@ from megatron_rl.convert.resume import Conversion, complete_file, convert
 from megatron_rl.convert.sources import HfSource, copy_tokenizer, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import read_record
+from megatron_rl.durable import files_in, read_record
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name
 from megatron_rl.mcore.torch_dist_writer import Piece, TorchDistWriter, WrittenFile, written_file
 from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Manifest
-from megatron_rl.weights.safetensors_io import model_config
+from megatron_rl.weights.safetensors_io import has_vocabulary, model_config
 from megatron_rl.weights.weight_map import WeightEntry
 
 _FILE_BYTES = 1 << 30
@@ -52,6 +52,7 @@ class ImportPlan:
             read_bytes=self.source.read_bytes,
             written_bytes=sum(sizes),
             largest_bytes=2 * max(sizes),  # what is read is mapped; its parts are converted, then put together
+            has_vocabulary=has_vocabulary(self.folder),
             left_out=told_left(self.source.left_out),
         )
 
@@ -127,8 +128,8 @@ def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[
     config = model_config(source.config, None, widest.dtype, beside=copied)
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = {writer.path(number).name: file.record for number, file in enumerate(written)}
-    others = sorted(path for path in model.iterdir() if path.name not in files and path.name != MANIFEST)
-    files |= {path.name: read_record(path) for path in others}
+    others = {name: path for name, path in files_in(model).items() if name not in files and name != MANIFEST}
+    files |= {name: read_record(path) for name, path in others.items()}
     (model / MANIFEST).write_text(Manifest(plan=plan.digest, files=files).dump())
 
 

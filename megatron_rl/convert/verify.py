@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rl.checkpoints import sums_of
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
 from megatron_rl.mcore.torch_dist import METADATA
@@ -30,7 +31,7 @@ class Checked:
     """What level ``files`` found in a folder that is whole.
 
     Attributes:
-        summed: whether it has a manifest.
+        summed: whether it has a manifest, or is in a training checkpoint, which has one.
         left_out: which of its tensors the model is not made of, for people.
     """
 
@@ -52,15 +53,17 @@ def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_
 
 
 def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> Checked:
-    """Level ``files``: index, names, shapes and types, and every byte against the manifest, where there is one.
+    """Level ``files``: index, names, shapes and types, and every byte against the manifest, where there is one (of a
+    folder in a training checkpoint, that of the checkpoint).
 
     Raises:
         FileNotFoundError, ValueError: the folder is incomplete or contradicts itself.
         Damaged: it is not what the manifest says.
     """
-    if not (folder / MANIFEST).is_file():
+    own = (folder / MANIFEST).is_file()
+    manifest = read_manifest(folder) if own else Manifest(plan="training", files=sums_of(folder))
+    if not manifest.files:
         return Checked(summed=False, left_out=told_left(open_source(folder).left_out))
-    manifest = read_manifest(folder)
     checks = [
         *((name, partial(check_file, folder, name, record)) for name, record in manifest.files.items()),
         *((name, partial(check_shard, folder, name, record)) for name, record in manifest.shards.items()),

@@ -8,7 +8,7 @@ checkpoints: here tensors are read by the byte ranges that the checkpoint's meta
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +110,10 @@ class TorchDistFolder:
             raise ValueError(f"{path / METADATA} is damaged: {error!r}") from error
         self._check_sizes(ends)
 
-    @property
-    def files(self) -> frozenset[str]:
-        """That hold tensors."""
-        return frozenset(place.relative_path for place in self._places.values())
+    def files_of(self, keys: Iterable[str]) -> frozenset[str]:
+        """Those that hold these tensors."""
+        chunks = ((key, chunk) for key in keys for chunk in self._tensors[key].chunks)
+        return frozenset(self._places[MetadataIndex(key, chunk.offsets)].relative_path for key, chunk in chunks)
 
     @property
     def keys(self) -> frozenset[str]:

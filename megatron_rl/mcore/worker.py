@@ -43,6 +43,7 @@ from megatron_rl.mcore.quantised import forget_values, plain_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
+from megatron_rl.weights.coverage import critic_architecture
 from megatron_rl.weights.formats import check_formats, expected_formats
 from megatron_rl.weights.fp8_push import quantised
 from megatron_rl.weights.messages import Listener, listen
@@ -273,11 +274,15 @@ class Worker:
         Args:
             folder: to write.
             like: where configuration and tokenizer come from.
+
+        Raises:
+            ValueError: transformers has no class for such a critic.
         """
+        is_critic = self._spec.head is Head.VALUE
+        architecture = critic_architecture(self._spec.dims.architecture) if is_critic else None
         tensors = self._full_tensors()
         if self._rank == 0:
-            critic = self._spec.dims.architecture.replace("ForCausalLM", "ForTokenClassification")
-            save_hf_folder(folder, tensors, like=like, architecture=critic if self._spec.head is Head.VALUE else None)
+            save_hf_folder(folder, tensors, like=like, architecture=architecture)
         else:
             _exhaust(tensors)
 

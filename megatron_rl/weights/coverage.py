@@ -14,10 +14,25 @@ from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.weight_map import WeightMap
 
-_CRITIC = "ForTokenClassification"
+_POLICY, _CRITIC = "ForCausalLM", "ForTokenClassification"
+_WITHOUT_CRITIC = frozenset({"DeepseekV2ForCausalLM"})
 _HEAD_NAMES = {head: frozenset(name for rule in rules for name in rule.hf) for head, rules in HEADS.items()}
 FURTHER = "of layers that predict further tokens"
 _OTHER_HEAD, _COPY, _FREQUENCIES = "of another head", "that copies the tied embedding", "of rotary frequencies"
+
+
+def critic_architecture(architecture: str) -> str:
+    """The class that transformers has for the critics of a family, whose language models are ``architecture``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if architecture in _WITHOUT_CRITIC:
+        raise ValueError(
+            f"a critic of {architecture} cannot be a Hugging Face folder: transformers has no "
+            f"{architecture.replace(_POLICY, _CRITIC)}; it stays in Megatron's format, in which it is trained"
+        )
+    return architecture.replace(_POLICY, _CRITIC)
 
 
 def head_of(config: Mapping[str, Any]) -> Head:

@@ -9,7 +9,7 @@ Technical Report" (2024), section 3.3.2, for blocks of 128 x 128.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,6 @@ BLOCK = 128
 FP8 = torch.float8_e4m3fn
 SCALE_SUFFIX = "_scale_inv"
 """``x.weight`` has its scales in ``x.weight_scale_inv``."""
-QUANTIZATION_CONFIG: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""What ``config.json`` says of weights in blocks of 128 x 128."""
-
 _LARGEST = torch.finfo(FP8).max
 
 
@@ -59,6 +51,21 @@ ENGINE_SCALINGS: Mapping[str, Scaling] = {
 """Of weights, with the bits of vLLM's online quantisation of that name, of bfloat16 weights in the form in which its
 layers hold them (``vllm/model_executor/layers/quantization/online/fp8.py``, blocks: ``vllm/utils/deep_gemm.py``).
 """
+
+
+def block_config(whole: Sequence[str]) -> dict[str, Any]:
+    """What ``config.json`` says of weights in blocks of 128 x 128.
+
+    Args:
+        whole: names of modules that have a matrix, but not in blocks: an engine takes any other one for blocks.
+    """
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [*whole],
+    }
 
 
 def scale_shape(shape: tuple[int, ...], scaling: Scaling = PER_BLOCK) -> tuple[int, int]:

@@ -91,7 +91,9 @@ def read_manifest(folder: Path) -> Manifest:
             shards={name: ShardRecord(**item, tensors=tensors[name]) for name, item in content["shards"].items()},
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Damaged(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+        raise Damaged(
+            f"{folder / MANIFEST} cannot be read: {error!r}; restore it, or remove it if another program wrote it"
+        ) from error
 
 
 def shard_record(item: Mapping[str, Any]) -> ShardRecord:

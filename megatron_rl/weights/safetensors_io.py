@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.durable import flush, write_at
+from megatron_rl.durable import flush, flush_all, write_at
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -46,7 +46,11 @@ _COPIED = (
     "merges.txt",
     "tokenizer.model",
     "tekken.json",
+    "tiktoken.model",
 )
+_MORE = "additional_chat_templates"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tekken.json", "tiktoken.model")
+"""A tokenizer is made of one of these."""
 _CONFIGS = ("config.json", "tokenizer_config.json")
 """That may name files with code."""
 
@@ -198,12 +202,18 @@ class HfFolder:
 
         Raises:
             FileNotFoundError: there are no weights, or a file that the index names is missing.
-            ValueError: a file is not in safetensors format, or the index is none.
+            ValueError: a file is not in safetensors format, the index is none, or it leaves out a
+                ``model.safetensors`` that is there.
         """
         self._path = path
         self._open: dict[str, Any] = {}
         if (path / _INDEX).is_file():
             self._file_of = _read_index(path / _INDEX)
+            if (path / _SINGLE).is_file() and _SINGLE not in self._file_of.values():
+                raise ValueError(
+                    f"{path}: {_INDEX} names other files than {_SINGLE}, which is there as well; remove whichever is "
+                    "stale"
+                )
             missing = sorted(file for file in set(self._file_of.values()) if not (path / file).is_file())
             if missing:
                 raise FileNotFoundError(f"{path}: {_INDEX} names files that are not there: {', '.join(missing)}")
@@ -332,9 +342,7 @@ def save_hf_folder(
         copied = copy_companions(like, partial)
         config = model_config(json.loads((like / "config.json").read_text()), architecture, dtype, beside=copied)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for written in partial.iterdir():
-            flush(written)
-        flush(partial)
+        flush_all(partial)
         partial.rename(folder)
         flush(folder.parent)
     except BaseException:
@@ -356,8 +364,15 @@ def read_companions(folder: Path) -> dict[str, bytes]:
         ValueError: ``config.json`` or ``tokenizer_config.json`` is no JSON.
     """
     code = {file for name in _CONFIGS if (folder / name).is_file() for file in _code(_read_object(folder / name))}
-    wanted = [*_COPIED, *sorted(file for file in code if file.removesuffix(".py").isidentifier())]
+    wanted = [*_COPIED, *sorted(f"{_MORE}/{path.name}" for path in (folder / _MORE).glob("*.jinja"))]
+    if any(file.removesuffix(".py").isidentifier() and (folder / file).is_file() for file in code):
+        wanted += sorted(path.name for path in folder.glob("*.py"))  # named code may import any other
     return {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether what :func:`copy_companions` copies has what a tokenizer is made of."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:
@@ -379,6 +394,7 @@ def _code(config: Mapping[str, Any]) -> set[str]:
 def write_companions(companions: Mapping[str, bytes], folder: Path) -> None:
     """Write what :func:`read_companions` gave."""
     for name, content in companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
@@ -458,7 +474,8 @@ def model_config(
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0
     # transformers loads in the type that the configuration names, which is not always the one that was trained
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = str(dtype).removeprefix("torch.")
     if architecture is not None:
         config["architectures"] = [architecture]
         if architecture.endswith("ForTokenClassification"):

@@ -12,7 +12,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import size_bytes
 from megatron_rl.convert.sources import HfSource
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import Form, plan_export, run_export
+from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.convert.to_megatron import plan_import, run_import
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.sharded_names import extra_states, sharded_name, stacks_layers
@@ -51,7 +51,7 @@ def imported(source: Path, target: Path, dtype: torch.dtype | None = None) -> Pa
 
 
 def exported(source: Path, target: Path, like: Path | None = None, size: str = "20KB") -> Path:
-    plan = plan_export(source, like=like, form=Form(), shard_bytes=size_bytes(size))
+    plan = plan_export(source, like=like, shard_bytes=size_bytes(size))
     run_export(plan, Target(target), resume=False, processes=2, progress=ignore)
     return target
 

@@ -68,6 +68,8 @@ def test_what_a_config_leaves_out_is_derived():
     short = {key: value for key, value in CONFIG.items() if key not in {"num_key_value_heads", "rope_theta"}}
     found = dims_from_config(short | {"eos_token_id": [5, 7]})
     assert (found.kv_heads, found.rope_theta, found.eos_ids, found.pad_id) == (8, 10000.0, (5, 7), 5)
+    found = dims_from_config(short | {"architectures": ["MistralForCausalLM"], "num_attention_heads": 16})
+    assert found.kv_heads == 8  # transformers' default
 
 
 def test_what_a_config_states_wins():
@@ -101,6 +103,11 @@ def test_settings_that_would_change_the_numbers_are_refused(change, message):
         dims(**change)
 
 
+def test_quantised_weights_are_not_trained_from():
+    with pytest.raises(ValueError, match=r"no quantization_config, .* with hf_to_megatron.py and then megatron"):
+        dims(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+
+
 def test_biases_of_a_llama_are_those_of_its_configuration():
     llama = {"architectures": ["LlamaForCausalLM"]}
     for attention in (False, True):
@@ -117,6 +124,9 @@ def test_biases_of_a_llama_are_those_of_its_configuration():
         ({"sliding_window": 1024, "use_sliding_window": True}, 512),
         ({"sliding_window": 64, "architectures": ["MistralForCausalLM"]}, 64),
         ({"sliding_window": None, "architectures": ["MistralForCausalLM"]}, 512),
+        ({"max_position_embeddings": 8192, "architectures": ["MistralForCausalLM"]}, 4096),  # transformers' default
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"max_position_embeddings": 8192, "use_sliding_window": True}, 4096),
         ({"sliding_window": 64, "architectures": ["LlamaForCausalLM"]}, 512),
     ],
 )

@@ -46,7 +46,7 @@ def _convert(asked: argparse.Namespace) -> None:
     print(summary)
     if asked.dry_run:
         return
-    with progress_bar("import", 2 * summary.written_bytes) as progress:  # written, and read back
+    with progress_bar("import", summary.moved_bytes) as progress:
         written = run_import(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
     print_written(asked.target, summary, began, written=written)
 

@@ -29,7 +29,7 @@ from megatron_rl.convert.console import (
     size_bytes,
 )
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import Form, plan_export, run_export
+from megatron_rl.convert.to_hf import plan_export, run_export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,11 +61,11 @@ def _convert(asked: argparse.Namespace) -> None:
     target = Target(asked.target)
     if not asked.resume:
         target.refuse_existing()
-    form = Form(dtype=DTYPES.get(asked.dtype), fp8_blocks=asked.fp8_blocks)
     plan = plan_export(
         asked.source,
         like=asked.like,
-        form=form,
+        dtype=DTYPES.get(asked.dtype),
+        fp8_blocks=asked.fp8_blocks,
         shard_bytes=asked.shard_size,
         drop_padding_rows=asked.drop_padding_rows,
     )
@@ -73,7 +73,7 @@ def _convert(asked: argparse.Namespace) -> None:
     print(summary)
     if asked.dry_run:
         return
-    with progress_bar("export", 2 * summary.written_bytes) as progress:  # written, and read back
+    with progress_bar("export", summary.moved_bytes) as progress:
         written = run_export(plan, target, resume=asked.resume, processes=asked.processes, progress=progress)
     print_written(asked.target, summary, began, written=written)
 

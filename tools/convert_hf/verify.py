@@ -28,7 +28,7 @@ from megatron_rl.config.schema import ClusterConfig, EngineConfig, ModelConfig, 
 from megatron_rl.convert.console import DTYPES, add_drop_padding_rows, add_dtype, add_processes, progress_bar, run
 from megatron_rl.convert.sources import HfSource, MegatronSource
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import Form, plan_export, run_export
+from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.convert.verify import Different, check_folder, check_values, open_source
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
@@ -214,14 +214,8 @@ def _hugging_face(folder: Path, asked: argparse.Namespace) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        plan = plan_export(
-            folder,
-            like=None,
-            form=Form(),
-            shard_bytes=_SHARD_BYTES,
-            drop_padding_rows=asked.drop_padding_rows,
-        )
-        with progress_bar("export", 2 * plan.summary().written_bytes) as progress:
+        plan = plan_export(folder, shard_bytes=_SHARD_BYTES, drop_padding_rows=asked.drop_padding_rows)
+        with progress_bar("export", plan.summary().moved_bytes) as progress:
             run_export(plan, Target(Path(scratch) / "hf"), resume=False, processes=asked.processes, progress=progress)
         yield Path(scratch) / "hf"
 

@@ -13,7 +13,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import ExportPlan, Form, plan_export, run_export
+from megatron_rl.convert.to_hf import ExportPlan, plan_export, run_export
 from megatron_rl.convert.to_megatron import plan_import, run_import
 from megatron_rl.mcore.sharded_names import ShardedName, sharded_name
 from megatron_rl.model_dims import ModelDims
@@ -125,8 +125,8 @@ def engine_name(entry: WeightEntry, dims: ModelDims) -> ShardedName:
     return found
 
 
-def export_plan(source: Path, *, shard_bytes: int = 9 << 20, **form: Any) -> ExportPlan:
-    return plan_export(source, like=None, form=Form(**form), shard_bytes=shard_bytes)
+def export_plan(source: Path, *, shard_bytes: int = 9 << 20, **options: Any) -> ExportPlan:
+    return plan_export(source, shard_bytes=shard_bytes, **options)
 
 
 def exported(source: Path, target: Path, *, resume: bool = False, **plan: Any) -> Path:

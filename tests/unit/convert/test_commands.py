@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.console import progress_bar, size_bytes
 from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.convert.verify import check_folder
-from megatron_rl.durable import FileRecord
+from megatron_rl.durable import FileRecord, read_record
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.torch_dist import TorchDistFolder
 from megatron_rl.model_dims import read_model_dims
@@ -243,21 +244,157 @@ def test_code_that_a_model_folder_names_goes_with_it_or_is_not_named(run: Run, t
     }
     for name, content in files.items():
         (source / name).write_text(content)
-    (source / "unnamed.py").write_text("")
+    (source / "imported_by_mine.py").write_text("")
     (tmp_path / "outside.py").write_text("")
     assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
     for folder in (tmp_path / "megatron", tmp_path / "back"):
         assert {name: (folder / name).read_text() for name in files} == files
-        assert not (folder / "unnamed.py").exists()
+        assert (folder / "imported_by_mine.py").is_file()
         assert json.loads((folder / "config.json").read_text())["auto_map"] == code
         assert "modeling_mine.py" in json.loads((folder / "manifest.json").read_text())["files"]
     for number, elsewhere in enumerate(("another/repository--modeling_mine.MyModel", "../outside.MyModel", "gone.A")):
         changed_config(auto_map=code | {"AutoModel": elsewhere})(source)
         assert run(hf_to_megatron, source, tmp_path / f"megatron{number}")[0] == 0
         assert "auto_map" not in json.loads((tmp_path / f"megatron{number}" / "config.json").read_text())
+        assert not (tmp_path / f"megatron{number}" / "outside.py").exists()
     (source / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json must be JSON" in run(hf_to_megatron, source, tmp_path / "again")[2]
+
+
+def test_code_that_nothing_names_stays_behind(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    (source / "train.py").write_text("")
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert not (tmp_path / "megatron" / "train.py").exists()
+
+
+def test_templates_in_a_folder_of_their_own_go_along_and_are_summed(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    (source / "additional_chat_templates").mkdir()
+    for name in ("tiktoken.model", "additional_chat_templates/tools.jinja", "additional_chat_templates/notes.txt"):
+        (source / name).write_text(name)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for folder in (tmp_path / "megatron", tmp_path / "back"):
+        template = folder / "additional_chat_templates" / "tools.jinja"
+        assert template.read_text() == "additional_chat_templates/tools.jinja"
+        assert not (folder / "additional_chat_templates" / "notes.txt").exists()
+        assert (folder / "tiktoken.model").is_file()
+        assert run(verify, folder)[0] == 0
+        template.write_text("changed")
+        assert f"{template}: it must have" in run(verify, folder)[2]
+
+
+def test_a_folder_that_ends_without_a_tokenizer_is_told(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    told = "\nno tokenizer goes along: there is no tokenizer.json, "
+    assert told not in run(hf_to_megatron, source, tmp_path / "with", "--dry-run")[1]
+    (source / "tokenizer.json").rename(source / "vocabulary.txt")
+    assert told in run(hf_to_megatron, source, tmp_path / "megatron")[1]
+    assert told in run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")[1]
+
+
+def flip(file: Path, at: int = -1) -> None:
+    """Another byte at one place."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_source_is_not_exported(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    """A flipped bit of a weight, which no format notices, would be certified by the target's own manifest."""
+    _, megatron, back = folders
+    file = megatron / "__0_0.distcp"
+    weight = MegatronSource(megatron)
+    places = weight.folder._places.values()
+    flip(file, next(place.offset + place.length // 2 for place in places if place.length > 2000))
+    status, out, err = run(megatron_to_hf, megatron, back.parent / "out")
+    assert status == 1
+    assert "of the source's files with their sums first\n" in out
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {file}: it must have")
+    assert f"restore it, or if it was changed on purpose remove {megatron / 'manifest.json'}" in line
+    assert sorted(path.name for path in back.parent.iterdir()) == ["back", "hf", "megatron"]
+    (megatron / "manifest.json").unlink()
+    status, out, _ = run(megatron_to_hf, megatron, back.parent / "out")
+    assert (status, "with their sums" in out) == (0, False)
+
+
+def test_a_damaged_folder_with_sums_is_not_imported(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, _, back = folders
+    names = tensors(back)
+    for file in back.glob("*.safetensors"):
+        flip(file)
+    status, _, err = run(hf_to_megatron, back, back.parent / "out")
+    assert status == 1
+    (line,) = err.splitlines()
+    named = re.match(
+        f"error: {back}: the bytes of (.*) are not those that were written; restore it, or if it was", line
+    )
+    assert named
+    assert named[1] in names
+    assert not (back.parent / "out").exists()
+
+
+def test_another_tensor_than_the_manifest_names_is_refused(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    source, _, back = folders
+    for file in back.glob("model*"):
+        file.unlink()
+    narrow = {name: tensor.bfloat16() for name, tensor in tensors(source).items()}
+    save_file(narrow, back / "model.safetensors")
+    status, _, err = run(hf_to_megatron, back, back.parent / "out")
+    assert status == 1
+    assert "is not the tensor that was written; restore it, or if it was changed on purpose remove" in err
+
+
+def in_a_training_checkpoint(megatron: Path, step: Path) -> Path:
+    """As a run's checkpoint has a model: the manifest is the checkpoint's."""
+    policy = step / "policy"
+    step.mkdir()
+    megatron.rename(policy)
+    (policy / "manifest.json").unlink()
+    hf = step / "hf"
+    hf.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (policy / name).rename(hf / name)
+    (step / "state.json").write_text("{}")
+    records = {
+        path.relative_to(step).as_posix(): read_record(path) for path in sorted(step.rglob("*")) if path.is_file()
+    }
+    (step / "manifest.json").write_text(json.dumps({name: asdict(record) for name, record in records.items()}))
+    return policy
+
+
+def test_the_manifest_of_a_training_checkpoint_counts_for_its_models(
+    run: Run, folders: tuple[Path, Path, Path]
+) -> None:
+    source, megatron, _ = folders
+    policy = in_a_training_checkpoint(megatron, source.parent / "step_000001")
+    assert run(verify, policy)[1] == f"files: ok, {policy}\n"
+    assert run(megatron_to_hf, policy, source.parent / "out")[0] == 0
+    assert same(source.parent / "out", source)
+    for name in ("__0_0.distcp", ".metadata"):
+        flip(policy / name, 100)
+        for command in ((verify, policy), (megatron_to_hf, policy, source.parent / "again")):
+            status, _, err = run(*command)
+            assert status == 1
+            assert f"{policy / name}: it must have" in err
+            assert "remove" not in err
+        assert not (source.parent / "again").exists()
+        flip(policy / name, 100)
+
+
+def test_a_critic_that_transformers_has_no_class_for_stays_in_megatrons_format(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "DeepseekV2")
+    with_tensors(
+        lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:1].clone(), "score.bias": torch.zeros(1)})
+    )(source)
+    changed_config(architectures=["DeepseekV2ForTokenClassification"])(source)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back", "--dry-run")
+    assert status == 1
+    assert "transformers has no DeepseekV2ForTokenClassification" in err
 
 
 def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
@@ -273,7 +410,8 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> 
 
 
 def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) -> None:
-    source = write_model(tmp_path / "hf")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "vocab_size": 512}
+    source = write_model(tmp_path / "hf", sizes=sizes)
     run(hf_to_megatron, source, tmp_path / "megatron")
     assert run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks")[0] == 0
     small = tensors(tmp_path / "fp8")
@@ -285,6 +423,7 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     assert small["lm_head.weight"].dtype == torch.float32
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     # there and back again: what was quantised once stays what it is
     assert run(hf_to_megatron, tmp_path / "fp8", tmp_path / "again", "--dtype", "float32")[0] == 0
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
@@ -302,17 +441,41 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "float32"  # of the largest tensor
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "told"),
+    [
+        (
+            "Qwen3Moe",
+            {"moe_intermediate_size": 192},
+            "a moe_intermediate_size that is a multiple of 128, Qwen3Moe.* 192:",
+        ),
+        (
+            "DeepseekV3",
+            {"moe_intermediate_size": 128, "q_lora_rank": 96},
+            "a q_lora_rank that is a multiple of 128, DeepseekV3.* 96:",
+        ),
+    ],
+)
+def test_blocks_that_engines_can_load_in_no_layout_are_refused(
+    run: Run, tmp_path: Path, family: str, sizes: dict[str, int], told: str
+) -> None:
+    run(hf_to_megatron, write_model(tmp_path / "hf", family, sizes=sizes), tmp_path / "megatron")
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks", "--dry-run")
+    assert status == 1
+    assert re.search(f"^error: --fp8-blocks needs {told} vLLM loads such a model in no layout", err)
+
+
 WIDE = {
     "hidden_size": 160,
-    "intermediate_size": 288,
-    "moe_intermediate_size": 144,
-    "q_lora_rank": 132,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 256,
     "kv_lora_rank": 136,
     "qk_nope_head_dim": 40,
     "qk_rope_head_dim": 8,
     "v_head_dim": 48,
 }
-"""Every linear layer has several blocks each way, the last ones cut off."""
+"""Every linear layer has several blocks each way, the last ones cut off where engines hold nothing behind them."""
 
 
 def blocks_spread(scales: Tensor, shape: torch.Size) -> Tensor:
@@ -402,12 +565,6 @@ def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_file({name: tensor.clone() for name, tensor in held.items()}, file, metadata={"format": "pt"})
 
 
-def flip(file: Path, at: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(content)
-
-
 def test_verify_finds_a_flipped_byte_by_the_name_of_its_tensor(run: Run, folders: tuple[Path, Path, Path]) -> None:
     _, megatron, back = folders
     record = json.loads((back / "manifest.json").read_text())["tensors"]["model.layers.1.mlp.up_proj.weight"]
@@ -425,7 +582,7 @@ def test_verify_reads_the_files_of_a_megatron_folder_side_by_side_and_tells_how_
     folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, megatron, _ = folders
-    sizes = {name: (megatron / name).stat().st_size for name in TorchDistFolder(megatron).files}
+    sizes = {file.name: file.stat().st_size for file in megatron.glob("*.distcp")}
     assert len(sizes) == 2
     monkeypatch.setattr("megatron_rl.durable.CHUNK_BYTES", 1000)
     both, told = multiprocessing.get_context("fork").Barrier(2), multiprocessing.get_context("fork").Queue()
@@ -777,6 +934,7 @@ def test_values_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_export_of_damaged_weights_ends_and_leaves_nothing(run: Run, folders: tuple[Path, Path, Path]) -> None:
     _, megatron, _ = folders
     (megatron / "__0_0.distcp").write_bytes(b"\0" * (megatron / "__0_0.distcp").stat().st_size)
+    (megatron / "manifest.json").unlink()  # as other programs write none
     status, _, err = run(megatron_to_hf, megatron, megatron.parent / "out")
     assert status == 1
     assert "__0_0.distcp must hold" in err
@@ -846,6 +1004,10 @@ def half_written(folder: Path) -> None:
             "found neither in .*; pytorch_model.bin is a pickle, .*: save the model as safetensors",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "found neither in"),
+        (
+            with_index('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'),
+            "names other files than model.safetensors, which is there as well; remove whichever is stale",
+        ),
         (changed_config(architectures=["GPT2LMHeadModel"]), "unknown architecture GPT2LMHeadModel; known: Deepseek"),
         (changed_config(architectures=["Qwen3ForCausalLM"]), "must hold model.layers.0.self_attn.k_norm.weight"),
         (changed_config(num_hidden_layers=1), "has a tensor model.layers.1."),

@@ -25,7 +25,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.convert.processes import ProcessDied, Report, for_each_file
 from megatron_rl.convert.sources import HfSource, MegatronSource, SourceDamaged
 from megatron_rl.convert.target import Target
-from megatron_rl.convert.to_hf import Form, plan_export, run_export
+from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.weights import safetensors_io
 from megatron_rl.weights.manifest import ShardRecord, read_back
 from megatron_rl.weights.weight_map import WeightEntry
@@ -228,7 +228,7 @@ def test_a_tokenizer_that_cannot_be_read_is_not_told_as_a_full_target(
     for work in (
         lambda: imported(source, tmp_path / "out"),
         lambda: run_export(
-            plan_export(megatron, like=source, form=Form(), shard_bytes=9 << 20),
+            plan_export(megatron, like=source, shard_bytes=9 << 20),
             Target(tmp_path / "out"),
             resume=False,
             processes=2,
@@ -430,6 +430,41 @@ def test_a_process_that_fails_is_told_and_its_like_end_at_once(tmp_path: Path) -
     assert psutil.Process().children() == before
 
 
+class _Deadly(int):
+    """A number at which its process dies when it is added to another one."""
+
+    def __radd__(self, other: int) -> int:
+        time.sleep(1.0)  # the parent asks for the count meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+        return other
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_is_killed_while_it_counts_keeps_nobody_waiting() -> None:
+    with pytest.raises(ProcessDied, match=r"\(SIGKILL\), at its start; "):
+        for_each_file(4, lambda number, report: report.moved(_Deadly(1)), processes=2, progress=ignore)
+
+
+def test_a_process_that_leaves_in_the_midst_of_a_message_is_told() -> None:
+    def half(number: int, report: Report) -> None:
+        os.write(report._pipe.fileno(), (100).to_bytes(4, "big") + b"half")
+        os._exit(3)
+
+    with pytest.raises(ProcessDied, match=r"exited with code 3, at its start$"):
+        for_each_file(2, half, processes=1, progress=ignore)
+
+
+def test_every_file_is_given_out_once_and_all_bytes_are_told() -> None:
+    told: list[int] = []
+
+    def work(number: int, report: Report) -> int:
+        report.moved(number)
+        return number
+
+    assert for_each_file(500, work, processes=4, progress=told.append) == [*range(500)]
+    assert told[-1] == sum(range(500))
+
+
 def test_a_process_that_leaves_without_a_word_is_told() -> None:
     with pytest.raises(ProcessDied, match=r"exited with code 0, at its start$"):
         for_each_file(2, lambda number, report: os._exit(0), processes=1, progress=ignore)
@@ -541,11 +576,11 @@ def test_memory_does_not_grow_with_the_model(checkpoint: Path, tmp_path: Path) -
     widened = export_plan(checkpoint, dtype=torch.float32).summary()
     assert widened.largest_bytes == 3 * embedding  # float32 beside what was read
     assert "the largest tensor, as it is read and as it is written, 24.0 MiB" in str(widened)
-    for work in (
-        lambda: exported(checkpoint, tmp_path / "out", shard_bytes=60 << 20),
-        lambda: imported(tmp_path / "out", tmp_path / "again"),
+    for work, processes in (
+        (lambda: exported(checkpoint, tmp_path / "out", shard_bytes=60 << 20), 5),  # two of them compare sums first
+        (lambda: imported(tmp_path / "out", tmp_path / "again"), 3),
     ):
         peaks = sampled_peaks(work)
-        assert len(peaks) == 3
+        assert len(peaks) == processes
         assert max(peaks) <= largest + slack
     assert (tmp_path / "again").is_dir()

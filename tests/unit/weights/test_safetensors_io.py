@@ -67,6 +67,16 @@ def test_a_configuration_names_no_code_or_layers_that_are_not_written(tmp_path: 
     assert (tmp_path / "with" / "modeling_x.py").read_text() == "class X: ..."
 
 
+@pytest.mark.parametrize("keys", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"]])
+def test_a_configuration_names_the_type_that_was_written_under_each_key_that_it_has(
+    tmp_path: Path, like: Path, keys: list[str]
+) -> None:
+    (like / "config.json").write_text(json.dumps(CONFIG | dict.fromkeys(keys, "float16")))
+    save_hf_folder(tmp_path / "out", some_tensors(), like=like)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == CONFIG | dict.fromkeys(keys, "float32")
+
+
 def test_a_critic_is_loaded_by_transformers(tmp_path: Path, like: Path) -> None:
     from transformers import AutoModelForTokenClassification
 
