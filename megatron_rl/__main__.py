@@ -109,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
-        return _fail(_told("interrupted", interrupt), _INTERRUPTED)
+        text = _told("interrupted", interrupt)
+        if (failure := interrupt.__context__) is not None:  # the run had failed, and was ending
+            text += "\n" + _told(f"after {type(failure).__name__}: {failure}", failure)
+        return _fail(text, _INTERRUPTED)
     except (RuntimeError, ValueError, OSError) as error:
         return _fail(_told(f"{type(error).__name__}: {error}", error), _FAILURE)
     return 0

@@ -320,15 +320,21 @@ class RunCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the save under way: what a failing run had saved is not lost. An interrupt does not wait."""
+        """Wait for the save under way: what a failing run had saved is not lost. An interrupt ends the wait."""
         if isinstance(error, KeyboardInterrupt):
             self._abandoned.set()
+        elif error is not None and self._under_way is not None:
+            _log.warning(
+                "%s: %s\nwaiting until the checkpoint under way is on the disk; Ctrl-C leaves it",
+                type(error).__name__,
+                error,
+            )
         try:
-            self._finish()
-        except Exception as lost:
-            if error is None:
-                raise
-            error.add_note(f"a checkpoint was under way and could not be completed: {lost}")
+            self._finish_after(error)
+        except KeyboardInterrupt as interrupt:
+            self._abandoned.set()
+            self._finish_after(interrupt)  # its thread asks workers that end next
+            raise
 
     def start(self, saved: SavedRun | None) -> int:
         """Take up ``saved``, or start from nothing; what interrupted saves left is removed, as far as it can be.
@@ -389,6 +395,15 @@ class RunCheckpoints:
         done, self._under_way = self._under_way, None
         return done.result()
 
+    def _finish_after(self, error: BaseException | None) -> None:
+        """Wait for the save under way, if any; where the run failed already, that it did too is told with ``error``."""
+        try:
+            self._finish()
+        except Exception as lost:
+            if error is None:
+                raise
+            error.add_note(f"a checkpoint was under way and could not be completed: {lost}")
+
     def _complete(
         self, done: Future[dict[str, float]], step: int, writing: Mapping[str, Writing], state: str, started: float
     ) -> None:
@@ -396,8 +411,7 @@ class RunCheckpoints:
         try:
             with self._explained(step):
                 while not all(part.ready(_POLL_S) for part in writing.values()):
-                    if self._abandoned.is_set():
-                        raise CheckpointProblem("the run was interrupted")
+                    self._refuse_abandoned()
                 files = {f"{role}/{name}": r for role, part in writing.items() for name, r in part.result().items()}
                 size = self._commit(step, files, state)
             self._remove_leftovers(step)
@@ -411,6 +425,7 @@ class RunCheckpoints:
         """Make a checkpoint of a folder whose models are written; its size in bytes."""
         partial, final = _partial(self._folder, step), _committed(self._folder, step)
         for path in sorted((partial / "hf").iterdir()):  # flushed by its writer
+            self._refuse_abandoned()
             files[f"hf/{path.name}"] = read_record(path)
         files[_STATE] = write_file(partial / _STATE, state.encode())
         manifest = {name: asdict(record) for name, record in sorted(files.items())}
@@ -420,6 +435,10 @@ class RunCheckpoints:
         flush(self._folder)
         replace_text(self._folder / _LATEST, final.name + "\n")
         return sum(record.size_bytes for record in files.values())
+
+    def _refuse_abandoned(self) -> None:
+        if self._abandoned.is_set():
+            raise CheckpointProblem("the run was interrupted")
 
     def _remove_leftovers(self, step: int) -> None:
         """Remove what failed saves left, while none is under way, and checkpoints after ``step``, which ``latest`` has:

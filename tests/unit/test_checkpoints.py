@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -327,6 +330,27 @@ def test_an_interrupt_does_not_wait_for_the_disk(saver: Saver, folder: Path) -> 
         raise KeyboardInterrupt
     assert "a checkpoint was under way" in interrupt.value.__notes__[0]
     assert find_checkpoint(folder) is None
+
+
+def test_a_failing_run_says_why_and_that_it_waits_and_an_interrupt_then_ends_the_save(
+    saver: Saver, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver.policy.gate.clear()
+    with pytest.raises(KeyboardInterrupt) as interrupt, saver.checkpoints:  # noqa: PT012
+        saver.save(1, wait=False)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise ValueError("of the loop")
+    assert caplog.messages == [
+        "ValueError: of the loop\nwaiting until the checkpoint under way is on the disk; Ctrl-C leaves it"
+    ]
+    assert str(interrupt.value.__context__) == "of the loop"
+    assert interrupt.value.__notes__ == [
+        "a checkpoint was under way and could not be completed: the run was interrupted"
+    ]
+    for thread in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "it would ask for workers that are gone"
+    assert names(folder) == ["latest"]
 
 
 def changed(**settings: Any) -> RunIdentity:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.__main__ import _sft, _Termination, _train
+from megatron_rl.__main__ import _sft, _Termination, _train, main
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RewardConfig
 from tests.fakes import fake_config, fake_supervised
@@ -34,6 +34,29 @@ def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.Captu
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_of_a_run_that_was_failing_does_not_hide_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object, *, fresh: bool) -> None:
+        try:
+            error = RuntimeError("policy rank 3 was killed")
+            error.add_note("at step 7, last phase update")
+            raise error
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_rl.__main__._train", fail)
+    monkeypatch.setattr("megatron_rl.__main__.load", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["train", "steps=1"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == (
+        "megatron-rl: interrupted\nafter RuntimeError: policy rank 3 was killed\nat step 7, last phase update\n"
+    )
 
 
 @pytest.mark.parametrize("early", [True, False])
