@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -82,6 +84,9 @@ class Writing(Protocol):
 
 class Saveable(Protocol):
     """A model that can be written and read back, at any layout."""
+
+    def blind_ranks(self, file: Path) -> Pending[list[str]]:
+        """Which ranks do not find a file that is there, with their hosts."""
 
     def save(self, folder: Path) -> Pending[None]:
         """Copy model, optimizer and schedule, and start to write the copy; training may go on after that."""
@@ -343,9 +348,11 @@ class RunCheckpoints:
             the step to go on from.
 
         Raises:
+            CheckpointProblem: a rank has another folder of that name than this process.
             OSError: the folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_blind_ranks()
         if saved is None:
             replace_text(self._folder / _LATEST, _NONE_YET + "\n")
         self._remove_leftovers(0 if saved is None else saved.step)
@@ -356,6 +363,17 @@ class RunCheckpoints:
         for name, part in self._parts.items():
             part.restore(states[name])
         return saved.step
+
+    def _refuse_blind_ranks(self) -> None:
+        """See that ranks write where this process looks: training would be lost at its first save."""
+        with NamedTemporaryFile(dir=self._folder, prefix=".seen_by_all_ranks_") as file:  # no cache knows a new name
+            blind = results({role: model.blind_ranks(Path(file.name)) for role, model in self._models.items()})
+        if found := [rank for ranks in blind.values() for rank in ranks]:
+            raise CheckpointProblem(
+                f"{self._folder} must be one folder for the driver on {socket.gethostname()} and for all ranks, which "
+                f"write there; a file that the driver has just put there is not seen by {', '.join(found)}: name a "
+                "run_dir on a file system that all nodes share"
+            )
 
     def save(self, step: int, *, wait: bool) -> dict[str, float]:
         """Copy all state and write it under a temporary name; it gets its own, and ``latest`` names it, once the disk

@@ -175,6 +175,16 @@ class CheckedFile(io.BufferedWriter):
             self._found.update(chunk)
 
 
+def comes_into_sight(path: Path, within_s: float) -> bool:
+    """Whether what another host has just made is, or comes to be, seen here: network file systems may take a moment."""
+    deadline = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
 def flush(path: Path) -> None:
     """Make the disk have a file's content, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

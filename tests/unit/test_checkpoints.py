@@ -174,6 +174,19 @@ def test_what_a_killed_save_left_is_removed_and_never_taken_for_complete(saver: 
     assert names(folder) == ["latest", "step_000001"]
 
 
+def test_a_folder_that_a_rank_does_not_share_is_refused_before_anything_is_changed(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    (folder / ".partial_000002").mkdir()
+    before = names(folder)
+    other = Saver(folder)
+    other.policy.blind, other.critic.blind = ["policy rank 1 on b"], ["critic rank 0 on b", "critic rank 1 on c"]
+    with pytest.raises(CheckpointProblem) as refused:
+        other.checkpoints.start(find_checkpoint(folder))
+    assert f"{folder} must be one folder" in str(refused.value)
+    assert "policy rank 1 on b, critic rank 0 on b, critic rank 1 on c: name a run_dir" in str(refused.value)
+    assert names(folder) == before
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_names_of_the_users_own_are_left_alone_and_steps_count_by_number(keep: int, folder: Path) -> None:
     own = {"step_000020_best", "step_best", "step_20", "step_0000020", ".partial_mine"}

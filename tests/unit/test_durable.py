@@ -16,7 +16,16 @@ import pytest
 import xxhash
 
 from megatron_rl import durable
-from megatron_rl.durable import CheckedFile, FileRecord, locked, read_back, read_record, replace_text, write_file
+from megatron_rl.durable import (
+    CheckedFile,
+    FileRecord,
+    comes_into_sight,
+    locked,
+    read_back,
+    read_record,
+    replace_text,
+    write_file,
+)
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +91,16 @@ def test_a_disk_that_does_not_take_a_file_is_told_when_it_is_checked(
         file.write(b"d" * 20_000)
         with pytest.raises(OSError, match="No space left"):
             file.checked()
+
+
+def test_a_file_that_comes_late_is_waited_for_and_one_that_never_comes_is_not_for_long(tmp_path: Path) -> None:
+    late = threading.Timer(0.3, (tmp_path / "late").touch)
+    late.start()
+    assert comes_into_sight(tmp_path / "late", 30)
+    late.join(timeout=10)
+    began = time.monotonic()
+    assert not comes_into_sight(tmp_path / "never", 0.2)
+    assert 0.2 <= time.monotonic() - began < 10
 
 
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:
