@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def start_trainer(
     spec = WorkerSpec(
         role=group.name,
         head=head,
-        model=config.model,
+        model=replace(config.model, path=config.model.path.resolve()),
         dims=dims,
         trainer=trainer,
         temperature=temperature,
