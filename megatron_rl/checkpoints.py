@@ -52,7 +52,8 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "output", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *("run_dir", "output", "checkpoint", "cluster", "logging", "parity"),
+    *("reward.workers", "reward.pools", "reward.start_timeout_s"),
     *("evaluation.every", "evaluation.at_start"),
     "sync.quantised_by",
     *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),

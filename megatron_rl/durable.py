@@ -207,7 +207,7 @@ def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it; the message names its pid.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or its file system has no locks.
     """
     descriptor = _take(file, writing, time.monotonic() + wait_s)
     try:
@@ -223,7 +223,7 @@ def _take(file: Path, writing: Path, deadline: float) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait_for(descriptor, writing, deadline)
+            _wait_for(descriptor, file, writing, deadline)
             if _is_at(descriptor, file):
                 return descriptor
         except BaseException:
@@ -239,7 +239,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
+def _wait_for(descriptor: int, file: Path, writing: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,6 +251,12 @@ def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
                     "name another folder"
                 ) from None
             time.sleep(_POLL_S)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{file} must be locked against other processes that write {writing}, and cannot be: {error.strerror}; "
+                "mount a file system that has flock there, or name a folder elsewhere",
+            ) from None
         else:
             return
 

@@ -158,6 +158,7 @@ def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[
         workers=reward.workers,
         timeout_s=reward.timeout_s,
         wall_timeout_s=reward.wall_timeout_s,
+        start_timeout_s=reward.start_timeout_s,
         max_error_rate=max_error_rate,
     )
 

@@ -157,6 +157,19 @@ def test_a_lock_names_the_process_that_holds_it_and_is_free_when_that_is_killed(
         pass
 
 
+def test_a_file_system_without_locks_is_told_with_the_file_and_a_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    says = rf"{tmp_path}/lock must be locked .* write {tmp_path}, and cannot be: No locks available; mount "
+    with pytest.raises(OSError, match=says) as told, locked(tmp_path / "lock", writing=tmp_path, wait_s=9):
+        pytest.fail("there is no lock")
+    assert told.value.errno == errno.ENOLCK
+
+
 def test_a_lock_whose_file_its_holder_removes_is_still_given_to_one_at_a_time(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     waiting, second_has_it, may_go = threading.Event(), threading.Event(), threading.Event()

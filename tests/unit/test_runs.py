@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.assemble.roles import start_trainer
+from megatron_rl.assemble.roles import reward_service, start_trainer
 from megatron_rl.assemble.runs import _saved
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.dataflow import Finish
 from megatron_rl.weights.weight_map import Head
 from tests.fakes import FileModel, fake_config, fake_supervised
 
@@ -29,6 +31,12 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
     saved, _ = _saved(Path("runs/a"), identity)
     assert saved is not None
     assert saved.folder == folder / "step_000001"
+
+
+def test_reward_workers_that_are_not_up_in_time_are_told_with_the_setting() -> None:
+    make = reward_service(RewardConfig(start_timeout_s=0.001), max_error_rate=1.0)
+    with make() as service, pytest.raises(RuntimeError, match=r"ready within 0\.001 s .* reward\.start_timeout_s"):
+        service.score([("1", "1", Finish.STOP)])
 
 
 @pytest.mark.parametrize("fake", [fake_config, fake_supervised])
