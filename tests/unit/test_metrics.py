@@ -174,7 +174,11 @@ def test_a_step_that_was_saved_before_its_record_was_cut_short_is_done_once_the_
     assert summarise(tmp_path / "metrics.jsonl")["steps"] == 1
 
 
-@pytest.mark.parametrize("spoilt", [b"\0" * 30 + b"\n", b'{"step"\n', b"[1]\n", b"{}\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "spoilt",
+    [b"\0" * 30 + b"\n", b'{"step"\n', b"[1]\n", b"{}\n", b"\xff\xfe\n"],
+    ids=["nul", "cut", "list", "no step", "no text"],
+)
 def test_lines_that_a_power_cut_spoilt_are_left_out_and_told(tmp_path, spoilt):
     log, _ = open_log(tmp_path)
     for number in range(2):
