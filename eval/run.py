@@ -185,7 +185,12 @@ def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Gra
 
 
 def _service(settings: Settings, rule: RewardRule) -> RewardService:
-    return RewardService(rule, workers=settings.reward_workers, timeout_s=settings.timeout_s)
+    return RewardService(
+        rule,
+        workers=settings.reward_workers,
+        timeout_s=settings.timeout_s,
+        start_timeout_s=settings.start_timeout_s,
+    )
 
 
 def _rescore(settings: Settings, file: Path) -> None:

@@ -48,6 +48,7 @@ class Settings:
     call_deadline_s: float
     reward_workers: int
     timeout_s: float
+    start_timeout_s: float
     max_error_rate: float
 
     def leniency(self, task: str) -> Leniency:
@@ -161,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--reward-workers", type=_positive, default=reward.workers, help="processes that grade")
     machine.add_argument("--timeout-s", type=_positive_float, default=reward.timeout_s, help="to grade a response")
+    machine.add_argument(
+        "--start-timeout-s",
+        type=_positive_float,
+        default=reward.start_timeout_s,
+        help="for a process that grades to start and to load the rule",
+    )
     machine.add_argument(
         "--max-error-rate",
         type=_share,

@@ -109,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
-        return _fail(_told("interrupted", interrupt), _INTERRUPTED)
+        text = _told("interrupted", interrupt)
+        if (failure := interrupt.__context__) is not None:  # the run had failed, and was ending
+            text += "\n" + _told(f"after {type(failure).__name__}: {failure}", failure)
+        return _fail(text, _INTERRUPTED)
     except (RuntimeError, ValueError, OSError) as error:
         return _fail(_told(f"{type(error).__name__}: {error}", error), _FAILURE)
     return 0
@@ -132,22 +135,23 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
         if stop.asked:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
-        train(run)
-    summary = _leave_summary(config, started)
+        done = train(run)
+    summary = _leave_summary(config, started, done)
     plot_curve(config.run_dir / "metrics.jsonl", config.run_dir / "curve.png")
     _print(summary_table(summary))
     written = ("summary.json", "curve.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints")
     _print(f"{config.run_dir} has {', '.join(name for name in written if (config.run_dir / name).exists())}")
 
 
-def _leave_summary(config: RunConfig | SFTConfig, started: float) -> Mapping[str, Any]:
-    """Write ``summary.json``, and say where the run stopped if it did before its last step."""
+def _leave_summary(config: RunConfig | SFTConfig, started: float, done: int) -> Mapping[str, Any]:
+    """Write ``summary.json``, and say where the run stopped if that is after ``done`` steps, before its last one."""
     from megatron_rl.report import summarise
 
-    summary = summarise(config.run_dir / "metrics.jsonl") | {"seconds": round(time.monotonic() - started, 1)}
-    if summary["steps"] < config.steps:
-        summary["stopped_after_step"] = summary["steps"]
-        _print(f"stopped as asked after step {summary['steps']} of {config.steps}; the same command goes on from there")
+    summary = summarise(config.run_dir / "metrics.jsonl")
+    summary |= {"steps": done, "seconds": round(time.monotonic() - started, 1)}  # a record may be lost, a step not
+    if done < config.steps:
+        summary["stopped_after_step"] = done
+        _print(f"stopped as asked after step {done} of {config.steps}; the same command goes on from there")
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -185,7 +189,7 @@ def _sft(config: SFTConfig, *, fresh: bool) -> None:
             _print(f"stopped as asked before step {run.start_step + 1} of {config.steps}")
             return
         done = supervise(run)
-    _leave_summary(config, started)
+    _leave_summary(config, started, done)
     if done == config.steps:
         _print(f"the model is in {config.output}")
 

@@ -6,22 +6,28 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import TracebackType
 from typing import Any, Protocol
 
 from megatron_rl.durable import FileRecord, files_in, flush, read_record, replace_text, write_file
 from megatron_rl.interfaces import Pending, results
 
-_PREFIX, _PARTIAL = "step_", ".partial_"
+_log = logging.getLogger(__name__)
+_NUMBER = r"(\d{6}|[1-9]\d{6,})"
+_COMMITTED, _PARTIAL = re.compile("step_" + _NUMBER), re.compile(r"\.partial_" + _NUMBER)
 _LATEST, _NONE_YET = "latest", "none"
 _STATE, _MANIFEST = "state.json", "manifest.json"
 _READERS = 4
@@ -46,7 +52,8 @@ _LAYING_OUT = (
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
 )
 _MACHINE = (
-    *("run_dir", "output", "checkpoint", "cluster", "logging", "parity", "reward.workers", "reward.pools"),
+    *("run_dir", "output", "checkpoint", "cluster", "logging", "parity"),
+    *("reward.workers", "reward.pools", "reward.start_timeout_s"),
     *("evaluation.every", "evaluation.at_start"),
     "sync.quantised_by",
     *(f"engine.{setting}" for setting in ("count", "tensor", "kv_cache_mib", "max_concurrent", "restarts")),
@@ -78,6 +85,9 @@ class Writing(Protocol):
 
 class Saveable(Protocol):
     """A model that can be written and read back, at any layout."""
+
+    def blind_ranks(self, file: Path) -> Pending[list[str]]:
+        """Which ranks do not find a file that is there, with their hosts."""
 
     def save(self, folder: Path) -> Pending[None]:
         """Copy model, optimizer and schedule, and start to write the copy; training may go on after that."""
@@ -173,7 +183,7 @@ def find_checkpoint(folder: Path) -> SavedRun | None:
     """
     latest = folder / _LATEST
     if not latest.is_file():
-        if names := ", ".join(path.name for path in _steps(folder)):
+        if names := ", ".join(path.name for path in _numbered(folder, _COMMITTED).values()):
             raise CheckpointProblem(
                 f"{folder} must have a file {_LATEST!r} that names the checkpoint to go on from, found {names} and no "
                 f"such file; write one of the names into it, or remove the folders to start anew"
@@ -243,7 +253,9 @@ def _refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None
     problems = _damage(checkpoint, names)
     if not problems:
         return
-    earlier = [path for path in _steps(checkpoint.parent) if path.name < checkpoint.name]
+    own = _COMMITTED.fullmatch(checkpoint.name)
+    found = _numbered(checkpoint.parent, _COMMITTED)
+    earlier = [path for step, path in found.items() if own is None or step < int(own[1])]
     whole = next((path.name for path in reversed(earlier) if not _damage(path)), None)
     remedy = (
         f"{whole} is whole: to go on from it, write {whole} into {checkpoint.with_name(_LATEST)}"
@@ -274,8 +286,18 @@ def _difference(path: Path, expected: FileRecord) -> str | None:
     return None if read_record(path) == expected else f"{path} was changed: its xxh3 is not that of the manifest"
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_PREFIX}*"))
+def _numbered(folder: Path, form: re.Pattern[str]) -> dict[int, Path]:
+    """What in ``folder`` has a name of this form, by step and in that order; all else there is the user's."""
+    found = ((form.fullmatch(path.name), path) for path in folder.glob("*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def _partial(folder: Path, step: int) -> Path:
+    return folder / f".partial_{step:06d}"
+
+
+def _committed(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
 
 
 class RunCheckpoints:
@@ -312,6 +334,7 @@ class RunCheckpoints:
         self._identity = identity
         self._under_way: Future[dict[str, float]] | None = None
         self._abandoned = threading.Event()
+        self._told: set[int] = set()
 
     def __enter__(self) -> RunCheckpoints:
         """The checkpoints themselves."""
@@ -320,32 +343,37 @@ class RunCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the save under way: what a failing run had saved is not lost. An interrupt does not wait."""
+        """Wait for the save under way: what a failing run had saved is not lost. An interrupt ends the wait."""
         if isinstance(error, KeyboardInterrupt):
             self._abandoned.set()
+        elif error is not None and self._under_way is not None:
+            _log.warning(
+                "%s: %s\nwaiting until the checkpoint under way is on the disk; Ctrl-C leaves it",
+                type(error).__name__,
+                error,
+            )
         try:
-            self._finish()
-        except Exception as lost:
-            if error is None:
-                raise
-            error.add_note(f"a checkpoint was under way and could not be completed: {lost}")
+            self._finish_after(error)
+        except KeyboardInterrupt as interrupt:
+            self._abandoned.set()
+            self._finish_after(interrupt)  # its thread asks workers that end next
+            raise
 
     def start(self, saved: SavedRun | None) -> int:
-        """Take up ``saved``, or start from nothing; what interrupted saves left is removed.
+        """Take up ``saved``, or start from nothing; what interrupted saves left is removed, as far as it can be.
 
         Returns:
             the step to go on from.
 
         Raises:
+            CheckpointProblem: a rank has another folder of that name than this process.
             OSError: the folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_blind_ranks()
         if saved is None:
             replace_text(self._folder / _LATEST, _NONE_YET + "\n")
-        # a folder newer than what `latest` names was never committed, or the user went back before it
-        newer = [path for path in _steps(self._folder) if saved is None or path.name > saved.folder.name]
-        for left in [*self._folder.glob(f"{_PARTIAL}*"), *newer]:
-            shutil.rmtree(left)
+        self._remove_leftovers(0 if saved is None else saved.step)
         if saved is None:
             return 0
         results({role: model.load(saved.folder / role) for role, model in self._models.items()})
@@ -353,6 +381,17 @@ class RunCheckpoints:
         for name, part in self._parts.items():
             part.restore(states[name])
         return saved.step
+
+    def _refuse_blind_ranks(self) -> None:
+        """See that ranks write where this process looks: training would be lost at its first save."""
+        with NamedTemporaryFile(dir=self._folder, prefix=".seen_by_all_ranks_") as file:  # no cache knows a new name
+            blind = results({role: model.blind_ranks(Path(file.name)) for role, model in self._models.items()})
+        if found := [rank for ranks in blind.values() for rank in ranks]:
+            raise CheckpointProblem(
+                f"{self._folder} must be one folder for the driver on {socket.gethostname()} and for all ranks, which "
+                f"write there; a file that the driver has just put there is not seen by {', '.join(found)}: name a "
+                "run_dir on a file system that all nodes share"
+            )
 
     def save(self, step: int, *, wait: bool) -> dict[str, float]:
         """Copy all state and write it under a temporary name; it gets its own, and ``latest`` names it, once the disk
@@ -367,8 +406,10 @@ class RunCheckpoints:
         """
         started = time.perf_counter()
         metrics = self._finish()
-        partial = self._folder / f"{_PARTIAL}{step:06d}"
-        with self._explained(partial):
+        partial = _partial(self._folder, step)
+        with self._explained(step):
+            for left in filter(Path.exists, (partial, _committed(self._folder, step))):
+                shutil.rmtree(left)  # it could not be removed when it should have been
             partial.mkdir()
             results({role: model.save(partial / role) for role, model in self._models.items()})
             writing = {role: model.written() for role, model in self._models.items()}
@@ -376,7 +417,7 @@ class RunCheckpoints:
             parts = {name: part.state() for name, part in self._parts.items()}
             state = json.dumps({"step": step, "parts": parts, "identity": asdict(self._identity)}, indent=1)
         self._under_way = Future()
-        arguments = (self._under_way, partial, writing, state, started)
+        arguments = (self._under_way, step, writing, state, started)
         threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True).start()
         if wait or not self._asynchronous:
             metrics |= self._finish()
@@ -390,48 +431,81 @@ class RunCheckpoints:
         done, self._under_way = self._under_way, None
         return done.result()
 
-    def _complete(
-        self, done: Future[dict[str, float]], partial: Path, writing: Mapping[str, Writing], state: str, started: float
-    ) -> None:
-        """What runs beside training: wait for the ranks' files, then commit."""
+    def _finish_after(self, error: BaseException | None) -> None:
+        """Wait for the save under way, if any; where the run failed already, that it did too is told with ``error``."""
         try:
-            with self._explained(partial):
+            self._finish()
+        except Exception as lost:
+            if error is None:
+                raise
+            error.add_note(f"a checkpoint was under way and could not be completed: {lost}")
+
+    def _complete(
+        self, done: Future[dict[str, float]], step: int, writing: Mapping[str, Writing], state: str, started: float
+    ) -> None:
+        """What runs beside training: wait for the ranks' files, commit, and remove what is not kept."""
+        try:
+            with self._explained(step):
                 while not all(part.ready(_POLL_S) for part in writing.values()):
-                    if self._abandoned.is_set():
-                        raise CheckpointProblem("the run was interrupted")
+                    self._refuse_abandoned()
                 files = {f"{role}/{name}": r for role, part in writing.items() for name, r in part.result().items()}
-                size = self._commit(partial, files, state)
+                size = self._commit(step, files, state)
+            self._remove_leftovers(step)
+            of_run = [path for number, path in _numbered(self._folder, _COMMITTED).items() if number <= step]
+            self._remove(of_run[: -self._keep])
             done.set_result({"write_s": time.perf_counter() - started, "size_mib": size / 2**20})
         except BaseException as error:
             done.set_exception(error)
 
-    def _commit(self, partial: Path, files: dict[str, FileRecord], state: str) -> int:
+    def _commit(self, step: int, files: dict[str, FileRecord], state: str) -> int:
         """Make a checkpoint of a folder whose models are written; its size in bytes."""
+        partial, final = _partial(self._folder, step), _committed(self._folder, step)
         for name, path in files_in(partial / "hf").items():  # flushed by its writer
+            self._refuse_abandoned()
             files[f"hf/{name}"] = read_record(path)
         files[_STATE] = write_file(partial / _STATE, state.encode())
         manifest = {name: asdict(record) for name, record in sorted(files.items())}
         write_file(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
         flush(partial)
-        final = self._folder / partial.name.replace(_PARTIAL, _PREFIX)
         partial.rename(final)
         flush(self._folder)
         replace_text(self._folder / _LATEST, final.name + "\n")
-        for old in _steps(self._folder)[: -self._keep]:
-            shutil.rmtree(old.rename(old.with_name(old.name.replace(_PREFIX, _PARTIAL))))
         return sum(record.size_bytes for record in files.values())
 
+    def _refuse_abandoned(self) -> None:
+        if self._abandoned.is_set():
+            raise CheckpointProblem("the run was interrupted")
+
+    def _remove_leftovers(self, step: int) -> None:
+        """Remove what failed saves left, while none is under way, and checkpoints after ``step``, which ``latest`` has:
+        they were never committed, or the user went back before them.
+        """
+        committed = _numbered(self._folder, _COMMITTED)
+        newer = [path for number, path in committed.items() if number > step]
+        self._remove([*_numbered(self._folder, _PARTIAL).values(), *newer])
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Remove folders that nobody needs. One that cannot be removed is told once, and tried again by later saves."""
+        for folder in folders:
+            step = int(folder.name.rpartition("_")[2])
+            try:
+                shutil.rmtree(folder.rename(_partial(self._folder, step)))  # nobody sees half a checkpoint
+            except OSError as error:
+                if step not in self._told:
+                    _log.warning("%s is not needed any more and cannot be removed: %s", folder, error)
+                self._told.add(step)
+
     @contextmanager
-    def _explained(self, partial: Path) -> Iterator[None]:
+    def _explained(self, step: int) -> Iterator[None]:
         """Give back the room of a save that fails, and say what there is now."""
         try:
             yield
         except Exception as error:
             free = shutil.disk_usage(self._folder).free / 2**20
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(_partial(self._folder, step), ignore_errors=True)
             newest = (self._folder / _LATEST).read_text().strip()
             error.add_note(
-                f"while the checkpoint {partial.name.replace(_PARTIAL, _PREFIX)} was saved; the newest whole one in "
+                f"while the checkpoint {_committed(self._folder, step).name} was saved; the newest whole one in "
                 f"{self._folder}: {newest}; free on that disk at the time: {free:.0f} MiB"
             )
             raise

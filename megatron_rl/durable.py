@@ -175,6 +175,16 @@ class CheckedFile(io.BufferedWriter):
             self._found.update(chunk)
 
 
+def comes_into_sight(path: Path, within_s: float) -> bool:
+    """Whether what another host has just made is, or comes to be, seen here: network file systems may take a moment."""
+    deadline = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
 def flush(path: Path) -> None:
     """Make the disk have a file's content, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -209,7 +219,7 @@ def locked(file: Path, *, writing: Path, wait_s: float) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it; the message names its pid.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or its file system has no locks.
     """
     descriptor = _take(file, writing, time.monotonic() + wait_s)
     try:
@@ -225,7 +235,7 @@ def _take(file: Path, writing: Path, deadline: float) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait_for(descriptor, writing, deadline)
+            _wait_for(descriptor, file, writing, deadline)
             if _is_at(descriptor, file):
                 return descriptor
         except BaseException:
@@ -241,7 +251,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
+def _wait_for(descriptor: int, file: Path, writing: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,6 +263,12 @@ def _wait_for(descriptor: int, writing: Path, deadline: float) -> None:
                     "name another folder"
                 ) from None
             time.sleep(_POLL_S)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{file} must be locked against other processes that write {writing}, and cannot be: {error.strerror}; "
+                "mount a file system that has flock there, or name a folder elsewhere",
+            ) from None
         else:
             return
 

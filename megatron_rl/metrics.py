@@ -4,13 +4,15 @@ One :class:`StepLog` per step collects metrics and times phases; leaving its blo
 JSON object with ``step`` (0-based), ``kind`` (``step``, or ``evaluation`` for one outside the steps), ``time`` (seconds
 since the epoch), ``nonfinite`` (how many values were NaN or infinite), and every metric under ``prefix/name``. Values
 that are not finite are kept, as the tokens ``NaN`` and ``Infinity`` that Python's :mod:`json` reads back. A record that
-an exception cut short has ``"aborted": true``. In TensorBoard and W&B the horizontal axis is the number of steps done.
+an exception cut short has ``"aborted": true``, until a run goes on from a checkpoint after that step. In TensorBoard
+and W&B the horizontal axis is the number of steps done.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from megatron_rl.durable import replace_bytes
 
 Source = Callable[[Mapping[str, float]], Mapping[str, float]]
 """Asked at the end of every record: takes the record's metrics so far, gives more of them under their full names."""
@@ -107,15 +111,18 @@ class MetricLog:
         self._spent: list[float] = []
         self._sources = tuple(sources)
         self._file = run_dir / "metrics.jsonl"
-        dropped = [_drop_superseded(run_dir / name, start_step) for name in ("metrics.jsonl", "samples.jsonl")]
+        files = {run_dir / name: _take_up(run_dir / name, start_step) for name in ("metrics.jsonl", "samples.jsonl")}
         self._sinks: list[_Sink] = []
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
         if wandb_project is not None:
             self._sinks.append(_WandB(run_dir, wandb_project, start_step, settings or {}))
         self._console = _ConsoleTable(Console() if console is None else console, total_steps)
-        if dropped[0]:
-            self.note(f"metrics.jsonl: {dropped[0]} records of step {start_step} and later are superseded and dropped")
+        for file, found in files.items():
+            if found.unreadable:
+                self.note(f"{file}: what cannot be read is left out, line {', '.join(map(str, found.unreadable))}")
+        if dropped := files[self._file].dropped:
+            self.note(f"metrics.jsonl: {dropped} records of step {start_step} and later are superseded and dropped")
 
     def __enter__(self) -> MetricLog:
         """The log itself."""
@@ -169,9 +176,16 @@ class MetricLog:
         except BaseException as error:
             error.add_note(f"at step {step}, last phase {log.last_phase or '(none yet)'}")
             metrics = log.metrics() | {"seconds/step": time.perf_counter() - started}
-            self._write(kind, step, metrics, aborted=True)
+            try:
+                self._write(kind, step, metrics, aborted=True)
+            except OSError as lost:
+                error.add_note(f"{self._file}: its record could not be written: {lost}")
             raise
-        self._write(kind, step, metrics, aborted=False)
+        try:
+            self._write(kind, step, metrics, aborted=False)
+        except OSError as error:
+            error.add_note(f"at step {step}, all of which is done: {self._file} could not be written")
+            raise
         for sink in self._sinks:
             sink.write(metrics, steps_done)
         self._console.row(metrics, steps_done, is_step=kind == "step")
@@ -190,19 +204,46 @@ class MetricLog:
 def _append(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with file.open("a") as lines:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
-def _drop_superseded(file: Path, start_step: int) -> int:
-    """Keep the rows of steps before ``start_step``; the number of others, a line that a kill cut short included."""
+@dataclass(frozen=True)
+class _TakenUp:
+    """What became of a file's lines: how many were ``dropped``, and the numbers of those that are ``unreadable``."""
+
+    dropped: int = 0
+    unreadable: tuple[int, ...] = ()
+
+
+def _take_up(file: Path, start_step: int) -> _TakenUp:
+    """Keep the rows of steps before ``start_step``; not a line that a kill cut short, nor what a power cut spoilt.
+
+    Such a step is done even where its record says that it was aborted: that came after its checkpoint was there.
+    """
     if not file.is_file():
-        return 0
-    lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start_step]
-    if len(kept) < len(lines):
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
-    return len(lines) - len(kept)
+        return _TakenUp()
+    before = file.read_bytes()
+    kept, dropped, unreadable = [], 0, []
+    for number, line in enumerate(before.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            dropped += 1
+            continue
+        try:
+            row = json.loads(line)
+            superseded = row["step"] >= start_step
+        except (ValueError, KeyError, TypeError):
+            unreadable.append(number)
+            continue
+        if superseded:
+            dropped += 1
+        elif row.pop("aborted", False):
+            kept.append(json.dumps(row).encode() + b"\n")
+        else:
+            kept.append(line)
+    if (after := b"".join(kept)) != before:
+        replace_bytes(file, after)
+    return _TakenUp(dropped, tuple(unreadable))
 
 
 class _Sink(Protocol):

@@ -35,7 +35,7 @@ from megatron_rl.interfaces import (
     results,
 )
 from megatron_rl.maths.kl import KlControl
-from megatron_rl.metrics import MetricLog
+from megatron_rl.metrics import MetricLog, StepLog
 
 _NO_STEP = -1
 
@@ -67,8 +67,8 @@ class Run:
     metrics: MetricLog
 
 
-def train(run: Run) -> None:
-    """Run the loop from ``run.start_step`` until ``run.config.steps`` steps are done, or the run is asked to stop."""
+def train(run: Run) -> int:
+    """Run the loop from ``run.start_step`` to ``run.config.steps``, or until it is asked to stop; gives steps done."""
     cfg = run.config
     with run.phases.pushing():
         run.weights.push(version=run.start_step)
@@ -77,9 +77,8 @@ def train(run: Run) -> None:
             with log.phase("parity"), run.phases.comparing():
                 log.update("parity", run.gate())
         if cfg.evaluation.at_start:
-            with log.phase("evaluate"), run.phases.generating():
-                log.update("heldout", evaluate(run))
-    for step in range(run.start_step, run.start_step if run.stop.asked else cfg.steps):
+            evaluate(run, log)
+    for step in (steps := range(run.start_step, run.start_step if run.stop.asked else cfg.steps)):
         with run.metrics.step(step) as log:
             with log.phase("generate"), run.phases.generating():
                 scored = run.collect(cfg.prompts_per_step, step)  # take, generate, score
@@ -100,13 +99,13 @@ def train(run: Run) -> None:
             with log.phase("push"), run.phases.pushing():
                 log.update("push", run.weights.push(version=step + 1))
             if due(step, cfg.evaluation.every, cfg.steps):
-                with log.phase("evaluate"), run.phases.generating():
-                    log.update("heldout", evaluate(run))
+                evaluate(run, log)
             if (stopping := run.stop.asked) or due(step, cfg.checkpoint.every, cfg.steps):
                 with log.phase("checkpoint"), run.phases.saving():
                     log.update("checkpoint", run.checkpoints.save(step + 1, wait=stopping or step + 1 == cfg.steps))
         if stopping:
-            break
+            return step + 1
+    return steps.stop
 
 
 def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:
@@ -123,12 +122,13 @@ def heldout_sampling(config: RunConfig) -> Sampling:
     return Sampling(temperature=temperature, max_tokens=rollout.max_response_tokens, stop=rollout.stop)
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed; the seeds
-    are the same each time.
+def evaluate(run: Run, log: StepLog) -> None:
+    """Log accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed; the
+    seeds are the same each time.
     """
     seed, numbers = run.config.seed, range(run.config.evaluation.samples)
     seeds = [[sample_seed(seed, _NO_STEP, prompt.id, number) for number in numbers] for prompt in run.heldout]
     sampling = heldout_sampling(run.config)
-    scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
-    return {**rollout_metrics(scored), "temperature": sampling.temperature}
+    with log.phase("evaluate"), run.phases.generating():
+        scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
+    log.update("heldout", {**rollout_metrics(scored), "temperature": sampling.temperature})

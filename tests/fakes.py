@@ -224,14 +224,21 @@ class StopAfter:
 
 @dataclass
 class FileModel:
-    """A model that is one number, saved as text; ``gate`` holds the writing up, ``error`` lets it fail."""
+    """A model that is one number, saved as text; ``gate`` holds the writing up, ``error`` lets it fail, ``blind`` ranks
+    have another folder.
+    """
 
     value: int = 0
     error: Exception | None = None
     gate: threading.Event = field(default_factory=threading.Event)
+    blind: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    def blind_ranks(self, file: Path) -> Ready:
+        assert file.is_file()
+        return Ready(self.blind)
 
     def save(self, folder: Path) -> Ready:
         folder.mkdir()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run a command on the cluster as a Ray job, from this folder:  submit.sh [--dashboard URL] -- megatron-rl train FILE.toml...
-# The package and this folder must be there on every node (a shared file system, or the same checkout at the same place).
+# The package and this folder must be there on every node: the same checkout at the same place will do. But run_dir must be
+# on a file system that all nodes share: ranks write checkpoints there, and a run that finds it is not ends at its start.
 # With DRY_RUN=1 the command is printed and nothing starts. Ctrl-C ends what is shown of the job, not the job: SIGTERM to
 # the process of megatron-rl on the head lets it save and end; ray job stop ends it at once, with nothing saved.
 set -euo pipefail

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -158,6 +158,7 @@ def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[
         workers=reward.workers,
         timeout_s=reward.timeout_s,
         wall_timeout_s=reward.wall_timeout_s,
+        start_timeout_s=reward.start_timeout_s,
         max_error_rate=max_error_rate,
     )
 
@@ -174,7 +175,7 @@ def start_trainer(
     spec = WorkerSpec(
         role=group.name,
         head=head,
-        model=config.model,
+        model=replace(config.model, path=config.model.path.resolve()),
         dims=dims,
         trainer=trainer,
         temperature=temperature,

@@ -314,7 +314,7 @@ def _held(run_dir: Path) -> AbstractContextManager[None]:
 
 def _saved(run_dir: Path, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
     """The run's newest checkpoint, checked, and what is set otherwise than when it was saved."""
-    saved = find_checkpoint(run_dir / "checkpoints")
+    saved = find_checkpoint(run_dir.resolve() / "checkpoints")  # ranks read it, from a folder of their own
     if saved is None:
         return None, []
     changes = check_same_run(saved, identity)

@@ -129,6 +129,8 @@ class RewardConfig:
     """CPU seconds per sample; a sample that takes longer is killed and counted as a time-out."""
     wall_timeout_s: PositiveFloat = 60.0
     """Wall seconds per sample, for a rule that waits or a worker that was stopped."""
+    start_timeout_s: PositiveFloat = 60.0
+    """Wall seconds for a worker to start and to load the rule."""
     max_error_rate: Fraction = 0.25
     """The run stops where the rule fails on a larger share of the samples of one step; time-outs do not count."""
     overlong_buffer: Count = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
 from megatron_rl.config.precision import token_multiple
 from megatron_rl.device import dtype, limit_threads
-from megatron_rl.durable import FileRecord
+from megatron_rl.durable import FileRecord, comes_into_sight
 from megatron_rl.interfaces import (
     MemoryUse,
     PushReceipt,
@@ -53,6 +53,8 @@ from megatron_rl.weights.slices import SlicePlan
 from megatron_rl.weights.transfer import Channel
 from megatron_rl.weights.transports import Transport
 from megatron_rl.weights.weight_map import Head, weight_map
+
+_SEEN_WITHIN_S = 10.0
 
 
 class Worker:
@@ -225,6 +227,10 @@ class Worker:
             return terms
 
         return train_step(training, minibatch, loss_of, **self._placement())
+
+    def sees(self, file: Path) -> bool:
+        """Whether a file that the driver has just made is there for this rank too."""
+        return comes_into_sight(file, _SEEN_WITHIN_S)
 
     def save(self, folder: Path) -> None:
         """Copy model, optimizer and schedule to host memory and start to write them; returns before they are written.

@@ -106,6 +106,16 @@ class RemoteTrainer:
         """
         return self.group.call("formats", finish=_merged)
 
+    def blind_ranks(self, file: Path) -> Pending[list[str]]:
+        """Which ranks do not find a file that the driver has just made, such as ``policy rank 1 on node-2``."""
+
+        def finish(seen: list[bool]) -> list[str]:
+            ranks = [rank for rank, sees in enumerate(seen) if not sees]
+            births = self.group.births(ranks) if ranks else []
+            return [f"{self.group.names[rank]} on {birth.host}" for rank, birth in zip(ranks, births, strict=True)]
+
+        return self.group.call("sees", file, finish=finish)
+
     def save(self, folder: Path) -> Pending[None]:
         """Copy model, optimizer and schedule, and start to write the copy to ``folder``."""
         return self.group.call("save", folder, finish=lambda _: None)

@@ -388,7 +388,8 @@ class _Call:
         if not worker.ready:
             raise RuntimeError(
                 f"reward worker {worker.pid} must be ready within {self.service._start_timeout_s:g} s and is not: its "
-                "output is on standard error; on a very slow or loaded machine raise start_timeout_s"
+                "output is on standard error; on a very slow or loaded machine raise reward.start_timeout_s (of "
+                "eval/run.py: --start-timeout-s)"
             )
         self.service._busy_seconds += time.monotonic() - worker.clock
         self.timeouts += 1
@@ -409,9 +410,9 @@ class _Call:
             self._fail(worker.pending.popleft(), Outcome.ERROR, reason)
         if self.deaths > self.service._max_restarts:
             raise RuntimeError(
-                f"reward worker {worker.pid} {how}, and {self.deaths} workers ended by themselves in this call (at "
-                f"most max_restarts={self.service._max_restarts}): look for the machine's memory and for crashes "
-                "in the reward rule"
+                f"reward worker {worker.pid} {how}, and {self.deaths} workers ended by themselves in one call, at most "
+                f"{self.service._max_restarts} may: look for crashes in the reward rule and for the machine's memory, "
+                "of which fewer reward.workers (of eval/run.py: --reward-workers) take less"
             )
         self._replace(worker)
 

@@ -66,6 +66,9 @@ class Led:
     def update(self, minibatch: Minibatch[TokenRows], loss: Any) -> Answered:
         return Answered(next(answer for answer in self._call("update", minibatch, loss) if answer is not None))
 
+    def blind_ranks(self, file: Path) -> Answered:
+        return Answered([] if all(self._call("sees", file)) else ["a rank"])
+
     def save(self, folder: Path) -> Answered:
         return Answered(self._call("save", folder)[0])
 

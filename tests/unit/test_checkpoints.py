@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +174,91 @@ def test_what_a_killed_save_left_is_removed_and_never_taken_for_complete(saver: 
     assert names(folder) == ["latest", "step_000001"]
 
 
+def test_a_folder_that_a_rank_does_not_share_is_refused_before_anything_is_changed(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    (folder / ".partial_000002").mkdir()
+    before = names(folder)
+    other = Saver(folder)
+    other.policy.blind, other.critic.blind = ["policy rank 1 on b"], ["critic rank 0 on b", "critic rank 1 on c"]
+    with pytest.raises(CheckpointProblem) as refused:
+        other.checkpoints.start(find_checkpoint(folder))
+    assert f"{folder} must be one folder" in str(refused.value)
+    assert "policy rank 1 on b, critic rank 0 on b, critic rank 1 on c: name a run_dir" in str(refused.value)
+    assert names(folder) == before
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_names_of_the_users_own_are_left_alone_and_steps_count_by_number(keep: int, folder: Path) -> None:
+    own = {"step_000020_best", "step_best", "step_20", "step_0000020", ".partial_mine"}
+    saver = Saver(folder, keep=keep)
+    saver.checkpoints.start(None)
+    for name in own:
+        (folder / name).mkdir()
+    saver.save(999_999)
+    saver.save(1_000_000)
+    kept = {"step_999999", "step_1000000"} if keep == 2 else {"step_1000000"}
+    assert {*names(folder)} == {"latest", *kept, *own}
+    assert Saver(folder).checkpoints.start(find_checkpoint(folder)) == 1_000_000
+    assert {*names(folder)} == {"latest", *kept, *own}
+    cut(folder / "step_1000000/policy/weights.txt")
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    with pytest.raises(CheckpointProblem, match="step_999999 is whole" if keep == 2 else "no earlier checkpoint"):
+        check_whole(saved)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Folders whose names end so cannot be removed, as where NFS keeps an open file."""
+    found: set[str] = set()
+    remove = module.shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors and any(path.name.endswith(end) for end in found):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(module.shutil, "rmtree", rmtree)
+    return found
+
+
+def test_a_save_is_good_where_an_older_one_cannot_be_removed_which_is_told_once_and_tried_again(
+    folder: Path, stuck: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck.add("10")
+    saver = Saver(folder, keep=1)
+    saver.checkpoints.start(None)
+    for step in (10, 20, 30):
+        assert "write_s" in saver.save(step)
+    assert names(folder) == [".partial_000010", "latest", "step_000030"]
+    (told,) = caplog.messages
+    assert "step_000010 is not needed any more and cannot be removed: [Errno 39] Directory not empty" in told
+    again = Saver(folder, keep=1)
+    assert again.checkpoints.start(find_checkpoint(folder)) == 30
+    stuck.clear()
+    again.save(40)
+    assert names(folder) == ["latest", "step_000040"]
+
+
+def test_what_cannot_be_removed_is_in_the_way_of_the_step_of_its_name_alone(folder: Path, stuck: set[str]) -> None:
+    saver = Saver(folder, keep=1)
+    saver.checkpoints.start(None)
+    saver.save(10)
+    for left in ("step_000012", ".partial_000013"):
+        (folder / left).mkdir()
+    stuck |= {"12", "13"}
+    again = Saver(folder, keep=1)
+    assert again.checkpoints.start(find_checkpoint(folder)) == 10
+    again.save(11)
+    assert names(folder) == [".partial_000012", ".partial_000013", "latest", "step_000011"]
+    with pytest.raises(OSError, match="Directory not empty") as failure:
+        again.save(13)
+    assert "while the checkpoint step_000013 was saved" in failure.value.__notes__[0]
+    stuck.clear()
+    again.save(13)
+    assert names(folder) == ["latest", "step_000013"]
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[50] ^= 1
@@ -255,6 +343,27 @@ def test_an_interrupt_does_not_wait_for_the_disk(saver: Saver, folder: Path) -> 
         raise KeyboardInterrupt
     assert "a checkpoint was under way" in interrupt.value.__notes__[0]
     assert find_checkpoint(folder) is None
+
+
+def test_a_failing_run_says_why_and_that_it_waits_and_an_interrupt_then_ends_the_save(
+    saver: Saver, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver.policy.gate.clear()
+    with pytest.raises(KeyboardInterrupt) as interrupt, saver.checkpoints:  # noqa: PT012
+        saver.save(1, wait=False)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise ValueError("of the loop")
+    assert caplog.messages == [
+        "ValueError: of the loop\nwaiting until the checkpoint under way is on the disk; Ctrl-C leaves it"
+    ]
+    assert str(interrupt.value.__context__) == "of the loop"
+    assert interrupt.value.__notes__ == [
+        "a checkpoint was under way and could not be completed: the run was interrupted"
+    ]
+    for thread in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "it would ask for workers that are gone"
+    assert names(folder) == ["latest"]
 
 
 def changed(**settings: Any) -> RunIdentity:

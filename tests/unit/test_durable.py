@@ -16,7 +16,16 @@ import pytest
 import xxhash
 
 from megatron_rl import durable
-from megatron_rl.durable import CheckedFile, FileRecord, locked, read_back, read_record, replace_text, write_file
+from megatron_rl.durable import (
+    CheckedFile,
+    FileRecord,
+    comes_into_sight,
+    locked,
+    read_back,
+    read_record,
+    replace_text,
+    write_file,
+)
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +93,16 @@ def test_a_disk_that_does_not_take_a_file_is_told_when_it_is_checked(
             file.checked()
 
 
+def test_a_file_that_comes_late_is_waited_for_and_one_that_never_comes_is_not_for_long(tmp_path: Path) -> None:
+    late = threading.Timer(0.3, (tmp_path / "late").touch)
+    late.start()
+    assert comes_into_sight(tmp_path / "late", 30)
+    late.join(timeout=10)
+    began = time.monotonic()
+    assert not comes_into_sight(tmp_path / "never", 0.2)
+    assert 0.2 <= time.monotonic() - began < 10
+
+
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:
     write_file(tmp_path / "file", b"old")
     with pytest.raises(FileExistsError):
@@ -136,6 +155,19 @@ def test_a_lock_names_the_process_that_holds_it_and_is_free_when_that_is_killed(
         assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
     with locked(tmp_path / "lock", writing=tmp_path, wait_s=0):
         pass
+
+
+def test_a_file_system_without_locks_is_told_with_the_file_and_a_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    says = rf"{tmp_path}/lock must be locked .* write {tmp_path}, and cannot be: No locks available; mount "
+    with pytest.raises(OSError, match=says) as told, locked(tmp_path / "lock", writing=tmp_path, wait_s=9):
+        pytest.fail("there is no lock")
+    assert told.value.errno == errno.ENOLCK
 
 
 def test_a_lock_whose_file_its_holder_removes_is_still_given_to_one_at_a_time(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.__main__ import _sft, _Termination, _train
+from megatron_rl.__main__ import _sft, _Termination, _train, main
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RewardConfig
 from tests.fakes import fake_config, fake_supervised
@@ -36,9 +36,32 @@ def test_the_first_sigterm_asks_and_the_second_stops_at_once(capfd: pytest.Captu
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
-    early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupt_of_a_run_that_was_failing_does_not_hide_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object, *, fresh: bool) -> None:
+        try:
+            error = RuntimeError("policy rank 3 was killed")
+            error.add_note("at step 7, last phase update")
+            raise error
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_rl.__main__._train", fail)
+    monkeypatch.setattr("megatron_rl.__main__.load", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["train", "steps=1"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == (
+        "megatron-rl: interrupted\nafter RuntimeError: policy rank 3 was killed\nat step 7, last phase update\n"
+    )
+
+
+@pytest.mark.parametrize(("early", "done"), [(True, 0), (False, 4), (False, 9)])
+def test_a_run_leaves_its_summary_and_says_where_it_stopped_whatever_records_are_lost(
+    early: bool, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = fake_config(tmp_path, steps=9)
 
@@ -47,9 +70,10 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
         stop.asked = early
         yield SimpleNamespace(start_step=3)
 
-    def train(run: object) -> None:
-        records = [{"step": step, "kind": "step", "nonfinite": 0, "rollout/score": 0.5} for step in range(4)]
+    def train(run: object) -> int:
+        records = [{"step": step, "kind": "step", "nonfinite": 0, "rollout/score": 0.5} for step in range(3)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return done
 
     monkeypatch.setattr("megatron_rl.assemble.open_run", open_run)
     monkeypatch.setattr("megatron_rl.ppo.train", train)
@@ -66,6 +90,9 @@ def test_a_run_that_is_stopped_leaves_its_summary_and_says_where_it_stopped(
     if early:
         assert lines == ["stopped as asked before step 4 of 9"]
         assert list(tmp_path.iterdir()) == []
+    elif done == 9:
+        assert lines[0].split() == ["steps", "9"]
+        assert "stopped_after_step" not in json.loads((tmp_path / "summary.json").read_text())
     else:
         assert lines[0] == "stopped as asked after step 4 of 9; the same command goes on from there"
         assert lines[-1] == f"{tmp_path} has summary.json, curve.png, metrics.jsonl"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_rl.metrics import MetricLog
+from megatron_rl.report import summarise
 
 
 def open_log(run_dir, *, terminal=False, **settings):
@@ -151,6 +153,68 @@ def test_a_resumed_run_appends_and_drops_what_it_does_again(tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert samples == [{"step": 0, "run": 1}, {"step": 1, "run": 1}, {"step": 2, "run": 2}]
     assert "2 records of step 2 and later are superseded and dropped" in screen.getvalue()
+
+
+def test_a_step_that_was_saved_before_its_record_was_cut_short_is_done_once_the_run_goes_on(tmp_path):
+    first, _ = open_log(tmp_path, total_steps=3)
+
+    def interrupted(number):
+        with first.step(number) as step:
+            step.update("rollout", {"accuracy": 0.5, "spread": math.nan})
+            raise KeyboardInterrupt  # Ctrl-C once its checkpoint is there
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(0)
+    assert records(tmp_path)[0]["aborted"] is True
+    open_log(tmp_path, start_step=1)
+    (record,) = records(tmp_path)
+    assert "aborted" not in record
+    assert record["rollout/accuracy"] == 0.5
+    assert math.isnan(record["rollout/spread"])
+    assert summarise(tmp_path / "metrics.jsonl")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [b"\0" * 30 + b"\n", b'{"step"\n', b"[1]\n", b"{}\n", b"\xff\xfe\n"],
+    ids=["nul", "cut", "list", "no step", "no text"],
+)
+def test_lines_that_a_power_cut_spoilt_are_left_out_and_told(tmp_path, spoilt):
+    log, _ = open_log(tmp_path)
+    for number in range(2):
+        with log.step(number) as step:
+            step.rows("samples", [{"step": number}])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        first, second = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        (tmp_path / name).write_bytes(first + spoilt + second + spoilt + b"\0\0")
+    _, screen = open_log(tmp_path, start_step=2)
+    assert [record["step"] for record in records(tmp_path)] == [0, 1]
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert f"{tmp_path / name}: what cannot be read is left out, line 2, 4\n" in screen.getvalue()
+
+
+def test_what_is_appended_is_on_the_disk_before_a_checkpoint_can_rely_on_it(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.fstat(file).st_size))
+    log, _ = open_log(tmp_path)
+    with log.step(0) as step:
+        step.rows("samples", [{"step": 0}])
+        assert synced == [len('{"step": 0}\n')]
+    assert synced[1] == (tmp_path / "metrics.jsonl").stat().st_size
+
+
+def test_a_full_disk_hides_no_failure_and_is_told_where_it_is_the_failure(tmp_path):
+    log, _ = open_log(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match="policy rank 3 was killed") as failure, log.step(3):
+        raise RuntimeError("policy rank 3 was killed")
+    where, lost = failure.value.__notes__
+    assert where == "at step 3, last phase (none yet)"
+    assert lost == f"{tmp_path}/metrics.jsonl: its record could not be written: [Errno 28] No space left on device"
+    with pytest.raises(OSError, match="No space left") as full, log.step(4):
+        pass
+    assert full.value.__notes__ == [f"at step 4, all of which is done: {tmp_path}/metrics.jsonl could not be written"]
 
 
 def test_rows_are_written_at_once(tmp_path):

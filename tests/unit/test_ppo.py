@@ -169,7 +169,7 @@ def test_an_evaluation_draws_as_many_samples_as_asked_with_the_same_seeds_each_t
 
 def test_a_run_that_is_asked_to_stop_saves_the_step_in_progress_and_begins_none(tmp_path: Path) -> None:
     run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(2))
-    train(run)
+    assert train(run) == 2
     assert run.weights.versions == [0, 1, 2]
     assert (run.checkpoints.steps, run.checkpoints.awaited) == ([2], [2])
     assert records(tmp_path)[-1]["checkpoint/pause_s"] == 0.25
@@ -177,7 +177,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_in_progress_and_begins_none(
 
 def test_a_run_that_is_asked_to_stop_before_its_first_step_begins_none(tmp_path: Path) -> None:
     run = dataclasses.replace(fake_run(fake_config(tmp_path, steps=6)), stop=StopAfter(0))
-    train(run)
+    assert train(run) == 0
     assert run.weights.versions == [0]
     assert run.checkpoints.steps == []
     summary = summarise(tmp_path / "metrics.jsonl")
@@ -187,7 +187,7 @@ def test_a_run_that_is_asked_to_stop_before_its_first_step_begins_none(tmp_path:
 
 def test_a_resumed_run_goes_on_at_its_step(tmp_path: Path) -> None:
     run = fake_run(fake_config(tmp_path, steps=6), start_step=4)
-    train(run)
+    assert train(run) == 6
     assert run.weights.versions == [4, 5, 6]
 
 

@@ -105,6 +105,12 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_graders_that_are_not_up_in_time_are_told_with_the_option(tmp_path, model, task, engine, capsys):
+    assert main(command(tmp_path, model, task, "--start-timeout-s", "0.001")) == 1
+    assert "must be ready within 0.001 s" in (told := capsys.readouterr().err)
+    assert "--start-timeout-s" in told
+
+
 def test_a_model_is_evaluated_and_everything_is_written(tmp_path, model, task, engine, capsys):
     engine.say = lambda prompt, seed: f"\\boxed{{{prompt.answer}}}" if prompt.id != "3" else "I do not know"
     assert main(command(tmp_path, model, task)) == 0

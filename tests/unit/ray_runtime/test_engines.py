@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.ray_runtime.engines import Engines, Evaluated
-from megatron_rl.ray_runtime.roles import RemoteEngine
+from megatron_rl.ray_runtime.roles import RemoteEngine, RemoteTrainer
 from megatron_rl.ray_runtime.workers import WorkerDied, WorkerFailed, WorkerGroup
 
 
@@ -71,6 +73,21 @@ def test_an_engine_that_dies_in_a_push_is_the_cause_and_not_the_trainer_that_wai
     assert "failed in send" in str(caught.value.__cause__)
     with pytest.raises(WorkerFailed, match="failed in send"):
         Engines(RemoteEngine(cast("WorkerGroup", Group())), Failing(), **more).push(1)
+
+
+def test_ranks_that_do_not_see_a_file_are_named_with_their_hosts() -> None:
+    def call(verb: str, file: Path, *, finish: Any) -> list[str]:
+        assert (verb, file) == ("sees", Path("token"))
+        return cast("list[str]", finish([True, False, False]))
+
+    hosts = ["a", "b", "c"]
+    group = SimpleNamespace(
+        names=[f"critic rank {rank}" for rank in range(3)],
+        births=lambda ranks: [SimpleNamespace(host=hosts[rank]) for rank in ranks],
+        call=call,
+    )
+    found = RemoteTrainer(cast("WorkerGroup", group)).blind_ranks(Path("token"))
+    assert found == ["critic rank 1 on b", "critic rank 2 on c"]
 
 
 @dataclass

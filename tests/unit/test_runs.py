@@ -1,0 +1,57 @@
+"""What a run hands to workers, whose folder is not the driver's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rl.assemble.roles import reward_service, start_trainer
+from megatron_rl.assemble.runs import _saved
+from megatron_rl.checkpoints import RunCheckpoints, RunIdentity
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.dataflow import Finish
+from megatron_rl.weights.weight_map import Head
+from tests.fakes import FileModel, fake_config, fake_supervised
+
+
+def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, identity = tmp_path / "runs/a/checkpoints", RunIdentity(model={}, prompts="", settings={})
+    model = FileModel()
+    checkpoints = RunCheckpoints(
+        folder, keep=1, asynchronous=False, models={"policy": model}, parts={}, like=tmp_path, identity=identity
+    )
+    checkpoints.start(None)
+    checkpoints.save(1, wait=True)
+    saved, _ = _saved(Path("runs/a"), identity)
+    assert saved is not None
+    assert saved.folder == folder / "step_000001"
+
+
+def test_reward_workers_that_are_not_up_in_time_are_told_with_the_setting() -> None:
+    make = reward_service(RewardConfig(start_timeout_s=0.001), max_error_rate=1.0)
+    with make() as service, pytest.raises(RuntimeError, match=r"ready within 0\.001 s .* reward\.start_timeout_s"):
+        service.score([("1", "1", Finish.STOP)])
+
+
+@pytest.mark.parametrize("fake", [fake_config, fake_supervised])
+def test_trainers_get_their_model_by_a_path_that_holds_in_any_folder(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, built = fake(tmp_path), []
+    group: Any = SimpleNamespace(
+        name="policy",
+        births=lambda: [SimpleNamespace(address="here")],
+        keep_port=lambda: 1,
+        build=lambda _, arguments: built.extend(arguments),
+    )
+    dims: Any = None
+    start_trainer(group, config, Head.TOKEN, dims, 1)
+    assert not config.model.path.is_absolute()
+    assert [spec.model.path for spec, *_ in built] == [tmp_path / config.model.path]
