@@ -47,8 +47,9 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equations 1, 2 and 4,
     with the tensors of this architecture in place of GPT's: what megatron-core's own modules keep, to the byte but for
     a few numbers per token; Transformer Engine's norms keep less. With h, a (query heads x width), k (key heads x
-    width) and f: 3 a + 3 k for attention, 5 f for a dense feed-forward block, two norms and what enters them (3 h each;
-    5 h in bfloat16, whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
+    width) and f: 3 a + 3 k for attention (with fewer key/value heads than tensor ranks, 2 a + k and all heads' queries,
+    keys and values), 5 f for a dense feed-forward block, two norms and what enters them (3 h each; 5 h in bfloat16,
+    whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
     h + 6 f for each token that they get, as many as if all were chosen alike, and the router its scores. Sequence
     parallelism shares what has h, and the tokens of experts, over tensor ranks. ``selective`` leaves out the sums,
     since the rows of this attention hold no scores; ``full`` keeps a layer's input. A test holds all of it against
@@ -81,12 +82,22 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
         return size * (heads + norm * ranks + 4 * latent.rotary_head_dim + apart) + 4 * (
             1 + (latent.query_rank is not None)
         )
-    queries, keys = dims.heads * dims.head_dim / tensor, dims.kv_heads * dims.head_dim / tensor
-    kept = size * (3 * queries + 3 * keys + 4 * dims.head_dim)
+    queries, keys = dims.heads * dims.head_dim / tensor, max(1.0, dims.kv_heads / tensor) * dims.head_dim
+    gathered = gathered_attention_width(dims, tensor)
+    kept = size * ((gathered or queries + 2 * keys) + 2 * queries + keys + 4 * dims.head_dim)
     if not dims.qk_norm:
         return kept
-    normed = 2 * queries + keys if size == 4 else 4 * (queries + keys)
+    normed = (1 if gathered else 2) * queries + keys if size == 4 else 4 * (queries + keys)
     return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
+
+
+def gathered_attention_width(dims: ModelDims, tensor: int) -> int:
+    """Elements of a token's queries, keys and values of all heads where tensor ranks outnumber key/value heads: there
+    megatron-core gathers the whole on each rank and computes with slices of it, which keep it. 0 elsewhere.
+    """
+    if dims.latent is not None or dims.kv_heads >= tensor:
+        return 0
+    return (dims.heads + 2 * dims.kv_heads) * dims.head_dim
 
 
 def remembered_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
@@ -119,13 +130,20 @@ def _norm_rows(size: int) -> int:
 
 def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
     """The most that a pass holds beyond what layers keep: the last norm and the head, or one layer's gradients on their
-    way, and with ``full`` that layer computed again and what its products gather from other tensor ranks.
+    way, and with ``full`` that layer computed again.
+
+    Under sequence parallelism megatron-core gathers what enters products into one buffer that stays; beside it lies in
+    its whole width what a product gives until its sum is scattered, or the gradient that a product gets, with that of
+    its own weights.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    whole = dims.hidden if layout.sequence_parallel else 0
+    ffn = dims.ffn_hidden / layout.tensor
     gradients = {}
     if len(dims.sparse_layers) < dims.layers:
-        gradients[False] = hidden + 2 * dims.ffn_hidden / layout.tensor
+        weights = ffn * dims.hidden / trainer.tokens_per_microbatch
+        gradients[False] = max(hidden + 2 * ffn, whole + 2 * hidden + ffn + weights)
     if dims.experts is not None and dims.sparse_layers:
         # of tokens on their way from the experts: what these gave, that put in order, and weighed; where tensor ranks
         # share experts, what these gave and that in order of all their tokens, and what is left of the sum over them,
@@ -135,15 +153,17 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
         gradients[True] = copies * dims.experts.per_token * hidden
         gradients[True] += hidden if dims.experts.shared_ffn_hidden else 0.0
     if trainer.recompute == "full":
+        if size == 2 and False in gradients:  # a norm's gradient in float32, when that of the block behind it is done
+            gradients[False] = max(gradients[False], 9 * hidden - 5 * ffn)
         again = replace(trainer, recompute="none")
-        gathered = dims.hidden if layout.sequence_parallel else 0
         return max(
             layer_activation_bytes(dims, again, dtype, sparse=sparse)
-            + size * (rows + gathered - (2 * hidden if sparse else 0))
+            + size * (rows + whole - (2 * hidden if sparse else 0))
             for sparse, rows in gradients.items()
         )
     head = 12 if size == 2 else 6
-    return size * max(head * hidden, *gradients.values())
+    scattered = whole + 4 * hidden if layout.sequence_parallel else 0
+    return size * (whole + max(head * hidden, scattered, *gradients.values()))
 
 
 def trainer_cells(

@@ -21,6 +21,7 @@ from megatron_rl.planner.lengths import Responses
 from megatron_rl.planner.memory import (
     cache_dtype,
     engine_weight_bytes,
+    gathered_attention_width,
     kv_bytes_per_token,
     layers_activation_bytes,
     unlike_stages,
@@ -184,7 +185,7 @@ def _layer_exchange(
     Tensor ranks exchange twice for attention and twice for the feed-forward block, experts apart: a gather and a
     scattered sum, or a sum that costs twice as much. That a backward pass gathers the inputs of two products once more
     under sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section
-    4.2.2). Tokens go to their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that
+    4.2.2). With fewer key/value heads than tensor ranks these gather queries, keys and values besides. Tokens go to their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that
     share an expert's matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu
     et al., "Ring Attention", 2023, section 3), elsewhere before them.
     """
@@ -193,6 +194,9 @@ def _layer_exchange(
         shared = not sparse or (experts is not None and experts.shared_ffn_hidden > 0)
         bytes_each = size * micro * dims.hidden * (layout.tensor - 1) / layout.tensor
         found += (4 if shared else 2) * (bytes_each / machine.link(layout.tensor) + LAUNCH_S)
+    if width := gathered_attention_width(dims, layout.tensor):
+        bytes_each = size * micro * width * (layout.tensor - 1) / layout.tensor
+        found += bytes_each / machine.link(layout.tensor) + LAUNCH_S
     if layout.context > 1:
         width = 2 * dims.kv_heads * dims.head_dim
         if (latent := dims.latent) is not None:

@@ -312,6 +312,16 @@ def test_tensor_ranks_exchange_four_shares_of_the_hidden_states_a_layer():
     assert found.tensor == pytest.approx(4 * 32 * (2 * 8192 * 4096 * 0.75 / (0.75 * 450e9) + 12e-6))
 
 
+def test_tensor_ranks_gather_queries_keys_and_values_where_they_outnumber_key_and_value_heads():
+    def seconds(heads):
+        dims = replace(model("llama3_8b"), kv_heads=heads)
+        chosen, work = trainer(tensor=8, sequence_parallel=True), Work(rows=8, row_tokens=1024)
+        return pass_time(dims, chosen, H100, work, "bfloat16", backward=False).tensor
+
+    # 8,192 tokens x (32 + 2 x 4) heads x 128 x 2 B, of which seven eighths come from others, in each of 32 layers
+    assert seconds(4) - seconds(8) == pytest.approx(32 * (8192 * 40 * 128 * 2 * 7 / 8 / (0.75 * 450e9) + 12e-6))
+
+
 def test_context_ranks_pass_keys_and_values_around_beside_the_scores():
     dims, chosen, work = model("llama3_8b"), trainer(context=2), Work(rows=8, row_tokens=8192)
     passed = 2 * 8192 * 2 * 8 * 128 / (0.75 * 450e9)  # of a micro-batch of 8,192 tokens a rank, in each of 32 layers
