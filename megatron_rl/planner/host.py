@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config.schema import RunConfig, TrainerConfig
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.planner.memory import Cell, engine_weight_bytes, unlike_stages
+from megatron_rl.planner.memory import Cell, unlike_stages, worker_weight_bytes
 from megatron_rl.planner.states import DTYPE_BYTES, optimized_elements, stage_elements
 from megatron_rl.planner.times import Machine
 from megatron_rl.weights.rules import Head
@@ -76,7 +76,7 @@ def _host_use(config: RunConfig, dims: ModelDims, machine: Machine, counts: dict
     shared, processes = config.cluster.colocate, sum(counts.values())
     cells = [cell for role in config.trainers if counts[role] for cell in _role(config, dims, role, counts[role])]
     if shared and counts["engine"]:
-        each = engine_weight_bytes(dims, config.engine, config.model.dtype) / config.engine.tensor
+        each = worker_weight_bytes(dims, config.engine, config.model.dtype)
         cells.append(_cell("host.engine.asleep", counts["engine"], each, "weights of an engine that sleeps"))
     bucket = config.sync.bucket_mib * 2**20
     cells.append(_cell("host.buckets", _UNDER_WAY, bucket, f"sync.bucket_mib={config.sync.bucket_mib}"))

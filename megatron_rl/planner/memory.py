@@ -15,6 +15,7 @@ from megatron_rl.planner.states import (
     stage_elements,
     state_bytes,
     total_parameters,
+    uncut_parameters,
 )
 from megatron_rl.weights.rules import Head
 
@@ -343,42 +344,36 @@ def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:
 
 
 def kv_bytes_per_token(dims: ModelDims, tensor: int, dtype: str) -> float:
-    """Keys and values of one token on one worker of an engine.
+    """Keys and values of one token on one worker of an engine."""
+    return dims.cached_width(tensor) * DTYPE_BYTES[dtype]
 
-    Pope et al., "Efficiently Scaling Transformer Inference" (2022), section 3.3; a latent is kept once per layer and
-    not shared over workers (DeepSeek-V2, 2024, section 2.1.4).
+
+def worker_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> float:
+    """Weights of one worker of an engine: its part of what vLLM cuts over workers, and all of the rest
+    (:func:`uncut_parameters`); where workers outnumber key/value heads, one of these each. Where the engine is
+    quantised, a byte for each of the layers' linears and their float32 scales; two for what else there is.
     """
-    size = DTYPE_BYTES[dtype]
-    if dims.latent is not None:
-        return dims.layers * (dims.latent.kv_rank + dims.latent.rotary_head_dim) * size
-    return 2 * dims.layers * max(1, dims.kv_heads // tensor) * dims.head_dim * size
-
-
-def cache_dtype(engine: EngineConfig, model_dtype: str) -> str:
-    """Type of an engine's keys and values, for a model of a type."""
-    return engine.kv_cache_dtype if engine.kv_cache_dtype != "auto" else engine.dtype(model_dtype)
-
-
-def engine_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> int:
-    """Weights of all workers of an engine: where it is quantised, a byte for each of the layers' linears and their
-    float32 scales; two for the rest.
-    """
-    size, count = DTYPE_BYTES[engine.dtype(model_dtype)], total_parameters(dims, Head.TOKEN)
+    size, whole = DTYPE_BYTES[engine.dtype(model_dtype)], uncut_parameters(dims)
+    count = whole + (total_parameters(dims, Head.TOKEN) - whole) / engine.tensor
+    if dims.latent is None and engine.tensor > dims.kv_heads:
+        copied = 2 * dims.head_dim * (dims.hidden + dims.qkv_bias)
+        count += dims.layers * copied * (1 - dims.kv_heads / engine.tensor)
     if not engine.quantised:
         return size * count
-    linears = dims.layers * sum(rows * columns for rows, columns in _linear_shapes(dims))
-    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in _linear_shapes(dims))
+    shapes = _linear_shapes(dims, engine.tensor)
+    linears = dims.layers * sum(rows * columns for rows, columns in shapes)
+    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in shapes)
     return size * (count - linears) + linears + 4 * scales
 
 
-def _linear_shapes(dims: ModelDims) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of a dense layer's linears as an engine joins them: q with k and v, gate with up."""
-    attention = dims.heads * dims.head_dim
+def _linear_shapes(dims: ModelDims, workers: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of a dense layer's linears as a worker joins them: q with k and v, gate with up."""
+    attention, keys = dims.heads * dims.head_dim // workers, max(1, dims.kv_heads // workers) * dims.head_dim
     return (
-        (attention + 2 * dims.kv_heads * dims.head_dim, dims.hidden),
+        (attention + 2 * keys, dims.hidden),
         (dims.hidden, attention),
-        (2 * dims.ffn_hidden, dims.hidden),
-        (dims.hidden, dims.ffn_hidden),
+        (2 * dims.ffn_hidden // workers, dims.hidden),
+        (dims.hidden, dims.ffn_hidden // workers),
     )
 
 
@@ -391,15 +386,16 @@ def engine_cells(dims: ModelDims, engine: EngineConfig, dtype: str) -> list[Cell
     """What one worker of an engine holds; ``dtype``: of the model."""
     count, kept = total_parameters(dims, Head.TOKEN), engine.dtype(dtype)
     kind = f"quantization={engine.quantization}, the rest {kept}" if engine.quantised else kept
-    each = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
+    each = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
     cache = engine.kv_cache_mib * 2**20
     widest = engine.max_concurrent * 4 * dims.vocabulary
     return [
         Cell(
             name="engine.weights",
-            value=engine_weight_bytes(dims, engine, dtype) / engine.tensor,
+            value=worker_weight_bytes(dims, engine, dtype),
             unit="B",
-            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers",
+            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers, of which {uncut_parameters(dims):,} are "
+            "whole on each",
         ),
         Cell(
             name="engine.kv_cache",

@@ -19,12 +19,11 @@ from megatron_rl.planner.devices import (
 )
 from megatron_rl.planner.lengths import Responses
 from megatron_rl.planner.memory import (
-    cache_dtype,
-    engine_weight_bytes,
     gathered_attention_width,
     kv_bytes_per_token,
     layers_activation_bytes,
     unlike_stages,
+    worker_weight_bytes,
 )
 from megatron_rl.planner.states import DTYPE_BYTES, exchanged_parameters, optimized_elements, total_parameters
 from megatron_rl.weights.rules import Head
@@ -185,9 +184,10 @@ def _layer_exchange(
     Tensor ranks exchange twice for attention and twice for the feed-forward block, experts apart: a gather and a
     scattered sum, or a sum that costs twice as much. That a backward pass gathers the inputs of two products once more
     under sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section
-    4.2.2). With fewer key/value heads than tensor ranks these gather queries, keys and values besides. Tokens go to their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that
-    share an expert's matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu
-    et al., "Ring Attention", 2023, section 3), elsewhere before them.
+    4.2.2). With fewer key/value heads than tensor ranks these gather queries, keys and values besides. Tokens go to
+    their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that share an expert's
+    matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu et al., "Ring
+    Attention", 2023, section 3), elsewhere before them.
     """
     size, experts, found = DTYPE_BYTES[dtype], dims.experts, 0.0
     if layout.tensor > 1:
@@ -226,7 +226,7 @@ def update_time(
     twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is
     hidden behind arithmetic unless communication overlaps, which hides what arithmetic lasts. Adam reads gradient, main
     weight and moments and writes the last three and the weight. On the host it takes the gradient down and the weight
-    up, and runs at a tenth of the device's bandwidth.
+    up, and the ranks of a node share the bandwidth of its memory.
     """
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True, head=head)
     hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
@@ -247,8 +247,9 @@ def _step_time(
     exchanged = ways * exchanged_parameters(dims, layout, head, layout.rank_of(pipeline=stage))
     between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
     elements = optimized_elements(dims, trainer, head, stage)
-    if trainer.optimizer_on_host:
-        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
+    if trainer.optimizer_on_host and device.is_gpu:
+        own = MEMORY_SHARE * device.host_bandwidth / min(machine.per_node, layout.world_size)
+        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / own)
     else:
         adam = elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
     return max(0.0, between - hidden), adam
@@ -294,7 +295,7 @@ def rollout_time(
     engines has none left.
     """
     mine = samples / engine.count
-    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
+    kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
     mean = prompt_tokens + responses.running
     together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / mean))
     waiting = mine - together
@@ -327,9 +328,9 @@ def decode_step_time(
     quantised engine fewer bytes are read, and the products of its linears are faster. ``dtype``: of the model.
     """
     size = DTYPE_BYTES[engine.dtype(dtype)]
-    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
-    weights = engine_weight_bytes(dims, engine, dtype) / engine.tensor
-    read = weights * _touched(dims, sequences) + sequences * context * kv
+    kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
+    weights = worker_weight_bytes(dims, engine, dtype) - size * _idle_experts(dims, sequences) / engine.tensor
+    read = weights + sequences * context * kv
     products = sequences * _token_time(dims, engine, machine, 1)
     exchanged = 0.0
     if engine.tensor > 1:
@@ -347,17 +348,13 @@ def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length:
     return (dims.row_flops(length) - saved) / length / engine.tensor / (MATMUL_SHARE * machine.device.flops)
 
 
-def _touched(dims: ModelDims, tokens: float) -> float:
-    """Share of all weights that a step of so many tokens reads: of experts those that at least one token chose, if
-    each chose at random.
-    """
+def _idle_experts(dims: ModelDims, tokens: float) -> float:
+    """Elements of experts that no token of a step of so many chose, if each chose at random."""
     experts = dims.experts
     if experts is None:
-        return 1.0
+        return 0.0
     routed = 3 * dims.hidden * experts.ffn_hidden * experts.count * len(experts.layers)
-    share = routed / total_parameters(dims, Head.TOKEN)
-    missed = math.pow(1 - experts.per_token / experts.count, tokens)
-    return 1 - share * missed
+    return routed * math.pow(1 - experts.per_token / experts.count, tokens)
 
 
 def push_time(
@@ -369,5 +366,5 @@ def push_time(
     size = DTYPE_BYTES[dtype] * total_parameters(dims, Head.TOKEN)
     gathered = size / machine.link(trainer.layout.world_size) if trainer.layout.world_size > 1 else 0.0
     ranks = trainer.layout.world_size + engine.count * engine.tensor
-    sent = engine_weight_bytes(dims, engine, dtype) if quantised else size
+    sent = worker_weight_bytes(dims, replace(engine, tensor=1), dtype) if quantised else size
     return gathered + sent / machine.link(ranks)
