@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig, TrainerConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig, TrainerConfig
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.memory import Cell, unlike_stages, worker_weight_bytes
 from megatron_rl.planner.states import DTYPE_BYTES, optimized_elements, stage_elements
@@ -41,7 +41,7 @@ class HostUse:
         return sum(cell.value for cell in self.cells if cell.name.startswith(f"host.{role}."))
 
 
-def host_uses(config: RunConfig, dims: ModelDims, machine: Machine) -> list[HostUse]:
+def host_uses(config: RunConfig | SFTConfig, dims: ModelDims, machine: Machine) -> list[HostUse]:
     """What nodes hold, the fullest first; of nodes with as many ranks of each role one. Empty on a CPU, where host and
     device are the same memory.
 
@@ -52,12 +52,13 @@ def host_uses(config: RunConfig, dims: ModelDims, machine: Machine) -> list[Host
     if not machine.device.is_gpu:
         return []
     ranks = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
-    ranks["engine"] = config.engine.count * config.engine.tensor
+    if isinstance(config, RunConfig):
+        ranks["engine"] = config.engine.count * config.engine.tensor
     uses = [_host_use(config, dims, machine, counts) for counts in _nodes(ranks, machine.per_node, config)]
     return sorted(uses, key=lambda use: -use.most)
 
 
-def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig) -> list[dict[str, int]]:
+def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig | SFTConfig) -> list[dict[str, int]]:
     """Ranks of each role on a node, of unlike nodes."""
     spans, start = {}, 0
     for role, count in ranks.items():
@@ -72,14 +73,15 @@ def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig) -> list[dict
     return list(found.values())
 
 
-def _host_use(config: RunConfig, dims: ModelDims, machine: Machine, counts: dict[str, int]) -> HostUse:
+def _host_use(config: RunConfig | SFTConfig, dims: ModelDims, machine: Machine, counts: dict[str, int]) -> HostUse:
     shared, processes = config.cluster.colocate, sum(counts.values())
     cells = [cell for role in config.trainers if counts[role] for cell in _role(config, dims, role, counts[role])]
-    if shared and counts["engine"]:
-        each = worker_weight_bytes(dims, config.engine, config.model.dtype)
-        cells.append(_cell("host.engine.asleep", counts["engine"], each, "weights of an engine that sleeps"))
-    bucket = config.sync.bucket_mib * 2**20
-    cells.append(_cell("host.buckets", _UNDER_WAY, bucket, f"sync.bucket_mib={config.sync.bucket_mib}"))
+    if isinstance(config, RunConfig):
+        if shared and counts["engine"]:
+            each = worker_weight_bytes(dims, config.engine, config.model.dtype)
+            cells.append(_cell("host.engine.asleep", counts["engine"], each, "weights of an engine that sleeps"))
+        bucket = config.sync.bucket_mib * 2**20
+        cells.append(_cell("host.buckets", _UNDER_WAY, bucket, f"sync.bucket_mib={config.sync.bucket_mib}"))
     each = machine.device.host_process
     cells.append(_cell("host.processes", processes, each, "libraries of a process (assumed)"))
 
@@ -93,7 +95,7 @@ def _host_use(config: RunConfig, dims: ModelDims, machine: Machine, counts: dict
     return HostUse(cells=tuple(cells), peaks=tuple(peaks))
 
 
-def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator[Cell]:
+def _role(config: RunConfig | SFTConfig, dims: ModelDims, role: str, ranks: int) -> Iterator[Cell]:
     """Of ``ranks`` ranks of a model on one node.
 
     A save (``mcore.checkpoint``) has megatron-core's distributed optimizer gather main weights and moments of all that
@@ -124,7 +126,7 @@ def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator
         unit="B",
         formula=" + ".join(told for _, told in saved),
     )
-    if config.cluster.colocate:
+    if isinstance(config, RunConfig) and config.cluster.colocate:
         copies = 2 if role == "policy" and config.ppo.kl_coef > 0 else 1
         away = copies * size * elements + (0 if trainer.optimizer_on_host else kept * states)
         told = f"{copies} x {elements:,} weights x {size} B, and its optimizer's states where they are not on the host"

@@ -12,6 +12,7 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import (
     DTYPE_BYTES,
     linear_parameters,
+    optimizer_shares,
     stage_elements,
     state_bytes,
     total_parameters,
@@ -238,7 +239,14 @@ def _stage_cells(
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
     states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
-    sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
+    shares = [
+        f"{elements:,} {what} / {replicas} replicas"
+        for (elements, replicas), what in zip(
+            optimizer_shares(dims, trainer, head, stage).values(), ("parameters", "of experts"), strict=True
+        )
+        if elements
+    ]
+    owned = f"({' + '.join(shares)}) of stage {stage} ({layout}) x"
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
     held = layout.layers_of_stage(stage, dims.layers)
@@ -264,13 +272,13 @@ def _stage_cells(
             name=f"{role}.optimizer",
             value=states.optimizer,
             unit="B",
-            formula="on the host" if trainer.optimizer_on_host else f"{count} x {12 if size == 2 else 8} B{sharded}",
+            formula="on the host" if trainer.optimizer_on_host else f"{owned} {12 if size == 2 else 8} B",
         ),
         Cell(
             name=f"{role}.host_optimizer",
             value=states.host_optimizer,
             unit="B",
-            formula=f"{count} x 12 B{sharded}" if trainer.optimizer_on_host else "on the device",
+            formula=f"{owned} 12 B" if trainer.optimizer_on_host else "on the device",
         ),
         Cell(
             name=f"{role}.activations", value=tokens * (flying * kept + passing + remembered), unit="B", formula=formula
@@ -279,28 +287,31 @@ def _stage_cells(
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
     if trainer.fp8 is not None and not trainer.fp8.parameters:
-        cells.append(_fp8_copies(role, dims, trainer, stage))
+        cells.append(_fp8_copies(f"{role}.fp8_weights", dims, trainer, stage, "rows", "columns"))
     if reference:
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
+        if trainer.fp8 is not None and trainer.fp8.logprobs and not trainer.fp8.parameters:
+            cells.append(_fp8_copies(f"{role}.reference_fp8_weights", dims, trainer, stage, "rows"))
     return cells
 
 
-def _fp8_copies(role: str, dims: ModelDims, trainer: TrainerConfig, stage: int) -> Cell:
+def _fp8_copies(name: str, dims: ModelDims, trainer: TrainerConfig, stage: int, *kept: str) -> Cell:
     """What Transformer Engine keeps of the weights of linears from one micro-batch to the next: as rows, for the
     products of the forward pass, and as columns, for those of the backward pass.
     """
     assert trainer.fp8 is not None
-    layout, kept = trainer.layout, trainer.fp8.layers_kept
-    held = [n for n in layout.layers_of_stage(stage, dims.layers) if kept <= n < dims.layers - kept]
+    layout, ends = trainer.layout, trainer.fp8.layers_kept
+    held = [n for n in layout.layers_of_stage(stage, dims.layers) if ends <= n < dims.layers - ends]
     sparse = len(dims.sparse_layers.intersection(held))
     count = (len(held) - sparse) * linear_parameters(dims, layout, sparse=False)
     count += sparse * linear_parameters(dims, layout, sparse=True)
     return Cell(
-        name=f"{role}.fp8_weights",
-        value=2 * count,
+        name=name,
+        value=len(kept) * count,
         unit="B",
-        formula=f"{count:,} weights of linears in {len(held)} layers x 2 B: rows and columns in FP8, besides",
+        formula=f"{count:,} weights of linears in {len(held)} layers x {len(kept)} B: {' and '.join(kept)} in FP8, "
+        "besides",
     )
 
 

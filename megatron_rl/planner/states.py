@@ -151,9 +151,14 @@ def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, ra
 
 def optimized_elements(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> float:
     """Elements whose optimizer states a rank of ``stage`` has, if replicas could share them equally."""
+    return sum(count / replicas for count, replicas in optimizer_shares(dims, trainer, head, stage).values())
+
+
+def optimizer_shares(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> Mapping[bool, tuple[int, int]]:
+    """Elements of a rank of ``stage`` and how many replicas share their optimizer states, by ``shared_out``."""
     held = stage_elements(dims, trainer.layout, head, stage)
     kinds = _replicas(trainer.layout, trainer.layout.rank_of(pipeline=stage))
-    return sum(n / (kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items())
+    return {kind: (n, kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items()}
 
 
 def least_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int, dtype: str) -> float:

@@ -287,8 +287,12 @@ def rollout_time(
     samples: int,
     prompt_tokens: float,
     responses: Responses,
+    samples_per_prompt: int = 1,
 ) -> RolloutTime:
     """Generating ``samples`` on all engines; ``dtype``: of the model.
+
+    A prompt's samples are on one engine, whose prefix cache reads it once and keeps its keys and values once; each
+    sample's step reads them all the same.
 
     While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow, and a new one
     takes the place of each that ends. Then fewer and fewer run, as :meth:`Responses.alive` says, until the last of all
@@ -296,8 +300,8 @@ def rollout_time(
     """
     mine = samples / engine.count
     kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
-    mean = prompt_tokens + responses.running
-    together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / mean))
+    mean, kept = prompt_tokens + responses.running, prompt_tokens / samples_per_prompt + responses.running
+    together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / kept))
     waiting = mine - together
     full = waiting * responses.mean / together
     full *= decode_step_time(dims, engine, machine, dtype, sequences=together, context=mean)
@@ -314,7 +318,12 @@ def rollout_time(
             context=prompt_tokens + min(responses.longest, age + tokens),
         )
         tail += width * responses.any_alive(tokens, together * engine.count) * step
-    prefill = mine * max(1.0, prompt_tokens) * _token_time(dims, engine, machine, max(1, round(prompt_tokens)))
+    length = max(1, round(prompt_tokens))
+    last = _product_time(dims.output_flops(1), engine, machine)
+    layers = _token_time(dims, engine, machine, length) - _product_time(
+        dims.output_flops(length) / length, engine, machine
+    )
+    prefill = mine * (max(1.0, prompt_tokens) / samples_per_prompt * layers + last)
     return RolloutTime(prefill=prefill, full=full, tail=tail)
 
 
@@ -345,7 +354,12 @@ def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length:
     linear = (dims.layers - sparse) * dims.linear_flops(length, sparse=False)
     linear += sparse * dims.linear_flops(length, sparse=True) if sparse else 0.0
     saved = linear * (1 - 1 / machine.device.engine_gain(engine.quantization))
-    return (dims.row_flops(length) - saved) / length / engine.tensor / (MATMUL_SHARE * machine.device.flops)
+    return _product_time((dims.row_flops(length) - saved) / length, engine, machine)
+
+
+def _product_time(flops: float, engine: EngineConfig, machine: Machine) -> float:
+    """Seconds of products that the workers of an engine share."""
+    return flops / engine.tensor / (MATMUL_SHARE * machine.device.flops)
 
 
 def _idle_experts(dims: ModelDims, tokens: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
@@ -141,6 +141,28 @@ def test_what_does_not_fit_a_node_is_a_problem_of_the_plan_and_of_layouts():
     assert not any(
         c.problem.startswith("host mem") for c in choices(recipe()[0], dims, H100, LENGTHS, "policy", 16) if c.seconds
     )
+
+
+def test_a_supervised_stage_has_one_model_and_neither_engines_nor_buckets(capsys):
+    file, folder = ROOT / "examples" / "qwen2.5_math_7b" / "sft_math_8k.toml", FOLDER / "models" / "qwen2.5_math_7b"
+    config, dims = parse(SFTConfig, [file]), read_model_dims(folder)
+    on_one = replace(config, trainer=replace(config.trainer, layout=ParallelLayout(data=8), distributed_optimizer=True))
+    count = total_parameters(dims, Head.TOKEN)
+    (use,) = host_uses(on_one, dims, H100)
+    assert told(use) == {
+        "host.trainer.gathered": 8 * 12 * count,
+        "host.trainer.save": 14 * count,
+        "host.processes": 8 * 4e9,
+    }
+    assert plan(on_one, dims, H100, Lengths(prompt=100, response=100)).host == use
+    small = replace(H100, host_memory=64e9)
+    refused = [
+        c.problem for c in choices(config, dims, small, Lengths(prompt=100, response=100), "trainer", 8) if c.problem
+    ]
+    assert any(problem.startswith("host memory: ") for problem in refused)
+    command = ["plan", str(file), f"model.path={folder}", "--device", "h100", "--host-gib", "64"]
+    assert main(command) == 1
+    assert "CANNOT RUN: host memory: while a save is staged a node needs " in capsys.readouterr().out
 
 
 def test_a_cpu_has_no_memory_beside_that_of_its_ranks():

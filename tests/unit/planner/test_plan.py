@@ -436,6 +436,34 @@ def test_fp8_keeps_its_copies_of_the_weights_beside_them():
     assert copies(parameters=True) == []
 
 
+def test_a_reference_that_scores_in_fp8_keeps_its_weights_as_rows():
+    dims, layout = model("qwen2.5_14b"), ParallelLayout(tensor=2, sequence_parallel=True)
+    linears = (5120 + 2 * 1024) * 5120 + 5120 * 5120 + 3 * 5120 * 13824
+
+    def copies(*, reference=True, **fields):
+        chosen = replace(trainer(), layout=layout, fp8=FP8Config(**fields))
+        cells = trainer_cells("policy", dims, chosen, Head.TOKEN, "bfloat16", reference=reference, on_gpu=True)
+        return [cell.value for cell in cells if cell.name == "policy.reference_fp8_weights"]
+
+    assert copies() == [48 * linears / 2]
+    assert copies(reference=False) == copies(logprobs=False) == copies(parameters=True) == []
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_an_optimizers_formula_gives_its_number_where_experts_are_shared_out(on_host):
+    chosen = replace(trainer(data=8, expert=4), distributed_optimizer=True, optimizer_on_host=on_host)
+    cells = trainer_cells(
+        "policy", model("qwen3_30b_a3b"), chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=True
+    )
+    cell = next(c for c in cells if c.name == ("policy.host_optimizer" if on_host else "policy.optimizer"))
+    found = re.match(
+        r"\(([\d,]+) parameters / 8 replicas \+ ([\d,]+) of experts / 2 replicas\) .* x 12 B$", cell.formula
+    )
+    assert found, cell.formula
+    dense, experts = (int(number.replace(",", "")) for number in found.groups())
+    assert 12 * (dense / 8 + experts / 2) == pytest.approx(cell.value, rel=1e-4)
+
+
 def test_products_take_their_flops_at_the_devices_share():
     work, dims = Work(rows=8, row_tokens=1024), model("llama3_8b")
     slow = replace(H100, device=replace(H100.device, bandwidth=1e30))
@@ -594,9 +622,38 @@ def test_products_of_a_quantised_engine_are_faster():
         return rollout_time(dims, engine, free, "bfloat16", samples=8, prompt_tokens=1024, responses=responses).prefill
 
     linear = 8 * 32 * dims.linear_flops(1024, sparse=False) / (0.7 * 989e12)
-    assert prefill("none") == pytest.approx(8 * dims.row_flops(1024) / (0.7 * 989e12))
+    # the output layer is computed for the last token of a prompt alone
+    assert prefill("none") == pytest.approx(
+        8 * (dims.row_flops(1024) - dims.output_flops(1024) + dims.output_flops(1)) / (0.7 * 989e12)
+    )
     assert prefill("none") - prefill("fp8_per_channel") == pytest.approx(linear * (1 - 1 / 1.57))
     assert prefill("none") - prefill("fp8_per_block") == pytest.approx(linear * (1 - 1 / 1.41))
+
+
+def test_samples_of_a_prompt_share_it_in_the_cache_and_are_read_one_by_one():
+    dims, responses = model("llama3_8b"), Responses(mean=100, longest=100)
+    each = 32 * 2 * 8 * 128 * 2
+    # of 8 prompts of 8,000 tokens once, and of 64 responses 50 tokens at a time
+    engine = EngineConfig(kv_cache_mib=math.ceil((8 * 8000 + 64 * 50) * each / 2**20), max_concurrent=64)
+
+    def seconds(shared, samples=64):
+        return rollout_time(
+            dims,
+            engine,
+            H100,
+            "bfloat16",
+            samples=samples,
+            prompt_tokens=8000,
+            responses=responses,
+            samples_per_prompt=shared,
+        )
+
+    alone, together = seconds(1), seconds(8)
+    last = 64 * dims.output_flops(1) / (0.7 * 989e12)
+    assert together.prefill - last == pytest.approx((alone.prefill - last) / 8)
+    assert together.full == 0 < alone.full
+    step = decode_step_time(dims, engine, H100, "bfloat16", sequences=64, context=8050)
+    assert together.tail == pytest.approx(100 * step, rel=1e-3)
 
 
 def test_lengths_of_responses_by_hand():
