@@ -63,7 +63,7 @@ of a rank, with freed blocks given back at once; time is CPU-seconds of all rank
 | micro-batches of 1,024 | 521 | 533 | -2 % | 4.62 | 4.91 | -6 % |
 | 4 rows of 1,024 | 886 | 886 | +0 % | 5.16 | 5.12 | +1 % |
 | full recompute | 571 | 570 | +0 % | 6.16 | 6.49 | -5 % |
-| TP2 SP | 619 | 633 | -2 % | 4.76 | 5.97 | -20 % |
+| TP2 SP | 623 | 633 | -2 % | 4.76 | 5.97 | -20 % |
 | PP2, micro-batches of 1,024 | 488 | 506 | -3 % | 4.74 | 5.35 | -11 % |
 | DP2 | 642 | 650 | -1 % | 4.67 | 5.12 | -9 % |
 
@@ -78,7 +78,8 @@ or latent attention, with fewer key/value heads than tensor ranks too, against p
 where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its linears do. What is
 rough: every time.
 
-A node's own memory (2 TB in a DGX; `--host-gib` says another) is the sum over its ranks, each counted as one of the
+A device has the memory that CUDA reports of it, less 2 GB for libraries, which is assumed. A node's own memory (2 TB in
+a DGX; `--host-gib` says another), for a supervised stage too, is the sum over its ranks, each counted as one of the
 fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers 12
 bytes for each element that a rank has on every replica, and one replica serialises them and the weights), with
 `cluster.colocate` what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than
@@ -88,7 +89,8 @@ Products of linears in FP8 are as many times faster as Transformer Engine's docu
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
-keys and values, and an engine that has no more samples to start waits for its last ones.
+keys and values, and an engine that has no more samples to start waits for its last ones. Samples of a prompt share its
+place in the cache and are read in once (vLLM's prefix cache).
 
 ![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
