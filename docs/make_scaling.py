@@ -49,23 +49,23 @@ of any world, without memory, and reads its bytes off; tests hold the prediction
 
 ## Against measurement on a CPU
 
-`python benchmarks/planner.py` (3 rounds) on two shared cores, one thread a rank: an update of the policy, hidden width
-256, 4 layers, 8 rows of 512 tokens, unless the row says otherwise. The first row calibrates the others: one number for
-memory beyond the plan (307 MiB), one factor for time. Memory is the largest resident set of a rank, with freed blocks
-given back at once; time is CPU-seconds of all ranks.
+`python benchmarks/planner.py` (5 rounds) on two shared cores without AVX-512, one thread a rank: an update of the
+policy, hidden width 256, 4 layers, 8 rows of 512 tokens, unless the row says otherwise. The first row calibrates the
+others: one number for memory beyond the plan (343 MiB), one factor for time (1.45). Memory is the largest resident set
+of a rank, with freed blocks given back at once; time is CPU-seconds of all ranks.
 
 | setting | MiB predicted | measured | error | CPU-s predicted | measured | error |
 | --- | --- | --- | --- | --- | --- | --- |
-| calibration | 849 | 849 | | 1.66 | 1.66 | |
-| hidden 384 | 1146 | 1145 | +0 % | 3.43 | 3.05 | +12 % |
-| 8 layers | 1342 | 1342 | +0 % | 3.29 | 3.20 | +3 % |
-| 16 rows | 849 | 850 | -0 % | 3.32 | 3.33 | -0 % |
-| micro-batches of 1,024 | 484 | 497 | -3 % | 1.66 | 1.61 | +3 % |
-| 4 rows of 1,024 | 849 | 850 | -0 % | 1.85 | 1.85 | +0 % |
-| full recompute | 535 | 534 | +0 % | 2.21 | 2.23 | -1 % |
-| TP2 SP | 582 | 597 | -3 % | 1.71 | 1.91 | -10 % |
-| PP2, micro-batches of 1,024 | 451 | 469 | -4 % | 1.70 | 1.68 | +1 % |
-| DP2 | 606 | 614 | -1 % | 1.68 | 1.63 | +3 % |
+| calibration | 886 | 886 | | 4.62 | 4.62 | |
+| hidden 384 | 1183 | 1182 | +0 % | 9.55 | 7.67 | +25 % |
+| 8 layers | 1378 | 1379 | -0 % | 9.15 | 8.40 | +9 % |
+| 16 rows | 886 | 886 | +0 % | 9.23 | 9.42 | -2 % |
+| micro-batches of 1,024 | 521 | 533 | -2 % | 4.62 | 4.91 | -6 % |
+| 4 rows of 1,024 | 886 | 886 | +0 % | 5.16 | 5.12 | +1 % |
+| full recompute | 571 | 570 | +0 % | 6.16 | 6.49 | -5 % |
+| TP2 SP | 623 | 633 | -2 % | 4.76 | 5.97 | -20 % |
+| PP2, micro-batches of 1,024 | 488 | 506 | -3 % | 4.74 | 5.35 | -11 % |
+| DP2 | 642 | 650 | -1 % | 4.67 | 5.12 | -9 % |
 
 With `--device h100` (`h200`, `a100-80g`) it does the same on GPUs: larger models in bfloat16, the most that a rank has
 allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it as the check `plans` ([gpu.md](gpu.md)).
@@ -74,12 +74,14 @@ allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it a
 
 What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which
 are as many: Transformer Engine keeps rows and columns). What is near: activations of whole models, dense, with experts
-or latent attention, against passes of the real ones on a CPU (5 %, where experts are chosen alike); on a GPU
-Transformer Engine's norms keep less, and in FP8 its linears do. What is rough: every time.
+or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real ones on a CPU (5 %,
+where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its linears do. What is
+rough: every time.
 
-A node's own memory (2 TB in a DGX; `--host-gib` says another) is the sum over its ranks, each counted as one of the
-fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers 12
-bytes for each element that a rank has on every replica, and one replica serialises them and the weights), with
+A device has the memory that CUDA reports of it, less 2 GB for libraries, which is assumed. A node's own memory (2 TB in
+a DGX; `--host-gib` says another), for a supervised stage too, is the sum over its ranks, each counted as one of the
+fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers all replicas' 12
+bytes for each element on the first one, which serialises them and the weights), with
 `cluster.colocate` what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than
 95 % is in use, so that is the limit. None of it has been measured on a node with GPUs.
 
@@ -87,7 +89,8 @@ Products of linears in FP8 are as many times faster as Transformer Engine's docu
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
-keys and values, and an engine that has no more samples to start waits for its last ones.
+keys and values, and an engine that has no more samples to start waits for its last ones. Samples of a prompt share its
+place in the cache and are read in once (vLLM's prefix cache).
 
 ![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
@@ -141,7 +144,7 @@ def recipe_rows() -> Iterator[str]:
     yield (
         f"1,024 prompts x 8 samples a step, {LENGTHS.prompt:g} + {LENGTHS.response:g} tokens on the average: each "
         "recipe on the GPU that it names (deepseek_v3: B200, since its engine lies on one node of 8, whose GPUs hold "
-        "168 GB of weights each), with `fp8.toml` there (training alone; engines in BF16), and those for H100 on A100. "
+        "170 GB of weights each), with `fp8.toml` there (training alone; engines in BF16), and those for H100 on A100. "
         "GB of the fullest device, and of the memory of the fullest node beside its devices; the last column is "
         "GPU-hours of 120 steps. `plan` "
         "names layouts of the same devices that are faster still, mostly with more pieces to a stage. "

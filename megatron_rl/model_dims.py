@@ -127,6 +127,16 @@ class ModelDims:
             if width % workers:
                 yield f"must divide the model's {what} of {width}, got {workers}"
 
+    def cached_width(self, workers: int) -> int:
+        """Elements that an engine's worker keeps of one token, in all layers.
+
+        Pope et al., "Efficiently Scaling Transformer Inference" (2022), section 3.3; a latent is kept once per layer
+        and not shared over workers (DeepSeek-V2, 2024, section 2.1.4).
+        """
+        if self.latent is not None:
+            return self.layers * (self.latent.kv_rank + self.latent.rotary_head_dim)
+        return 2 * self.layers * max(1, self.kv_heads // workers) * self.head_dim
+
     def _shares_heads(self, ranks: int) -> bool:
         """Whether each rank has as many query heads, with whole query groups or an equal part of one.
 

@@ -429,6 +429,25 @@ class EngineConfig:
         """Type of what is not quantised, for a model of this type."""
         return "bfloat16" if self.quantised else model_dtype
 
+    def cache_dtype(self, model_dtype: str) -> str:
+        """Type of keys and values, for a model of this type."""
+        return self.kv_cache_dtype if self.kv_cache_dtype != "auto" else self.dtype(model_dtype)
+
+    def cache_problems(self, dims: ModelDims, model_dtype: str, tokens: int, *, on_cpu: bool) -> Iterator[str]:
+        """Whether the cache holds one sequence of so many tokens, without which vLLM does not start.
+
+        Source: ``get_kv_cache_configs`` in ``vllm/v1/core/kv_cache_utils.py``: whole blocks, and one that stays empty.
+        Blocks have 128 tokens on a CPU but for latent attention, else 16 or more.
+        """
+        block = 128 if on_cpu and dims.latent is None else 16
+        size = {"float32": 4, "bfloat16": 2, "fp8": 1}[self.cache_dtype(model_dtype)]
+        needed = (-(-tokens // block) + 1) * block * dims.cached_width(self.tensor) * size
+        if needed > self.kv_cache_mib << 20:
+            yield (
+                f"engine.kv_cache_mib: must hold one sequence of {tokens:,} tokens, at least {-(-needed >> 20)}, "
+                f"got {self.kv_cache_mib}"
+            )
+
     def machine_problems(self, gpu: Gpu, *, wide_vectors: bool = True) -> Iterator[str]:
         """What an engine cannot do with this GPU, or without one, on a CPU with AVX-512 or AMX or without."""
         return self.cpu_problems(wide_vectors) if gpu.capability == (0, 0) else self.gpu_problems(gpu)
@@ -823,6 +842,9 @@ class RunConfig:
                 f"({self.rollout.max_response_tokens}) must fit the model's {dims.max_positions} positions, "
                 f"got {asked}; largest: {max(1, dims.max_positions - self.data.max_prompt_tokens)}"
             )
+        elif dims is not None:
+            on_cpu = self.cluster.device == "cpu" if gpu is None else gpu.capability == (0, 0)
+            yield from self.engine.cache_problems(dims, self.model.dtype, asked, on_cpu=on_cpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,9 @@ def dry_run(
         states = _optimizer_bytes(training)
         activations, reason = None, "not asked for"
         if row_tokens is not None:
+            if trainer.overlap_communication:  # whose coalesced collectives fake tensors have not; it keeps no more
+                apart = replace(trainer, overlap_communication=False)
+                training = prepare_training(build_chunks(dims, apart, dtype(dtype_name), head), apart, total_updates=1)
             activations, reason = _fake_activations(training, trainer, dims, head, row_tokens)
         return DryRun(
             parameters=count,

@@ -12,7 +12,7 @@ class Device:
     """One GPU and its share of its machine. Rates are peaks, per second and direction.
 
     Attributes:
-        memory: bytes.
+        memory: bytes, as CUDA reports them: less than the card has, and the least that was found reported.
         flops: dense bfloat16.
         bandwidth: of its memory, in bytes.
         link: to the other GPUs of its node, in bytes.
@@ -21,6 +21,7 @@ class Device:
         capability: CUDA's compute capability; (0, 0): not a GPU.
         reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
         host_memory: of a node, in bytes; a machine with another one is said (``--host-gib``).
+        host_bandwidth: of a node's own memory, in bytes, all channels together.
         host_process: bytes of it that a process takes for torch, CUDA and the libraries (an assumption).
         source: of these figures.
         words: that are in the name by which nvidia-smi knows it, in lower case; none: not a GPU.
@@ -37,6 +38,7 @@ class Device:
     capability: tuple[int, int]
     reserved: float
     host_memory: float
+    host_bandwidth: float
     host_process: float
     source: str
     words: tuple[str, ...] = ()
@@ -67,12 +69,13 @@ H200, with casts."""
 BLACKWELL_FP8: Mapping[str, float] = {"tensorwise": 1.41, "mxfp8": 1.44}
 """The same on a B300."""
 
+GIB = 2**30
 TWO_TB = 2048 * 2**30
 """Of 32 modules of 64 GiB, as DGX have them."""
 
 DEVICES: Mapping[str, Device] = {
     "a100-80g": Device(
-        memory=80e9,
+        memory=79.15 * GIB,
         flops=312e12,
         bandwidth=2.039e12,
         link=300e9,
@@ -81,12 +84,14 @@ DEVICES: Mapping[str, Device] = {
         capability=(8, 0),
         reserved=2e9,
         host_memory=TWO_TB,
+        host_bandwidth=409.6e9,
         host_process=4e9,
-        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR 200 Gb/s a GPU, 2 TB (DGX A100)",
+        source="NVIDIA A100 80GB SXM data sheet (2021): NVLink 3, PCIe 4; HDR 200 Gb/s a GPU, 2 TB in 2 x 8 channels "
+        "of DDR4-3200 (DGX A100); memory as torch's errors tell it of the 80 GB card",
         words=("a100", "80gb"),
     ),
     "h100": Device(
-        memory=80e9,
+        memory=79.11 * GIB,
         flops=989e12,
         bandwidth=3.35e12,
         link=450e9,
@@ -95,13 +100,15 @@ DEVICES: Mapping[str, Device] = {
         capability=(9, 0),
         reserved=2e9,
         host_memory=TWO_TB,
+        host_bandwidth=614.4e9,
         host_process=4e9,
-        source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H100)",
+        source="NVIDIA H100 SXM data sheet (2023): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB in "
+        "2 x 8 channels of DDR5-4800 (DGX H100); memory as torch tells it in vllm-project/vllm issue 27508",
         words=("h100",),
         fp8=HOPPER_FP8,
     ),
     "h200": Device(
-        memory=141e9,
+        memory=139.72 * GIB,
         flops=989e12,
         bandwidth=4.8e12,
         link=450e9,
@@ -110,13 +117,15 @@ DEVICES: Mapping[str, Device] = {
         capability=(9, 0),
         reserved=2e9,
         host_memory=TWO_TB,
+        host_bandwidth=614.4e9,
         host_process=4e9,
-        source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB (DGX H200)",
+        source="NVIDIA H200 SXM data sheet (2024): NVLink 4, PCIe 5; NDR InfiniBand 400 Gb/s per GPU, 2 TB in "
+        "2 x 8 channels of DDR5-4800 (DGX H200); memory as torch's errors tell it of H200",
         words=("h200",),
         fp8=HOPPER_FP8,
     ),
     "b200": Device(
-        memory=180e9,
+        memory=178.35 * GIB,
         flops=2250e12,
         bandwidth=8e12,
         link=900e9,
@@ -125,8 +134,10 @@ DEVICES: Mapping[str, Device] = {
         capability=(10, 0),
         reserved=2e9,
         host_memory=TWO_TB,
+        host_bandwidth=716.8e9,
         host_process=4e9,
-        source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s a GPU, 2 TB (4 at most)",
+        source="NVIDIA DGX B200 data sheet (2024): NVLink 5, PCIe 5; NDR InfiniBand 400 Gb/s a GPU, 2 TB (4 at most) "
+        "in 2 x 8 channels of DDR5-5600; memory as CUDA tells it in pytorch/ao pull request 4002",
         words=("b200",),
         fp8=BLACKWELL_FP8,
     ),
@@ -140,6 +151,7 @@ DEVICES: Mapping[str, Device] = {
         capability=(0, 0),
         reserved=0.4e9,
         host_memory=4e9,
+        host_bandwidth=10e9,
         host_process=0.4e9,
         source="one core of a small machine; an order of magnitude, not a measurement",
     ),

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig, TrainerConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig, TrainerConfig
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.planner.memory import Cell, engine_weight_bytes, unlike_stages
+from megatron_rl.planner.memory import Cell, unlike_stages, worker_weight_bytes
 from megatron_rl.planner.states import DTYPE_BYTES, optimized_elements, stage_elements
 from megatron_rl.planner.times import Machine
 from megatron_rl.weights.rules import Head
@@ -43,7 +43,7 @@ class HostUse:
         return sum(cell.value for cell in self.cells if cell.name.startswith(f"host.{role}."))
 
 
-def host_uses(config: RunConfig, dims: ModelDims, machine: Machine) -> list[HostUse]:
+def host_uses(config: RunConfig | SFTConfig, dims: ModelDims, machine: Machine) -> list[HostUse]:
     """What nodes hold, the fullest first; of nodes with as many ranks of each role one. Empty on a CPU, where host and
     device are the same memory.
 
@@ -54,12 +54,13 @@ def host_uses(config: RunConfig, dims: ModelDims, machine: Machine) -> list[Host
     if not machine.device.is_gpu:
         return []
     ranks = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
-    ranks["engine"] = config.engine.count * config.engine.tensor
+    if isinstance(config, RunConfig):
+        ranks["engine"] = config.engine.count * config.engine.tensor
     uses = [_host_use(config, dims, machine, counts) for counts in _nodes(ranks, machine.per_node, config)]
     return sorted(uses, key=lambda use: -use.most)
 
 
-def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig) -> list[dict[str, int]]:
+def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig | SFTConfig) -> list[dict[str, int]]:
     """Ranks of each role on a node, of unlike nodes."""
     spans, start = {}, 0
     for role, count in ranks.items():
@@ -74,33 +75,37 @@ def _nodes(ranks: dict[str, int], per_node: int, config: RunConfig) -> list[dict
     return list(found.values())
 
 
-def _host_use(config: RunConfig, dims: ModelDims, machine: Machine, counts: dict[str, int]) -> HostUse:
+def _host_use(config: RunConfig | SFTConfig, dims: ModelDims, machine: Machine, counts: dict[str, int]) -> HostUse:
     shared, processes = config.cluster.colocate, sum(counts.values())
     cells = [cell for role in config.trainers if counts[role] for cell in _role(config, dims, role, counts[role])]
-    if shared and counts["engine"]:
-        each = engine_weight_bytes(dims, config.engine, config.model.dtype) / config.engine.tensor
-        cells.append(_cell("host.engine.asleep", counts["engine"], each, "weights of an engine that sleeps"))
-    bucket = config.sync.bucket_mib * 2**20
-    cells.append(_cell("host.buckets", _UNDER_WAY, bucket, f"sync.bucket_mib={config.sync.bucket_mib}"))
+    if isinstance(config, RunConfig):
+        if shared and counts["engine"]:
+            each = worker_weight_bytes(dims, config.engine, config.model.dtype)
+            cells.append(_cell("host.engine.asleep", counts["engine"], each, "weights of an engine that sleeps"))
+        bucket = config.sync.bucket_mib * 2**20
+        cells.append(_cell("host.buckets", _UNDER_WAY, bucket, f"sync.bucket_mib={config.sync.bucket_mib}"))
     each = machine.device.host_process
     cells.append(_cell("host.processes", processes, each, "libraries of a process (assumed)"))
 
     def held(*left_out: str) -> float:
         return sum(cell.value for cell in cells if not cell.name.endswith(left_out))
 
-    peaks = [("while a save is staged", held(".away"))]
+    peaks = [
+        ("while a save is gathered", held(".away", ".save")),
+        ("while a save is staged", held(".away", ".gathering")),
+    ]
     if shared:
         written = () if config.checkpoint.asynchronous else (".save",)
-        peaks.append(("while engines generate", held(".gathered", ".asleep", *written)))
+        peaks.append(("while engines generate", held(".gathering", ".gathered", ".asleep", *written)))
     return HostUse(cells=tuple(cells), peaks=tuple(peaks))
 
 
-def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator[Cell]:
+def _role(config: RunConfig | SFTConfig, dims: ModelDims, role: str, ranks: int) -> Iterator[Cell]:
     """Of ``ranks`` ranks of a model on one node.
 
-    A save (``mcore.checkpoint``) has megatron-core's distributed optimizer gather main weights and moments of all that
-    a rank has, on every replica; one replica of each shard then serialises them and the weights. What it wrote into
-    memory stays until it is on the disk, with ``checkpoint.asynchronous`` beside what comes next.
+    A save (``mcore.checkpoint``) has megatron-core's distributed optimizer gather main weights and moments of all
+    replicas on the first one, each as a list that it puts together; that one then serialises them and the weights. What
+    it wrote into memory stays until it is on the disk, with ``checkpoint.asynchronous`` beside what comes next.
     """
     trainer, size = config.trainers[role], DTYPE_BYTES[config.model.dtype]
     head = Head.VALUE if role == "critic" else Head.TOKEN
@@ -112,22 +117,28 @@ def _role(config: RunConfig, dims: ModelDims, role: str, ranks: int) -> Iterator
     if trainer.optimizer_on_host:
         held = kept + _HOST_GRADIENT
         yield _cell(f"host.{role}.optimizer", ranks, held * states, f"{states:,.0f} elements x {held} B")
-    if trainer.distributed_optimizer:
-        told = f"{elements:,} elements x {_FLOAT32_STATES} B, gathered from all replicas"
-        yield _cell(f"host.{role}.gathered", ranks, _FLOAT32_STATES * elements, told)
-    each = size + _FLOAT32_STATES - (0 if size == 2 else 4)
     saved = []
     for shared_out, what in ((False, "elements"), (True, "elements of experts")):
         most, writers = max(parts[shared_out] for parts in of_stages), _writers(trainer, ranks, shared_out=shared_out)
         if most:
-            saved.append((writers * most * each, f"{writers} ranks x {most:,} {what} x {each} B"))
-    yield Cell(
-        name=f"host.{role}.save",
-        value=sum(held for held, _ in saved),
-        unit="B",
-        formula=" + ".join(told for _, told in saved),
-    )
-    if config.cluster.colocate:
+            saved.append((writers * most, f"{writers} ranks x {most:,} {what}"))
+    first, told = sum(count for count, _ in saved), " + ".join(told for _, told in saved)
+    if trainer.distributed_optimizer:
+        yield Cell(
+            name=f"host.{role}.gathered",
+            value=_FLOAT32_STATES * first,
+            unit="B",
+            formula=f"({told}) x {_FLOAT32_STATES} B, gathered from all replicas",
+        )
+        yield Cell(
+            name=f"host.{role}.gathering",
+            value=2 * 4 * first + ranks * _FLOAT32_STATES * states,
+            unit="B",
+            formula=f"({told}) x 2 x 4 B of one state, {ranks} x {states:,.0f} elements x {_FLOAT32_STATES} B to send",
+        )
+    each = size + _FLOAT32_STATES - (0 if size == 2 else 4)
+    yield Cell(name=f"host.{role}.save", value=each * first, unit="B", formula=f"({told}) x {each} B")
+    if isinstance(config, RunConfig) and config.cluster.colocate:
         copies = 2 if role == "policy" and config.ppo.kl_coef > 0 else 1
         away = copies * size * elements + (0 if trainer.optimizer_on_host else kept * states)
         told = f"{copies} x {elements:,} weights x {size} B, and its optimizer's states where they are not on the host"

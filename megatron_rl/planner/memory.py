@@ -12,9 +12,11 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import (
     DTYPE_BYTES,
     linear_parameters,
+    optimizer_shares,
     stage_elements,
     state_bytes,
     total_parameters,
+    uncut_parameters,
 )
 from megatron_rl.weights.rules import Head
 
@@ -47,8 +49,9 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equations 1, 2 and 4,
     with the tensors of this architecture in place of GPT's: what megatron-core's own modules keep, to the byte but for
     a few numbers per token; Transformer Engine's norms keep less. With h, a (query heads x width), k (key heads x
-    width) and f: 3 a + 3 k for attention, 5 f for a dense feed-forward block, two norms and what enters them (3 h each;
-    5 h in bfloat16, whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
+    width) and f: 3 a + 3 k for attention (with fewer key/value heads than tensor ranks, 2 a + k and all heads' queries,
+    keys and values), 5 f for a dense feed-forward block, two norms and what enters them (3 h each; 5 h in bfloat16,
+    whose norms compute in float32), four rows of angles and the softmax's float32 sums. Experts keep
     h + 6 f for each token that they get, as many as if all were chosen alike, and the router its scores. Sequence
     parallelism shares what has h, and the tokens of experts, over tensor ranks. ``selective`` leaves out the sums,
     since the rows of this attention hold no scores; ``full`` keeps a layer's input. A test holds all of it against
@@ -81,12 +84,22 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
         return size * (heads + norm * ranks + 4 * latent.rotary_head_dim + apart) + 4 * (
             1 + (latent.query_rank is not None)
         )
-    queries, keys = dims.heads * dims.head_dim / tensor, dims.kv_heads * dims.head_dim / tensor
-    kept = size * (3 * queries + 3 * keys + 4 * dims.head_dim)
+    queries, keys = dims.heads * dims.head_dim / tensor, max(1.0, dims.kv_heads / tensor) * dims.head_dim
+    gathered = gathered_attention_width(dims, tensor)
+    kept = size * ((gathered or queries + 2 * keys) + 2 * queries + keys + 4 * dims.head_dim)
     if not dims.qk_norm:
         return kept
-    normed = 2 * queries + keys if size == 4 else 4 * (queries + keys)
+    normed = (1 if gathered else 2) * queries + keys if size == 4 else 4 * (queries + keys)
     return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
+
+
+def gathered_attention_width(dims: ModelDims, tensor: int) -> int:
+    """Elements of a token's queries, keys and values of all heads where tensor ranks outnumber key/value heads: there
+    megatron-core gathers the whole on each rank and computes with slices of it, which keep it. 0 elsewhere.
+    """
+    if dims.latent is not None or dims.kv_heads >= tensor:
+        return 0
+    return (dims.heads + 2 * dims.kv_heads) * dims.head_dim
 
 
 def remembered_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
@@ -119,13 +132,20 @@ def _norm_rows(size: int) -> int:
 
 def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
     """The most that a pass holds beyond what layers keep: the last norm and the head, or one layer's gradients on their
-    way, and with ``full`` that layer computed again and what its products gather from other tensor ranks.
+    way, and with ``full`` that layer computed again.
+
+    Under sequence parallelism megatron-core gathers what enters products into one buffer that stays; beside it lies in
+    its whole width what a product gives until its sum is scattered, or the gradient that a product gets, with that of
+    its own weights.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     hidden = dims.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    whole = dims.hidden if layout.sequence_parallel else 0
+    ffn = dims.ffn_hidden / layout.tensor
     gradients = {}
     if len(dims.sparse_layers) < dims.layers:
-        gradients[False] = hidden + 2 * dims.ffn_hidden / layout.tensor
+        weights = ffn * dims.hidden / trainer.tokens_per_microbatch
+        gradients[False] = max(hidden + 2 * ffn, whole + 2 * hidden + ffn + weights)
     if dims.experts is not None and dims.sparse_layers:
         # of tokens on their way from the experts: what these gave, that put in order, and weighed; where tensor ranks
         # share experts, what these gave and that in order of all their tokens, and what is left of the sum over them,
@@ -135,15 +155,17 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
         gradients[True] = copies * dims.experts.per_token * hidden
         gradients[True] += hidden if dims.experts.shared_ffn_hidden else 0.0
     if trainer.recompute == "full":
+        if size == 2 and False in gradients:  # a norm's gradient in float32, when that of the block behind it is done
+            gradients[False] = max(gradients[False], 9 * hidden - 5 * ffn)
         again = replace(trainer, recompute="none")
-        gathered = dims.hidden if layout.sequence_parallel else 0
         return max(
             layer_activation_bytes(dims, again, dtype, sparse=sparse)
-            + size * (rows + gathered - (2 * hidden if sparse else 0))
+            + size * (rows + whole - (2 * hidden if sparse else 0))
             for sparse, rows in gradients.items()
         )
     head = 12 if size == 2 else 6
-    return size * max(head * hidden, *gradients.values())
+    scattered = whole + 4 * hidden if layout.sequence_parallel else 0
+    return size * (whole + max(head * hidden, scattered, *gradients.values()))
 
 
 def trainer_cells(
@@ -217,7 +239,14 @@ def _stage_cells(
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
     states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
-    sharded = f", shared by {layout.data * layout.context} replicas" if trainer.distributed_optimizer else ""
+    shares = [
+        f"{elements:,} {what} / {replicas} replicas"
+        for (elements, replicas), what in zip(
+            optimizer_shares(dims, trainer, head, stage).values(), ("parameters", "of experts"), strict=True
+        )
+        if elements
+    ]
+    owned = f"({' + '.join(shares)}) of stage {stage} ({layout}) x"
     count = f"{states.parameters:,} parameters of stage {stage} ({layout})"
     tokens = trainer.tokens_per_microbatch
     held = layout.layers_of_stage(stage, dims.layers)
@@ -243,13 +272,13 @@ def _stage_cells(
             name=f"{role}.optimizer",
             value=states.optimizer,
             unit="B",
-            formula="on the host" if trainer.optimizer_on_host else f"{count} x {12 if size == 2 else 8} B{sharded}",
+            formula="on the host" if trainer.optimizer_on_host else f"{owned} {12 if size == 2 else 8} B",
         ),
         Cell(
             name=f"{role}.host_optimizer",
             value=states.host_optimizer,
             unit="B",
-            formula=f"{count} x 12 B{sharded}" if trainer.optimizer_on_host else "on the device",
+            formula=f"{owned} 12 B" if trainer.optimizer_on_host else "on the device",
         ),
         Cell(
             name=f"{role}.activations", value=tokens * (flying * kept + passing + remembered), unit="B", formula=formula
@@ -258,28 +287,31 @@ def _stage_cells(
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         cells.append(_logits(role, dims, trainer, size, on_gpu and trainer.logprob_kernel == "auto"))
     if trainer.fp8 is not None and not trainer.fp8.parameters:
-        cells.append(_fp8_copies(role, dims, trainer, stage))
+        cells.append(_fp8_copies(f"{role}.fp8_weights", dims, trainer, stage, "rows", "columns"))
     if reference:
         value = states.parameters * size
         cells.append(Cell(name=f"{role}.reference", value=value, unit="B", formula=f"{count} x {size} B"))
+        if trainer.fp8 is not None and trainer.fp8.logprobs and not trainer.fp8.parameters:
+            cells.append(_fp8_copies(f"{role}.reference_fp8_weights", dims, trainer, stage, "rows"))
     return cells
 
 
-def _fp8_copies(role: str, dims: ModelDims, trainer: TrainerConfig, stage: int) -> Cell:
+def _fp8_copies(name: str, dims: ModelDims, trainer: TrainerConfig, stage: int, *kept: str) -> Cell:
     """What Transformer Engine keeps of the weights of linears from one micro-batch to the next: as rows, for the
     products of the forward pass, and as columns, for those of the backward pass.
     """
     assert trainer.fp8 is not None
-    layout, kept = trainer.layout, trainer.fp8.layers_kept
-    held = [n for n in layout.layers_of_stage(stage, dims.layers) if kept <= n < dims.layers - kept]
+    layout, ends = trainer.layout, trainer.fp8.layers_kept
+    held = [n for n in layout.layers_of_stage(stage, dims.layers) if ends <= n < dims.layers - ends]
     sparse = len(dims.sparse_layers.intersection(held))
     count = (len(held) - sparse) * linear_parameters(dims, layout, sparse=False)
     count += sparse * linear_parameters(dims, layout, sparse=True)
     return Cell(
-        name=f"{role}.fp8_weights",
-        value=2 * count,
+        name=name,
+        value=len(kept) * count,
         unit="B",
-        formula=f"{count:,} weights of linears in {len(held)} layers x 2 B: rows and columns in FP8, besides",
+        formula=f"{count:,} weights of linears in {len(held)} layers x {len(kept)} B: {' and '.join(kept)} in FP8, "
+        "besides",
     )
 
 
@@ -323,42 +355,36 @@ def pieces_in_flight(pipeline: int, virtual: int, stage: int) -> float:
 
 
 def kv_bytes_per_token(dims: ModelDims, tensor: int, dtype: str) -> float:
-    """Keys and values of one token on one worker of an engine.
+    """Keys and values of one token on one worker of an engine."""
+    return dims.cached_width(tensor) * DTYPE_BYTES[dtype]
 
-    Pope et al., "Efficiently Scaling Transformer Inference" (2022), section 3.3; a latent is kept once per layer and
-    not shared over workers (DeepSeek-V2, 2024, section 2.1.4).
+
+def worker_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> float:
+    """Weights of one worker of an engine: its part of what vLLM cuts over workers, and all of the rest
+    (:func:`uncut_parameters`); where workers outnumber key/value heads, one of these each. Where the engine is
+    quantised, a byte for each of the layers' linears and their float32 scales; two for what else there is.
     """
-    size = DTYPE_BYTES[dtype]
-    if dims.latent is not None:
-        return dims.layers * (dims.latent.kv_rank + dims.latent.rotary_head_dim) * size
-    return 2 * dims.layers * max(1, dims.kv_heads // tensor) * dims.head_dim * size
-
-
-def cache_dtype(engine: EngineConfig, model_dtype: str) -> str:
-    """Type of an engine's keys and values, for a model of a type."""
-    return engine.kv_cache_dtype if engine.kv_cache_dtype != "auto" else engine.dtype(model_dtype)
-
-
-def engine_weight_bytes(dims: ModelDims, engine: EngineConfig, model_dtype: str) -> int:
-    """Weights of all workers of an engine: where it is quantised, a byte for each of the layers' linears and their
-    float32 scales; two for the rest.
-    """
-    size, count = DTYPE_BYTES[engine.dtype(model_dtype)], total_parameters(dims, Head.TOKEN)
+    size, whole = DTYPE_BYTES[engine.dtype(model_dtype)], uncut_parameters(dims)
+    count = whole + (total_parameters(dims, Head.TOKEN) - whole) / engine.tensor
+    if dims.latent is None and engine.tensor > dims.kv_heads:
+        copied = 2 * dims.head_dim * (dims.hidden + dims.qkv_bias)
+        count += dims.layers * copied * (1 - dims.kv_heads / engine.tensor)
     if not engine.quantised:
         return size * count
-    linears = dims.layers * sum(rows * columns for rows, columns in _linear_shapes(dims))
-    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in _linear_shapes(dims))
+    shapes = _linear_shapes(dims, engine.tensor)
+    linears = dims.layers * sum(rows * columns for rows, columns in shapes)
+    scales = dims.layers * sum(_scales(engine.quantization, rows, columns) for rows, columns in shapes)
     return size * (count - linears) + linears + 4 * scales
 
 
-def _linear_shapes(dims: ModelDims) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of a dense layer's linears as an engine joins them: q with k and v, gate with up."""
-    attention = dims.heads * dims.head_dim
+def _linear_shapes(dims: ModelDims, workers: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of a dense layer's linears as a worker joins them: q with k and v, gate with up."""
+    attention, keys = dims.heads * dims.head_dim // workers, max(1, dims.kv_heads // workers) * dims.head_dim
     return (
-        (attention + 2 * dims.kv_heads * dims.head_dim, dims.hidden),
+        (attention + 2 * keys, dims.hidden),
         (dims.hidden, attention),
-        (2 * dims.ffn_hidden, dims.hidden),
-        (dims.hidden, dims.ffn_hidden),
+        (2 * dims.ffn_hidden // workers, dims.hidden),
+        (dims.hidden, dims.ffn_hidden // workers),
     )
 
 
@@ -371,15 +397,16 @@ def engine_cells(dims: ModelDims, engine: EngineConfig, dtype: str) -> list[Cell
     """What one worker of an engine holds; ``dtype``: of the model."""
     count, kept = total_parameters(dims, Head.TOKEN), engine.dtype(dtype)
     kind = f"quantization={engine.quantization}, the rest {kept}" if engine.quantised else kept
-    each = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
+    each = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
     cache = engine.kv_cache_mib * 2**20
     widest = engine.max_concurrent * 4 * dims.vocabulary
     return [
         Cell(
             name="engine.weights",
-            value=engine_weight_bytes(dims, engine, dtype) / engine.tensor,
+            value=worker_weight_bytes(dims, engine, dtype),
             unit="B",
-            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers",
+            formula=f"{count:,} parameters ({kind}) / {engine.tensor} workers, of which {uncut_parameters(dims):,} are "
+            "whole on each",
         ),
         Cell(
             name="engine.kv_cache",

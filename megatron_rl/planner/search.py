@@ -78,7 +78,7 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     for who, held in together(config, memory):
         if held > _room(machine):
             problems.append(f"{who}: {_lack(held, machine)}")
-    nodes = host_uses(config, dims, machine) if isinstance(config, RunConfig) else []
+    nodes = host_uses(config, dims, machine)
     if problem := host_problem(nodes, machine):
         problems.append(problem)
     return Plan(
@@ -172,6 +172,7 @@ def _run_times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Le
         samples=config.samples_per_step,
         prompt_tokens=lengths.prompt,
         responses=responses,
+        samples_per_prompt=config.rollout.samples_per_prompt,
     )
     yield Cell(
         name="time.rollout",
@@ -390,7 +391,7 @@ def _judged(
     held = device_bytes(cells)
     if problem := _too_much(config, machine, beside, cells):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
-    if isinstance(config, RunConfig) and (problem := _host_lacks(config, dims, machine, role, trainer)):
+    if problem := _host_lacks(config, dims, machine, role, trainer):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     seconds = _seconds(config, dims, machine, lengths, role, layout)
     return Choice(layout=layout, bytes=held, seconds=seconds, problem="")
@@ -407,11 +408,14 @@ def _too_much(config: Recipe, machine: Machine, beside: Sequence[Cell], mine: Se
     return ""
 
 
-def _host_lacks(config: RunConfig, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> str:
+def _host_lacks(config: Recipe, dims: ModelDims, machine: Machine, role: str, trainer: TrainerConfig) -> str:
     """Why nodes have too little memory of their own for the role, beside what else lies there."""
     if any(dims.layout_problems(mine.layout) for other, mine in config.trainers.items() if other != role):
         return ""  # which is told by itself
-    laid = replace(config, policy=trainer) if role == "policy" else replace(config, critic=trainer)
+    if isinstance(config, SFTConfig):
+        laid: Recipe = replace(config, trainer=trainer)
+    else:
+        laid = replace(config, policy=trainer) if role == "policy" else replace(config, critic=trainer)
     return host_problem(host_uses(laid, dims, machine), machine, role)
 
 

@@ -17,7 +17,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.entries import Stage, WeightEntry, weight_entries
 from megatron_rl.weights.reshard import shard_shape
-from megatron_rl.weights.rules import Head
+from megatron_rl.weights.rules import Head, Split
 from megatron_rl.weights.shapes import is_float32
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
@@ -151,9 +151,14 @@ def exchanged_parameters(dims: ModelDims, layout: ParallelLayout, head: Head, ra
 
 def optimized_elements(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> float:
     """Elements whose optimizer states a rank of ``stage`` has, if replicas could share them equally."""
+    return sum(count / replicas for count, replicas in optimizer_shares(dims, trainer, head, stage).values())
+
+
+def optimizer_shares(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int) -> Mapping[bool, tuple[int, int]]:
+    """Elements of a rank of ``stage`` and how many replicas share their optimizer states, by ``shared_out``."""
     held = stage_elements(dims, trainer.layout, head, stage)
     kinds = _replicas(trainer.layout, trainer.layout.rank_of(pipeline=stage))
-    return sum(n / (kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items())
+    return {kind: (n, kinds[kind][0] if trainer.distributed_optimizer else 1) for kind, n in held.items()}
 
 
 def least_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, stage: int, dtype: str) -> float:
@@ -191,6 +196,20 @@ def _is_tied(dims: ModelDims, layout: ParallelLayout, head: Head) -> bool:
 def total_parameters(dims: ModelDims, head: Head) -> int:
     """Elements of the whole model."""
     return sum(stage_elements(dims, ParallelLayout(), head, 0).values())
+
+
+@cache
+def uncut_parameters(dims: ModelDims) -> int:
+    """Elements of a policy that every tensor-parallel rank or worker has whole: norms, routers, the projections of
+    latent attention to its latents, biases of sums.
+    """
+    entries, sparse = _entries(dims, Head.TOKEN), len(dims.sparse_layers)
+    return sum(
+        layers * _parameter(entry, dims, ParallelLayout()).elements
+        for layers, kind in ((1, entries.outside), (dims.layers - sparse, entries.dense), (sparse, entries.sparse))
+        for entry in kind
+        if entry.split is Split.NONE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from megatron_rl.planner.devices import (
 )
 from megatron_rl.planner.lengths import Responses
 from megatron_rl.planner.memory import (
-    cache_dtype,
-    engine_weight_bytes,
+    gathered_attention_width,
     kv_bytes_per_token,
     layers_activation_bytes,
     unlike_stages,
+    worker_weight_bytes,
 )
 from megatron_rl.planner.states import DTYPE_BYTES, exchanged_parameters, optimized_elements, total_parameters
 from megatron_rl.weights.rules import Head
@@ -184,15 +184,19 @@ def _layer_exchange(
     Tensor ranks exchange twice for attention and twice for the feed-forward block, experts apart: a gather and a
     scattered sum, or a sum that costs twice as much. That a backward pass gathers the inputs of two products once more
     under sequence parallelism costs nothing here: it is done beside another product (Korthikanti et al. 2022, section
-    4.2.2). Tokens go to their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that
-    share an expert's matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu
-    et al., "Ring Attention", 2023, section 3), elsewhere before them.
+    4.2.2). With fewer key/value heads than tensor ranks these gather queries, keys and values besides. Tokens go to
+    their experts and back (Lepikhin et al., "GShard", 2020, section 3.2), and to all ranks that share an expert's
+    matrices. Context ranks pass keys and values around, on a GPU beside the products of scores (Liu et al., "Ring
+    Attention", 2023, section 3), elsewhere before them.
     """
     size, experts, found = DTYPE_BYTES[dtype], dims.experts, 0.0
     if layout.tensor > 1:
         shared = not sparse or (experts is not None and experts.shared_ffn_hidden > 0)
         bytes_each = size * micro * dims.hidden * (layout.tensor - 1) / layout.tensor
         found += (4 if shared else 2) * (bytes_each / machine.link(layout.tensor) + LAUNCH_S)
+    if width := gathered_attention_width(dims, layout.tensor):
+        bytes_each = size * micro * width * (layout.tensor - 1) / layout.tensor
+        found += bytes_each / machine.link(layout.tensor) + LAUNCH_S
     if layout.context > 1:
         width = 2 * dims.kv_heads * dims.head_dim
         if (latent := dims.latent) is not None:
@@ -222,7 +226,7 @@ def update_time(
     twice as much without a distributed optimizer; experts only among the ranks that hold the same ones. None of it is
     hidden behind arithmetic unless communication overlaps, which hides what arithmetic lasts. Adam reads gradient, main
     weight and moments and writes the last three and the weight. On the host it takes the gradient down and the weight
-    up, and runs at a tenth of the device's bandwidth.
+    up, and the ranks of a node share the bandwidth of its memory.
     """
     compute = pass_time(dims, trainer, machine, work, dtype, backward=True, head=head)
     hidden = compute.arithmetic / 2 if trainer.overlap_communication else 0.0
@@ -243,8 +247,9 @@ def _step_time(
     exchanged = ways * exchanged_parameters(dims, layout, head, layout.rank_of(pipeline=stage))
     between = exchanged / machine.link(layout.tensor * layout.context * layout.data)
     elements = optimized_elements(dims, trainer, head, stage)
-    if trainer.optimizer_on_host:
-        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / (0.1 * device.bandwidth))
+    if trainer.optimizer_on_host and device.is_gpu:
+        own = MEMORY_SHARE * device.host_bandwidth / min(machine.per_node, layout.world_size)
+        adam = elements * ((4 + size) / (LINK_SHARE * device.host_link) + 28 / own)
     else:
         adam = elements * (28 + size) / (MEMORY_SHARE * device.bandwidth)
     return max(0.0, between - hidden), adam
@@ -282,17 +287,21 @@ def rollout_time(
     samples: int,
     prompt_tokens: float,
     responses: Responses,
+    samples_per_prompt: int = 1,
 ) -> RolloutTime:
     """Generating ``samples`` on all engines; ``dtype``: of the model.
+
+    A prompt's samples are on one engine, whose prefix cache reads it once and keeps its keys and values once; each
+    sample's step reads them all the same.
 
     While there are samples to start, each engine runs as many as its cache and ``max_concurrent`` allow, and a new one
     takes the place of each that ends. Then fewer and fewer run, as :meth:`Responses.alive` says, until the last of all
     engines has none left.
     """
     mine = samples / engine.count
-    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
-    mean = prompt_tokens + responses.running
-    together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / mean))
+    kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
+    mean, kept = prompt_tokens + responses.running, prompt_tokens / samples_per_prompt + responses.running
+    together = max(1.0, min(mine, engine.max_concurrent, engine.kv_cache_mib * 2**20 / kv / kept))
     waiting = mine - together
     full = waiting * responses.mean / together
     full *= decode_step_time(dims, engine, machine, dtype, sequences=together, context=mean)
@@ -309,7 +318,12 @@ def rollout_time(
             context=prompt_tokens + min(responses.longest, age + tokens),
         )
         tail += width * responses.any_alive(tokens, together * engine.count) * step
-    prefill = mine * max(1.0, prompt_tokens) * _token_time(dims, engine, machine, max(1, round(prompt_tokens)))
+    length = max(1, round(prompt_tokens))
+    last = _product_time(dims.output_flops(1), engine, machine)
+    layers = _token_time(dims, engine, machine, length) - _product_time(
+        dims.output_flops(length) / length, engine, machine
+    )
+    prefill = mine * (max(1.0, prompt_tokens) / samples_per_prompt * layers + last)
     return RolloutTime(prefill=prefill, full=full, tail=tail)
 
 
@@ -323,9 +337,9 @@ def decode_step_time(
     quantised engine fewer bytes are read, and the products of its linears are faster. ``dtype``: of the model.
     """
     size = DTYPE_BYTES[engine.dtype(dtype)]
-    kv = kv_bytes_per_token(dims, engine.tensor, cache_dtype(engine, dtype))
-    weights = engine_weight_bytes(dims, engine, dtype) / engine.tensor
-    read = weights * _touched(dims, sequences) + sequences * context * kv
+    kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
+    weights = worker_weight_bytes(dims, engine, dtype) - size * _idle_experts(dims, sequences) / engine.tensor
+    read = weights + sequences * context * kv
     products = sequences * _token_time(dims, engine, machine, 1)
     exchanged = 0.0
     if engine.tensor > 1:
@@ -340,20 +354,21 @@ def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length:
     linear = (dims.layers - sparse) * dims.linear_flops(length, sparse=False)
     linear += sparse * dims.linear_flops(length, sparse=True) if sparse else 0.0
     saved = linear * (1 - 1 / machine.device.engine_gain(engine.quantization))
-    return (dims.row_flops(length) - saved) / length / engine.tensor / (MATMUL_SHARE * machine.device.flops)
+    return _product_time((dims.row_flops(length) - saved) / length, engine, machine)
 
 
-def _touched(dims: ModelDims, tokens: float) -> float:
-    """Share of all weights that a step of so many tokens reads: of experts those that at least one token chose, if
-    each chose at random.
-    """
+def _product_time(flops: float, engine: EngineConfig, machine: Machine) -> float:
+    """Seconds of products that the workers of an engine share."""
+    return flops / engine.tensor / (MATMUL_SHARE * machine.device.flops)
+
+
+def _idle_experts(dims: ModelDims, tokens: float) -> float:
+    """Elements of experts that no token of a step of so many chose, if each chose at random."""
     experts = dims.experts
     if experts is None:
-        return 1.0
+        return 0.0
     routed = 3 * dims.hidden * experts.ffn_hidden * experts.count * len(experts.layers)
-    share = routed / total_parameters(dims, Head.TOKEN)
-    missed = math.pow(1 - experts.per_token / experts.count, tokens)
-    return 1 - share * missed
+    return routed * math.pow(1 - experts.per_token / experts.count, tokens)
 
 
 def push_time(
@@ -365,5 +380,5 @@ def push_time(
     size = DTYPE_BYTES[dtype] * total_parameters(dims, Head.TOKEN)
     gathered = size / machine.link(trainer.layout.world_size) if trainer.layout.world_size > 1 else 0.0
     ranks = trainer.layout.world_size + engine.count * engine.tensor
-    sent = engine_weight_bytes(dims, engine, dtype) if quantised else size
+    sent = worker_weight_bytes(dims, replace(engine, tensor=1), dtype) if quantised else size
     return gathered + sent / machine.link(ranks)

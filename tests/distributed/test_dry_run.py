@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -87,14 +88,44 @@ def test_predicted_bytes_are_those_of_the_real_model(case: str, process: Ranks) 
                 assert vars(said) == {name: getattr(found, name) for name in vars(said)}, (dtype, flags, head, rank)
 
 
+HEADS = {"num_hidden_layers": 4, "num_attention_heads": 16, "head_dim": 16}
+DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "TP1": ("Qwen2", {}, {}),
+    "TP2 SP": ("Qwen2", {}, {"tensor": 2, "sequence_parallel": True}),
+    "TP4 SP": ("Qwen2", HEADS | {"num_key_value_heads": 4}, {"tensor": 4, "sequence_parallel": True}),
+    "TP8 SP": ("Qwen2", HEADS | {"num_key_value_heads": 8}, {"tensor": 8, "sequence_parallel": True}),
+    "fewer key/value heads than TP4": ("Qwen2", HEADS | {"num_key_value_heads": 2}, {"tensor": 4}),
+    "fewer key/value heads than TP4 SP, norms of heads": (
+        "Qwen3",
+        HEADS | {"num_key_value_heads": 2},
+        {"tensor": 4, "sequence_parallel": True},
+    ),
+    "fewer key/value heads than TP8 SP": (
+        "Qwen2",
+        HEADS | {"num_key_value_heads": 2},
+        {"tensor": 8, "sequence_parallel": True},
+    ),
+    "weights as large as a micro-batch TP8 SP": (
+        "Qwen2",
+        {"num_hidden_layers": 2, "hidden_size": 4096, "intermediate_size": 11264, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8},
+        {"tensor": 8, "sequence_parallel": True},
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("case", DENSE)
 def test_predicted_activations_are_near_what_a_pass_of_the_real_model_holds(
-    dtype: str, recompute: Literal["none", "selective", "full"], tensor: int, process: Ranks
+    case: str, dtype: str, recompute: Literal["none", "selective", "full"], process: Ranks
 ) -> None:
-    sizes = dims("Qwen2ForCausalLM", num_hidden_layers=12, hidden_size=256, intermediate_size=704, vocab_size=128)
-    layout = ParallelLayout(tensor=tensor, sequence_parallel=tensor > 1)
+    family, changes, axes = DENSE[case]
+    sizes = dims(
+        f"{family}ForCausalLM",
+        **({"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 128} | changes),
+    )
+    layout = ParallelLayout(**axes)
     trainer = TrainerConfig(
         optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=4096, recompute=recompute
     )
@@ -191,6 +222,16 @@ def test_predicted_activations_of_experts_and_latent_attention_are_near_those_of
     cells = trainer_cells("critic", sizes, trainer, Head.VALUE, dtype, reference=False, on_gpu=False)
     said = next(cell.value for cell in cells if cell.name == "critic.activations")
     assert said == pytest.approx(found, rel=0.05)
+
+
+def test_with_overlapped_communication_activations_are_those_without(process: Ranks) -> None:
+    layout = ParallelLayout(data=4)
+    apart = TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), layout=layout, distributed_optimizer=True)
+    one, two = (
+        process.run(1, _answer, dims("Qwen2ForCausalLM"), trainer, Head.TOKEN, 0, "bfloat16", 32)[0]
+        for trainer in (apart, replace(apart, overlap_communication=True))
+    )
+    assert one.activations == two.activations > 0
 
 
 def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: Ranks) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_rl.__main__ import main
 from megatron_rl.config.load import parse
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
@@ -46,18 +46,22 @@ def told(use):
     return {cell.name: cell.value for cell in use.cells}
 
 
-def test_a_save_gathers_the_states_on_every_rank_and_one_replica_serialises_them():
+def test_a_save_gathers_the_states_on_one_replica_which_serialises_them():
     config, dims = recipe(data=8)
     assert total_parameters(dims, Head.TOKEN) == PARAMETERS
     policy, critic, engines = host_uses(config, dims, H100)
     assert told(policy) == {
-        "host.policy.gathered": 8 * 12 * PARAMETERS,
+        "host.policy.gathered": 12 * PARAMETERS,
+        "host.policy.gathering": (2 * 4 + 12) * PARAMETERS,  # each of 8 replicas sends an eighth
         "host.policy.save": 14 * PARAMETERS,
         "host.buckets": 2 * 32 * 2**20,
         "host.processes": 8 * 4e9,
     }
-    assert policy.peaks == (("while a save is staged", (96 + 14) * PARAMETERS + EACH_NODE),)
-    assert critic.most == (96 + 14) * CRITIC + EACH_NODE
+    assert policy.peaks == (
+        ("while a save is gathered", (12 + 20) * PARAMETERS + EACH_NODE),
+        ("while a save is staged", (12 + 14) * PARAMETERS + EACH_NODE),
+    )
+    assert critic.most == (12 + 20) * CRITIC + EACH_NODE
     assert engines.most == EACH_NODE
 
 
@@ -73,13 +77,13 @@ def test_states_on_the_host_are_there_for_each_rank_besides():
     ranks = 8 * sum(stage_elements(dims, config.policy.layout, Head.TOKEN, 0).values())
     use = host_uses(on_host, dims, H100)[0]
     assert told(use)["host.policy.optimizer"] == (12 + 4) * ranks
-    assert use.most == (12 + 4 + 12 + 14) * ranks + EACH_NODE  # each rank of a tensor group saves its own part
+    assert use.most == (12 + 4 + 12 + 20) * ranks + EACH_NODE  # each rank of a tensor group saves its own part
 
 
 def test_roles_that_share_a_node_add_up():
     config, dims = recipe(data=2)
     (use,) = host_uses(replace(config, engine=replace(config.engine, count=2)), dims, H100)
-    both = 2 * 12 + 14
+    both = 12 + 20
     assert use.most == both * (PARAMETERS + CRITIC) + 2 * 32 * 2**20 + 6 * 4e9
 
 
@@ -98,8 +102,10 @@ def test_what_shares_devices_lies_on_the_host_while_others_compute(asynchronous)
     every = 2 * 32 * 2**20 + 24 * 4e9
     away = 2 * policy + (2 + 12) * policy + (2 + 12) * critic  # the reference is with the policy
     saved = 14 * (policy + critic)
+    asleep = 8 * 2 * PARAMETERS
     assert dict(use.peaks) == {
-        "while a save is staged": 12 * (policy + critic) + saved + 8 * 2 * PARAMETERS + every,  # and engines asleep
+        "while a save is gathered": (12 + 20) * (policy + critic) + asleep + every,
+        "while a save is staged": 12 * (policy + critic) + saved + asleep + every,
         "while engines generate": away + (saved if asynchronous else 0) + every,
     }
 
@@ -124,23 +130,43 @@ def test_no_node_saves_more_than_is_said(name):
 
 def test_what_does_not_fit_a_node_is_a_problem_of_the_plan_and_of_layouts():
     config, dims = recipe(data=8)
-    needed = host_uses(config, dims, H100)[0].most
-    config = replace(config, policy=replace(config.policy, layout=ParallelLayout(tensor=8)))
+    needed = max(use.most for use in host_uses(config, dims, H100))
 
     def problems(host):
         return [p for p in plan(config, dims, replace(H100, host_memory=host / 0.95), LENGTHS).problems if "host" in p]
 
-    critics = (96 + 14) * CRITIC + EACH_NODE
-    assert critics < needed
-    assert problems(critics + 1) == []
-    (problem,) = problems(critics - 1)
-    assert problem.startswith(f"host memory: while a save is staged a node needs {math.ceil(critics / 1e9):,} GB of ")
+    assert problems(needed + 1) == []
+    (problem,) = problems(needed - 1)
+    assert problem.startswith(f"host memory: while a save is gathered a node needs {math.ceil(needed / 1e9):,} GB of ")
     small = replace(H100, host_memory=100 * 2**30)
     refused = [c for c in choices(recipe()[0], dims, small, LENGTHS, "policy", 16) if c.problem.startswith("host mem")]
     assert refused
     assert not any(
         c.problem.startswith("host mem") for c in choices(recipe()[0], dims, H100, LENGTHS, "policy", 16) if c.seconds
     )
+
+
+def test_a_supervised_stage_has_one_model_and_neither_engines_nor_buckets(capsys):
+    file, folder = ROOT / "examples" / "qwen2.5_math_7b" / "sft_math_8k.toml", FOLDER / "models" / "qwen2.5_math_7b"
+    config, dims = parse(SFTConfig, [file]), read_model_dims(folder)
+    on_one = replace(config, trainer=replace(config.trainer, layout=ParallelLayout(data=8), distributed_optimizer=True))
+    count = total_parameters(dims, Head.TOKEN)
+    (use,) = host_uses(on_one, dims, H100)
+    assert told(use) == {
+        "host.trainer.gathered": 12 * count,
+        "host.trainer.gathering": (2 * 4 + 12) * count,
+        "host.trainer.save": 14 * count,
+        "host.processes": 8 * 4e9,
+    }
+    assert plan(on_one, dims, H100, Lengths(prompt=100, response=100)).host == use
+    small = replace(H100, host_memory=64e9)
+    refused = [
+        c.problem for c in choices(config, dims, small, Lengths(prompt=100, response=100), "trainer", 8) if c.problem
+    ]
+    assert any(problem.startswith("host memory: ") for problem in refused)
+    command = ["plan", str(file), f"model.path={folder}", "--device", "h100", "--host-gib", "64"]
+    assert main(command) == 1
+    assert "CANNOT RUN: host memory: while a save is gathered a node needs " in capsys.readouterr().out
 
 
 def test_a_cpu_has_no_memory_beside_that_of_its_ranks():
@@ -152,7 +178,7 @@ def test_the_command_says_what_a_node_holds_and_takes_another_size(capsys):
     assert main(["plan", *RECIPE]) == 0
     assert "host, fullest node                    GB  of 2,089 GB that may be used" in capsys.readouterr().out
     assert main(["plan", *RECIPE, "--host-gib", "128"]) == 1
-    assert "CANNOT RUN: host memory: while a save is staged a node needs " in capsys.readouterr().out
+    assert "CANNOT RUN: host memory: while a save is gathered a node needs " in capsys.readouterr().out
     assert main(["plan", *RECIPE, "--explain", "host.policy.gathered"]) == 0
     assert "x 12 B, gathered from all replicas" in capsys.readouterr().out
     assert main(["plan", *RECIPE, "--host-gib", "0"]) == 2

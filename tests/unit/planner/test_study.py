@@ -205,7 +205,7 @@ def test_a_run_that_does_not_fit_says_so_in_the_table(tmp_path):
     fits, full = study_table(study_rows(read_study(file))).splitlines()[2:]
     assert fits.endswith(" | yes |")
     assert " | engine: needs " in full
-    assert full.endswith(" GB of a device's 78.0 GB |")
+    assert full.endswith(" GB of a device's 82.9 GB |")
 
 
 def test_a_run_that_does_not_fit_is_left_out(tmp_path, capsys):
