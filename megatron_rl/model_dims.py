@@ -229,6 +229,23 @@ def read_model_dims(model: Path) -> ModelDims:
         ValueError: a setting is missing or no size, or would change the numbers and is not supported (a kind of rope
             scaling, a bias).
     """
+    return dims_from_config(_read_config(model))
+
+
+def weight_problems(model: Path) -> list[str]:
+    """Why training cannot start from the weights in folder ``model``, whatever their sizes; errors as
+    :func:`read_model_dims`.
+    """
+    if not _read_config(model).get("quantization_config"):
+        return []
+    return [
+        "config.json must have no quantization_config, training starts from no such weights; convert weights in 8-bit "
+        "blocks first, with hf_to_megatron.py and then megatron_to_hf.py without --fp8-blocks (both in "
+        "tools/convert_hf)"
+    ]
+
+
+def _read_config(model: Path) -> dict[str, Any]:
     file = model / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"a model folder needs a config.json, found none in {model}")
@@ -238,7 +255,7 @@ def read_model_dims(model: Path) -> ModelDims:
         raise ValueError(f"{file} must be JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must be a JSON object, got {str(config)[:80]}")
-    return dims_from_config(config)
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +278,6 @@ class _Family:
 def dims_from_config(config: Mapping[str, Any]) -> ModelDims:
     """Read the sizes from the content of a Hugging Face ``config.json``; errors as :func:`read_model_dims`."""
     dims, problems = sizes_from_config(config)
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"{dims.architecture}: config.json must have no quantization_config, training starts from no such weights; "
-            "convert weights in 8-bit blocks first, with hf_to_megatron.py and then megatron_to_hf.py without "
-            "--fp8-blocks (both in tools/convert_hf)"
-        )
     if problems:
         raise ValueError(f"{dims.architecture}: {'; '.join(problems)}")
     return dims

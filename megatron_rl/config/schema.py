@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le
 from megatron_rl.config.limit import Limit
 from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.model_dims import ModelDims, read_model_dims
+from megatron_rl.model_dims import ModelDims, read_model_dims, weight_problems
 
 Positive = Annotated[int, Gt(0)]
 Count = Annotated[int, Ge(0)]
@@ -951,4 +951,6 @@ def model_problems(path: Path, layouts: dict[str, ParallelLayout]) -> tuple[Mode
         dims = read_model_dims(path)
     except ValueError as error:
         return None, [f"model.path: {error}"]
-    return dims, [f"{role}.layout: {p}" for role, layout in layouts.items() for p in dims.layout_problems(layout)]
+    found = [f"model.path: {problem}" for problem in weight_problems(path)]
+    found += [f"{role}.layout: {p}" for role, layout in layouts.items() for p in dims.layout_problems(layout)]
+    return dims, found

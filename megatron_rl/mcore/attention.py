@@ -240,6 +240,9 @@ class PackedAttention(torch.nn.Module):
         context = packed_seq_params.context
         if context is not None:
             key, value = self._gathered(key, value, context.order)
+            if (times := query.shape[2] // key.shape[2]) > 1:
+                # torch's fused kernels take a mask or grouped heads, not both: all scores would be held
+                key, value = (part.repeat_interleave(times, dim=2) for part in (key, value))
         outputs = []
         for index, group in enumerate(packed_seq_params.groups):
             whole = group if context is None else context.groups[index]

@@ -18,16 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, fp8_utils, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
@@ -96,7 +95,9 @@ class SaveToMemory(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Serialise this rank's shards; on rank 0 the metadata of all of them, too. FP8 parameters go as plain numbers:
         pickled as they are, only Transformer Engine could read them.
         """
-        force_all_tensors_to_non_fp8(sharded_state_dict)
+        for part in nested_values(sharded_state_dict):  # each to the host at once: together they are a second model
+            if isinstance(part, ShardedTensor) and fp8_utils.is_float8tensor(part.data):
+                part.data = fp8_utils.dequantize_fp8_tensor(part.data).cpu()
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         # copied ahead, what comes from a GPU would be pinned, each tensor rounded up to a power of two, and stay so
         writer = torch_checkpoint.FileSystemWriter(

@@ -68,6 +68,9 @@ def build_parallel_groups(layout: ParallelLayout, timeout_s: float | None = None
         distributed_timeout_minutes=30 if timeout_s is None else timeout_s / 60,
         create_gloo_process_groups=needs_host_groups(),
     )
+    if timeout_s is not None and needs_host_groups():  # megatron-core gives this one no limit
+        experts = parallel_state.get_expert_data_parallel_group_gloo()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), experts)
 
 
 def needs_host_groups() -> bool:

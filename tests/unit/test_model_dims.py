@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.model_dims import UnknownArchitecture, dims_from_config, read_model_dims
+from megatron_rl.model_dims import UnknownArchitecture, dims_from_config, read_model_dims, weight_problems
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -103,9 +103,14 @@ def test_settings_that_would_change_the_numbers_are_refused(change, message):
         dims(**change)
 
 
-def test_quantised_weights_are_not_trained_from():
-    with pytest.raises(ValueError, match=r"no quantization_config, .* with hf_to_megatron.py and then megatron"):
-        dims(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+def test_quantised_weights_are_not_trained_from_but_have_sizes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "fp8"}}))
+    assert read_model_dims(tmp_path) == dims()
+    (problem,) = weight_problems(tmp_path)
+    assert "no quantization_config" in problem
+    assert "with hf_to_megatron.py and then megatron_to_hf.py" in problem
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert weight_problems(tmp_path) == []
 
 
 def test_biases_of_a_llama_are_those_of_its_configuration():
