@@ -166,7 +166,7 @@ def run_export(
 ) -> bool:
     """Write the folder: each file under a temporary name, flushed, read back from the disk, then given its name.
 
-    The files of the source are compared with their sums, where it has them.
+    First the files of the source are compared with their sums, where it has them.
 
     Args:
         plan: of the export.
@@ -192,14 +192,13 @@ def run_export(
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
+    _check_source(plan.source, processes, progress)
+    summed = sum(record.size_bytes for record in plan.source.sums.values())
+    job = partial(_write_file, plan, target, file_names(len(plan.files)))
+    shards = for_each_file(
+        len(plan.files), job, processes=processes, progress=lambda done_bytes: progress(summed + done_bytes)
+    )
     model = target.model
-    jobs: list[Callable[[Report], ShardRecord | None]] = [
-        *(partial(_write_file, plan, target, file_names(len(plan.files)), number) for number in range(len(plan.files))),
-        # beside the writing: a target's own manifest vouches for what was read, so the target waits for these as well
-        *(partial(_check_file, plan.source, name) for name in plan.source.sums),
-    ]
-    done = for_each_file(len(jobs), lambda number, report: jobs[number](report), processes=processes, progress=progress)
-    shards = [shard for shard in done if shard is not None]
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:
         total = sum(record.end - record.begin for record in tensors.values())
@@ -212,10 +211,16 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     (model / MANIFEST).write_text(manifest.dump())
 
 
-def _check_file(source: MegatronSource, name: str, report: Report) -> None:
-    report.at(name)
-    with reading(source.folder.path):
-        source.check_sum(name, report.moved)
+def _check_source(source: MegatronSource, processes: int, progress: Callable[[int], None]) -> None:
+    """Before anything is written: what a target's own manifest vouches for was read from files that are whole."""
+    names = [*source.sums]
+
+    def check(number: int, report: Report) -> None:
+        report.at(names[number])
+        with reading(source.folder.path):
+            source.check_sum(names[number], report.moved)
+
+    for_each_file(len(names), check, processes=processes, progress=progress)
 
 
 def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int, report: Report) -> ShardRecord:

@@ -1185,7 +1185,7 @@ def test_tokens_behind_the_vocabulary_of_the_configuration_are_not_taken_for_pad
     status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "back")
     assert status == 1
     assert "the 8 rows of embedding.word_embeddings.weight behind the 24 of the vocabulary must be padding" in err
-    assert "leave these rows behind with --drop-padding-rows (process 0 of 2, at model.embed_tokens.weight)\n" in err
+    assert "leave these rows behind with --drop-padding-rows (process 0 of 1, at model.embed_tokens.weight)\n" in err
     assert not (tmp_path / "back").exists()
 
 

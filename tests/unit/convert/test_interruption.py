@@ -577,7 +577,7 @@ def test_memory_does_not_grow_with_the_model(checkpoint: Path, tmp_path: Path) -
     assert widened.largest_bytes == 3 * embedding  # float32 beside what was read
     assert "the largest tensor, as it is read and as it is written, 24.0 MiB" in str(widened)
     for work, processes in (
-        (lambda: exported(checkpoint, tmp_path / "out", shard_bytes=60 << 20), 3),
+        (lambda: exported(checkpoint, tmp_path / "out", shard_bytes=60 << 20), 5),  # two of them compare sums first
         (lambda: imported(tmp_path / "out", tmp_path / "again"), 3),
     ):
         peaks = sampled_peaks(work)
