@@ -110,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), _USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
         text = _told("interrupted", interrupt)
-        if (failure := interrupt.__context__) is not None:  # the run had failed, and was ending
+        failure = interrupt.__context__
+        while isinstance(failure, KeyboardInterrupt):  # pressed again
+            failure = failure.__context__
+        if failure is not None:  # the run had failed, and was ending
             text += "\n" + _told(f"after {type(failure).__name__}: {failure}", failure)
         return _fail(text, _INTERRUPTED)
     except (RuntimeError, ValueError, OSError) as error:
@@ -190,7 +193,7 @@ def _sft(config: SFTConfig, *, fresh: bool) -> None:
             return
         done = supervise(run)
     _leave_summary(config, started, done)
-    if done == config.steps:
+    if done >= config.steps:
         _print(f"the model is in {config.output}")
 
 

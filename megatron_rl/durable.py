@@ -27,6 +27,10 @@ _SPAN_BYTES = 64 << 20
 _POLL_S = 0.1
 
 
+class NoLocks(OSError):
+    """A file system on which no file can be locked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """What a file must be: its size, and xxh3-128 over its content."""
@@ -262,15 +266,15 @@ def _wait_for(descriptor: int, file: Path, writing: Path, deadline: float) -> No
                     f"another process is writing {writing} ({holder}, or one that it started): wait for it, end it, or "
                     "name another folder"
                 ) from None
-            time.sleep(_POLL_S)
         except OSError as error:
-            raise OSError(
+            raise NoLocks(
                 error.errno,
                 f"{file} must be locked against other processes that write {writing}, and cannot be: {error.strerror}; "
                 "mount a file system that has flock there, or name a folder elsewhere",
             ) from None
         else:
             return
+        time.sleep(_POLL_S)
 
 
 def _record(parts: Iterable[bytes | memoryview]) -> FileRecord:

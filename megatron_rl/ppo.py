@@ -105,7 +105,7 @@ def train(run: Run) -> int:
                     log.update("checkpoint", run.checkpoints.save(step + 1, wait=stopping or step + 1 == cfg.steps))
         if stopping:
             return step + 1
-    return steps.stop
+    return max(run.start_step, steps.stop)
 
 
 def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:

@@ -46,4 +46,4 @@ def supervise(run: SupervisedRun) -> int:
         if stopping and step + 1 < cfg.steps:
             return step + 1
     run.export()
-    return cfg.steps
+    return max(run.start_step, cfg.steps)

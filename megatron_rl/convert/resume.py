@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_rl.convert.sources import SourceDamaged, SourceUnreadable
 from megatron_rl.convert.target import Target
-from megatron_rl.durable import files_in, flush, replace_text
+from megatron_rl.durable import NoLocks, files_in, flush, replace_text
 from megatron_rl.weights.manifest import MANIFEST, Damaged, read_manifest
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def convert(conversion: Conversion, target: Target, work: Callable[[], None], *,
         with target.open():
             _do(conversion, target, work)
     except OSError as error:
-        if error.errno is None or isinstance(error, NotWritten | SourceUnreadable):
+        if error.errno is None or isinstance(error, NoLocks | NotWritten | SourceUnreadable):
             raise  # it says what is wrong
         cause = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise NotWritten(error.errno, f"{target.path} could not be written ({cause}); {_KEPT}") from error

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_rl.checkpoints import sums_of
+from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.durable import FileRecord
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
 from megatron_rl.mcore.sharded_names import ShardedName, kept_key, sharded_name, stacks_layers
@@ -143,6 +144,32 @@ def keeps_type(entry: WeightEntry, found: torch.dtype) -> bool:
     return found is torch.float32 and (is_float32(entry) or entry.hf in _VALUE_HEAD)
 
 
+def compare_sums(
+    source: HfSource | MegatronSource, *, processes: int, progress: Callable[[int], None]
+) -> Callable[[int], None]:
+    """Read the files that the source has sums of, before anything is written: what a target's own manifest vouches for
+    must have been read from files that are whole, also where the work is interrupted and the source restored meanwhile.
+
+    Returns:
+        what to tell the bytes of the work that follows.
+
+    Raises:
+        SourceDamaged: a file has changed.
+        ProcessDied, KeyboardInterrupt: as :func:`.for_each_file`.
+    """
+    if not (names := [*source.sums]):
+        return progress
+
+    def check(number: int, report: Report) -> None:
+        report.at(names[number])
+        with reading(source.path):
+            source.check_sum(names[number], report.moved)
+
+    for_each_file(len(names), check, processes=processes, progress=progress)
+    compared = sum(record.size_bytes for record in source.sums.values())
+    return lambda done_bytes: progress(compared + done_bytes)
+
+
 class HfSource:
     """The tensors of a Hugging Face folder as Megatron trains them: one type, block-quantised ones dequantised.
 
@@ -154,6 +181,9 @@ class HfSource:
         quantised: whether the folder's linear layers have 8 bits.
         left_out: tensors of the folder that the model is not made of, and what sort they are, see
             :func:`.check_coverage`.
+        path: of the folder.
+        sums: of its files with tensors, by name, where it is in a training checkpoint. (The folder's own manifest has
+            sums of tensors, which are compared as they are read.)
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -167,7 +197,7 @@ class HfSource:
             FileNotFoundError: there is no folder, configuration, weight file or tensor.
             ValueError: the configuration, a file, or a tensor's type or shape is wrong.
         """
-        self._path, self._dtype = folder, dtype
+        self.path, self._dtype = folder, dtype
         self.config = read_config(folder)
         self.dims, self.not_computed, self.bridged = _read_family(folder, self.config)
         self.weights: WeightMap = _weight_map(self.dims, head_of(self.config), self.bridged)
@@ -175,6 +205,8 @@ class HfSource:
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
         self._sums = self._read_sums()
+        recorded = {} if (folder / MANIFEST).is_file() else sums_of(folder)
+        self.sums = {name: record for name, record in recorded.items() if name.endswith(".safetensors")}
         hint = None if self.bridged is None else self.bridged.hint
         self.left_out = check_coverage(folder, self._infos.keys() - self._scales(), self.weights, hint=hint)
         for entry in self.weights.entries:
@@ -188,7 +220,7 @@ class HfSource:
         if stray:
             weight = found[stray[0]]
             raise ValueError(
-                f"{self._path}: {stray[0]} must stand beside a {weights[stray[0]]} of type {FP8}, which is "
+                f"{self.path}: {stray[0]} must stand beside a {weights[stray[0]]} of type {FP8}, which is "
                 f"{'not there' if weight is None else f'of {weight.dtype}'} ({len(stray)} scales are so); remove "
                 "scales of weights that are no longer in 8 bits"
             )
@@ -196,18 +228,22 @@ class HfSource:
 
     def _read_sums(self) -> dict[str, str] | None:
         """xxh3-128 of each tensor, where the folder has a manifest with them."""
-        manifest = read_manifest(self._path) if (self._path / MANIFEST).is_file() else None
+        manifest = read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
         if manifest is None or not manifest.shards:
             return None
         records = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
         for name, info in self._infos.items():
             record = records.get(name)
             if record is None or (record.dtype, record.shape) != (str(info.dtype).removeprefix("torch."), info.shape):
-                raise Damaged(f"{self._path}: {name} is not the tensor that was written; {self._restore()}")
+                raise Damaged(f"{self.path}: {name} is not the tensor that was written; {self._restore()}")
         return {name: record.xxh3 for name, record in records.items()}
 
+    def check_sum(self, name: str, read: Callable[[int], None]) -> None:
+        """As :meth:`MegatronSource.check_sum`."""
+        check_file(self.path, name, self.sums[name], read)
+
     def _restore(self) -> str:
-        return _RESTORE.format(self._path / MANIFEST)
+        return _RESTORE.format(self.path / MANIFEST)
 
     def identity(self) -> object:
         """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
@@ -228,13 +264,13 @@ class HfSource:
         infos = [self._hf_info(entry, name) for name in entry.hf]
         dtypes = sorted({str(info.dtype) for info in infos})
         if len(dtypes) > 1:
-            raise ValueError(f"{self._path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
+            raise ValueError(f"{self.path}: {', '.join(entry.hf)} must have one type, got {dtypes}; give --dtype")
         if infos[0].dtype not in _TYPES:
-            raise ValueError(f"{self._path}: {entry.hf[0]} must be float32 or bfloat16, is {dtypes[0]}; give --dtype")
+            raise ValueError(f"{self.path}: {entry.hf[0]} must be float32 or bfloat16, is {dtypes[0]}; give --dtype")
         try:
             self.weights.check_hf_shapes(entry, [info.shape for info in infos])
         except ValueError as error:
-            raise ValueError(f"{self._path}: {error}") from error
+            raise ValueError(f"{self.path}: {error}") from error
         return TensorInfo(infos[0].dtype, full_shape(entry, self.dims))
 
     def _hf_info(self, entry: WeightEntry, name: str) -> TensorInfo:
@@ -244,7 +280,7 @@ class HfSource:
             scale = self._infos.get(name + SCALE_SUFFIX)
             if not self.quantised or scale is None or scale.shape != scale_shape(info.shape):
                 raise ValueError(
-                    f"{self._path}: {name} has 8 bits, so config.json must say weight_block_size [128, 128] in its "
+                    f"{self.path}: {name} has 8 bits, so config.json must say weight_block_size [128, 128] in its "
                     f"quantization_config, and {name}{SCALE_SUFFIX} hold a scale per block; it is {scale}"
                 )
             return TensorInfo(self._dtype or torch.bfloat16, info.shape)
@@ -267,7 +303,7 @@ class HfSource:
 
     def check_copy(self) -> None:
         """Refuse a tied model's head that is no copy of its embedding, see :func:`.coverage.check_copy`."""
-        check_copy(self._path, self.left_out, self.weights, self._folder.tensor)
+        check_copy(self.path, self.left_out, self.weights, self._folder.tensor)
 
     def _hf_tensor(self, entry: WeightEntry, name: str) -> Tensor:
         tensor = self._whole(name)
@@ -278,14 +314,14 @@ class HfSource:
     def _whole(self, name: str) -> Tensor:
         tensor = self._folder.tensor(name)
         if self._sums is not None and xxhash.xxh3_128_hexdigest(as_bytes(tensor)) != self._sums[name]:
-            raise Damaged(f"{self._path}: the bytes of {name} are not those that were written; {self._restore()}")
+            raise Damaged(f"{self.path}: the bytes of {name} are not those that were written; {self._restore()}")
         return tensor
 
     def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
         if self._dtype is None or keeps_type(entry, found):
             return found
         if not found.is_floating_point:
-            raise ValueError(f"{self._path}: {name} must be a floating-point tensor, is {found}")
+            raise ValueError(f"{self.path}: {name} must be a floating-point tensor, is {found}")
         return self._dtype
 
 
@@ -311,6 +347,7 @@ class MegatronSource:
         weights: the tensors of the model.
         left_out: tensors of the model's that are not converted, and what sort they are; an optimizer's are not among
             them.
+        path: of the folder.
         sums: of the files with its tensors, by name, where a manifest has them: the folder's own, or that of the
             training checkpoint it is in.
     """
@@ -337,6 +374,7 @@ class MegatronSource:
 
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
+        self.path = folder
         self._manifest, records = recorded_sums(folder)
         if METADATA in records:
             self._compare(folder, METADATA, records[METADATA], lambda _: None)

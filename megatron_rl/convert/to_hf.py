@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import MegatronSource, copy_tokenizer, keeps_type, reading
+from megatron_rl.convert.sources import MegatronSource, compare_sums, copy_tokenizer, keeps_type, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, read_record
@@ -192,12 +192,9 @@ def run_export(
 
 
 def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[[int], None]) -> None:
-    _check_source(plan.source, processes, progress)
-    summed = sum(record.size_bytes for record in plan.source.sums.values())
+    progress = compare_sums(plan.source, processes=processes, progress=progress)
     job = partial(_write_file, plan, target, file_names(len(plan.files)))
-    shards = for_each_file(
-        len(plan.files), job, processes=processes, progress=lambda done_bytes: progress(summed + done_bytes)
-    )
+    shards = for_each_file(len(plan.files), job, processes=processes, progress=progress)
     model = target.model
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
     if len(shards) > 1:
@@ -209,18 +206,6 @@ def _write(plan: ExportPlan, target: Target, processes: int, progress: Callable[
     others = {name: path for name, path in files_in(model).items() if name not in names and name != MANIFEST}
     manifest = Manifest(plan=plan.digest, shards=names, files={name: read_record(others[name]) for name in others})
     (model / MANIFEST).write_text(manifest.dump())
-
-
-def _check_source(source: MegatronSource, processes: int, progress: Callable[[int], None]) -> None:
-    """Before anything is written: what a target's own manifest vouches for was read from files that are whole."""
-    names = [*source.sums]
-
-    def check(number: int, report: Report) -> None:
-        report.at(names[number])
-        with reading(source.folder.path):
-            source.check_sum(names[number], report.moved)
-
-    for_each_file(len(names), check, processes=processes, progress=progress)
 
 
 def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int, report: Report) -> ShardRecord:

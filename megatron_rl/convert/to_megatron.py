@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import HfSource, copy_tokenizer, reading
+from megatron_rl.convert.sources import HfSource, compare_sums, copy_tokenizer, reading
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, read_record
@@ -50,6 +50,7 @@ class ImportPlan:
             tensors=len(sizes),
             files=len(self.files),
             read_bytes=self.source.read_bytes,
+            summed_bytes=sum(record.size_bytes for record in self.source.sums.values()),
             written_bytes=sum(sizes),
             largest_bytes=2 * max(sizes),  # what is read is mapped; its parts are converted, then put together
             has_vocabulary=has_vocabulary(self.folder),
@@ -121,6 +122,7 @@ def _write(plan: ImportPlan, target: Target, processes: int, progress: Callable[
             write=lambda: writer.write_file(number, tensor, report.moved),
         )
 
+    progress = compare_sums(source, processes=processes, progress=progress)
     written = for_each_file(len(plan.files), write, processes=processes, progress=progress, meanwhile=_load_metadata)
     writer.finish(written, plan.digest)
     widest = max((source.info(entry) for entry in source.weights.entries), key=lambda info: info.size_bytes)

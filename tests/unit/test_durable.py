@@ -16,9 +16,12 @@ import pytest
 import xxhash
 
 from megatron_rl import durable
+from megatron_rl.convert.resume import Conversion, convert
+from megatron_rl.convert.target import Target
 from megatron_rl.durable import (
     CheckedFile,
     FileRecord,
+    NoLocks,
     comes_into_sight,
     locked,
     read_back,
@@ -168,6 +171,21 @@ def test_a_file_system_without_locks_is_told_with_the_file_and_a_way_on(
     with pytest.raises(OSError, match=says) as told, locked(tmp_path / "lock", writing=tmp_path, wait_s=9):
         pytest.fail("there is no lock")
     assert told.value.errno == errno.ENOLCK
+    target = Target(tmp_path / "out")
+    with pytest.raises(NoLocks) as told:  # and not taken for a disk without room
+        convert(Conversion(name="import", made_of="model", digest=""), target, lambda: None, resume=False)
+    assert "--resume" not in str(told.value)
+
+
+def test_an_interrupt_while_waiting_for_a_lock_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with locked(tmp_path / "lock", writing=tmp_path, wait_s=0):
+        monkeypatch.setattr("megatron_rl.durable.time.sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt) as told, locked(tmp_path / "lock", writing=tmp_path, wait_s=9):
+            pytest.fail("it is held")
+    assert told.value.__context__ is None
 
 
 def test_a_lock_whose_file_its_holder_removes_is_still_given_to_one_at_a_time(tmp_path: Path) -> None:

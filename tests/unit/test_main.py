@@ -45,7 +45,10 @@ def test_an_interrupt_of_a_run_that_was_failing_does_not_hide_the_failure(
             error.add_note("at step 7, last phase update")
             raise error
         finally:
-            raise KeyboardInterrupt
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr("megatron_rl.__main__._train", fail)
     monkeypatch.setattr("megatron_rl.__main__.load", lambda *_: None)

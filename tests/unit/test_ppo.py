@@ -191,6 +191,10 @@ def test_a_resumed_run_goes_on_at_its_step(tmp_path: Path) -> None:
     assert run.weights.versions == [4, 5, 6]
 
 
+def test_steps_that_were_done_stay_done_where_fewer_are_asked_for(tmp_path: Path) -> None:
+    assert train(fake_run(fake_config(tmp_path, steps=4), start_step=6)) == 6
+
+
 def test_old_logprobs_are_the_trainers_not_the_engines(tmp_path: Path) -> None:
     """Were they the engine's, a wrong engine would move the ratio away from 1 on the first minibatch."""
     run = fake_run(fake_config(tmp_path, steps=1, ppo=PPOConfig(minibatch_samples=64)))

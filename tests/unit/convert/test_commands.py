@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -383,6 +384,28 @@ def test_the_manifest_of_a_training_checkpoint_counts_for_its_models(
             assert "remove" not in err
         assert not (source.parent / "again").exists()
         flip(policy / name, 100)
+
+
+def test_the_manifest_of_a_training_checkpoint_counts_for_its_hugging_face_folder(
+    run: Run, folders: tuple[Path, Path, Path]
+) -> None:
+    source, megatron, _ = folders
+    step = source.parent / "step_000001"
+    shutil.copyfile(source / "model.safetensors", megatron / "model.safetensors")
+    policy = in_a_training_checkpoint(megatron, step)
+    hf = step / "hf"
+    (policy / "model.safetensors").rename(hf / "model.safetensors")
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["hf/model.safetensors"] = manifest.pop("policy/model.safetensors")
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    status, out, _ = run(hf_to_megatron, hf, source.parent / "whole")
+    assert status == 0
+    assert "of the source's files with their sums first\n" in out
+    flip(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 1)
+    status, _, err = run(hf_to_megatron, hf, source.parent / "out")
+    assert status == 1
+    assert f"{hf / 'model.safetensors'}: it must have" in err
+    assert not (source.parent / "out").exists()
 
 
 def test_a_critic_that_transformers_has_no_class_for_stays_in_megatrons_format(run: Run, tmp_path: Path) -> None:
