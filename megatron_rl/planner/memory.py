@@ -55,7 +55,7 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     h + 6 f for each token that they get, as many as if all were chosen alike, and the router its scores. Sequence
     parallelism shares what has h, and the tokens of experts, over tensor ranks. ``selective`` leaves out the sums,
     since the rows of this attention hold no scores; ``full`` keeps a layer's input. A test holds all of it against
-    passes of the real model.
+    passes of the real model, but for what context ranks gather.
     """
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     share = 1 / layout.tensor if layout.sequence_parallel else 1.0
@@ -63,6 +63,7 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     if trainer.recompute == "full":
         return size * dims.hidden * share
     kept = size * 2 * _norm_rows(size) * dims.hidden * share + 8 + _attention_bytes(dims, layout.tensor, size)
+    kept += size * _gathered_rows_width(dims, layout)
     if trainer.recompute == "none":
         kept += 4 * dims.heads / layout.tensor
     if experts is None:
@@ -91,6 +92,19 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
         return kept
     normed = (1 if gathered else 2) * queries + keys if size == 4 else 4 * (queries + keys)
     return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
+
+
+def _gathered_rows_width(dims: ModelDims, layout: ParallelLayout) -> float:
+    """Elements that a context rank keeps, for each token of its own, of keys and values of whole rows, with a head for
+    each of the queries' (``mcore.attention``). 0 where rows are on one rank.
+    """
+    if layout.context == 1:
+        return 0.0
+    latent = dims.latent
+    each = 2 * dims.head_dim
+    if latent is not None:
+        each = latent.plain_head_dim + latent.rotary_head_dim + latent.value_head_dim
+    return layout.context * dims.heads / layout.tensor * each
 
 
 def gathered_attention_width(dims: ModelDims, tensor: int) -> int:

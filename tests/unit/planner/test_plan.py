@@ -358,6 +358,21 @@ def test_each_stage_keeps_the_activations_of_its_own_layers():
     assert "4 micro-batches in flight x (14 layers x " in kept["uneven"].formula
 
 
+@pytest.mark.parametrize(
+    ("family", "elements"),
+    [
+        ("llama3_8b", 4 * 32 / 2 * 2 * 128),  # of 32 heads of 128, not of 8
+        ("deepseek_v3", 4 * 128 / 2 * (128 + 64 + 128)),  # without positions, with, and values
+    ],
+)
+def test_a_context_rank_keeps_keys_and_values_of_whole_rows_with_a_head_for_each_of_the_queries(family, elements):
+    alone, shared = (
+        layer_activation_bytes(model(family), trainer(tensor=2, context=ranks), "bfloat16", sparse=False)
+        for ranks in (1, 4)
+    )
+    assert shared - alone == 2 * elements
+
+
 def test_the_stage_with_the_most_layers_sets_the_pace():
     work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
     even, uneven = (
@@ -715,8 +730,10 @@ def test_a_row_longer_than_a_micro_batch_is_one_and_context_ranks_share_it():
 
     assert activations(8192) == activations(0)
     assert activations(32768) == 4 * activations(0)
-    assert activations(32768, context=2) == 2 * activations(0)
-    assert activations(32768, context=4) == activations(0)
+    for context in (2, 4):
+        tokens = 32768 // context
+        gathered = 2 * context * 32 * 2 * 128 * 32  # keys and values of whole rows, 32 heads of 128, 32 layers
+        assert activations(32768, context=context) == tokens / 8192 * activations(0) + tokens * gathered
 
 
 REFUSED = {
