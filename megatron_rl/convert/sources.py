@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from megatron_rl.model_dims import ModelDims, UnknownArchitecture, sizes_from_co
 from megatron_rl.weights.coverage import FURTHER, check_copy, check_coverage, head_of
 from megatron_rl.weights.families import HEADS
 from megatron_rl.weights.fp8_blocks import FP8, SCALE_SUFFIX, dequantise, scale_shape
-from megatron_rl.weights.manifest import MANIFEST, Damaged, check_file, read_manifest
+from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_file, read_manifest
 from megatron_rl.weights.reshard import hf_shapes
 from megatron_rl.weights.rules import Head
 from megatron_rl.weights.safetensors_io import HfFolder, TensorInfo, as_bytes, read_companions, write_companions
@@ -42,7 +42,6 @@ _BRIDGED = (
     "{} is known through megatron-bridge, for files alone; to be built here, for scores or for training, it needs "
     "tables of ours (CONTRIBUTING.md, a model family)"
 )
-_RESTORE = "restore it, or if it was changed on purpose remove {}, which has its sum"
 _VALUE_HEAD = frozenset(rule.hf for rule in HEADS[Head.VALUE])
 
 
@@ -107,16 +106,51 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def recorded_sums(folder: Path) -> tuple[Path, dict[str, FileRecord]]:
-    """Of a Megatron folder's files, and the manifest that has them: its own, or that of the training checkpoint that it
-    is in; empty where there is none.
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What the files of a model folder must be.
+
+    Attributes:
+        folder: of the model.
+        file: that says so.
+        manifest: its content.
+    """
+
+    folder: Path
+    file: Path
+    manifest: Manifest
+
+    def check(self, name: str, read: Callable[[int], None]) -> None:
+        """Read a file and compare; ``read`` is told the bytes.
+
+        Raises:
+            Damaged: it has changed.
+        """
+        try:
+            check_file(self.folder, name, self.manifest.files[name], read)
+        except Damaged as damage:
+            raise Damaged(f"{damage}; {self.advice}") from damage
+
+    @property
+    def advice(self) -> str:
+        """What to do where something has changed."""
+        if self.file.parent == self.folder:
+            return f"restore it, or if it was changed on purpose remove {self.file}, which has its sum"
+        return f"restore it, {self.file} has its sum"  # a checkpoint's: without it no run goes on from there
+
+
+def recorded(folder: Path) -> Recorded | None:
+    """By the folder's own manifest, or by that of the training checkpoint that it is in; None where there is none.
 
     Raises:
         ValueError: a manifest cannot be read.
     """
     if (folder / MANIFEST).is_file():
-        return folder / MANIFEST, dict(read_manifest(folder).files)
-    return folder.resolve().parent / MANIFEST, sums_of(folder)
+        return Recorded(folder=folder, file=folder / MANIFEST, manifest=read_manifest(folder))
+    if sums := sums_of(folder):
+        manifest = Manifest(plan="training", files=sums)
+        return Recorded(folder=folder, file=folder.resolve().parent / MANIFEST, manifest=manifest)
+    return None
 
 
 def _read_family(folder: Path, config: Mapping[str, Any]) -> tuple[ModelDims, tuple[str, ...], BridgedFamily | None]:
@@ -144,6 +178,11 @@ def keeps_type(entry: WeightEntry, found: torch.dtype) -> bool:
     return found is torch.float32 and (is_float32(entry) or entry.hf in _VALUE_HEAD)
 
 
+def summed_bytes(source: HfSource | MegatronSource) -> int:
+    """Of the files that :func:`compare_sums` reads."""
+    return sum(record.size_bytes for record in source.sums.values())
+
+
 def compare_sums(
     source: HfSource | MegatronSource, *, processes: int, progress: Callable[[int], None]
 ) -> Callable[[int], None]:
@@ -157,16 +196,17 @@ def compare_sums(
         SourceDamaged: a file has changed.
         ProcessDied, KeyboardInterrupt: as :func:`.for_each_file`.
     """
-    if not (names := [*source.sums]):
+    names, sums = [*source.sums], source.recorded
+    if not names or sums is None:
         return progress
 
     def check(number: int, report: Report) -> None:
         report.at(names[number])
         with reading(source.path):
-            source.check_sum(names[number], report.moved)
+            sums.check(names[number], report.moved)
 
     for_each_file(len(names), check, processes=processes, progress=progress)
-    compared = sum(record.size_bytes for record in source.sums.values())
+    compared = summed_bytes(source)
     return lambda done_bytes: progress(compared + done_bytes)
 
 
@@ -182,6 +222,7 @@ class HfSource:
         left_out: tensors of the folder that the model is not made of, and what sort they are, see
             :func:`.check_coverage`.
         path: of the folder.
+        recorded: what its files must be, where that is known.
         sums: of its files with tensors, by name, where it is in a training checkpoint. (The folder's own manifest has
             sums of tensors, which are compared as they are read.)
     """
@@ -204,9 +245,10 @@ class HfSource:
         self.quantised = _blocks(folder, self.config.pop("quantization_config", None))
         self._folder = HfFolder(folder)
         self._infos = self._folder.infos()
+        self.recorded = recorded(folder)
         self._sums = self._read_sums()
-        recorded = {} if (folder / MANIFEST).is_file() else sums_of(folder)
-        self.sums = {name: record for name, record in recorded.items() if name.endswith(".safetensors")}
+        files = {} if self.recorded is None else self.recorded.manifest.files
+        self.sums = {name: record for name, record in files.items() if name.endswith(".safetensors")}
         hint = None if self.bridged is None else self.bridged.hint
         self.left_out = check_coverage(folder, self._infos.keys() - self._scales(), self.weights, hint=hint)
         for entry in self.weights.entries:
@@ -228,22 +270,14 @@ class HfSource:
 
     def _read_sums(self) -> dict[str, str] | None:
         """xxh3-128 of each tensor, where the folder has a manifest with them."""
-        manifest = read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
-        if manifest is None or not manifest.shards:
+        if self.recorded is None or not (shards := self.recorded.manifest.shards):
             return None
-        records = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
+        records = {name: record for shard in shards.values() for name, record in shard.tensors.items()}
         for name, info in self._infos.items():
             record = records.get(name)
             if record is None or (record.dtype, record.shape) != (str(info.dtype).removeprefix("torch."), info.shape):
-                raise Damaged(f"{self.path}: {name} is not the tensor that was written; {self._restore()}")
+                raise Damaged(f"{self.path}: {name} is not the tensor that was written; {self.recorded.advice}")
         return {name: record.xxh3 for name, record in records.items()}
-
-    def check_sum(self, name: str, read: Callable[[int], None]) -> None:
-        """As :meth:`MegatronSource.check_sum`."""
-        check_file(self.path, name, self.sums[name], read)
-
-    def _restore(self) -> str:
-        return _RESTORE.format(self.path / MANIFEST)
 
     def identity(self) -> object:
         """What tells it from another model, without reading a tensor: its repr is the same for the same files."""
@@ -314,7 +348,8 @@ class HfSource:
     def _whole(self, name: str) -> Tensor:
         tensor = self._folder.tensor(name)
         if self._sums is not None and xxhash.xxh3_128_hexdigest(as_bytes(tensor)) != self._sums[name]:
-            raise Damaged(f"{self.path}: the bytes of {name} are not those that were written; {self._restore()}")
+            assert self.recorded is not None
+            raise Damaged(f"{self.path}: the bytes of {name} are not those that were written; {self.recorded.advice}")
         return tensor
 
     def _type(self, entry: WeightEntry, name: str, found: torch.dtype) -> torch.dtype:
@@ -348,6 +383,7 @@ class MegatronSource:
         left_out: tensors of the model's that are not converted, and what sort they are; an optimizer's are not among
             them.
         path: of the folder.
+        recorded: what its files must be, where that is known.
         sums: of the files with its tensors, by name, where a manifest has them: the folder's own, or that of the
             training checkpoint it is in.
     """
@@ -367,17 +403,15 @@ class MegatronSource:
             ValueError: metadata and configuration contradict each other, or a tensor is missing, unknown or of another
                 shape.
         """
-        from megatron_rl.mcore.torch_dist import (
-            METADATA,
-            TorchDistFolder,
-        )  # slow, and an import loads it beside its writing
+        # slow, and an import loads it beside its writing
+        from megatron_rl.mcore.torch_dist import METADATA, TorchDistFolder
 
         if not folder.is_dir():
             raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
         self.path = folder
-        self._manifest, records = recorded_sums(folder)
-        if METADATA in records:
-            self._compare(folder, METADATA, records[METADATA], lambda _: None)
+        self.recorded = recorded(folder)
+        if self.recorded is not None and METADATA in self.recorded.manifest.files:
+            self.recorded.check(METADATA, lambda _: None)
         self.folder: TorchDistFolder = TorchDistFolder(folder)
         self._keys = self.folder.keys
         self._stacked = stacks_layers(self._keys)
@@ -394,26 +428,17 @@ class MegatronSource:
         for entry in self.weights.entries:
             self._check(entry)
         self.left_out = self._check_keys()
-        files = self.folder.files_of({self.name(entry).key for entry in self.weights.entries}) if records else ()
-        if unknown := sorted({*files} - records.keys()):
-            raise Damaged(f"{folder / unknown[0]}: {self._manifest} must have its sum, and does not name it")
-        self.sums = {name: records[name] for name in sorted(files)}
+        self.sums = self._read_sums()
 
-    def check_sum(self, name: str, read: Callable[[int], None]) -> None:
-        """Read one of the files of ``sums`` and compare; ``read`` is told the bytes.
-
-        Raises:
-            Damaged: it has changed.
-        """
-        self._compare(self.folder.path, name, self.sums[name], read)
-
-    def _compare(self, folder: Path, name: str, record: FileRecord, read: Callable[[int], None]) -> None:
-        try:
-            check_file(folder, name, record, read)
-        except Damaged as damage:
-            own = self._manifest.parent == folder  # without a checkpoint's no run goes on from it
-            advice = _RESTORE.format(self._manifest) if own else f"restore it, {self._manifest} has its sum"
-            raise Damaged(f"{damage}; {advice}") from damage
+    def _read_sums(self) -> dict[str, FileRecord]:
+        if self.recorded is None:
+            return {}
+        records = self.recorded.manifest.files
+        files = sorted(self.folder.files_of({self.name(entry).key for entry in self.weights.entries}))
+        for name in files:
+            if name not in records:
+                raise Damaged(f"{self.path / name}: {self.recorded.file} must have its sum, and does not name it")
+        return {name: records[name] for name in files}
 
     def name(self, entry: WeightEntry) -> ShardedName:
         """Where a tensor is kept."""
@@ -435,7 +460,7 @@ class MegatronSource:
         rows = self.info(entry).shape[0]
         if not self._drop_padding_rows and kept[rows:].any():
             raise ValueError(
-                f"{self.folder.path}: the {len(kept) - rows} rows of {self.name(entry).key} behind the {rows} of the "
+                f"{self.path}: the {len(kept) - rows} rows of {self.name(entry).key} behind the {rows} of the "
                 f"vocabulary must be padding, which is zero, they are not; {self._belongs()}; if it does, another "
                 "program has trained its padding: leave these rows behind with --drop-padding-rows"
             )
@@ -471,7 +496,7 @@ class MegatronSource:
         if found[1:] != wanted[1:] or (found[0] != wanted[0] and not padded):
             more = ", or more rows" if is_vocabulary(entry) else ""
             raise ValueError(
-                f"{self.folder.path}: {self.name(entry).key} must have shape {list(wanted)}{more}, its metadata give "
+                f"{self.path}: {self.name(entry).key} must have shape {list(wanted)}{more}, its metadata give "
                 f"{list(found)}; {self._belongs()}"
             )
 
@@ -484,7 +509,7 @@ class MegatronSource:
         unknown = [key for key in beyond if not key.startswith(_FURTHER_KEY)]
         if unknown:
             raise ValueError(
-                f"{self.folder.path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are "
+                f"{self.path}: no {self.dims.architecture} has a tensor {unknown[0]} ({len(unknown)} are "
                 f"unknown); check that {self.like} describes the same model"
             )
         return dict.fromkeys(beyond, FURTHER)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import MegatronSource, compare_sums, copy_tokenizer, keeps_type, reading
+from megatron_rl.convert.sources import MegatronSource, compare_sums, copy_tokenizer, keeps_type, reading, summed_bytes
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, read_record
@@ -103,7 +103,7 @@ class ExportPlan:
             tensors=len(sizes),
             files=len(self.files),
             read_bytes=sum(sizes),
-            summed_bytes=sum(record.size_bytes for record in self.source.sums.values()),
+            summed_bytes=summed_bytes(self.source),
             written_bytes=sum(written),
             largest_bytes=max(self._held_bytes(entry) for file in self.files for entry in file),
             has_vocabulary=has_vocabulary(self.source.like),
@@ -238,7 +238,7 @@ def _write_file(plan: ExportPlan, target: Target, names: list[str], number: int,
 def _tensors(plan: ExportPlan, number: int, report: Report) -> Iterator[tuple[str, Tensor]]:
     for entry in plan.files[number]:
         report.at(", ".join(entry.hf))
-        with reading(plan.source.folder.path):
+        with reading(plan.source.path):
             parts = plan.source.hf_tensors(entry)
         while parts:
             yield from plan.form.tensors(entry, *parts.pop(0))

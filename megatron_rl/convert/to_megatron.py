@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.convert.resume import Conversion, complete_file, convert
-from megatron_rl.convert.sources import HfSource, compare_sums, copy_tokenizer, reading
+from megatron_rl.convert.sources import HfSource, compare_sums, copy_tokenizer, reading, summed_bytes
 from megatron_rl.convert.summary import Summary
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, read_record
@@ -50,7 +50,7 @@ class ImportPlan:
             tensors=len(sizes),
             files=len(self.files),
             read_bytes=self.source.read_bytes,
-            summed_bytes=sum(record.size_bytes for record in self.source.sums.values()),
+            summed_bytes=summed_bytes(self.source),
             written_bytes=sum(sizes),
             largest_bytes=2 * max(sizes),  # what is read is mapped; its parts are converted, then put together
             has_vocabulary=has_vocabulary(self.folder),

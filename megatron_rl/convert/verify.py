@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.checkpoints import sums_of
 from megatron_rl.convert.processes import Report, for_each_file
-from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type
+from megatron_rl.convert.sources import HfSource, MegatronSource, keeps_type, recorded
 from megatron_rl.mcore.torch_dist import METADATA
 from megatron_rl.weights.coverage import told_left
-from megatron_rl.weights.manifest import MANIFEST, Damaged, Manifest, check_file, check_shard, read_manifest
+from megatron_rl.weights.manifest import Damaged, Manifest, check_file, check_shard
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import WeightEntry, WeightMap
 
@@ -60,10 +59,10 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
         FileNotFoundError, ValueError: the folder is incomplete or contradicts itself.
         Damaged: it is not what the manifest says.
     """
-    own = (folder / MANIFEST).is_file()
-    manifest = read_manifest(folder) if own else Manifest(plan="training", files=sums_of(folder))
-    if not manifest.files:
+    sums = recorded(folder)
+    if sums is None:
         return Checked(summed=False, left_out=told_left(open_source(folder).left_out))
+    manifest = sums.manifest
     checks = [
         *((name, partial(check_file, folder, name, record)) for name, record in manifest.files.items()),
         *((name, partial(check_shard, folder, name, record)) for name, record in manifest.shards.items()),
