@@ -349,6 +349,14 @@ def test_another_tensor_than_the_manifest_names_is_refused(run: Run, folders: tu
     assert "is not the tensor that was written; restore it, or if it was changed on purpose remove" in err
 
 
+def test_a_manifest_that_names_weights_alone_is_still_one(run: Run, folders: tuple[Path, Path, Path]) -> None:
+    _, _, back = folders
+    manifest = json.loads((back / "manifest.json").read_text())
+    (back / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    flip(back / "model.safetensors")
+    assert run(verify, back)[0] == 1
+
+
 def in_a_training_checkpoint(megatron: Path, step: Path) -> Path:
     """As a run's checkpoint has a model: the manifest is the checkpoint's."""
     policy = step / "policy"
