@@ -79,7 +79,9 @@ def die_with_child(pids: Sequence[int], name: str, *, unless: Callable[[], bool]
         end = time.monotonic() + _LAST_SECONDS
         while any(each.exitcode is None for each in watched) and time.monotonic() < end:
             time.sleep(0.01)
-        print(f"{name} rank {rank} (pid {child.pid}) {ended(child.exitcode)}", file=sys.stderr, flush=True)  # noqa: T201
+        # On a line of its own: one that was killed as it wrote may have left half a line.
+        sys.stderr.write(f"\n{name} rank {rank} (pid {child.pid}) {ended(child.exitcode)}\n")
+        sys.stderr.flush()
         os._exit(1)
 
     threading.Thread(target=watch, name=f"watch {name}", daemon=True).start()
