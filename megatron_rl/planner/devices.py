@@ -27,6 +27,7 @@ class Device:
         words: that are in the name by which nvidia-smi knows it, in lower case; none: not a GPU.
         fp8: by recipe of ``policy.fp8``, how many times as fast as in bfloat16 the products of linear layers are, with
             the casts that they need: :data:`HOPPER_FP8`, :data:`BLACKWELL_FP8`; empty where there is no FP8.
+        unfused: how many times as many bytes as with fused kernels element-wise work reads and writes.
     """
 
     memory: float
@@ -43,6 +44,7 @@ class Device:
     source: str
     words: tuple[str, ...] = ()
     fp8: Mapping[str, float] = field(default_factory=dict, hash=False)
+    unfused: float = 1.0
 
     def is_named(self, name: str) -> bool:
         """Whether a GPU that nvidia-smi calls ``name`` is one."""
@@ -145,15 +147,18 @@ DEVICES: Mapping[str, Device] = {
         memory=4e9,
         flops=50e9,
         bandwidth=10e9,
-        link=2e9,
-        network=1e9,
+        link=0.25e9,
+        network=0.1e9,
         host_link=10e9,
         capability=(0, 0),
         reserved=0.4e9,
         host_memory=4e9,
         host_bandwidth=10e9,
         host_process=0.4e9,
-        source="one core of a small machine; an order of magnitude, not a measurement",
+        unfused=5.0,
+        source="one core of a small machine; an order of magnitude, but for what was measured on one with AVX2: "
+        "how element-wise work compares with products, by torch's profiler of an update at hidden 256 (1.4 GB/s and "
+        "33 GFLOP/s), and gathers and scattered sums over gloo (0.15 to 0.18 GB a CPU-second)",
     ),
 }
 

@@ -106,10 +106,11 @@ def pass_time(
 
     The stage that takes longest over a micro-batch sets the pace. Products: :meth:`ModelDims.layer_flops` of its own
     layers, and of the output layer at the end of a policy; linears in FP8 are as much faster as :attr:`Device.fp8`
-    says. Element-wise work reads and writes about twice what a layer would keep for its backward pass. What is
-    exchanged: :func:`_layer_exchange`, and between stages hidden states (Narayanan et al., "Efficient Large-Scale
-    Language Model Training on GPU Clusters", 2021, section 2.2), as often as a stage has pieces. With one piece a stage
-    waits for them; several take turns, and one's are sent while another computes.
+    says. Element-wise work reads and writes about twice what a layer would keep for its backward pass, and
+    :attr:`Device.unfused` times that. What is exchanged: :func:`_layer_exchange`, and between stages hidden states
+    (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters", 2021, section 2.2), as often as
+    a stage has pieces. With one piece a stage waits for them; several take turns, and one's are sent while another
+    computes.
 
     A pipeline of p stages waits while it fills: ``p - 1`` times what a piece takes, its sending included. The
     interleaved schedule takes micro-batches by p, and where a group is not full waits for the missing ones as well.
@@ -165,7 +166,7 @@ def _stage_time(
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         flops += dims.output_flops(length)
     flops *= micro / row / layout.tensor
-    moved = 2 * micro * layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held)
+    moved = 2 * device.unfused * micro * layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held)
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
     arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
     exchanged = sum(

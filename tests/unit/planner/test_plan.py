@@ -814,6 +814,15 @@ def shared(**changes):
     return replace(config, cluster=replace(config.cluster, colocate=True), engine=engine, **changes), dims
 
 
+def test_element_wise_work_that_no_kernel_fuses_moves_as_many_times_the_bytes():
+    work, dims = Work(rows=64, row_tokens=2048), model("llama3_8b")
+
+    def taken(**changed):
+        return pass_time(dims, trainer(), alone(flops=1e30, **changed), work, "bfloat16", backward=True).arithmetic
+
+    assert taken(unfused=5.0) == pytest.approx(5 * taken())
+
+
 def test_models_that_share_devices_take_as_many_as_the_largest_and_their_times_add_up():
     config, dims = shared()
     apart = replace(config, cluster=replace(config.cluster, colocate=False))
