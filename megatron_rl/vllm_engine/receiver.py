@@ -212,13 +212,20 @@ class ChannelReceiver(WeightTransferEngine[JoinInfo, PushInfo]):  # type: ignore
         """Why: a head tied to the embedding has a packed copy of its own, which reloading leaves as it was."""
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
             UnquantizedEmbeddingMethod,
             VocabParallelEmbedding,
         )
 
-        for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
-            if isinstance(module, VocabParallelEmbedding) and isinstance(method, UnquantizedEmbeddingMethod):
+        found: list[Any] = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, VocabParallelEmbedding)
+            and isinstance(getattr(module, "quant_method", None), UnquantizedEmbeddingMethod)
+        ]
+        embedded = {module.weight.data_ptr() for module in found if not isinstance(module, ParallelLMHead)}
+        for module in found:
+            if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embedded:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
     def _joined(self) -> Channel:
