@@ -13,7 +13,7 @@ from megatron_rl.config.schema import RunConfig, due
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
 from megatron_rl.experience.build import adapt_kl, build_experience, calibration_metrics, experience_metrics
-from megatron_rl.experience.collect import rollout_metrics, sample_rows, sample_seed, score_rollouts
+from megatron_rl.experience.collect import check_errors, rollout_metrics, sample_rows, sample_seed, score_rollouts
 from megatron_rl.interfaces import (
     AdvantageEstimator,
     Checkpoints,
@@ -132,3 +132,4 @@ def evaluate(run: Run, log: StepLog) -> None:
     with log.phase("evaluate"), run.phases.generating():
         scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
     log.update("heldout", {**rollout_metrics(scored), "temperature": sampling.temperature})
+    check_errors(scored, run.config.reward.max_error_rate)

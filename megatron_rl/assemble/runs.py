@@ -23,7 +23,7 @@ from megatron_rl.assemble.roles import (
 )
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import dotted, dump
-from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
@@ -76,7 +76,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         saved, changes = _saved(config.run_dir, identity)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
-        own_rewards = None if config.reward.pools else stack.enter_context(_reward_service(config.reward))
+        own_rewards = None if config.reward.pools else stack.enter_context(reward_service(config.reward)())
         references = References()
         if gated:  # before the workers, so that it loads while they start
             references = start_references(
@@ -115,6 +115,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             rewards=rewards,
             config=config.rollout,
             seed=config.seed,
+            max_error_rate=config.reward.max_error_rate,
             overlong=_overlong(config),
         )
         rounds = config.rollout.sampling_rounds
@@ -239,7 +240,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     tokenizer = load_tokenizer(model)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
-        _reward_service(config.reward) as rewards,
+        reward_service(config.reward)() as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
@@ -294,10 +295,6 @@ class _MachineMetrics:
             if seconds > 0 and tokens > 0:
                 found[f"tokens_per_s/{role}/{verb}"] = tokens / seconds
         return found
-
-
-def _reward_service(reward: RewardConfig) -> RewardService:
-    return reward_service(reward, max_error_rate=reward.max_error_rate)()
 
 
 def _overlong(config: RunConfig) -> OverlongPenalty | None:

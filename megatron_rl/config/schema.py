@@ -132,7 +132,8 @@ class RewardConfig:
     start_timeout_s: PositiveFloat = 60.0
     """Wall seconds for a worker to start and to load the rule."""
     max_error_rate: Fraction = 0.25
-    """The run stops where the rule fails on a larger share of the samples of one step; time-outs do not count."""
+    """The run stops where the rule fails on a larger share of the samples of one step, all rounds of dynamic sampling
+    together, or of one evaluation; time-outs do not count."""
     overlong_buffer: Count = 0
     """Soft over-long penalty (DAPO): over the last so many tokens below ``rollout.max_response_tokens`` the score falls
     by up to 1; evaluation scores without it. 0: none."""

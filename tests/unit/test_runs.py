@@ -34,7 +34,7 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
 
 
 def test_reward_workers_that_are_not_up_in_time_are_told_with_the_setting() -> None:
-    make = reward_service(RewardConfig(start_timeout_s=0.001), max_error_rate=1.0)
+    make = reward_service(RewardConfig(start_timeout_s=0.001))
     with make() as service, pytest.raises(RuntimeError, match=r"ready within 0\.001 s .* reward\.start_timeout_s"):
         service.score([("1", "1", Finish.STOP)])
 
