@@ -22,7 +22,7 @@ from megatron_rl.assemble.roles import (
     take_turns,
 )
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check_same_run, check_whole, find_checkpoint
-from megatron_rl.config.load import dotted, dump
+from megatron_rl.config.load import defaults, dotted, dump
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked, replace_text
@@ -73,7 +73,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
-        saved, changes = _saved(config.run_dir, identity)
+        saved, changes = _saved(config, identity)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
         own_rewards = None if config.reward.pools else stack.enter_context(reward_service(config.reward)())
@@ -185,7 +185,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
     identity = RunIdentity(model=asdict(dims), prompts=rows.digest(), settings=dotted(config))
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
-        saved, changes = _saved(config.run_dir, identity)
+        saved, changes = _saved(config, identity)
         _leave_settings(config)
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
@@ -309,12 +309,12 @@ def _held(run_dir: Path) -> AbstractContextManager[None]:
     return locked(run_dir / "lock", writing=run_dir, wait_s=_LOCK_WAIT_S)
 
 
-def _saved(run_dir: Path, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
+def _saved(config: RunConfig | SFTConfig, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
     """The run's newest checkpoint, checked, and what is set otherwise than when it was saved."""
-    saved = find_checkpoint(run_dir.resolve() / "checkpoints")  # ranks read it, from a folder of their own
+    saved = find_checkpoint(config.run_dir.resolve() / "checkpoints")  # ranks read it, from a folder of their own
     if saved is None:
         return None, []
-    changes = check_same_run(saved, identity)
+    changes = check_same_run(saved, identity, defaults(config))
     check_whole(saved)
     return saved, changes
 

@@ -21,6 +21,7 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    config = fake_config(Path("runs/a"))
     folder, identity = tmp_path / "runs/a/checkpoints", RunIdentity(model={}, prompts="", settings={})
     model = FileModel()
     checkpoints = RunCheckpoints(
@@ -28,7 +29,7 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
     )
     checkpoints.start(None)
     checkpoints.save(1, wait=True)
-    saved, _ = _saved(Path("runs/a"), identity)
+    saved, _ = _saved(config, identity)
     assert saved is not None
     assert saved.folder == folder / "step_000001"
 
