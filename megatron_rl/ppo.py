@@ -91,7 +91,8 @@ def train(run: Run) -> int:
                 )
             log.update("experience", experience_metrics(experience, run.kl_control, cfg))
             log.update("critic_calibration", calibration_metrics(experience))
-            adapt_kl(run.kl_control, experience)
+            if cfg.ppo.policy_learns(step):
+                adapt_kl(run.kl_control, experience)
             with log.phase("update"), run.phases.training():
                 for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
                     for model, done in results(updates(run, minibatch, step)).items():
@@ -111,7 +112,7 @@ def train(run: Run) -> int:
 def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:
     """Start one optimizer step of each model that learns in this step: side by side on devices of their own."""
     started = {} if run.critic is None else {"critic": run.critic.update(minibatch, run.value_loss)}
-    if step >= run.config.ppo.critic_warmup_steps:
+    if run.config.ppo.policy_learns(step):
         started["policy"] = run.policy.update(minibatch, run.policy_loss)
     return started
 

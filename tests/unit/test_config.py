@@ -343,6 +343,26 @@ def test_numbers_out_of_range_are_refused(folder):
 GRPO = PPO[: PPO.index("[critic]")].replace("[ppo]", '[ppo]\nadvantage = "grpo"')
 
 
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_moments_that_would_never_move_are_refused(folder, name):
+    load(RunConfig, [Path("ppo.toml")], [f"policy.optimizer.{name}=0.0"])
+    (said,) = problems(f"policy.optimizer.{name}=1.0")
+    assert said == f"policy.optimizer.{name}: Input should be less than 1, got 1.0"
+
+
+def test_an_empty_stop_string_is_refused(folder):
+    assert problems('rollout.stop=["END", ""]') == [
+        "rollout: stop must have no empty string, which no response could end with, got ['END', '']"
+    ]
+
+
+def test_gspo_goes_with_the_advantages_of_dr_grpo(grpo):
+    gspo = ["ppo.loss=gspo", "ppo.clip_low=3e-4", "ppo.clip_high=4e-4", "ppo.advantage=dr_grpo"]
+    load(RunConfig, [Path(*grpo)], [*gspo, "ppo.loss_mean=sequence"])
+    (said,) = problems(*gspo, "ppo.loss_mean=constant", files=grpo)
+    assert "loss_mean must be 'sequence' with loss='gspo'" in said
+
+
 @pytest.fixture
 def grpo(folder):
     Path("grpo.toml").write_text(GRPO)

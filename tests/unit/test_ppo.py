@@ -54,6 +54,15 @@ def test_the_coefficient_of_the_kl_is_told_as_it_was_used_and_moves_after_each_s
     assert run.kl_control.coef == pytest.approx(0.5 * 0.96**3)
 
 
+def test_the_coefficient_of_the_kl_waits_for_the_policy(tmp_path: Path) -> None:
+    """While the critic warms up the KL is 0, which says nothing of the coefficient."""
+    ppo = PPOConfig(minibatch_samples=16, kl_coef=0.5, kl_target=1e6, kl_horizon=320, critic_warmup_steps=2)
+    run = fake_run(fake_config(tmp_path, steps=4, ppo=ppo))
+    train(run)
+    told = [record["experience/kl_coef"] for record in records(tmp_path) if "rollout/score" in record]
+    assert told == pytest.approx([0.5, 0.5, 0.5, 0.5 * 0.96])
+
+
 @dataclasses.dataclass
 class FailsOn:
     """Scores as another scorer does, but for so many of the first samples of a call of ``size`` samples."""
