@@ -119,11 +119,13 @@ class RunIdentity:
         model: the sizes of the model.
         prompts: digest of the training prompts in their order.
         settings: the resolved configuration, by dotted key.
+        heldout: digest of the held-out prompts that are evaluated; empty where there are none or none was saved.
     """
 
     model: Mapping[str, Any]
     prompts: str
     settings: Mapping[str, Any]
+    heldout: str = ""
 
     def problems(self, saved: RunIdentity) -> Iterator[str]:
         """Why a run with this identity cannot go on from a checkpoint of ``saved``."""
@@ -141,6 +143,8 @@ class RunIdentity:
         for name, (old, new) in _differences(saved.settings, self.settings):
             if not any(_within(name, key) for key in (*_FIXED, *_MACHINE)):
                 yield f"{name} was {old!r}, is {new!r}"
+        if saved.heldout not in ("", self.heldout):
+            yield "other held-out prompts (or another template or limit): accuracy before and after is not of the same"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

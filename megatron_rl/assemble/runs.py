@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_rl import device
@@ -70,7 +70,10 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
-    identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
+    evaluated = replace(heldout, prompts=heldout.prompts[: config.evaluation.prompts])
+    identity = RunIdentity(
+        model=asdict(dims), prompts=prompts.digest(), settings=dotted(config), heldout=evaluated.digest()
+    )
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
         saved, changes = _saved(config, identity)
@@ -161,7 +164,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             gate=parity_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
             checkpoints=checkpoints,
             stop=stop,
-            heldout=heldout.prompts[: config.evaluation.prompts],
+            heldout=evaluated.prompts,
             phases=turns,
             forced_eos=tuple(ending.with_stops(config.rollout.stop)) if config.rollout.force_eos else (),
             metrics=metrics,

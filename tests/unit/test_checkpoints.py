@@ -454,6 +454,18 @@ def test_a_setting_that_a_checkpoint_is_older_than_had_its_default(saver: Saver,
         check_same_run(saved, changed(prompts_per_step=16), later)
 
 
+def test_other_held_out_prompts_are_told_where_the_checkpoint_knows_its_own(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    found = find_checkpoint(folder)
+    assert found is not None
+    mine = dataclasses.replace(IDENTITY, heldout="abc")
+    assert check_same_run(found, mine, {}) == [], "a checkpoint from before that"
+    saved = dataclasses.replace(found, identity=mine)
+    assert check_same_run(saved, mine, {}) == []
+    (told,) = check_same_run(saved, dataclasses.replace(IDENTITY, heldout="abd"), {})
+    assert told.startswith("other held-out prompts ")
+
+
 def test_what_is_no_setting_any_more_is_no_reason_to_refuse(saver: Saver, folder: Path) -> None:
     saver.save(1)
     saved = find_checkpoint(folder)
