@@ -166,9 +166,9 @@ def start_trainer(
 ) -> Pending[None]:
     """Build the ranks of one model."""
     if isinstance(config, SFTConfig):
-        trainer, temperature, keep_reference = config.trainer, 1.0, False
+        trainer, temperature, keep_reference, seed = config.trainer, 1.0, False, 0  # nothing draws from it
     else:
-        trainer = config.trainers[group.name]
+        trainer, seed = config.trainers[group.name], config.seed
         temperature, keep_reference = config.trainer_temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
     spec = WorkerSpec(
         role=group.name,
@@ -178,7 +178,7 @@ def start_trainer(
         trainer=trainer,
         temperature=temperature,
         total_updates=total_updates,
-        seed=config.seed,
+        seed=seed,
         keep_reference=keep_reference,
     )
     return start_ranks(group, spec, config.cluster)

@@ -870,7 +870,6 @@ class SFTConfig:
     steps: Positive
     samples_per_step: Positive
     trainer: TrainerConfig
-    seed: Count = 0
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

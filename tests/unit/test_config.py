@@ -356,6 +356,10 @@ def test_an_empty_stop_string_is_refused(folder):
     ]
 
 
+def test_a_supervised_stage_has_no_seed_since_it_draws_nothing(folder):
+    assert problems("seed=1", root=SFTConfig, files=("sft.toml",)) == ["seed: unknown key"]
+
+
 def test_gspo_goes_with_the_advantages_of_dr_grpo(grpo):
     gspo = ["ppo.loss=gspo", "ppo.clip_low=3e-4", "ppo.clip_high=4e-4", "ppo.advantage=dr_grpo"]
     load(RunConfig, [Path(*grpo)], [*gspo, "ppo.loss_mean=sequence"])
