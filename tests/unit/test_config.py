@@ -274,7 +274,7 @@ def test_settings_of_the_other_command_are_told_in_one_line(folder):
 
 @pytest.mark.parametrize("name", ["ppo.toml", "sft.toml"])
 def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder, name):
-    Path("more.toml").write_text("seed = 7\n[model]\ndtype = 'float32'\n")
+    Path("more.toml").write_text("steps = 7\n[model]\ndtype = 'float32'\n")
     overrides = ["model.dtype=bfloat16", "cluster.address='say \"a\\tb\"'"]
     if name == "ppo.toml":
         overrides += ["ppo.value_clip=inf", "rollout.stop=['\\n', 'é']"]
@@ -283,7 +283,7 @@ def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder
     text = annotated(config, origins(files, overrides))
     lines = dict(line.rsplit("  # ", 1) for line in text.splitlines())
     shown = {line.strip(): origin for line, origin in lines.items()}
-    assert shown["seed = 7"] == "more.toml"
+    assert shown["steps = 7"] == "more.toml"
     assert shown['model.dtype = "bfloat16"'] == "command line"
     assert shown['model.path = "model"'] == name
     assert shown['model.layers = "auto"'] == "default"
@@ -304,7 +304,7 @@ def test_a_start_that_cannot_write_its_settings_leaves_those_of_before(folder, m
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _leave_settings(dataclasses.replace(config, seed=7))
+        _leave_settings(dataclasses.replace(config, steps=7))
     assert load_any([config.run_dir / "config.json"]) == config
 
 
