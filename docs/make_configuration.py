@@ -24,6 +24,7 @@ KINDS = {
     "PositiveFloat": "float > 0",
     "NonNegative": "float >= 0",
     "Fraction": "float, 0 to 1",
+    "BelowOne": "float >= 0 and < 1",
     "Annotated[int, Ge(2)]": "int >= 2",
     "Path": "path",
 }

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import TracebackType
@@ -42,11 +42,10 @@ _FIXED = {
     "ppo.minibatch_samples": "the learning-rate schedule counts optimizer steps",
     "ppo.epochs": "the learning-rate schedule counts optimizer steps",
     "ppo.critic_warmup_steps": "the learning-rate schedule counts optimizer steps",
-    "policy.optimizer": "the optimizer's state holds them",
-    "critic.optimizer": "the optimizer's state holds them",
-    "trainer.optimizer": "the optimizer's state holds them",
 }
-"""Settings that a resumed run may not change, and why."""
+"""Settings that a resumed run may not change, and why. An optimizer's are not among them: a checkpoint holds its
+moments, and rate, decay and bounds are those of the run that loads.
+"""
 _LAYING_OUT = (
     *("layout", "tokens_per_microbatch", "recompute"),
     *("distributed_optimizer", "optimizer_on_host", "overlap_communication"),
@@ -120,18 +119,19 @@ class RunIdentity:
         model: the sizes of the model.
         prompts: digest of the training prompts in their order.
         settings: the resolved configuration, by dotted key.
+        heldout: digest of the held-out prompts that are evaluated; empty where there are none or none was saved.
     """
 
     model: Mapping[str, Any]
     prompts: str
     settings: Mapping[str, Any]
+    heldout: str = ""
 
     def problems(self, saved: RunIdentity) -> Iterator[str]:
         """Why a run with this identity cannot go on from a checkpoint of ``saved``."""
-        for key, why in _FIXED.items():
-            for name, (old, new) in _differences(saved.settings, self.settings):
-                if _within(name, key):
-                    yield f"{name}: was {old!r}, is {new!r}; {why}"
+        for name, (old, new) in _differences(saved.settings, self.settings):
+            if name in _FIXED and name in self.settings:  # what is no setting any more cannot be set back
+                yield f"{name}: was {old!r}, is {new!r}; {_FIXED[name]}"
         for name, (old, new) in _differences(saved.model, self.model):
             yield f"model.path: another model, {name} was {old!r}, is {new!r}"
         if self.prompts != saved.prompts:
@@ -143,6 +143,8 @@ class RunIdentity:
         for name, (old, new) in _differences(saved.settings, self.settings):
             if not any(_within(name, key) for key in (*_FIXED, *_MACHINE)):
                 yield f"{name} was {old!r}, is {new!r}"
+        if saved.heldout not in ("", self.heldout):
+            yield "other held-out prompts (or another template or limit): accuracy before and after is not of the same"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -226,8 +228,13 @@ def check_whole(saved: SavedRun) -> None:
     _refuse_damage(saved.folder)
 
 
-def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
+def check_same_run(saved: SavedRun, identity: RunIdentity, defaults: Mapping[str, Any]) -> list[str]:
     """Refuse to go on from the checkpoint of another run.
+
+    Args:
+        saved: the checkpoint.
+        identity: of the run that is to go on.
+        defaults: of its settings, by dotted key: what a checkpoint had that is older than the setting.
 
     Returns:
         what is set otherwise than it was, and may be.
@@ -235,8 +242,8 @@ def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
     Raises:
         CheckpointProblem: the model, the data, or a setting that must stay has changed; lists all of it.
     """
-    identity = RunIdentity(**json.loads(json.dumps(asdict(identity))))  # what was saved has lists for tuples
-    problems = list(identity.problems(saved.identity))
+    identity, before = _as_saved(identity), _as_saved(_completed(saved.identity, defaults))
+    problems = list(identity.problems(before))
     if problems:
         raise CheckpointProblem(
             "\n  ".join(
@@ -246,7 +253,18 @@ def check_same_run(saved: SavedRun, identity: RunIdentity) -> list[str]:
                 ]
             )
         )
-    return list(identity.changes(saved.identity))
+    return list(identity.changes(before))
+
+
+def _as_saved(identity: RunIdentity) -> RunIdentity:
+    return RunIdentity(**json.loads(json.dumps(asdict(identity))))  # which has lists for tuples
+
+
+def _completed(saved: RunIdentity, defaults: Mapping[str, Any]) -> RunIdentity:
+    """With the settings that it is older than, in the sections that it had."""
+    sections = {name.rpartition(".")[0] for name in saved.settings}
+    later = {name: value for name, value in defaults.items() if name.rpartition(".")[0] in sections}
+    return replace(saved, settings={**later, **saved.settings})
 
 
 def _refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from megatron_rl.config.schema import RunConfig, due
 from megatron_rl.dataflow import Prompt, Sampling
 from megatron_rl.experience.batching import collate, minibatches
 from megatron_rl.experience.build import adapt_kl, build_experience, calibration_metrics, experience_metrics
-from megatron_rl.experience.collect import rollout_metrics, sample_rows, sample_seed, score_rollouts
+from megatron_rl.experience.collect import check_errors, rollout_metrics, sample_rows, sample_seed, score_rollouts
 from megatron_rl.interfaces import (
     AdvantageEstimator,
     Checkpoints,
@@ -91,7 +91,8 @@ def train(run: Run) -> int:
                 )
             log.update("experience", experience_metrics(experience, run.kl_control, cfg))
             log.update("critic_calibration", calibration_metrics(experience))
-            adapt_kl(run.kl_control, experience)
+            if cfg.ppo.policy_learns(step):
+                adapt_kl(run.kl_control, experience)
             with log.phase("update"), run.phases.training():
                 for minibatch in minibatches(experience, cfg.ppo, run.loss_mean, seed=(cfg.seed, step)):
                     for model, done in results(updates(run, minibatch, step)).items():
@@ -111,7 +112,7 @@ def train(run: Run) -> int:
 def updates(run: Run, minibatch: Minibatch[ExperienceBatch], step: int) -> dict[str, Pending[UpdateResult]]:
     """Start one optimizer step of each model that learns in this step: side by side on devices of their own."""
     started = {} if run.critic is None else {"critic": run.critic.update(minibatch, run.value_loss)}
-    if step >= run.config.ppo.critic_warmup_steps:
+    if run.config.ppo.policy_learns(step):
         started["policy"] = run.policy.update(minibatch, run.policy_loss)
     return started
 
@@ -132,3 +133,4 @@ def evaluate(run: Run, log: StepLog) -> None:
     with log.phase("evaluate"), run.phases.generating():
         scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
     log.update("heldout", {**rollout_metrics(scored), "temperature": sampling.temperature})
+    check_errors(scored, run.config.reward.max_error_rate)

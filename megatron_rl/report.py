@@ -77,8 +77,9 @@ def summarise(metrics_jsonl: Path) -> dict[str, Any]:
         summary["engine_gap_mean_worst"] = max(found)
     if found := _values(steps, "seconds/step"):
         summary["seconds_per_step_median"] = median(found)
-    for name in ("timeouts", "errors"):
-        if found := _values(records, f"rollout/{name}") + _values(records, f"heldout/{name}"):
+    for name in ("timeouts", "errors"):  # of all that was drawn, where dynamic sampling dropped some of it
+        drawn = [record.get(f"sampling/{name}", record.get(f"rollout/{name}")) for record in records]
+        if found := [value for value in drawn if value is not None] + _values(records, f"heldout/{name}"):
             summary[name] = int(sum(found))
     summary["nonfinite"] = int(sum(_values(records, "nonfinite")))
     prefix = "peak_rss_gib/"

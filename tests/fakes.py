@@ -313,6 +313,7 @@ def fake_run(config: RunConfig, *, start_step: int = 0) -> Run:
             rewards=scorer,
             config=config.rollout,
             seed=config.seed,
+            max_error_rate=config.reward.max_error_rate,
         ),
         engine=engine,
         rewards=scorer,

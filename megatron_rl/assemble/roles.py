@@ -75,8 +75,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     starting: dict[str, Pending[None]] = {}
     engines_start = groups["engine"].build(start_engine, [(spec,)] * config.engine.count)
     if config.reward.pools:
-        pool = reward_service(config.reward, max_error_rate=1.0)  # the share of all samples is looked at, not of each
-        starting["rewards"] = groups["rewards"].build(pool, [()] * config.reward.pools)
+        starting["rewards"] = groups["rewards"].build(reward_service(config.reward), [()] * config.reward.pools)
     audit = partial(audit_engines, engine, config, config.model.path)
     if config.cluster.colocate:
         engines_start.result()
@@ -114,7 +113,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
 
     return Roles(
         groups=groups,
-        rewards=RemoteRewards(groups["rewards"], config.reward.max_error_rate) if config.reward.pools else None,
+        rewards=RemoteRewards(groups["rewards"]) if config.reward.pools else None,
         policy=policy,
         critic=critic,
         engine=engine,
@@ -150,7 +149,7 @@ def capability_line(trainer: WorkerGroup) -> str:
     return f"{trainer.name}: {parts}"
 
 
-def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[], RewardService]:
+def reward_service(reward: RewardConfig) -> Callable[[], RewardService]:
     """A pool of reward workers, to be started where this is called."""
     return partial(
         RewardService,
@@ -159,7 +158,6 @@ def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[
         timeout_s=reward.timeout_s,
         wall_timeout_s=reward.wall_timeout_s,
         start_timeout_s=reward.start_timeout_s,
-        max_error_rate=max_error_rate,
     )
 
 
@@ -168,9 +166,9 @@ def start_trainer(
 ) -> Pending[None]:
     """Build the ranks of one model."""
     if isinstance(config, SFTConfig):
-        trainer, temperature, keep_reference = config.trainer, 1.0, False
+        trainer, temperature, keep_reference, seed = config.trainer, 1.0, False, 0  # nothing draws from it
     else:
-        trainer = config.trainers[group.name]
+        trainer, seed = config.trainers[group.name], config.seed
         temperature, keep_reference = config.trainer_temperature, head is Head.TOKEN and config.ppo.kl_coef > 0
     spec = WorkerSpec(
         role=group.name,
@@ -180,7 +178,7 @@ def start_trainer(
         trainer=trainer,
         temperature=temperature,
         total_updates=total_updates,
-        seed=config.seed,
+        seed=seed,
         keep_reference=keep_reference,
     )
     return start_ranks(group, spec, config.cluster)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_rl import device
@@ -22,8 +22,8 @@ from megatron_rl.assemble.roles import (
     take_turns,
 )
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check_same_run, check_whole, find_checkpoint
-from megatron_rl.config.load import dotted, dump
-from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
+from megatron_rl.config.load import defaults, dotted, dump
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
@@ -70,13 +70,16 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
-    identity = RunIdentity(model=asdict(dims), prompts=prompts.digest(), settings=dotted(config))
+    evaluated = replace(heldout, prompts=heldout.prompts[: config.evaluation.prompts])
+    identity = RunIdentity(
+        model=asdict(dims), prompts=prompts.digest(), settings=dotted(config), heldout=evaluated.digest()
+    )
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
-        saved, changes = _saved(config.run_dir, identity)
+        saved, changes = _saved(config, identity)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
-        own_rewards = None if config.reward.pools else stack.enter_context(_reward_service(config.reward))
+        own_rewards = None if config.reward.pools else stack.enter_context(reward_service(config.reward)())
         references = References()
         if gated:  # before the workers, so that it loads while they start
             references = start_references(
@@ -115,6 +118,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             rewards=rewards,
             config=config.rollout,
             seed=config.seed,
+            max_error_rate=config.reward.max_error_rate,
             overlong=_overlong(config),
         )
         rounds = config.rollout.sampling_rounds
@@ -160,7 +164,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             gate=parity_gate(config, dims, roles, references, heldout.prompts, metrics.note) if gated else None,
             checkpoints=checkpoints,
             stop=stop,
-            heldout=heldout.prompts[: config.evaluation.prompts],
+            heldout=evaluated.prompts,
             phases=turns,
             forced_eos=tuple(ending.with_stops(config.rollout.stop)) if config.rollout.force_eos else (),
             metrics=metrics,
@@ -184,7 +188,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
     identity = RunIdentity(model=asdict(dims), prompts=rows.digest(), settings=dotted(config))
     with ExitStack() as stack:
         stack.enter_context(_held(config.run_dir))
-        saved, changes = _saved(config.run_dir, identity)
+        saved, changes = _saved(config, identity)
         _leave_settings(config)
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
@@ -239,7 +243,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     tokenizer = load_tokenizer(model)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
-        _reward_service(config.reward) as rewards,
+        reward_service(config.reward)() as rewards,
         Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
     ):
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
@@ -296,10 +300,6 @@ class _MachineMetrics:
         return found
 
 
-def _reward_service(reward: RewardConfig) -> RewardService:
-    return reward_service(reward, max_error_rate=reward.max_error_rate)()
-
-
 def _overlong(config: RunConfig) -> OverlongPenalty | None:
     """The penalty of responses close to the limit, where one is asked for."""
     buffer = config.reward.overlong_buffer
@@ -312,12 +312,12 @@ def _held(run_dir: Path) -> AbstractContextManager[None]:
     return locked(run_dir / "lock", writing=run_dir, wait_s=_LOCK_WAIT_S)
 
 
-def _saved(run_dir: Path, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
+def _saved(config: RunConfig | SFTConfig, identity: RunIdentity) -> tuple[SavedRun | None, list[str]]:
     """The run's newest checkpoint, checked, and what is set otherwise than when it was saved."""
-    saved = find_checkpoint(run_dir.resolve() / "checkpoints")  # ranks read it, from a folder of their own
+    saved = find_checkpoint(config.run_dir.resolve() / "checkpoints")  # ranks read it, from a folder of their own
     if saved is None:
         return None, []
-    changes = check_same_run(saved, identity)
+    changes = check_same_run(saved, identity, defaults(config))
     check_whole(saved)
     return saved, changes
 

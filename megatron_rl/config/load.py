@@ -82,6 +82,13 @@ def dotted(config: RunConfig | SFTConfig) -> dict[str, Any]:
     return dict(_flat(TypeAdapter(type(config)).dump_python(config, mode="json")))
 
 
+def defaults(config: RunConfig | SFTConfig) -> dict[str, Any]:
+    """The defaults of the settings that a configuration has, whatever their values, by dotted key; those that must be
+    given are left out.
+    """
+    return dict(_defaults(config))
+
+
 def differences(config: RunConfig | SFTConfig, saved: str) -> list[str]:
     """Dotted keys of a configuration that was saved by :func:`dump`, an earlier one perhaps, that are others now."""
     now = dotted(config)
@@ -149,6 +156,15 @@ def _flat(section: Mapping[str, Any], prefix: str = "", *, empty: bool = False) 
             yield from _flat(value, f"{prefix}{key}.", empty=empty)
         else:
             yield prefix + key, value
+
+
+def _defaults(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _defaults(value, f"{prefix}{item.name}.")
+        elif item.default is not dataclasses.MISSING:
+            yield prefix + item.name, item.default
 
 
 def _merged(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_rl.config.limit import Limit
 from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems
@@ -25,6 +25,7 @@ Count = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
 FORBID_UNKNOWN = {"extra": "forbid"}
 LOWEST_TEMPERATURE = 0.01
 """That the engine samples at: vLLM raises a lower one that is above 0 to it, and says so in its log alone."""
@@ -111,6 +112,8 @@ class RolloutConfig:
         """What contradicts itself."""
         if self.temperature < LOWEST_TEMPERATURE:
             yield f"temperature must be at least {LOWEST_TEMPERATURE}, the engine's lowest, got {self.temperature}"
+        if "" in self.stop:
+            yield f"stop must have no empty string, which no response could end with, got {list(self.stop)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,8 @@ class RewardConfig:
     start_timeout_s: PositiveFloat = 60.0
     """Wall seconds for a worker to start and to load the rule."""
     max_error_rate: Fraction = 0.25
-    """The run stops where the rule fails on a larger share of the samples of one step; time-outs do not count."""
+    """The run stops where the rule fails on a larger share of the samples of one step, all rounds of dynamic sampling
+    together, or of one evaluation; time-outs do not count."""
     overlong_buffer: Count = 0
     """Soft over-long penalty (DAPO): over the last so many tokens below ``rollout.max_response_tokens`` the score falls
     by up to 1; evaluation scores without it. 0: none."""
@@ -213,6 +217,10 @@ class PPOConfig:
         """Whether a sample's advantage depends on the other samples of its prompt."""
         return self.advantage in {"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"}
 
+    def policy_learns(self, step: int) -> bool:
+        """Whether the policy is updated in a step, counted from 0."""
+        return step >= self.critic_warmup_steps
+
     @property
     def whitens(self) -> bool:
         """Whether advantages are whitened."""
@@ -276,7 +284,7 @@ class PPOConfig:
                 f"loss_mean must be 'sequence' with loss='gspo', whose objective is a mean over responses, "
                 f"got {self.loss_mean!r}"
             )
-        if self.advantage == "dr_grpo" and self.loss_mean == "sequence":
+        if self.advantage == "dr_grpo" and self.loss_mean == "sequence" and self.loss != "gspo":
             yield (
                 "loss_mean='sequence' divides by each response's length, the bias that advantage='dr_grpo' is to "
                 "remove: set loss_mean='constant', or advantage='grpo'"
@@ -310,8 +318,8 @@ class OptimizerConfig:
     __pydantic_config__ = FORBID_UNKNOWN
 
     lr: NonNegative
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegative = 0.0
     clip_grad: PositiveFloat = 1.0
@@ -862,7 +870,6 @@ class SFTConfig:
     steps: Positive
     samples_per_step: Positive
     trainer: TrainerConfig
-    seed: Count = 0
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -28,11 +28,16 @@ class SamplingExhausted(RuntimeError):
     """Dynamic sampling did not find enough prompts that teach anything."""
 
 
+class RewardRuleFails(RuntimeError):
+    """The reward rule could not score too large a share of the samples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FreshRollouts:
     """Generates every step's rollouts in that step: on-policy collection.
 
     Attributes:
+        max_error_rate: the largest share of a step's samples whose rule may fail.
         overlong: added to every score; None adds nothing.
     """
 
@@ -41,11 +46,18 @@ class FreshRollouts:
     rewards: RewardScorer
     config: RolloutConfig
     seed: int
+    max_error_rate: float
     overlong: OverlongPenalty | None = None
 
     def __call__(self, prompts: int, step: int) -> list[ScoredRollout]:
-        """The scored rollouts of the next ``prompts`` prompts."""
-        return self.draw(prompts, step, first_sample=0)
+        """The scored rollouts of the next ``prompts`` prompts.
+
+        Raises:
+            RewardRuleFails: the rule failed on too many samples.
+        """
+        scored = self.draw(prompts, step, first_sample=0)
+        check_errors(scored, self.max_error_rate)
+        return scored
 
     def draw(self, prompts: int, step: int, first_sample: int) -> list[ScoredRollout]:
         """The same, with the samples of a prompt numbered from ``first_sample``, so that a prompt that comes again in a
@@ -89,6 +101,8 @@ class DynamicSampling:
 
         Raises:
             SamplingExhausted: ``max_rounds`` rounds found fewer.
+            RewardRuleFails: the rule failed on too many of the samples drawn so far. No round is judged by itself: a
+                later one may be so small that one bad question is most of it.
         """
         drawn: list[ScoredRollout] = []
         kept: list[ScoredRollout] = []
@@ -97,6 +111,7 @@ class DynamicSampling:
             asked = min(prompts, math.ceil(missing * len(drawn) / len(kept))) if kept else prompts
             found = self.source.draw(asked, step, first_sample=number * self.source.config.samples_per_prompt)
             drawn += found
+            check_errors(drawn, self.source.max_error_rate)
             kept += [item for item in found if not is_uniform(item)]
             if len(kept) >= prompts:
                 self._counts = {"sampling/rounds": number + 1.0, **_drawn_metrics(drawn)}
@@ -108,8 +123,8 @@ class DynamicSampling:
 
         Returns:
             under ``sampling/``: ``rounds``; ``prompts_drawn``, ``prompts_uniform``; and of all samples drawn, the
-            dropped ones too, ``score``, ``accuracy`` (where the rule says what is correct) and ``response_tokens``
-            (those under ``rollout/`` speak of the kept ones).
+            dropped ones too, ``score``, ``accuracy`` (where the rule says what is correct), ``timeouts``, ``errors``
+            and ``response_tokens`` (those under ``rollout/`` speak of the kept ones).
         """
         counts, self._counts = self._counts, {}
         return counts
@@ -122,10 +137,11 @@ def is_uniform(scored: ScoredRollout) -> bool:
 
 def _drawn_metrics(drawn: Sequence[ScoredRollout]) -> dict[str, float]:
     every = rollout_metrics(drawn)
+    told = ("score", "accuracy", "timeouts", "errors", "response_tokens")
     return {
         "sampling/prompts_drawn": float(len(drawn)),
         "sampling/prompts_uniform": float(sum(map(is_uniform, drawn))),
-        **{f"sampling/{name}": every[name] for name in ("score", "accuracy", "response_tokens") if name in every},
+        **{f"sampling/{name}": every[name] for name in told if name in every},
     }
 
 
@@ -146,6 +162,22 @@ def score_rollouts(rollouts: Sequence[Rollout], rewards: RewardScorer) -> list[S
     ]
     scores = iter(rewards.score(requests))
     return [ScoredRollout(rollout=rollout, scores=tuple(next(scores) for _ in rollout.samples)) for rollout in rollouts]
+
+
+def check_errors(scored: Sequence[ScoredRollout], max_error_rate: float) -> None:
+    """Refuse samples of which the rule could not score too many. Time-outs do not count: hostile text may cause them.
+
+    Raises:
+        RewardRuleFails: more than the share ``max_error_rate`` are errors.
+    """
+    scores = [score for item in scored for score in item.scores]
+    failed = [score for score in scores if score.outcome is Outcome.ERROR]
+    if len(failed) > max_error_rate * len(scores):
+        raise RewardRuleFails(
+            f"{len(failed)} of {len(scores)} samples could not be scored, at most reward.max_error_rate="
+            f"{max_error_rate:g} of them may fail; the first one: {failed[0].reason or 'the rule said so itself'}. "
+            "Correct the reward rule, or raise the limit"
+        )
 
 
 def rollout_metrics(scored: Sequence[ScoredRollout], batch: RolloutBatch | None = None) -> dict[str, float]:

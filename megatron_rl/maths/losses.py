@@ -1,8 +1,9 @@
 """Losses: picklable values that turn model outputs into SUMS over loss tokens.
 
-Each returns ``sum(loss_weight * term)`` and detached, unweighted sums for the metrics. Nothing is divided here: whoever
-runs the optimizer divides once by the loss tokens of its whole step, so the result does not depend on how the step was
-cut into micro-batches. What stands outside ``loss_mask`` has neither a value nor a gradient, whatever it is.
+Each returns ``sum(loss_weight * term)``, which is its metric ``loss`` as well, and detached, unweighted sums for the
+other metrics. Nothing is divided here: whoever runs the optimizer divides once by the loss tokens of its whole step, so
+the result does not depend on how the step was cut into micro-batches. What stands outside ``loss_mask`` has neither a
+value nor a gradient, whatever it is.
 
 A loss of your own is a frozen dataclass with the same ``__call__``; one that changes the policy's objective alone is a
 :class:`PolicyGradientLoss`.
@@ -25,10 +26,9 @@ from megatron_rl.maths.masking import keep, row_sums
 
 def _summed(term: Tensor, batch: PackedTokens, **metrics: Tensor) -> LossTerms:
     """The weighted sum of ``term`` [N] and the plain sums of ``metrics`` [N]; all are 0 outside the mask."""
-    return LossTerms(
-        total=(keep(batch.loss_weight, batch.loss_mask) * term).sum(),
-        metrics={name: value.detach().sum() for name, value in {"loss": term, **metrics}.items()},
-    )
+    total = (keep(batch.loss_weight, batch.loss_mask) * term).sum()
+    sums = {name: value.detach().sum() for name, value in metrics.items()}
+    return LossTerms(total=total, metrics={"loss": total.detach(), **sums})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class PolicyGradientLoss(ABC):
     """What the policy losses have in common: a clipped objective of each token's advantage, an entropy bonus, and a KL
     term where its coefficient is above 0. A subclass says what the objective is.
 
-    Metrics, each summed over loss tokens: ``loss`` (the whole term); ``entropy`` (nats); ``kl_update`` (k3 estimate of
-    KL(before || after this update), nats); ``clip_fraction`` (1 where a bound decides the objective); and with a KL
+    Metrics, each summed over loss tokens: ``loss`` (the weighted one); ``entropy`` (nats); ``kl_update`` (k3 estimate
+    of KL(before || after this update), nats); ``clip_fraction`` (1 where a bound decides the objective); and with a KL
     term ``kl_ref`` (its estimate, nats). Log-ratios are bounded to 20 either way, so that ratios stay finite.
 
     Attributes:
@@ -209,7 +209,7 @@ class EngineCorrection:
 @dataclass(frozen=True, kw_only=True)
 class CorrectedLoss:
     """Any policy loss with its tokens weighed by an :class:`EngineCorrection`: the loss's own weights are multiplied,
-    its divisor and its metrics stay.
+    its divisor stays, and of its metrics all but ``loss``, which is what is minimised.
 
     The entropy bonus and the KL term of a token are weighed as well, since they are taken at states that the engine
     drew.

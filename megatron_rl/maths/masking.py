@@ -57,7 +57,8 @@ def row_sums(
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Bring ``x`` to unit variance, and to mean 0, over ``mask``: ``(x - mean) * rsqrt(max(var, 1e-8))``.
 
-    Population variance with this floor is what OpenRLHF's replay buffer does, and with it the SimpleRL recipe.
+    Population variance with this floor is what OpenRLHF's replay buffer does, and with it the SimpleRL recipe. The sums
+    are taken in float64: float32 leaves a mean of equal numbers so far from them that the floor would make it count.
 
     Args:
         x: any shape.
@@ -67,6 +68,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     Returns:
         the shape of ``x``, 0 outside the mask.
     """
-    mean = masked_mean(x, mask)
-    scaled = (keep(x, mask) - mean) * masked_var(x, mask).clamp(min=_SMALLEST_VARIANCE).rsqrt()
-    return keep(scaled if shift_mean else scaled + mean, mask)
+    exact = x.double()
+    mean = masked_mean(exact, mask)
+    scaled = (keep(exact, mask) - mean) * masked_var(exact, mask).clamp(min=_SMALLEST_VARIANCE).rsqrt()
+    return keep(scaled if shift_mean else scaled + mean, mask).to(x.dtype)

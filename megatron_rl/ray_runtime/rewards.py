@@ -15,19 +15,16 @@ class RemoteRewards:
     """Scores samples as one :class:`~megatron_rl.rewards.service.RewardService` does, with the pools of a group.
 
     Attributes:
-        group: each of its workers is a reward service that never stops for its error rate.
-        max_error_rate: the largest share of a call's samples whose rule may fail; time-outs do not count.
+        group: each of its workers is a reward service.
     """
 
     group: WorkerGroup
-    max_error_rate: float
 
     def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
         """One score per ``(response text, answer, finish)``, in order. Every pool gets an equal share, and neighbours,
         which are samples of one prompt and take alike, go to different ones.
 
         Raises:
-            RuntimeError: the rule failed on too large a share of the samples.
             WorkerDied, WorkerFailed, DeadlineExceeded: a pool did not answer.
         """
         pools = len(self.group.names)
@@ -38,13 +35,6 @@ class RemoteRewards:
         scores: list[Score] = [Score(value=0.0, outcome=Outcome.ERROR)] * len(requests)
         for pool, found in results(pending).items():
             scores[pool::pools] = found
-        errors = sum(score.outcome is Outcome.ERROR for score in scores)
-        if errors > self.max_error_rate * len(scores):
-            raise RuntimeError(
-                f"{errors} of {len(scores)} samples could not be scored, at most max_error_rate="
-                f"{self.max_error_rate:g} of them may fail; the logs of {', '.join(self.group.names)} have the first "
-                "ones. Correct the reward rule, or raise the limit"
-            )
         return scores
 
     def take_busy_seconds(self) -> float:

@@ -59,8 +59,6 @@ class RewardService:
         start_timeout_s: wall seconds that a worker may take until it is ready.
         max_restarts: how many workers may die by themselves in one call before it gives up. Workers that the service
             kills for a time-out and those that a rule fills do not count.
-        max_error_rate: the largest share of a call's samples whose rule may raise, fill its memory or kill its process;
-            1 for no limit. Time-outs do not count: hostile text may cause them.
         memory_bytes: limit of each worker's address space, or None for no limit. A worker that has reached it is
             replaced.
 
@@ -77,7 +75,6 @@ class RewardService:
         wall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
         max_restarts: int = 16,
-        max_error_rate: float = 1.0,
         memory_bytes: int | None = 4 << 30,
     ) -> None:
         if workers < 1:
@@ -94,7 +91,6 @@ class RewardService:
         self._wall_timeout_s = wall_timeout_s
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
-        self._max_error_rate = max_error_rate
         self._memory_bytes = memory_bytes
         self._busy_seconds = 0.0
         self._one_call = threading.Lock()
@@ -125,8 +121,7 @@ class RewardService:
             ``failure_value``.
 
         Raises:
-            RuntimeError: the service is closed, a worker could not start, too many workers died by themselves, or the
-                rule failed on too large a share of the samples.
+            RuntimeError: the service is closed, a worker could not start, or too many workers died by themselves.
         """
         with self._one_call:
             if self._closed:
@@ -301,19 +296,12 @@ class _Call:
         return [score for score in self.scores if score is not None]
 
     def _report(self) -> None:
-        """Log what could not be scored; stop where that is too much."""
+        """Log what could not be scored."""
         samples = len(self.scores)
         if self.timeouts:
             _LOG.warning("%d of %d samples timed out", self.timeouts, samples)
-        if not self.errors:
-            return
-        _LOG.warning("%d of %d samples could not be scored: %s", len(self.errors), samples, self.errors[0])
-        limit = self.service._max_error_rate
-        if len(self.errors) > limit * samples:
-            raise RuntimeError(
-                f"{len(self.errors)} of {samples} samples could not be scored, at most max_error_rate={limit:g} of "
-                f"them may fail; the first one: {self.errors[0]}. Correct the reward rule, or raise the limit"
-            )
+        if self.errors:
+            _LOG.warning("%d of %d samples could not be scored: %s", len(self.errors), samples, self.errors[0])
 
     def _give(self, worker: _Worker) -> None:
         """Send a batch: large at first, single samples at the end, so that no worker waits for another."""
@@ -379,7 +367,7 @@ class _Call:
         self._start_clock(worker)
         self.service._busy_seconds += message["seconds"]
         if "error" in message:
-            self._fail(index, Outcome.ERROR, f"the rule raised {message['error']}")
+            self._fail(index, f"the rule raised {message['error']}")
         else:
             score = Score(value=message["value"], outcome=Outcome(message["outcome"]), parts=message["parts"])
             self._settle(index, score)
@@ -407,7 +395,7 @@ class _Call:
             self.deaths += 1
         if worker.pending:
             self.service._busy_seconds += time.monotonic() - worker.clock
-            self._fail(worker.pending.popleft(), Outcome.ERROR, reason)
+            self._fail(worker.pending.popleft(), reason)
         if self.deaths > self.service._max_restarts:
             raise RuntimeError(
                 f"reward worker {worker.pid} {how}, and {self.deaths} workers ended by themselves in one call, at most "
@@ -421,9 +409,9 @@ class _Call:
         worker.pending.clear()
         self.service._replace(worker)
 
-    def _fail(self, index: int, outcome: Outcome, message: str) -> None:
-        self.errors.append(message)
-        self._settle(index, Score(value=self.service._failure_value, outcome=outcome))
+    def _fail(self, index: int, reason: str) -> None:
+        self.errors.append(reason)
+        self._settle(index, Score(value=self.service._failure_value, outcome=Outcome.ERROR, reason=reason))
 
     def _settle(self, index: int, score: Score) -> None:
         self.scores[index] = score

@@ -136,6 +136,10 @@ class Setup:
     recompute: Any = "none"
     padded: bool = False
     clip_grad: float = 1.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    # first steps of Adam divide the gradient by its own size: a large eps keeps rounding of zero gradients small
+    eps: float = 1e-3
     budget: int = 4096
     dtype: Any = "float32"
     lr: float = 1e-2
@@ -161,11 +165,12 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
     from megatron_rl.mcore.worker import Worker, WorkerSpec
     from megatron_rl.weights.weight_map import Head
 
-    # first steps of Adam divide the gradient by its own size: a large eps keeps rounding of zero gradients small
     optimizer = OptimizerConfig(
         lr=setup.lr,
-        eps=1e-3,
-        weight_decay=0.01,
+        beta1=setup.betas[0],
+        beta2=setup.betas[1],
+        eps=setup.eps,
+        weight_decay=setup.weight_decay,
         clip_grad=setup.clip_grad,
         warmup_fraction=0.0,
         min_lr_fraction=1.0,

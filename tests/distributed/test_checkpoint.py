@@ -121,6 +121,27 @@ def test_a_model_that_was_never_updated_is_saved_and_goes_on_as_a_new_one(
     assert broken == unbroken
 
 
+@pytest.mark.parametrize("case", [setup(), setup(sharded=True), setup(sharded=True, on_host=True)], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [{"lr": 3e-3}, {"weight_decay": 0.3}, {"betas": (0.5, 0.7)}, {"eps": 1e-2}, {"clip_grad": 0.01}],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_optimizers_settings_are_those_of_the_run_that_loads(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, case: Setup, other: dict[str, Any]
+) -> None:
+    """From a checkpoint without updates, whose moments say nothing of the settings that they were made with."""
+    mine, its = replace(case, **other), tmp_path / "its"
+    ranks.run(1, saved, models["qwen2"], case, POLICY, its, tmp_path / "as_before", 0)
+    (unbroken,) = ranks.run(1, saved, models["qwen2"], mine, POLICY, tmp_path / "new", tmp_path / "unbroken", 0)
+    (broken,) = ranks.run(1, resumed, models["qwen2"], mine, POLICY, its, tmp_path / "resumed")
+    assert broken == unbroken
+    before, expected = tensors(tmp_path / "as_before"), tensors(tmp_path / "unbroken")
+    for key, tensor in tensors(tmp_path / "resumed").items():
+        torch.testing.assert_close(tensor, expected[key], atol=0, rtol=0)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in expected.items()), "or nothing is tested"
+
+
 def test_a_replica_keeps_its_share_of_states_on_the_host_and_no_more_after_loading(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path
 ) -> None:

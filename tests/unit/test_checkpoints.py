@@ -395,14 +395,12 @@ def test_another_run_is_refused_with_all_reasons_at_once(saver: Saver, folder: P
     other = RunIdentity(
         model={"layers": 4, "eos_ids": (3,)},
         prompts="abd",
-        settings={**IDENTITY.settings, "seed": 1, "policy.optimizer.lr": 2e-3, "policy.optimizer.eps": 1e-8},
+        settings={**IDENTITY.settings, "seed": 1, "policy.optimizer.lr": 2e-3},
     )
     with pytest.raises(CheckpointProblem) as problem:
-        check_same_run(saved, other)
+        check_same_run(saved, other, {})
     assert [line.strip() for line in str(problem.value).splitlines()[1:]] == [
         "seed: was 0, is 1; the order of prompts and every sample are drawn from it",
-        "policy.optimizer.eps: was None, is 1e-08; the optimizer's state holds them",
-        "policy.optimizer.lr: was 0.001, is 0.002; the optimizer's state holds them",
         "model.path: another model, layers was 2, is 4",
         "data.train: other prompts (or another template or limit); the position in the data is lost",
     ]
@@ -416,10 +414,10 @@ def test_a_supervised_stage_is_told_of_other_rows_and_may_be_laid_out_otherwise(
     assert found is not None
     saved = dataclasses.replace(found, identity=identity)
     moved = dataclasses.replace(identity, settings=settings | {"output": "b", "trainer.layout.tensor": 1})
-    assert check_same_run(saved, moved) == []
+    assert check_same_run(saved, moved, {}) == []
     other = RunIdentity(model={}, prompts="abd", settings=settings | {"samples_per_step": 8})
     with pytest.raises(CheckpointProblem) as problem:
-        check_same_run(saved, other)
+        check_same_run(saved, other, {})
     assert [line.strip() for line in str(problem.value).splitlines()[1:]] == [
         "samples_per_step: was 4, is 8; the learning-rate schedule and the position in the data count by it",
         "data: other rows (or another template or limit); the position in the data is lost",
@@ -430,13 +428,50 @@ def test_the_layout_may_change_in_silence_and_the_algorithm_with_a_word(saver: S
     saver.save(1)
     saved = find_checkpoint(folder)
     assert saved is not None
-    assert check_same_run(saved, IDENTITY) == []
-    assert check_same_run(saved, changed(**{"policy.layout.tensor": 1})) == []
-    assert check_same_run(saved, changed(**{"policy.layout.expert": 2, "policy.optimizer_on_host": True})) == []
-    assert check_same_run(saved, changed(**{"ppo.clip_low": 0.3, "steps": 9})) == [
+    assert check_same_run(saved, IDENTITY, {}) == []
+    assert check_same_run(saved, changed(**{"policy.layout.tensor": 1}), {}) == []
+    assert check_same_run(saved, changed(**{"policy.layout.expert": 2, "policy.optimizer_on_host": True}), {}) == []
+    assert check_same_run(saved, changed(**{"ppo.clip_low": 0.3, "steps": 9}), {}) == [
         "ppo.clip_low was 0.2, is 0.3",
         "steps was 6, is 9",
     ]
+    assert check_same_run(saved, changed(**{"policy.optimizer.lr": 2e-3, "steps": 9}), {}) == [
+        "policy.optimizer.lr was 0.001, is 0.002",
+        "steps was 6, is 9",
+    ]
+
+
+def test_a_setting_that_a_checkpoint_is_older_than_had_its_default(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    later = {"prompts_per_step": 8, "policy.optimizer.eps": 1e-8, "policy.fp8.recipe": "blockwise"}
+    assert check_same_run(saved, changed(**later), later) == ["policy.fp8.recipe was None, is 'blockwise'"]
+    assert check_same_run(saved, changed(**{"policy.optimizer.eps": 1e-6}), later) == [
+        "policy.optimizer.eps was 1e-08, is 1e-06"
+    ]
+    with pytest.raises(CheckpointProblem, match="prompts_per_step: was 8, is 16"):
+        check_same_run(saved, changed(prompts_per_step=16), later)
+
+
+def test_other_held_out_prompts_are_told_where_the_checkpoint_knows_its_own(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    found = find_checkpoint(folder)
+    assert found is not None
+    mine = dataclasses.replace(IDENTITY, heldout="abc")
+    assert check_same_run(found, mine, {}) == [], "a checkpoint from before that"
+    saved = dataclasses.replace(found, identity=mine)
+    assert check_same_run(saved, mine, {}) == []
+    (told,) = check_same_run(saved, dataclasses.replace(IDENTITY, heldout="abd"), {})
+    assert told.startswith("other held-out prompts ")
+
+
+def test_what_is_no_setting_any_more_is_no_reason_to_refuse(saver: Saver, folder: Path) -> None:
+    saver.save(1)
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    settings = {name: value for name, value in IDENTITY.settings.items() if name != "seed"}
+    assert check_same_run(saved, dataclasses.replace(IDENTITY, settings=settings), {}) == []
 
 
 def test_every_setting_that_is_spoken_of_exists() -> None:

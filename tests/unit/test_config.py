@@ -274,7 +274,7 @@ def test_settings_of_the_other_command_are_told_in_one_line(folder):
 
 @pytest.mark.parametrize("name", ["ppo.toml", "sft.toml"])
 def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder, name):
-    Path("more.toml").write_text("seed = 7\n[model]\ndtype = 'float32'\n")
+    Path("more.toml").write_text("steps = 7\n[model]\ndtype = 'float32'\n")
     overrides = ["model.dtype=bfloat16", "cluster.address='say \"a\\tb\"'"]
     if name == "ppo.toml":
         overrides += ["ppo.value_clip=inf", "rollout.stop=['\\n', 'é']"]
@@ -283,7 +283,7 @@ def test_the_resolved_settings_are_shown_with_their_origin_and_load_again(folder
     text = annotated(config, origins(files, overrides))
     lines = dict(line.rsplit("  # ", 1) for line in text.splitlines())
     shown = {line.strip(): origin for line, origin in lines.items()}
-    assert shown["seed = 7"] == "more.toml"
+    assert shown["steps = 7"] == "more.toml"
     assert shown['model.dtype = "bfloat16"'] == "command line"
     assert shown['model.path = "model"'] == name
     assert shown['model.layers = "auto"'] == "default"
@@ -304,7 +304,7 @@ def test_a_start_that_cannot_write_its_settings_leaves_those_of_before(folder, m
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _leave_settings(dataclasses.replace(config, seed=7))
+        _leave_settings(dataclasses.replace(config, steps=7))
     assert load_any([config.run_dir / "config.json"]) == config
 
 
@@ -341,6 +341,30 @@ def test_numbers_out_of_range_are_refused(folder):
 
 
 GRPO = PPO[: PPO.index("[critic]")].replace("[ppo]", '[ppo]\nadvantage = "grpo"')
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_moments_that_would_never_move_are_refused(folder, name):
+    load(RunConfig, [Path("ppo.toml")], [f"policy.optimizer.{name}=0.0"])
+    (said,) = problems(f"policy.optimizer.{name}=1.0")
+    assert said == f"policy.optimizer.{name}: Input should be less than 1, got 1.0"
+
+
+def test_an_empty_stop_string_is_refused(folder):
+    assert problems('rollout.stop=["END", ""]') == [
+        "rollout: stop must have no empty string, which no response could end with, got ['END', '']"
+    ]
+
+
+def test_a_supervised_stage_has_no_seed_since_it_draws_nothing(folder):
+    assert problems("seed=1", root=SFTConfig, files=("sft.toml",)) == ["seed: unknown key"]
+
+
+def test_gspo_goes_with_the_advantages_of_dr_grpo(grpo):
+    gspo = ["ppo.loss=gspo", "ppo.clip_low=3e-4", "ppo.clip_high=4e-4", "ppo.advantage=dr_grpo"]
+    load(RunConfig, [Path(*grpo)], [*gspo, "ppo.loss_mean=sequence"])
+    (said,) = problems(*gspo, "ppo.loss_mean=constant", files=grpo)
+    assert "loss_mean must be 'sequence' with loss='gspo'" in said
 
 
 @pytest.fixture

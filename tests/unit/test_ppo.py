@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.batches import RolloutBatch
 from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, RolloutConfig, due
+from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.experience.batching import StaleRollout
+from megatron_rl.experience.collect import RewardRuleFails
+from megatron_rl.interfaces import RewardScorer
 from megatron_rl.parity import ParityFailed
 from megatron_rl.ppo import train
 from megatron_rl.report import plot_curve, summarise
@@ -48,6 +52,42 @@ def test_the_coefficient_of_the_kl_is_told_as_it_was_used_and_moves_after_each_s
     # far below the target: 1 - 0.2 * 64 samples / 320
     assert told == pytest.approx([0.5, 0.5 * 0.96, 0.5 * 0.96**2])
     assert run.kl_control.coef == pytest.approx(0.5 * 0.96**3)
+
+
+def test_the_coefficient_of_the_kl_waits_for_the_policy(tmp_path: Path) -> None:
+    """While the critic warms up the KL is 0, which says nothing of the coefficient."""
+    ppo = PPOConfig(minibatch_samples=16, kl_coef=0.5, kl_target=1e6, kl_horizon=320, critic_warmup_steps=2)
+    run = fake_run(fake_config(tmp_path, steps=4, ppo=ppo))
+    train(run)
+    told = [record["experience/kl_coef"] for record in records(tmp_path) if "rollout/score" in record]
+    assert told == pytest.approx([0.5, 0.5, 0.5, 0.5 * 0.96])
+
+
+@dataclasses.dataclass
+class FailsOn:
+    """Scores as another scorer does, but for so many of the first samples of a call of ``size`` samples."""
+
+    scorer: RewardScorer
+    size: int
+    errors: int
+
+    def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
+        scores = self.scorer.score(requests)
+        failed = [Score(value=0.0, outcome=Outcome.ERROR, reason="no number")] * self.errors
+        return [*failed, *scores[self.errors :]] if len(scores) == self.size else scores
+
+
+def test_an_evaluation_of_which_the_rule_fails_on_too_much_ends_the_run(tmp_path: Path) -> None:
+    run = fake_run(fake_config(tmp_path, steps=1))
+    size = len(run.heldout)
+    quarter = dataclasses.replace(run, rewards=FailsOn(run.rewards, size, size // 4))
+    train(quarter)
+    assert records(tmp_path)[0]["heldout/errors"] == size // 4
+    more = fake_run(fake_config(tmp_path / "more", steps=1))
+    more = dataclasses.replace(more, rewards=FailsOn(more.rewards, size, size // 4 + 1))
+    with pytest.raises(RewardRuleFails, match=rf"{size // 4 + 1} of {size} samples .*max_error_rate=0\.25 .*no number"):
+        train(more)
+    assert records(tmp_path / "more")[-1]["heldout/errors"] == size // 4 + 1
 
 
 @pytest.mark.parametrize(("trainer_temperature", "told"), [(None, True), (1.0, True), (0.5, False)])

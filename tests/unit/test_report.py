@@ -79,6 +79,15 @@ def test_the_summary_of_a_run(metrics):
     }
 
 
+def test_timeouts_and_errors_are_those_of_all_that_was_drawn(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    drawn = {"sampling/timeouts": 5.0, "sampling/errors": 8.0, "rollout/errors": 0.0}
+    rows = [step(0, 0.2, **drawn), step(1, 0.2, **{"heldout/errors": 2.0})]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = summarise(file)
+    assert (summary["timeouts"], summary["errors"]) == (6, 10)
+
+
 def test_there_is_no_before_where_nothing_was_evaluated_before_the_first_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [

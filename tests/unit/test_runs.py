@@ -21,6 +21,7 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    config = fake_config(Path("runs/a"))
     folder, identity = tmp_path / "runs/a/checkpoints", RunIdentity(model={}, prompts="", settings={})
     model = FileModel()
     checkpoints = RunCheckpoints(
@@ -28,13 +29,13 @@ def test_a_checkpoint_is_read_where_it_was_written_whatever_the_workers_folder(
     )
     checkpoints.start(None)
     checkpoints.save(1, wait=True)
-    saved, _ = _saved(Path("runs/a"), identity)
+    saved, _ = _saved(config, identity)
     assert saved is not None
     assert saved.folder == folder / "step_000001"
 
 
 def test_reward_workers_that_are_not_up_in_time_are_told_with_the_setting() -> None:
-    make = reward_service(RewardConfig(start_timeout_s=0.001), max_error_rate=1.0)
+    make = reward_service(RewardConfig(start_timeout_s=0.001))
     with make() as service, pytest.raises(RuntimeError, match=r"ready within 0\.001 s .* reward\.start_timeout_s"):
         service.score([("1", "1", Finish.STOP)])
 

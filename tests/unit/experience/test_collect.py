@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ from megatron_rl.dataflow import Finish, Outcome, Prompt, Rollout, Sample, Sampl
 from megatron_rl.experience.collect import (
     DynamicSampling,
     FreshRollouts,
+    RewardRuleFails,
     SamplingExhausted,
     rollout_metrics,
     sample_rows,
@@ -47,16 +48,29 @@ class CountingEngine:
 
 
 class Scorer:
-    """Scores by (prompt, sample number)."""
+    """Scores by (prompt, sample number); of the prompts in ``unfinished`` no sample is scored."""
 
-    def __init__(self, score: Callable[[int, int], float], *, parts: bool = True) -> None:
-        self._score, self._parts = score, parts
+    def __init__(
+        self,
+        score: Callable[[int, int], float],
+        *,
+        parts: bool = True,
+        unfinished: Mapping[int, Outcome] | None = None,
+    ) -> None:
+        self._score, self._parts, self._unfinished = score, parts, unfinished or {}
 
     def score(self, requests: Sequence[tuple[str, str, Finish]]) -> list[Score]:
-        values = [self._score(*map(int, text.split("/"))) for text, _, _ in requests]
-        if not self._parts:
-            return [Score(value=value) for value in values]
-        return [Score(value=value, parts={"correct": float(value == 1), "boxed": 1.0}) for value in values]
+        return [self._score_of(*map(int, text.split("/"))) for text, _, _ in requests]
+
+    def _score_of(self, prompt: int, sample: int) -> Score:
+        if prompt in self._unfinished:
+            return Score(value=0.0, outcome=self._unfinished[prompt], reason=f"no number in {prompt}")
+        value = self._score(prompt, sample)
+        return Score(value=value, parts={"correct": float(value == 1), "boxed": 1.0} if self._parts else {})
+
+
+def _fifty() -> list[Prompt]:
+    return [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(50)]
 
 
 def collecting(
@@ -65,16 +79,19 @@ def collecting(
     rounds: int = 5,
     overlong: OverlongPenalty | None = None,
     parts: bool = True,
+    unfinished: Mapping[int, Outcome] | None = None,
+    max_error_rate: float = 0.25,
 ) -> tuple[DynamicSampling, CountingEngine]:
-    prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(50)]
+    prompts = _fifty()
     engine = CountingEngine()
     config = RolloutConfig(samples_per_prompt=2, max_response_tokens=4)
     source = FreshRollouts(
         prompts=PromptStream(prompts, seed=0),
         engine=engine,
-        rewards=Scorer(score, parts=parts),
+        rewards=Scorer(score, parts=parts, unfinished=unfinished),
         config=config,
         seed=0,
+        max_error_rate=max_error_rate,
         overlong=overlong,
     )
     return DynamicSampling(source=source, max_rounds=rounds), engine
@@ -123,6 +140,8 @@ def test_what_was_drawn_is_counted_once() -> None:
         # one of two samples is right where they differ, both where they do not
         "sampling/score": pytest.approx((odd + (len(drawn) - odd) / 2) / len(drawn)),
         "sampling/accuracy": pytest.approx((odd + (len(drawn) - odd) / 2) / len(drawn)),
+        "sampling/timeouts": 0,
+        "sampling/errors": 0,
         "sampling/response_tokens": 4 * len(drawn),
     }
     assert sampling.take_metrics({}) == {}
@@ -132,7 +151,48 @@ def test_a_rule_that_does_not_say_what_is_correct_has_no_accuracy() -> None:
     sampling, _ = collecting(even_prompts_differ, parts=False)
     sampling(8, step=0)
     names = {name.removeprefix("sampling/") for name in sampling.take_metrics({})}
-    assert names == {"rounds", "prompts_drawn", "prompts_uniform", "score", "response_tokens"}
+    assert names == {"rounds", "prompts_drawn", "prompts_uniform", "score", "timeouts", "errors", "response_tokens"}
+
+
+def test_a_dropped_prompt_that_could_not_be_scored_is_counted_among_what_was_drawn() -> None:
+    first, second = (int(prompt.id) for prompt in PromptStream(_fifty(), seed=0).take(2))
+    unfinished = {first: Outcome.TIMEOUT, second: Outcome.ERROR}
+    sampling, engine = collecting(even_prompts_differ, unfinished=unfinished)
+    kept = sampling(8, step=0)
+    assert {str(first), str(second)} <= set(engine.asked[0]), "or nothing is tested"
+    assert (rollout_metrics(kept)["timeouts"], rollout_metrics(kept)["errors"]) == (0, 0)
+    counted = sampling.take_metrics({})
+    assert (counted["sampling/timeouts"], counted["sampling/errors"]) == (2, 2)
+
+
+def test_one_bad_question_in_a_small_round_is_a_small_share_of_the_step() -> None:
+    # of the first round seven of eight prompts differ; the second asks for two, the first of which cannot be scored
+    order = [int(prompt.id) for prompt in PromptStream(_fifty(), seed=0).take(10)]
+
+    def score(prompt: int, sample: int) -> float:
+        return 0.0 if prompt == order[7] else float(sample)
+
+    sampling, engine = collecting(score, unfinished={order[8]: Outcome.ERROR}, max_error_rate=0.25)
+    assert len(sampling(8, step=0)) == 8
+    assert engine.asked[1][0] == str(order[8])
+    assert len(engine.asked[1]) <= 2, "a round of which the bad question is at least half"
+    strict, _ = collecting(score, unfinished={order[8]: Outcome.ERROR}, max_error_rate=0.09)
+    with pytest.raises(
+        RewardRuleFails, match=rf"2 of 20 samples could not be scored, at most .*_rate=0\.09 .*no number in {order[8]}"
+    ):
+        strict(8, step=0)
+
+
+def test_too_many_errors_end_plain_collection_and_timeouts_do_not() -> None:
+    every = range(50)
+    late, _ = collecting(even_prompts_differ, unfinished=dict.fromkeys(every, Outcome.TIMEOUT))
+    assert rollout_metrics(late.source(8, step=0))["timeouts"] == 16
+    first, *_ = PromptStream(_fifty(), seed=0).take(8)
+    few, _ = collecting(even_prompts_differ, unfinished={int(first.id): Outcome.ERROR}, max_error_rate=0.125)
+    assert rollout_metrics(few.source(8, step=0))["errors"] == 2
+    many, _ = collecting(even_prompts_differ, unfinished={int(first.id): Outcome.ERROR}, max_error_rate=0.12)
+    with pytest.raises(RewardRuleFails, match=r"2 of 16 samples could not be scored, at most .*max_error_rate=0\.12 "):
+        many.source(8, step=0)
 
 
 def test_too_few_prompts_end_the_run_and_say_what_was_found() -> None:
@@ -157,7 +217,12 @@ def test_a_prompt_that_comes_twice_at_once_is_answered_anew() -> None:
     prompts = [Prompt(id=str(i), token_ids=(1,), answer="", source="") for i in range(3)]
     config = RolloutConfig(samples_per_prompt=2, max_response_tokens=4)
     source = FreshRollouts(
-        prompts=PromptStream(prompts, seed=0), engine=engine, rewards=Scorer(even_prompts_differ), config=config, seed=0
+        prompts=PromptStream(prompts, seed=0),
+        engine=engine,
+        rewards=Scorer(even_prompts_differ),
+        config=config,
+        seed=0,
+        max_error_rate=0.0,
     )
     source(8, 0)
     assert len(set(engine.asked[0])) == 3

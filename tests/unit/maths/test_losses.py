@@ -128,10 +128,18 @@ def test_the_dual_clip_bounds_tokens_with_a_negative_advantage():
     assert logprobs.grad[4].item() == 0.0
 
 
-def test_weights_scale_the_loss_and_not_the_metrics():
+def test_weights_scale_the_loss_and_what_is_told_of_it_and_no_other_metric():
     terms, _ = policy_terms(PolicyLoss(), loss_weight=numbers(1, 0, 0, 2, 0, 0))
     assert terms.total.item() == pytest.approx(-2.0 + 2 * 2.0)
-    assert terms.metrics["loss"].item() == pytest.approx(1.2)
+    assert terms.metrics["loss"].item() == terms.total.item()
+    assert terms.metrics["clip_fraction"].item() == 2
+
+
+def test_the_critics_loss_is_told_as_it_is_minimised():
+    values, weights = numbers(1, 3), numbers(0.5, 2)
+    batch = micro_batch(returns=numbers(0, 0), values=values, loss_weight=weights)
+    terms = ValueLoss()(ValueOutputs(values=leaf(values)), batch)
+    assert terms.metrics["loss"].item() == terms.total.item() == pytest.approx(0.5 * 0.5 * 1 + 2 * 0.5 * 9)
 
 
 def test_the_entropy_bonus_lowers_the_loss():
@@ -231,8 +239,10 @@ def test_a_corrected_loss_weighs_each_token_and_keeps_the_others_metrics():
     terms, logprobs = policy_terms(CorrectedLoss(loss=PolicyLoss(), correction=correction), rollout_logprobs=rollout)
     # exp(old - rollout): 0.5 for the first token, 4 bounded to 2 for the last
     assert terms.total.item() == pytest.approx(-(0.5 * 2.0 + 2.4 + 1.0 - 2.0 - 3.0 + 2 * -1.6))
-    assert {name: terms.metrics[name].item() for name in plain.metrics} == pytest.approx(
-        {name: value.item() for name, value in plain.metrics.items()}
+    assert terms.metrics["loss"].item() == terms.total.item(), "what is told is what is minimised"
+    others = plain.metrics.keys() - {"loss"}
+    assert {name: terms.metrics[name].item() for name in others} == pytest.approx(
+        {name: plain.metrics[name].item() for name in others}
     )
     assert terms.metrics["engine_weight"].item() == pytest.approx(0.5 + 4 + 2)
     assert terms.metrics["engine_cut"].item() == 1
@@ -280,7 +290,7 @@ def test_the_supervised_loss_is_the_negative_log_likelihood():
     batch = micro_batch([True, False, True], loss_weight=numbers(1, 1, 0.5))
     terms = SupervisedLoss()(outputs, batch)
     assert terms.total.item() == 3.0
-    assert {name: value.item() for name, value in terms.metrics.items()} == {"loss": 5.0}
+    assert {name: value.item() for name, value in terms.metrics.items()} == {"loss": 3.0}
 
 
 GARBAGE = (math.nan, math.inf, -math.inf)

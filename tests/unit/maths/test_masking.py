@@ -46,6 +46,14 @@ def test_whitening_constants_is_bounded_by_the_variance_floor():
     assert whiten(torch.tensor([2.0, 2.0]), torch.tensor([True, True])).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("score", [0.1, 0.9, -0.7, 1 / 3])
+def test_whitening_many_equal_numbers_makes_nothing_of_their_rounding(score):
+    x = torch.full((512, 600), score)
+    mask = torch.arange(600)[None] < torch.arange(512)[:, None]
+    assert whiten(x, mask).abs().max().item() < 1e-9
+    assert whiten(x, mask).dtype == torch.float32
+
+
 def test_no_gradient_reaches_what_the_mask_leaves_out():
     x = X.clone().requires_grad_()
     (keep(x, MASK) ** 2).sum().backward()
