@@ -720,7 +720,7 @@ class RunConfig:
                 "or choose an advantage without a critic"
             )
         if not self.ppo.has_critic and self.critic is not None:
-            yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
+            yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table, or set critic=none"
         if samples < 2 and self.ppo.compares_samples:
             yield (
                 f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
