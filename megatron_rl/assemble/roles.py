@@ -159,6 +159,7 @@ def reward_service(reward: RewardConfig, *, max_error_rate: float) -> Callable[[
         timeout_s=reward.timeout_s,
         wall_timeout_s=reward.wall_timeout_s,
         start_timeout_s=reward.start_timeout_s,
+        memory_gib=reward.memory_gib,
         max_error_rate=max_error_rate,
     )
 

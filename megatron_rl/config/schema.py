@@ -131,6 +131,9 @@ class RewardConfig:
     """Wall seconds per sample, for a rule that waits or a worker that was stopped."""
     start_timeout_s: PositiveFloat = 60.0
     """Wall seconds for a worker to start and to load the rule."""
+    memory_gib: NonNegative = 4.0
+    """Limit of each worker's address space, in GiB: a sample whose rule fills it is counted as an error. A rule that
+    loads a large library may need more. 0: none."""
     max_error_rate: Fraction = 0.25
     """The run stops where the rule fails on a larger share of the samples of one step; time-outs do not count."""
     overlong_buffer: Count = 0
