@@ -101,6 +101,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             RunCheckpoints(
                 config.run_dir.resolve() / "checkpoints",
                 keep=config.checkpoint.keep,
+                keep_weights=config.checkpoint.keep_weights,
                 asynchronous=config.checkpoint.asynchronous,
                 models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
                 parts={"prompts": stream, "kl_control": kl_control, "engines": engines},
@@ -195,6 +196,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
             RunCheckpoints(
                 config.run_dir.resolve() / "checkpoints",
                 keep=config.checkpoint.keep,
+                keep_weights=config.checkpoint.keep_weights,
                 asynchronous=config.checkpoint.asynchronous,
                 models={"policy": model},  # so that its folders are those of a run of PPO
                 parts={"rows": rows},

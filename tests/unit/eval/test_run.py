@@ -605,6 +605,11 @@ def test_a_model_that_is_not_whole_says_what_is_missing(tmp_path, model, task, c
         assert message in capsys.readouterr().err
     assert main(command(tmp_path, tmp_path / "nowhere", task)) == 2
     assert "no such folder" in capsys.readouterr().err
+    checkpoint = tmp_path / "step_000002"
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"state.json": {}, "hf/model.safetensors": {}}')
+    assert main(command(tmp_path, checkpoint / "policy", task)) == 2
+    assert f"only the weights were kept, take {checkpoint / 'hf'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["weights", "checkpoint/policy"])
