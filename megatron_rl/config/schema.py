@@ -67,7 +67,8 @@ class DataConfig:
     heldout: Path
     """The same, for evaluation."""
     template: str = "{question}"
-    """The prompt; ``{question}`` is replaced."""
+    """The prompt; ``{question}`` is replaced. It gets no special tokens but those that are written in it: for a model
+    that was pretrained with one before each text, begin with it (of Llama 3 ``<|begin_of_text|>``)."""
     max_prompt_tokens: Positive = 1024
     """Longer prompts are dropped and counted."""
 
@@ -864,7 +865,8 @@ class SFTConfig:
     """Folder of the resulting Hugging Face model."""
     model: ModelConfig
     data: Path
-    """JSON lines with ``prompt`` and ``response``; the model's end-of-sequence token is added. Read in file order."""
+    """JSON lines with ``prompt`` and ``response``; the model's end-of-sequence token is added, and no other special
+    token: one that the model wants before a text stands in the prompt. Read in file order."""
     steps: Positive
     samples_per_step: Positive
     trainer: TrainerConfig
