@@ -16,6 +16,10 @@ Written by `docs/make_configuration.py` from `megatron_rl/config/schema.py`. A T
 (`[ppo]`, `[policy.optimizer]`); several files are merged left to right, and `key.path=value` on the command line wins.
 `megatron-rl show-config FILE.toml...` prints the result, or everything that is wrong with it; with `--origins` each
 setting with the file that it comes from. A run leaves the result in `run_dir/config.json`, which commands take, too.
+
+On the command line a text needs no quotes, unless it has a backslash: `'data.template="Q: {question}\\nA:"'`. A path
+may begin with `~`. A setting whose type says `None` is unset with `"none"`, in a later file or on the command line:
+`ppo.advantage=grpo critic=none`. Any other is as if it was not given when it has its default.
 """
 
 KINDS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks import BadInput
+from megatron_rl.checkpoints import kept_weights
 from megatron_rl.durable import locked, replace_text
 
 CONVERTER = Path(__file__).resolve().parents[1] / "tools" / "convert_hf" / "megatron_to_hf.py"
@@ -57,7 +58,9 @@ def find_model(path: Path, dtype: str | None = None) -> Model:
         BadInput: something that an engine needs is missing or unreadable.
     """
     if not path.is_dir():
-        raise BadInput(f"--model {path}: no such folder")
+        kept = kept_weights(path)
+        hint = "" if kept is None else f"; of this checkpoint only the weights were kept, take {kept}"
+        raise BadInput(f"--model {path}: no such folder{hint}")
     folder = path / "hf" if (path / "hf").is_dir() else path
     if not (folder / "config.json").is_file():
         raise BadInput(

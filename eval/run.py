@@ -190,6 +190,7 @@ def _service(settings: Settings, rule: RewardRule) -> RewardService:
         workers=settings.reward_workers,
         timeout_s=settings.timeout_s,
         start_timeout_s=settings.start_timeout_s,
+        memory_gib=settings.memory_gib,
     )
 
 

@@ -49,6 +49,7 @@ class Settings:
     reward_workers: int
     timeout_s: float
     start_timeout_s: float
+    memory_gib: float
     max_error_rate: float
 
     def leniency(self, task: str) -> Leniency:
@@ -169,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         help="for a process that grades to start and to load the rule",
     )
     machine.add_argument(
+        "--memory-gib",
+        type=_memory,
+        default=reward.memory_gib,
+        help="limit of the address space of a process that grades; 0: none",
+    )
+    machine.add_argument(
         "--max-error-rate",
         type=_share,
         default=reward.max_error_rate,
@@ -209,6 +216,10 @@ def _positive_float(text: str) -> float:
 
 def _not_negative(text: str) -> float:
     return float(_bounded(float, text, 0, 100, open_low=False))
+
+
+def _memory(text: str) -> float:
+    return float(_bounded(float, text, 0, 1e6, open_low=False))
 
 
 def _share(text: str) -> float:

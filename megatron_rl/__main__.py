@@ -129,6 +129,7 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     signal.signal(signal.SIGTERM, stop)
     workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
     _say_starting(workers | {"engine": config.engine.count * config.engine.tensor}, config.run_dir)
+    _say_room(config)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
     from megatron_rl.report import plot_curve, summary_table
@@ -178,12 +179,22 @@ def _say_starting(workers: Mapping[str, int], run_dir: Path) -> None:
     _print(f"starting Ray and {sum(workers.values())} workers ({listed}); what they print goes to {run_dir / 'logs'}")
 
 
+def _say_room(config: RunConfig | SFTConfig) -> None:
+    from megatron_rl.doctor.checks import disk_bytes, disk_line
+    from megatron_rl.doctor.facts import room
+
+    needed, there = disk_bytes(config, _sizes(config)), room(config.run_dir)
+    say = _print if needed <= there else _warn
+    say(disk_line(needed, there))
+
+
 def _sft(config: SFTConfig, *, fresh: bool) -> None:
     started = time.monotonic()
     _refuse_files(config.run_dir, fresh=fresh)
     stop = _Termination()
     signal.signal(signal.SIGTERM, stop)
     _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
+    _say_room(config)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: complete or not there, checked before they are trusted, the last few kept.
+"""A run's checkpoints: complete or not there, checked before they are trusted, the last few kept, and weights of more.
 
 ``docs/checkpoints.md`` describes the folder and what is promised of it.
 """
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _NUMBER = r"(\d{6}|[1-9]\d{6,})"
 _COMMITTED, _PARTIAL = re.compile("step_" + _NUMBER), re.compile(r"\.partial_" + _NUMBER)
 _LATEST, _NONE_YET = "latest", "none"
-_STATE, _MANIFEST = "state.json", "manifest.json"
+_STATE, _MANIFEST, _HF = "state.json", "manifest.json", "hf/"
 _READERS = 4
 _POLL_S = 0.2
 
@@ -218,6 +218,23 @@ def sums_of(model: Path) -> dict[str, FileRecord]:
         raise ValueError(f"{checkpoint / _MANIFEST} cannot be read: {error!r}") from error
 
 
+def kept_weights(model: Path) -> Path | None:
+    """Where the weights are of a checkpoint whose folder ``model`` (``policy``, ``critic``) was removed, since older
+    checkpoints keep their weights alone; None where that is not so.
+    """
+    checkpoint = model.resolve().parent
+    return checkpoint / _HF if not model.exists() and _has_weights_alone(checkpoint) else None
+
+
+def _has_weights_alone(checkpoint: Path) -> bool:
+    """What its manifest says: the one thing that is changed in one move."""
+    try:
+        names = json.loads((checkpoint / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return _STATE in names and all(name == _STATE or name.startswith(_HF) for name in names)
+
+
 def check_whole(saved: SavedRun) -> None:
     """Read every file of a checkpoint and compare it to its sum, several at a time.
 
@@ -273,13 +290,16 @@ def _refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None
         return
     own = _COMMITTED.fullmatch(checkpoint.name)
     found = _numbered(checkpoint.parent, _COMMITTED)
-    earlier = [path for step, path in found.items() if own is None or step < int(own[1])]
-    whole = next((path.name for path in reversed(earlier) if not _damage(path)), None)
+    weights_alone = _has_weights_alone(checkpoint)  # then those after it are whole, if any is
+    others = [path for step, path in found.items() if own is None or weights_alone or step < int(own[1])]
+    whole = next((path.name for path in reversed(others) if not _damage(path)), None)
     remedy = (
         f"{whole} is whole: to go on from it, write {whole} into {checkpoint.with_name(_LATEST)}"
         if whole
         else "no earlier checkpoint is whole: start anew in another run_dir, or restore the files"
     )
+    if weights_alone:
+        raise CheckpointProblem(f"{problems[0]}; {remedy}")
     raise CheckpointProblem("\n  ".join([f"the checkpoint {checkpoint} is damaged; {remedy}", *problems]))
 
 
@@ -289,6 +309,10 @@ def _damage(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return [f"{checkpoint / _MANIFEST} cannot be read: {error}"]
+    if _has_weights_alone(checkpoint):
+        return [
+            f"no run can go on from {checkpoint}, of which checkpoint.keep_weights has kept the weights alone ({_HF})"
+        ]
     with ThreadPoolExecutor(_READERS) as pool:
         asked = manifest if names is None else names
         found = pool.map(lambda name: _difference(checkpoint / name, FileRecord(**manifest[name])), asked)
@@ -326,6 +350,7 @@ class RunCheckpoints:
         folder: Path,
         *,
         keep: int,
+        keep_weights: int = 0,
         asynchronous: bool,
         models: Mapping[str, Saveable],
         parts: Mapping[str, Stateful],
@@ -336,7 +361,8 @@ class RunCheckpoints:
 
         Args:
             folder: of all checkpoints.
-            keep: how many; older ones are deleted.
+            keep: how many; older ones are deleted,
+            keep_weights: but for the Hugging Face folders of so many of them.
             asynchronous: training goes on while files are written.
             models: by role; the ``policy`` is also written as a Hugging Face folder.
             parts: of the driver, by name.
@@ -345,6 +371,7 @@ class RunCheckpoints:
         """
         self._folder = folder
         self._keep = keep
+        self._keep_weights = keep_weights
         self._asynchronous = asynchronous
         self._models = models
         self._parts = parts
@@ -470,7 +497,10 @@ class RunCheckpoints:
                 size = self._commit(step, files, state)
             self._remove_leftovers(step)
             of_run = [path for number, path in _numbered(self._folder, _COMMITTED).items() if number <= step]
-            self._remove(of_run[: -self._keep])
+            older = of_run[: -self._keep]
+            kept = older[max(0, len(older) - self._keep_weights) :]
+            self._remove(older[: len(older) - len(kept)])
+            self._remove_all_but_weights(kept)
             done.set_result({"write_s": time.perf_counter() - started, "size_mib": size / 2**20})
         except BaseException as error:
             done.set_exception(error)
@@ -505,13 +535,34 @@ class RunCheckpoints:
     def _remove(self, folders: Iterable[Path]) -> None:
         """Remove folders that nobody needs. One that cannot be removed is told once, and tried again by later saves."""
         for folder in folders:
-            step = int(folder.name.rpartition("_")[2])
-            try:
-                shutil.rmtree(folder.rename(_partial(self._folder, step)))  # nobody sees half a checkpoint
-            except OSError as error:
-                if step not in self._told:
-                    _log.warning("%s is not needed any more and cannot be removed: %s", folder, error)
-                self._told.add(step)
+            with self._tried(folder) as partial:
+                shutil.rmtree(folder.rename(partial))  # nobody sees half a checkpoint
+
+    def _remove_all_but_weights(self, folders: Iterable[Path]) -> None:
+        """Keep the Hugging Face folders, for evaluation. The manifest says so first: from then on it is no checkpoint,
+        whatever a kill leaves of the rest, and the next save goes on with it.
+        """
+        for folder in folders:
+            with self._tried(folder) as partial:
+                if not _has_weights_alone(folder):
+                    manifest = json.loads((folder / _MANIFEST).read_text())
+                    kept = {name: manifest[name] for name in manifest if name == _STATE or name.startswith(_HF)}
+                    replace_text(folder / _MANIFEST, json.dumps(kept, indent=1))
+                for model in filter(Path.exists, (folder / role for role in self._models)):
+                    partial.mkdir(exist_ok=True)
+                    shutil.rmtree(model.rename(partial / model.name))
+                    partial.rmdir()
+
+    @contextmanager
+    def _tried(self, folder: Path) -> Iterator[Path]:
+        """Where to move what goes of a checkpoint; that it cannot be removed is told once."""
+        step = int(folder.name.rpartition("_")[2])
+        try:
+            yield _partial(self._folder, step)
+        except (OSError, ValueError) as error:
+            if step not in self._told:
+                _log.warning("%s is not needed any more and cannot be removed: %s", folder, error)
+            self._told.add(step)
 
     @contextmanager
     def _explained(self, step: int) -> Iterator[None]:

@@ -158,6 +158,7 @@ def reward_service(reward: RewardConfig) -> Callable[[], RewardService]:
         timeout_s=reward.timeout_s,
         wall_timeout_s=reward.wall_timeout_s,
         start_timeout_s=reward.start_timeout_s,
+        memory_gib=reward.memory_gib,
     )
 
 

@@ -28,7 +28,7 @@ from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
-from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer
+from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer, unwritten_start
 from megatron_rl.experience.supervised import load_pairs
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
@@ -104,6 +104,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             RunCheckpoints(
                 config.run_dir.resolve() / "checkpoints",
                 keep=config.checkpoint.keep,
+                keep_weights=config.checkpoint.keep_weights,
                 asynchronous=config.checkpoint.asynchronous,
                 models={"policy": policy} if critic is None else {"policy": policy, "critic": critic},
                 parts={"prompts": stream, "kl_control": kl_control, "engines": engines},
@@ -139,6 +140,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         metrics.note(push_line(config, policy.moved_bytes().result(), roles.transport))
         metrics.note(capability_line(roles.groups["policy"]))
         metrics.note(roles.linears)
+        _note_start(metrics, unwritten_start(tokenizer, prompts.prompts[0].token_ids), "data.template")
         _note_resumed(metrics, saved, changes, config.steps)
         for name, found in (("train", prompts), ("heldout", heldout)):
             if found.dropped:
@@ -199,6 +201,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
             RunCheckpoints(
                 config.run_dir.resolve() / "checkpoints",
                 keep=config.checkpoint.keep,
+                keep_weights=config.checkpoint.keep_weights,
                 asynchronous=config.checkpoint.asynchronous,
                 models={"policy": model},  # so that its folders are those of a run of PPO
                 parts={"rows": rows},
@@ -218,6 +221,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
             )
         )
         metrics.note(capability_line(group))
+        _note_start(metrics, unwritten_start(tokenizer, rows.first_prompt), "each prompt of data")
         _note_resumed(metrics, saved, changes, config.steps)
         yield SupervisedRun(
             config=config,
@@ -327,6 +331,14 @@ def _note_resumed(metrics: MetricLog, saved: SavedRun | None, changes: Sequence[
         metrics.note(f"going on from {saved.folder}, after step {saved.step} of {steps}")
     for change in changes:
         metrics.note(f"changed since that checkpoint was saved: {change}")
+
+
+def _note_start(metrics: MetricLog, token: str | None, where: str) -> None:
+    if token is not None:
+        metrics.note(
+            f"prompts do not begin with {token}, which this tokenizer puts before a text, so that the model may have "
+            f"been pretrained with it: if it was, write {token} at the beginning of {where}"
+        )
 
 
 def _leave_settings(config: RunConfig | SFTConfig) -> None:

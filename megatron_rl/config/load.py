@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -17,6 +19,8 @@ from megatron_rl.config.schema import RunConfig, SFTConfig
 Config = TypeVar("Config", RunConfig, SFTConfig)
 Root = type[RunConfig] | type[SFTConfig]
 _COMMANDS: Mapping[Root, str] = {RunConfig: "a run (train)", SFTConfig: "a supervised stage (sft)"}
+_UNSET = "none"
+"""Given to a setting that may be unset, it unsets it."""
 
 
 class ConfigError(ValueError):
@@ -32,11 +36,13 @@ def load(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = (
 
     Raises:
         ConfigError: with all problems together: unknown keys (and the nearest known one), wrong types, files that are
-            missing, sizes that do not divide.
+            missing, sizes that do not divide. What is missing or of a wrong type can be divided by nothing: files and
+            sizes are looked at once there is none of it.
     """
-    config = parse(root, files, overrides)
-    problems = list(config.problems())
-    if problems:
+    config, problems = _validated(root, files, overrides)
+    if config is not None:
+        problems += config.problems()
+    if config is None or problems:
         raise ConfigError(problems)
     return config
 
@@ -48,22 +54,16 @@ def parse(root: type[Config], files: Sequence[Path], overrides: Sequence[str] = 
     Raises:
         ConfigError: unknown keys, wrong types, configuration files that are missing.
     """
-    merged = _merged(files, overrides)
-    if (other := _root_of(merged, root)) is not root:
-        raise ConfigError([f"these are the settings of {_COMMANDS[other]}: take that command, or another file"])
-    try:
-        config = TypeAdapter(root).validate_python(merged)
-    except ValidationError as error:
-        raise ConfigError(list(_described(error, root))) from None
+    config, problems = _validated(root, files, overrides)
+    if config is None or problems:
+        raise ConfigError(problems)
     return config
 
 
 def load_any(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig | SFTConfig:
     """:func:`load` of the kind of configuration that the settings are of."""
-    config = parse_any(files, overrides)
-    if problems := list(config.problems()):
-        raise ConfigError(problems)
-    return config
+    root = _root_of(_merged(files, overrides), RunConfig)
+    return load(RunConfig, files, overrides) if root is RunConfig else load(SFTConfig, files, overrides)
 
 
 def parse_any(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig | SFTConfig:
@@ -150,6 +150,53 @@ def _root_of(merged: Mapping[str, Any], default: Root) -> Root:
     return min((default, *_COMMANDS), key=unknown)
 
 
+def _validated(root: type[Config], files: Sequence[Path], overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
+    """The configuration without the keys that are unknown, if the rest is of the right types; and all of these
+    problems.
+    """
+    merged = _merged(files, overrides)
+    if (other := _root_of(merged, root)) is not root:
+        raise ConfigError([f"these are the settings of {_COMMANDS[other]}: take that command, or another file"])
+    _settle(merged, root)
+    adapter = TypeAdapter(root)
+    try:
+        return adapter.validate_python(merged), []
+    except ValidationError as error:
+        problems = list(_described(error, root))
+        for problem in error.errors(include_url=False):
+            if problem["type"] == "unexpected_keyword_argument":
+                *sections, name = problem["loc"]
+                _section(merged, sections).pop(str(name), None)
+    try:
+        return adapter.validate_python(merged), problems
+    except ValidationError:
+        return None, problems
+
+
+def _settle(merged: dict[str, Any], root: Root) -> None:
+    """Take out what is unset, and make paths that begin with ``~`` whole."""
+    for key, kind in _keys(root):
+        *sections, name = key.split(".")
+        section = _section(merged, sections)
+        value = section.get(name)
+        if value == _UNSET and _may_be_unset(kind):
+            del section[name]
+        elif kind is Path and isinstance(value, str):
+            section[name] = os.path.expanduser(value)  # noqa: PTH111 - pathlib's raises where there is no such user
+
+
+def _section(merged: dict[str, Any], sections: Sequence[Any]) -> dict[str, Any]:
+    """A table of settings, empty where it is not there."""
+    for section in sections:
+        found = merged.get(section)
+        merged = found if isinstance(found, dict) else {}
+    return merged
+
+
+def _may_be_unset(kind: type[Any]) -> bool:
+    return type(None) in get_args(kind)
+
+
 def _flat(section: Mapping[str, Any], prefix: str = "", *, empty: bool = False) -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
         if isinstance(value, dict) and (value or not empty):
@@ -190,6 +237,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+        if "\\" in value:
+            raise ConfigError(
+                [f"{key}: a text with a backslash must be quoted, as '{key}=\"...\"', got {value}"]
+            ) from None
+    if key in _text_keys() and not isinstance(parsed, (str, list, dict)):
+        parsed = value.strip()  # a name that TOML reads as a number or a date
     nested: dict[str, Any] = {}
     place = nested
     *sections, last = key.split(".")
@@ -199,16 +252,26 @@ def _parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
+@cache
+def _text_keys() -> frozenset[str]:
+    """Settings of any command that are texts or paths."""
+    return frozenset(key for root in _COMMANDS for key, kind in _keys(root) if kind in (Path, str, str | None))
+
+
 def _described(error: ValidationError, root: type[Any]) -> Iterator[str]:
-    known = [key for key, _ in _keys(root)]
+    known = dict(_keys(root))
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "unexpected_keyword_argument":
-            yield f"{key}: unknown key{_known_instead(key, known)}"
+            yield f"{key}: unknown key{_known_instead(key, list(known))}"
         elif problem["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
             yield f"{key}: required, not set"
         else:
-            must = "must be a table of settings" if problem["type"] == "dataclass_type" else problem["msg"]
+            must = problem["msg"]
+            if problem["type"] == "dataclass_type":
+                must = "must be a table of settings" + (f", or {_UNSET}" if _may_be_unset(known[key]) else "")
+            elif problem["type"] == "path_type":
+                must = "must be a path, in quotes"
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
             yield f"{key}: {must}{got}"
 

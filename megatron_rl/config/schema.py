@@ -68,7 +68,8 @@ class DataConfig:
     heldout: Path
     """The same, for evaluation."""
     template: str = "{question}"
-    """The prompt; ``{question}`` is replaced."""
+    """The prompt; ``{question}`` is replaced. It gets no special tokens but those that are written in it: for a model
+    that was pretrained with one before each text, begin with it (of Llama 3 ``<|begin_of_text|>``)."""
     max_prompt_tokens: Positive = 1024
     """Longer prompts are dropped and counted."""
 
@@ -134,6 +135,9 @@ class RewardConfig:
     """Wall seconds per sample, for a rule that waits or a worker that was stopped."""
     start_timeout_s: PositiveFloat = 60.0
     """Wall seconds for a worker to start and to load the rule."""
+    memory_gib: NonNegative = 4.0
+    """Limit of each worker's address space, in GiB: a sample whose rule fills it is counted as an error. A rule that
+    loads a large library may need more. 0: none."""
     max_error_rate: Fraction = 0.25
     """The run stops where the rule fails on a larger share of the samples of one step, all rounds of dynamic sampling
     together, or of one evaluation; time-outs do not count."""
@@ -590,7 +594,10 @@ class CheckpointConfig:
     every: Count = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep: Positive = 2
-    """Newest checkpoints that are kept; older ones are deleted."""
+    """Newest checkpoints that are kept; of older ones, what ``keep_weights`` says, and no more."""
+    keep_weights: Count = 0
+    """Of so many older ones the Hugging Face folder stays, for evaluation; no run goes on from there. In bfloat16 it is
+    an eighth of a checkpoint, or with a critic a fifteenth. 0: none."""
     asynchronous: bool = True
     """Training goes on while files are written, at the price of a copy of the training state in host memory."""
 
@@ -728,7 +735,7 @@ class RunConfig:
                 "or choose an advantage without a critic"
             )
         if not self.ppo.has_critic and self.critic is not None:
-            yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table"
+            yield f"critic: ppo.advantage={advantage!r} trains no critic: remove the [critic] table, or set critic=none"
         if samples < 2 and self.ppo.compares_samples:
             yield (
                 f"rollout.samples_per_prompt: ppo.advantage={advantage!r} compares the samples of a prompt and needs "
@@ -866,7 +873,8 @@ class SFTConfig:
     """Folder of the resulting Hugging Face model."""
     model: ModelConfig
     data: Path
-    """JSON lines with ``prompt`` and ``response``; the model's end-of-sequence token is added. Read in file order."""
+    """JSON lines with ``prompt`` and ``response``; the model's end-of-sequence token is added, and no other special
+    token: one that the model wants before a text stands in the prompt. Read in file order."""
     steps: Positive
     samples_per_step: Positive
     trainer: TrainerConfig

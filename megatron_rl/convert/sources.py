@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_rl.checkpoints import sums_of
+from megatron_rl.checkpoints import kept_weights, sums_of
 from megatron_rl.convert.processes import Report, for_each_file
 from megatron_rl.durable import FileRecord
 from megatron_rl.mcore.bridge import BridgedFamily, bridged_family
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is not JSON.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"a model is a folder, there is none at {folder}")
+        raise FileNotFoundError(f"a model is a folder, there is none at {folder}{_kept(folder)}")
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"a model folder needs a config.json, found none in {folder}")
@@ -104,6 +104,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{file} must be JSON: {error}") from error
     return config
+
+
+def _kept(folder: Path) -> str:
+    """Why a folder of a training checkpoint is not there, where it was removed."""
+    kept = kept_weights(folder)
+    return "" if kept is None else f"; of this checkpoint only the weights were kept, take {kept}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +413,7 @@ class MegatronSource:
         from megatron_rl.mcore.torch_dist import METADATA, TorchDistFolder
 
         if not folder.is_dir():
-            raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}")
+            raise FileNotFoundError(f"a Megatron checkpoint is a folder, there is none at {folder}{_kept(folder)}")
         self.path = folder
         self.recorded = recorded(folder)
         if self.recorded is not None and METADATA in self.recorded.manifest.files:

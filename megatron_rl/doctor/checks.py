@@ -53,8 +53,7 @@ def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Ne
     buckets = 0 if isinstance(config, SFTConfig) else _BUCKETS * sync.bucket_mib << 20
     if config is None:
         return Needs(buckets=buckets)
-    # the oldest one goes when the newest one is whole
-    disk = 0 if dims is None else (config.checkpoint.keep + 1) * checkpoint_bytes(config, dims)
+    disk = 0 if dims is None else disk_bytes(config, dims)
     needs = Needs(
         buckets=buckets, disk=disk, gpu_problems=partial(_gpu_problems, config, dims), device=config.cluster.device
     )
@@ -73,6 +72,22 @@ def _gpu_problems(config: RunConfig | SFTConfig, dims: ModelDims | None, gpu: Gp
     return [problem for problem in config.contradictions(dims, gpu) if problem not in anyway]
 
 
+def disk_line(needed: int, room: int) -> str:
+    """What checkpoints take and what there is, both in bytes, for people."""
+    return f"checkpoints take up to {_size(needed)}, run_dir has room for {_size(room)}"
+
+
+def disk_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
+    """Of all checkpoints that a run keeps at a time, and of the one that is written before the oldest one goes."""
+    kept = config.checkpoint
+    return (kept.keep + 1) * checkpoint_bytes(config, dims) + kept.keep_weights * _hf_bytes(config, dims)
+
+
+def _hf_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
+    """Of the policy, or a supervised stage's model, as a Hugging Face folder."""
+    return total_parameters(dims, head_of(next(iter(config.trainers)))) * DTYPE_BYTES[config.model.dtype]
+
+
 def checkpoint_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
     """Of one checkpoint: weights, float32 main weights where the weights are not float32, both moments of Adam, and
     the policy (of a supervised stage, its model) once more as a Hugging Face folder. Small files are not counted.
@@ -80,7 +95,7 @@ def checkpoint_bytes(config: RunConfig | SFTConfig, dims: ModelDims) -> int:
     weight = DTYPE_BYTES[config.model.dtype]
     main = 0 if config.model.dtype == "float32" else 4
     parameters = {role: total_parameters(dims, head_of(role)) for role in config.trainers}
-    return sum(parameters.values()) * (weight + main + 8) + next(iter(parameters.values())) * weight
+    return sum(parameters.values()) * (weight + main + 8) + _hf_bytes(config, dims)
 
 
 def check_node(node: NodeFacts, needs: Needs, *, joins: bool, reached: bool) -> Iterator[Finding]:
@@ -266,8 +281,8 @@ def check_disk(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
     if node.disk is not None and node.disk < needs.disk:
         yield _error(
             "disk",
-            f"checkpoints take up to {_size(needs.disk)}, run_dir has room for {_size(node.disk)}",
-            "free some, name another run_dir, or lower checkpoint.keep",
+            disk_line(needs.disk, node.disk),
+            "free some, name another run_dir, or lower checkpoint.keep or keep_weights",
         )
 
 

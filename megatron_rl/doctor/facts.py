@@ -148,7 +148,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         engine_fault=_engine_fault(packages),
         shared_memory=shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
         memory=psutil.virtual_memory().available,
-        disk=None if run_dir is None else _room(run_dir),
+        disk=None if run_dir is None else room(run_dir),
         open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,
         resolves=_resolved(host),
         addresses=_own_addresses(),
@@ -227,7 +227,8 @@ def _engine_fault(packages: Mapping[str, str]) -> str | None:
     return (done.stderr.strip().splitlines() or [f"its import ended with status {done.returncode}"])[-1]
 
 
-def _room(run_dir: Path) -> int:
+def room(run_dir: Path) -> int:
+    """Bytes that a run may fill: what is free, and what its own checkpoints hold."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
     held = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
     return shutil.disk_usage(there).free + held

@@ -92,6 +92,15 @@ def load_tokenizer(model: Path) -> Tokenizer:
     return tokenizer
 
 
+def unwritten_start(tokenizer: Tokenizer, prompt: Sequence[int]) -> str | None:
+    """The special token that the tokenizer by itself puts before a text, where ``prompt`` (token ids) does not begin
+    with it: prompts get the special tokens alone that are written in them.
+    """
+    own = tokenizer.encode("a")
+    begins = bool(own.ids) and own.special_tokens_mask[0] == 1
+    return own.tokens[0] if begins and own.ids[0] != prompt[0] else None
+
+
 def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
     """Template and tokenise the questions of ``file``; over-long prompts are left out and counted.
 

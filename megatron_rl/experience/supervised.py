@@ -23,6 +23,11 @@ class SupervisedRows:
         self._pairs = pairs
         self._taken = 0
 
+    @property
+    def first_prompt(self) -> Sequence[int]:
+        """Tokens of the first pair's prompt."""
+        return self._pairs[0][0]
+
     def take(self, count: int) -> TokenRows:
         """The next ``count`` pairs as rows; the responses are what is learnt."""
         chosen = [self._pairs[index % len(self._pairs)] for index in range(self._taken, self._taken + count)]

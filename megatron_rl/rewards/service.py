@@ -59,7 +59,7 @@ class RewardService:
         start_timeout_s: wall seconds that a worker may take until it is ready.
         max_restarts: how many workers may die by themselves in one call before it gives up. Workers that the service
             kills for a time-out and those that a rule fills do not count.
-        memory_bytes: limit of each worker's address space, or None for no limit. A worker that has reached it is
+        memory_gib: limit of each worker's address space, in GiB; 0 for no limit. A worker that has reached it is
             replaced.
 
     Raises:
@@ -75,7 +75,7 @@ class RewardService:
         wall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
         max_restarts: int = 16,
-        memory_bytes: int | None = 4 << 30,
+        memory_gib: float = 4.0,
     ) -> None:
         if workers < 1:
             raise ValueError(f"a reward service needs at least 1 worker, got workers={workers}")
@@ -84,6 +84,8 @@ class RewardService:
                 f"time limits must be above 0 seconds, got timeout_s={timeout_s}, wall_timeout_s={wall_timeout_s}, "
                 f"start_timeout_s={start_timeout_s}"
             )
+        if memory_gib < 0:
+            raise ValueError(f"memory_gib must be above 0, or 0 for no limit, got {memory_gib}")
         rule = load_rule(rule_spec) if isinstance(rule_spec, str) else rule_spec
         self._failure_value = rule.failure_value
         self._start_message = wire.encode({"rule": base64.b64encode(pickle.dumps(rule)).decode("ascii")})
@@ -91,7 +93,7 @@ class RewardService:
         self._wall_timeout_s = wall_timeout_s
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
-        self._memory_bytes = memory_bytes
+        self._memory_gib = memory_gib
         self._busy_seconds = 0.0
         self._one_call = threading.Lock()
         self._closed = False
@@ -150,7 +152,7 @@ class RewardService:
         self.close()
 
     def _start_worker(self) -> None:
-        worker = _Worker(self._start_message, self._memory_bytes)
+        worker = _Worker(self._start_message, self._memory_gib)
         self._workers.append(worker)
         self._selector.register(worker.output, selectors.EVENT_READ, worker)
         self._selector.register(worker.input, selectors.EVENT_WRITE, worker)
@@ -174,10 +176,10 @@ class RewardService:
 class _Worker:
     """One process, its pipes (never blocking), and the samples it has been given."""
 
-    def __init__(self, start_message: bytes, memory_bytes: int | None) -> None:
+    def __init__(self, start_message: bytes, memory_gib: float) -> None:
         command = [sys.executable, "-m", "megatron_rl.rewards.worker", "--parent", str(os.getpid())]
-        if memory_bytes is not None:
-            command += ["--memory-bytes", str(memory_bytes)]
+        if memory_gib:
+            command += ["--memory-bytes", str(int(memory_gib * 2**30))]
         # Its own session: a kill reaches what the rule started too, and Ctrl-C in the terminal does not reach it.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(), start_new_session=True
@@ -355,7 +357,7 @@ class _Call:
             elif "failed" in message:
                 raise RuntimeError(
                     f"reward worker {worker.pid} could not load its rule: {message['failed']}. It runs in a process of "
-                    "its own, so the rule and all it imports must load there too"
+                    f"its own, so the rule and all it imports must load there too; {self._memory_limit()}"
                 )
             else:
                 self._handle_answer(worker, message)
@@ -390,7 +392,7 @@ class _Call:
         how = _how_it_ended(code)
         reason = f"reward worker {worker.pid} {how}"
         if code == wire.MEMORY_FULL and worker.pending:
-            reason = f"the rule filled its worker's memory: memory_bytes={self.service._memory_bytes}"
+            reason = f"the rule filled its worker's memory: {self._memory_limit()}"
         else:
             self.deaths += 1
         if worker.pending:
@@ -400,9 +402,15 @@ class _Call:
             raise RuntimeError(
                 f"reward worker {worker.pid} {how}, and {self.deaths} workers ended by themselves in one call, at most "
                 f"{self.service._max_restarts} may: look for crashes in the reward rule and for the machine's memory, "
-                "of which fewer reward.workers (of eval/run.py: --reward-workers) take less"
+                f"of which fewer reward.workers (of eval/run.py: --reward-workers) take less; {self._memory_limit()}"
             )
         self._replace(worker)
+
+    def _memory_limit(self) -> str:
+        """What limits a worker's address space, for messages."""
+        gib = self.service._memory_gib
+        limit = f"{gib:g} GiB" if gib else "no limit"
+        return f"a worker's address space has {limit} by reward.memory_gib (of eval/run.py: --memory-gib)"
 
     def _replace(self, worker: _Worker) -> None:
         self.queue.extendleft(reversed(worker.pending))

@@ -61,11 +61,12 @@ class ResponseLengths:
 class Saver:
     """A run's checkpoints with what they save."""
 
-    def __init__(self, folder: Path, *, asynchronous: bool = True, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, asynchronous: bool = True, keep: int = 2, keep_weights: int = 0) -> None:
         self.policy, self.critic, self.cursor = FileModel(), FileModel(), Cursor()
         self.checkpoints = RunCheckpoints(
             folder,
             keep=keep,
+            keep_weights=keep_weights,
             asynchronous=asynchronous,
             models={"policy": self.policy, "critic": self.critic},
             parts={"prompts": self.cursor},
@@ -93,6 +94,84 @@ def saver(folder: Path) -> Iterator[Saver]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+WHOLE = ["critic/weights.txt", "hf/model.safetensors", "manifest.json", "policy/weights.txt", "state.json"]
+WEIGHTS = ["hf/model.safetensors", "manifest.json", "state.json"]
+
+
+def weights_keeper(folder: Path) -> Saver:
+    saver = Saver(folder, keep=2, keep_weights=2)
+    saver.checkpoints.start(find_checkpoint(folder))
+    return saver
+
+
+def test_of_older_checkpoints_the_weights_are_kept(folder: Path) -> None:
+    saver = weights_keeper(folder)
+    for step in range(1, 7):
+        saver.save(step)
+    assert names(folder) == ["latest", "step_000003", "step_000004", "step_000005", "step_000006"]
+    assert [files(folder / f"step_00000{step}") for step in (3, 4, 5, 6)] == [WEIGHTS, WEIGHTS, WHOLE, WHOLE]
+    assert (folder / "step_000003/hf/model.safetensors").read_text() == "3"
+    (name,) = module.sums_of(folder / "step_000003/hf")
+    assert name == "model.safetensors"
+    assert module.kept_weights(folder / "step_000003/policy") == folder / "step_000003/hf"
+    for there in ("step_000003/hf", "step_000006/policy", "step_000009/policy"):
+        assert module.kept_weights(folder / there) is None
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    check_whole(saved)
+    assert Saver(folder).checkpoints.start(saved) == 6
+
+
+def test_no_run_goes_on_from_weights_alone(folder: Path) -> None:
+    saver = weights_keeper(folder)
+    for step in range(1, 5):
+        saver.save(step)
+    (folder / "step_000003/critic/weights.txt").unlink()
+    (folder / "step_000004/policy/weights.txt").unlink()
+    saved = find_checkpoint(folder)
+    assert saved is not None
+    with pytest.raises(CheckpointProblem, match="no earlier checkpoint is whole"):
+        check_whole(saved)
+    saver.save(5)
+    (folder / "latest").write_text("step_000002\n")
+    told = r"no run can go on from \S+step_000002, .* weights alone \(hf/\); step_000005 is whole: .* write step_000005"
+    with pytest.raises(CheckpointProblem, match=told):
+        find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("failing", ["rename", "rmtree"])
+def test_a_removal_that_stops_half_way_leaves_weights_and_is_finished_later(
+    failing: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = weights_keeper(folder)
+    for step in (1, 2):
+        saver.save(step)
+
+    def fail(path: Any, *rest: Any, **options: Any) -> Any:
+        if "critic" in str(path):
+            raise OSError(5, "Input/output error")
+        return original(path, *rest, **options)
+
+    owner: Any = Path if failing == "rename" else module.shutil
+    original = getattr(owner, failing)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, failing, fail)
+        saver.save(3)
+    assert "step_000001 is not needed any more and cannot be removed" in caplog.text
+    (folder / "latest").write_text("step_000001\n")
+    with pytest.raises(CheckpointProblem, match="weights alone"):
+        find_checkpoint(folder)
+    (folder / "latest").write_text("step_000003\n")
+    saver.save(4)
+    assert names(folder) == ["latest", "step_000001", "step_000002", "step_000003", "step_000004"]
+    assert files(folder / "step_000001") == files(folder / "step_000002") == WEIGHTS
+    assert (folder / "step_000001/hf/model.safetensors").read_text() == "1"
 
 
 def test_everything_is_taken_up_again(saver: Saver, folder: Path) -> None:

@@ -255,6 +255,59 @@ def test_a_misspelt_key_names_the_nearest(folder):
     assert problems("zzz=1") == ["zzz: unknown key"]
 
 
+def test_a_misspelt_key_hides_no_other_problem(folder):
+    found = problems("ppo.clip_hgh=0.3", "zzz={a=1}", "data.train=nowhere.jsonl", "ppo.minibatch_samples=15")
+    assert [line.partition(":")[0] for line in found] == ["ppo.clip_hgh", "zzz", "data", "ppo.minibatch_samples"]
+    assert problems("ppo.clip_hgh=0.3", "steps=abc") == [
+        "steps: Input should be a valid integer, unable to parse string as an integer, got 'abc'",
+        "ppo.clip_hgh: unknown key; did you mean ppo.clip_high?",
+    ]
+
+
+def test_what_may_be_unset_is_unset_by_none(folder):
+    without = load(RunConfig, [Path("ppo.toml")], ["ppo.advantage=grpo", "critic=none"])
+    assert without.critic is None
+    Path("later.toml").write_text('critic = "none"\n[ppo]\nadvantage = "grpo"\n')
+    files = [Path("ppo.toml"), Path("later.toml")]
+    assert load(RunConfig, files) == without
+    assert "# critic is not set" in annotated(without, origins(files))
+    assert load(RunConfig, files, ["ppo.advantage=gae", "critic.optimizer.lr=1e-3"]).critic.optimizer.lr == 1e-3
+    more = ["policy.fp8.parameters=true", "policy.fp8=none", "ppo.dual_clip=3.0", "ppo.dual_clip=none"]
+    config = load(RunConfig, [Path("ppo.toml")], [*more, "engine.quantization=none"])
+    assert (config.policy.fp8, config.ppo.dual_clip, config.engine.quantization) == (None, None, "none")
+    assert problems("critic.optimiser.lr=1", "critic.optimizer=none", "steps=0")[-1].endswith("optimizer?")
+    assert problems("critic=null") == ["critic: must be a table of settings, or none, got 'null'"]
+    assert problems("data=none")[0].startswith("data: must be a table of settings, got 'none'")
+
+
+def test_a_bare_text_with_a_backslash_is_refused(folder):
+    assert problems(r"data.template=Q: {question}\nA:") == [
+        r"""data.template: a text with a backslash must be quoted, as 'data.template="..."', got Q: {question}\nA:"""
+    ]
+    config = load(RunConfig, [Path("ppo.toml")], [r'data.template="Q: {question}\nA:"'])
+    assert config.data.template == "Q: {question}\nA:"
+
+
+def test_a_path_may_begin_with_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    Path("home.toml").write_text('[data]\ntrain = "~/train.jsonl"\n')
+    config = load(RunConfig, [Path("ppo.toml"), Path("home.toml")], ["run_dir=~/runs/x", 'model.path="~/model"'])
+    assert (config.run_dir, config.model.path, config.data.train) == (
+        folder / "runs" / "x",
+        folder / "model",
+        folder / "train.jsonl",
+    )
+
+
+def test_a_name_may_look_like_a_number_or_a_date(folder):
+    names = ["run_dir=2026-11-30", "cluster.address=10.5", "reward.rule=007"]
+    config = load(RunConfig, [Path("ppo.toml")], names)
+    assert (config.run_dir, config.cluster.address, config.reward.rule) == (Path("2026-11-30"), "10.5", "007")
+    assert load(SFTConfig, [Path("sft.toml")], ["output=42"]).output == Path("42")
+    Path("number.toml").write_text("run_dir = 42\n")
+    assert problems(files=("ppo.toml", "number.toml")) == ["run_dir: must be a path, in quotes, got 42"]
+
+
 def test_a_key_in_the_wrong_section_names_the_right_ones_and_a_strange_one_what_its_section_has(folder):
     assert problems("rollout.clip_low=0.1") == ["rollout.clip_low: unknown key; did you mean ppo.clip_low?"]
     assert problems("lr=1") == ["lr: unknown key; did you mean policy.optimizer.lr or critic.optimizer.lr?"]
@@ -383,7 +436,7 @@ def test_a_critic_may_be_left_out_where_none_is_trained(grpo):
 
 def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
     assert problems("ppo.advantage=rloo") == [
-        "critic: ppo.advantage='rloo' trains no critic: remove the [critic] table"
+        "critic: ppo.advantage='rloo' trains no critic: remove the [critic] table, or set critic=none"
     ]
     assert problems("ppo.advantage=gae", files=grpo) == [
         "critic: required with ppo.advantage='gae', not set; add a [critic] table, "

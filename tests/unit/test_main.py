@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.__main__ import _sft, _Termination, _train, main
+from megatron_rl.__main__ import _say_room, _sft, _Termination, _train, main
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RewardConfig
+from megatron_rl.model_dims import dims_from_config
 from tests.fakes import fake_config, fake_supervised
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,25 @@ def test_an_interrupt_of_a_run_that_was_failing_does_not_hide_the_failure(
     )
 
 
+def test_a_run_says_what_checkpoints_take_and_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = fake_config(tmp_path)
+    config = replace(config, checkpoint=replace(config.checkpoint, keep=2, keep_weights=8))
+    dims = dims_from_config(json.loads((ROOT / "examples/beyond_7b/models/qwen2.5_math_7b/config.json").read_text()))
+    monkeypatch.setattr("megatron_rl.__main__._sizes", lambda config: dims)
+    policy, critic = 7_615_616_512, 7_615_616_512 - 152_064 * 3584 + 3585
+    weight, rest = (4, 8) if config.model.dtype == "float32" else (2, 12)
+    whole = (policy + critic) * (weight + rest) + policy * weight
+    takes = (3 * whole + 8 * policy * weight) / 2**30
+    for free in (2**30, 2**50):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        _say_room(config)
+    enough, few = capsys.readouterr()
+    assert few == f"megatron-rl: checkpoints take up to {takes:.1f} GiB, run_dir has room for 1.0 GiB\n"
+    assert enough == f"checkpoints take up to {takes:.1f} GiB, run_dir has room for 1048576.0 GiB\n"
+
+
 @pytest.mark.parametrize(("early", "done"), [(True, 0), (False, 4), (False, 9)])
 def test_a_run_leaves_its_summary_and_says_where_it_stopped_whatever_records_are_lost(
     early: bool, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -78,6 +99,7 @@ def test_a_run_leaves_its_summary_and_says_where_it_stopped_whatever_records_are
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return done
 
+    monkeypatch.setattr("megatron_rl.__main__._say_room", lambda config: None)
     monkeypatch.setattr("megatron_rl.assemble.open_run", open_run)
     monkeypatch.setattr("megatron_rl.ppo.train", train)
     before = signal.getsignal(signal.SIGTERM)
@@ -127,6 +149,7 @@ def test_a_supervised_stage_leaves_its_summary_and_says_where_it_stopped(
             signal.raise_signal(signal.SIGTERM)
         yield SimpleNamespace(start_step=3)
 
+    monkeypatch.setattr("megatron_rl.__main__._say_room", lambda config: None)
     monkeypatch.setattr("megatron_rl.assemble.open_supervised", open_supervised)
 
     def supervise(run: object) -> int | None:

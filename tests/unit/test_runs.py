@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,29 @@ def test_reward_workers_that_are_not_up_in_time_are_told_with_the_setting() -> N
     make = reward_service(RewardConfig(start_timeout_s=0.001))
     with make() as service, pytest.raises(RuntimeError, match=r"ready within 0\.001 s .* reward\.start_timeout_s"):
         service.score([("1", "1", Finish.STOP)])
+
+
+LARGE_RULE = """
+import mmap
+from megatron_rl.dataflow import Score
+
+ROOM = mmap.mmap(-1, 3 << 30)
+
+
+def rule(text, answer, finish):
+    return Score(value=1.0)
+"""
+
+
+def test_a_rule_of_which_workers_have_too_little_memory_is_told_with_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(LARGE_RULE)
+    reward = RewardConfig(rule=f"{tmp_path}/large.py:rule", memory_gib=2)
+    told = r"could not load its rule: .*Cannot allocate memory.* has 2 GiB by reward\.memory_gib"
+    with reward_service(reward)() as service, pytest.raises(RuntimeError, match=told):
+        service.score([("1", "1", Finish.STOP)])
+    for enough in (0, 5):
+        with reward_service(replace(reward, memory_gib=enough))() as service:
+            assert service.score([("1", "1", Finish.STOP)])[0].value == 1
 
 
 @pytest.mark.parametrize("fake", [fake_config, fake_supervised])

@@ -1128,7 +1128,12 @@ def test_a_folder_that_cannot_be_imported_gets_one_clear_error(
 def test_wrong_paths_and_targets_get_one_clear_error(run: Run, folders: tuple[Path, Path, Path]) -> None:
     source, megatron, back = folders
     nowhere = source.parent / "nowhere"
+    thinned = source.parent / "step_000002"
+    thinned.mkdir()
+    (thinned / "manifest.json").write_text('{"state.json": {}, "hf/model.safetensors": {}}')
     for arguments, told in [
+        ((megatron_to_hf, thinned / "policy", nowhere), f"only the weights were kept, take {thinned / 'hf'}"),
+        ((verify, thinned / "policy"), f"only the weights were kept, take {thinned / 'hf'}"),
         ((hf_to_megatron, nowhere, nowhere / "out"), f"a model is a folder, there is none at {nowhere}"),
         ((hf_to_megatron, megatron, source.parent / "out"), "found neither in"),
         ((hf_to_megatron, source, back), "exists and is never written over"),

@@ -272,6 +272,8 @@ def test_a_checkpoint_has_weights_main_weights_and_both_moments() -> None:
     halves = recipe("model.dtype=bfloat16", "checkpoint.keep=3")
     assert checkpoint_bytes(halves, dims) == 14 * (policy + critic) + 2 * policy
     assert needs_of(halves, dims).disk == 4 * checkpoint_bytes(halves, dims)
+    weights = recipe("model.dtype=bfloat16", "checkpoint.keep=3", "checkpoint.keep_weights=7")
+    assert needs_of(weights, dims).disk == 4 * checkpoint_bytes(halves, dims) + 7 * 2 * policy
 
 
 def test_a_supervised_stage_pushes_nothing_and_saves_one_model() -> None:

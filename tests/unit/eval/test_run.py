@@ -111,6 +111,13 @@ def test_graders_that_are_not_up_in_time_are_told_with_the_option(tmp_path, mode
     assert "--start-timeout-s" in told
 
 
+def test_graders_that_have_too_little_memory_are_told_with_the_option(tmp_path, model, task, engine, capsys):
+    rule = tmp_path / "large.py"
+    rule.write_text("import mmap\nROOM = mmap.mmap(-1, 3 << 30)\n\ndef rule(text, answer, finish): ...\n")
+    assert main(command(tmp_path, model, task, "--rule", f"{rule}:rule", "--memory-gib", "2")) == 1
+    assert "has 2 GiB by reward.memory_gib (of eval/run.py: --memory-gib)" in capsys.readouterr().err
+
+
 def test_a_model_is_evaluated_and_everything_is_written(tmp_path, model, task, engine, capsys):
     engine.say = lambda prompt, seed: f"\\boxed{{{prompt.answer}}}" if prompt.id != "3" else "I do not know"
     assert main(command(tmp_path, model, task)) == 0
@@ -598,6 +605,11 @@ def test_a_model_that_is_not_whole_says_what_is_missing(tmp_path, model, task, c
         assert message in capsys.readouterr().err
     assert main(command(tmp_path, tmp_path / "nowhere", task)) == 2
     assert "no such folder" in capsys.readouterr().err
+    checkpoint = tmp_path / "step_000002"
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"state.json": {}, "hf/model.safetensors": {}}')
+    assert main(command(tmp_path, checkpoint / "policy", task)) == 2
+    assert f"only the weights were kept, take {checkpoint / 'hf'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["weights", "checkpoint/policy"])

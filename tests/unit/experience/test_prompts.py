@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.experience.collect import sample_seed
-from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer
+from megatron_rl.experience.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, unwritten_start
 
 
 @pytest.fixture
@@ -28,6 +28,24 @@ def write(file: Path, *rows: object) -> Path:
 
 def config(file: Path, **changes: object) -> DataConfig:
     return DataConfig(**{"train": file, "heldout": file, "template": "Q {question}", "max_prompt_tokens": 2, **changes})
+
+
+@pytest.mark.parametrize(("pattern", "missing"), [("<s> $A", "<s>"), ("$A <s>", None), (None, None)])
+def test_a_special_token_that_the_tokenizer_would_put_before_a_prompt_is_named_where_none_is_written(
+    pattern: str | None, missing: str | None, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokenizer.add_special_tokens(["<s>"])
+    file = write(tmp_path / "data.jsonl", {"question": "one", "answer": "1"})
+    if pattern is not None:
+        tokens = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=tokens)
+    bare, written = (
+        load_prompts(file, tokenizer, config(file, template=template, max_prompt_tokens=3)).prompts[0].token_ids
+        for template in ("Q {question}", "<s>Q {question}")
+    )
+    assert (bare, written) == ((1, 2), (tokenizer.token_to_id("<s>"), 1, 2))
+    assert unwritten_start(tokenizer, bare) == missing
+    assert unwritten_start(tokenizer, written) is None
 
 
 def test_what_a_tokenizers_file_says_of_cutting_and_filling_up_is_left_aside(

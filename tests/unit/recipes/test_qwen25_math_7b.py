@@ -20,6 +20,7 @@ from megatron_rl.config.load import dotted, load, parse
 from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import RunConfig, SFTConfig
 from megatron_rl.dataflow import Finish, Outcome
+from megatron_rl.doctor.checks import checkpoint_bytes, disk_bytes
 from megatron_rl.model_dims import read_model_dims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.lengths import Lengths
@@ -100,6 +101,18 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(file).write_text("")
     Path("models/Qwen2.5-Math-7B/config.json").write_text(MODEL.read_text())
     return tmp_path
+
+
+def test_the_disk_that_checkpoints_take_is_told() -> None:
+    told = " ".join((FOLDER / "README.md").read_text().split())
+    dims = read_model_dims(MODEL.parent)
+    disks, sizes = [], []
+    for files in (["simplerl_zero.toml", PLACES[0]], ["zoo_grpo.toml"]):
+        config = parse(RunConfig, [FOLDER / name for name in files])
+        disks.append(f"{disk_bytes(config, dims) / 1e12:.2f} TB")
+        sizes.append(round(checkpoint_bytes(config, dims) / 1e9))
+    assert f"take up to {disks[0]} of disk, those of `zoo_grpo.toml` {disks[1]}" in told
+    assert f"the last two ({sizes[0]} and {sizes[1]} GB each)" in told
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -175,7 +175,7 @@ def test_the_clock_counts_cpu_seconds_and_not_the_wait(spec: str, caplog: pytest
 
 
 def test_every_other_answer_of_a_hostile_batch_gets_its_verdict(spec: str) -> None:
-    with RewardService(spec, workers=2, timeout_s=1.0, wall_timeout_s=3.0, memory_bytes=2 << 30) as service:
+    with RewardService(spec, workers=2, timeout_s=1.0, wall_timeout_s=3.0, memory_gib=2) as service:
         texts = _numbers(60)
         for at, text in ((3, "loop    "), (13, "stop    "), (20, "sleep   ")):
             texts[at] = text
@@ -232,12 +232,13 @@ def test_a_rule_that_raises_gives_an_error_and_is_logged(spec: str, caplog: pyte
 
 
 def test_a_worker_that_is_full_costs_one_sample_and_no_death(spec: str, caplog: pytest.LogCaptureFixture) -> None:
-    with RewardService(spec, workers=2, memory_bytes=2 << 30, max_restarts=0) as service:
+    with RewardService(spec, workers=2, memory_gib=2, max_restarts=0) as service:
         texts = ["keep    ", *["need    "] * 40]
         for _ in range(2):
             assert service.score(_requests(*texts)) == [FAILED, *[Score(value=float(512 << 20))] * 40]
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 41 samples could not be scored: the rule filled its worker's memory: memory_bytes=2147483648"
+        "1 of 41 samples could not be scored: the rule filled its worker's memory: a worker's address space has 2 GiB "
+        "by reward.memory_gib (of eval/run.py: --memory-gib)"
     ] * 2
 
 
