@@ -39,17 +39,30 @@ def run_command(command: Sequence[str]) -> int:
     Raises:
         KeyboardInterrupt: as interrupted; the command has ended.
     """
-    child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
-    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if child is None:  # it is being started
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
+        for number in early:
+            child.send_signal(number)
         return child.wait()
     except KeyboardInterrupt:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(_INTERRUPTED_SECONDS)
+        if child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_INTERRUPTED_SECONDS)
         raise
     finally:
-        child.kill()
-        child.wait()
+        if child is not None:
+            child.kill()
+            child.wait()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -6,33 +6,16 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.end_to_end.conftest import PPO, ROOT
+import pytest
 
-RULE = '''
-from megatron_rl.dataflow import Score
-
-
-def even(text, answer, finish):
-    """An untrained model is never right; whether its text has an even length depends on every character."""
-    return Score(value=float(len(text)), parts={"correct": float(len(text) % 2 == 0), "boxed": float("e" in text)})
-'''
+from tests.end_to_end.conftest import PPO, ROOT, OneStep
 
 
-def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_run(
-    train_command: Callable[..., list[str]], task: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    (tmp_path / "rule.py").write_text(RULE)
-    rule = f"{tmp_path / 'rule.py'}:even"
-    training = train_command(
-        *("steps=1", "ppo.critic_warmup_steps=0", "policy.layout.tensor=1", "critic.layout.pipeline=1"),
-        *("evaluation.prompts=64", f"reward.rule={rule}"),
-    )
-    done = subprocess.run(training, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.timeout(900)
+def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_run(one_step: OneStep, task: Path, tmp_path: Path) -> None:
+    run, rule = one_step.folder, one_step.rule
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "heldout/accuracy" in record)
     (tmp_path / "template.txt").write_text(tomllib.loads(PPO.read_text())["data"]["template"])

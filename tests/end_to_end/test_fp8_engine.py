@@ -52,9 +52,16 @@ def quantised_tensors(worker: Any) -> dict[str, Tensor]:
 def leave_one_unquantised(worker: Any) -> None:
     """The fault that the audit is for: one linear goes back to bfloat16."""
     layer = worker.get_model().model.layers[1].mlp.down_proj
+    layer.was = (layer.weight, layer.weight_scale)
     whole = (layer.weight.float() * layer.weight_scale.T).T.bfloat16()
     layer.weight = torch.nn.Parameter(whole, requires_grad=False)
     layer.weight_scale = None
+
+
+def quantise_it_again(worker: Any) -> None:
+    layer = worker.get_model().model.layers[1].mlp.down_proj
+    layer.weight, layer.weight_scale = layer.was
+    del layer.was
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +227,14 @@ def test_the_audit_finds_every_linear_as_asked_and_names_one_that_is_not(
     wanted = engine_formats(HfFolder(folders["B"]).infos(), FP8, "float32", tied=False)
     assert len(wanted) == 2 * 7 + 1
     assert first_difference(wanted, pushed.call("linear_formats")) is None
-    with running(folders["A"]) as faulty:
-        faulty.call("_on_workers", leave_one_unquantised)
-        assert first_difference(wanted, faulty.call("linear_formats")) == (
+    pushed.call("_on_workers", leave_one_unquantised)
+    try:
+        assert first_difference(wanted, pushed.call("linear_formats")) == (
             "model.layers.1.mlp.down_proj.weight must be float8_e4m3fn with a float32 scale per 1 x all, found bfloat16"
         )
+    finally:
+        pushed.call("_on_workers", quantise_it_again)
+    assert first_difference(wanted, pushed.call("linear_formats")) is None
 
 
 def test_a_head_that_is_tied_stays_in_bfloat16_and_is_pushed_with_its_embedding(folders: dict[str, Path]) -> None:

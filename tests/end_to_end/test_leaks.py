@@ -126,12 +126,12 @@ def raised(name: str, verb: str) -> str:
 
 
 COMMON = {
-    "a killed engine": Ending(status=1, says=died("engine"), strike=killed(worker("engine"))),
     "a killed rank of the policy": Ending(status=1, says=died("policy rank 1"), strike=killed(worker("policy rank 1"))),
     "Ctrl-C": Ending(status=130, says="interrupted", strike=driver_gets(signal.SIGINT, group=True)),
 }
 RARE = {
     "success": Ending(status=0, says="", settings=("steps=1",)),
+    "a killed engine": Ending(status=1, says=died("engine"), strike=killed(worker("engine"))),
     "an exception in the policy": Ending(
         status=1, says=raised("policy rank 1", "update"), fault=("policy rank 1", "update", "raise")
     ),

@@ -84,6 +84,7 @@ def verified(model: Path, run_dir: Path, head: str, layout: str, engine: str) ->
     return found
 
 
+@pytest.mark.slow  # tests/end_to_end/test_verify.py has the command that does the same
 def test_a_folder_is_verified_at_a_layout_and_in_an_engine(task: Path, tmp_path: Path) -> None:
     engine = "EngineConfig(kv_cache_mib=64)"
     found = verified(task / "model", tmp_path / "verify", "token", "ParallelLayout(pipeline=2)", engine)

@@ -119,6 +119,22 @@ def test_a_command_is_asked_to_stop_with_whoever_runs_it(running):
     assert process.returncode == 5
 
 
+def test_a_command_that_is_being_started_is_asked_to_stop_too():
+    program = (
+        "import os, signal, subprocess, sys\n"
+        "from megatron_rl.lifetime import run_command\n"
+        "start = subprocess.Popen\n"
+        "def slow(*args, **options):\n"
+        "    child = start(*args, **options)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return child\n"
+        "subprocess.Popen = slow\n"
+        "print(run_command(['sleep', '60']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{-signal.SIGTERM}\n"), done.stderr
+
+
 def test_an_interrupted_command_may_end(running):
     process, _ = running
     os.killpg(process.pid, signal.SIGINT)

@@ -148,17 +148,17 @@ def test_a_rule_object_with_its_own_values_is_taken_as_it_is() -> None:
 
 
 def test_a_sample_that_overruns_times_out_alone(spec: str) -> None:
-    with RewardService(spec, workers=2, wall_timeout_s=1.0) as service:
+    with RewardService(spec, workers=2, wall_timeout_s=3.0) as service:
         service.score(_requests("0"))  # the start of the workers is not what is timed
         texts = _numbers(40)
         texts[5] = "sleep   "
         begin = time.monotonic()
         scores = service.score(_requests(*texts))
-        assert 1.0 <= time.monotonic() - begin < 8.0
+        assert 3.0 <= time.monotonic() - begin < 20.0
         assert scores[5] == TIMED_OUT
         del scores[5], texts[5]
         assert scores == [Score(value=float(text)) for text in texts]
-        assert service.take_busy_seconds() >= 1.0
+        assert service.take_busy_seconds() >= 3.0
 
 
 def test_the_clock_counts_cpu_seconds_and_not_the_wait(spec: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +212,7 @@ def test_bombs_for_the_grader_are_wrong_and_cost_no_worker() -> None:
 
 
 def test_one_worker_goes_on_after_a_timeout(spec: str) -> None:
-    with RewardService(spec, wall_timeout_s=1.0) as service:
+    with RewardService(spec, wall_timeout_s=3.0) as service:
         scores = service.score(_requests("1", "sleep   ", "2", "stop    ", "3" + " " * 1_000_000, "4"))
         assert scores == [Score(value=1.0), TIMED_OUT, Score(value=2.0), TIMED_OUT, Score(value=3.0), Score(value=4.0)]
 
@@ -292,7 +292,7 @@ def test_a_rule_cannot_break_the_protocol_and_no_worker_loads_torch(spec: str) -
 
 def test_no_process_is_left_after_close(spec: str, tmp_path: Path) -> None:
     child_file = tmp_path / "child"
-    service = RewardService(spec, workers=2, wall_timeout_s=1.0)
+    service = RewardService(spec, workers=2, wall_timeout_s=3.0)
     scores = service.score([("children", str(child_file), Finish.STOP), *_requests(*["pid     "] * 8)])
     assert scores[0] == TIMED_OUT
     child = int(child_file.read_text())
