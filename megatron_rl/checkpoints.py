@@ -232,7 +232,8 @@ def _has_weights_alone(checkpoint: Path) -> bool:
         names = json.loads((checkpoint / _MANIFEST).read_text())
     except (OSError, ValueError):
         return False
-    return _STATE in names and all(name == _STATE or name.startswith(_HF) for name in names)
+    named = isinstance(names, dict) and _STATE in names
+    return named and all(name == _STATE or name.startswith(_HF) for name in names)
 
 
 def check_whole(saved: SavedRun) -> None:

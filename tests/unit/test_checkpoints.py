@@ -122,6 +122,10 @@ def test_of_older_checkpoints_the_weights_are_kept(folder: Path) -> None:
     assert module.kept_weights(folder / "step_000003/policy") == folder / "step_000003/hf"
     for there in ("step_000003/hf", "step_000006/policy", "step_000009/policy"):
         assert module.kept_weights(folder / there) is None
+    for foreign in ("null", "1", '["state.json"]', '{"state.json": {}, "policy/weights.txt": {}}'):
+        (folder / "manifest.json").write_text(foreign)
+        assert module.kept_weights(folder / "policy") is None
+    (folder / "manifest.json").unlink()
     saved = find_checkpoint(folder)
     assert saved is not None
     check_whole(saved)
