@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _START_S = 60
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ones, outside of what the kernel gives to whoever asks for any and of what Ray gives to its workers: so
+    nobody takes one before it is used.
+    """
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port for port in range(1024, 1 << 16) if not (first <= port <= last or 10_000 <= port < 20_000)]
+    found: list[int] = []
+    with ExitStack() as held:
+        while len(found) < count:
+            probe, port = held.enter_context(socket.socket()), secrets.choice(ports)
+            with suppress(OSError):  # taken
+                probe.bind(("", port))
+                found.append(port)
+    return found
 
 
 @contextmanager

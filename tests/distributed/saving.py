@@ -1,6 +1,7 @@
 """A small run to be killed: two ranks in worker processes of the runtime, and checkpoints at every step; no Ray.
 
-``python -m tests.distributed.saving FOLDER MODEL`` prints what each update gave and when each save begins.
+``python -m tests.distributed.saving FOLDER MODEL`` prints what each update gave, when each save begins, and
+when its checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -95,6 +98,21 @@ class Model:
         return self.call(self.pipes, list, "export_hf", folder, like)
 
 
+def saved_step(folder: Path) -> int:
+    """Of the last complete checkpoint; 0 where there is none."""
+    latest = folder / "latest"
+    name = latest.read_text() if latest.is_file() else "none"
+    return int(name.removeprefix("step_")) if name.startswith("step_") else 0
+
+
+def tell_saves(folder: Path, last: int) -> None:
+    while True:
+        if (step := saved_step(folder)) != last:
+            print(f"saved {step}\n", end="", flush=True)
+            last = step
+        time.sleep(0.002)
+
+
 def main(folder: Path, source: Path) -> None:
     saved = find_checkpoint(folder)
     model = Model(source)
@@ -108,11 +126,12 @@ def main(folder: Path, source: Path) -> None:
         identity=RunIdentity(model={}, prompts="", settings={}),
     )
     step = checkpoints.start(saved)
-    print("start", step, flush=True)
+    print(f"start {step}\n", end="", flush=True)
+    threading.Thread(target=tell_saves, args=(folder, saved_step(folder)), daemon=True).start()
     while True:
-        print("update", step, model.update().hex(), flush=True)
+        print(f"update {step} {model.update().hex()}\n", end="", flush=True)
         step += 1
-        print("save", step, flush=True)
+        print(f"save {step}\n", end="", flush=True)
         checkpoints.save(step, wait=False)
 
 

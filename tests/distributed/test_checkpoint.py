@@ -76,8 +76,9 @@ def test_a_run_goes_on_from_a_checkpoint_at_another_layout(
         assert mine.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
         assert mine.learning_rate == reference.learning_rate
         assert loss_metrics(mine) == pytest.approx(loss_metrics(reference), rel=1e-5)
-    weights = tensors(tmp_path / "unbroken")
-    for key, tensor in tensors(tmp_path / "resumed").items():
+    weights, goes_on = tensors(tmp_path / "unbroken"), tensors(tmp_path / "resumed")
+    assert goes_on.keys() == weights.keys()
+    for key, tensor in goes_on.items():
         torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=0)
 
 
@@ -106,8 +107,9 @@ def test_a_run_goes_on_to_the_same_bits_with_whichever_optimizer(
     for mine, reference in zip(broken, unbroken, strict=True):
         assert mine.metrics == reference.metrics
         assert mine.grad_norm == pytest.approx(reference.grad_norm, rel=1e-6)
-    weights = tensors(tmp_path / "unbroken")
-    for key, tensor in tensors(tmp_path / "resumed").items():
+    weights, goes_on = tensors(tmp_path / "unbroken"), tensors(tmp_path / "resumed")
+    assert goes_on.keys() == weights.keys()
+    for key, tensor in goes_on.items():
         torch.testing.assert_close(tensor, weights[key], atol=0, rtol=0)
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import ClusterConfig
-from megatron_rl.ray_runtime.cluster import Cluster, Role, ray
-from tests.ray_nodes import free_port, ray_node
+from tests.ray_nodes import free_ports, ray_node
 
 RAY = Path(sys.executable).with_name("ray")
 JOIN = """
@@ -35,15 +33,6 @@ except ClusterProblem as problem:
     print(f"seconds {time.monotonic() - began:.1f}")
     print("refused:", problem)
 """
-
-
-def test_one_process_may_start_one_cluster_after_another(tmp_path: Path) -> None:
-    for _ in range(2):
-        with Cluster(ClusterConfig(), gpus=0, run_dir=tmp_path) as cluster:
-            group = cluster.start([Role(name="only", workers=1)], {})["only"]
-            group.build(dict, [()]).result()
-            assert group.call("__len__", finish=list).result() == [0]
-        assert not ray.is_initialized()
 
 
 def test_ray_that_was_imported_too_early_to_ask_for_a_token_is_refused(tmp_path: Path) -> None:
@@ -69,7 +58,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     environment |= {"RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
     if mode == "token":
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    port = free_port()
+    (port,) = free_ports(1)
     options = [
         "--head",
         "--node-ip-address=127.0.0.1",
@@ -96,8 +85,10 @@ def test_a_cluster_is_joined_with_its_token_and_an_open_one_is_refused(
             text=True,
             check=False,
         )
-        seconds = float(re.findall(r"seconds (\S+)", done.stdout)[0])
-        assert seconds < 15, "a client without a token must not be tried for the 20 s that Ray takes"
+        found = re.findall(r"seconds (\S+)", done.stdout)
+        assert found, done.stderr
+        if mode == "disabled":
+            assert float(found[0]) < 15, "a client without a token must not be tried for the 20 s that Ray takes"
         return done.stdout + done.stderr
 
     if mode == "token":

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import megatron_rl
-from tests.ray_nodes import free_port, ray_node
+from tests.ray_nodes import free_ports, ray_node
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -50,7 +50,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     token.write_text(secrets.token_hex(32))
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    start, port = [RAY, "start", "--num-cpus=1", "--block"], free_port()
+    start, (port,) = [RAY, "start", "--num-cpus=1", "--block"], free_ports(1)
     address = f"127.0.0.1:{port}"
     head = [*start, "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
-from megatron_rl.ray_runtime.cluster import Cluster, Role
+from megatron_rl.ray_runtime.cluster import Cluster, Role, ray
 from megatron_rl.ray_runtime.engines import Engines
 from megatron_rl.ray_runtime.roles import RemoteEngine
 from megatron_rl.ray_runtime.workers import WorkerDied, WorkerGroup
@@ -84,6 +84,7 @@ class Started:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(ClusterConfig(call_deadline_s=30), gpus=0, run_dir=tmp_path_factory.mktemp("logs")) as cluster:
         yield cluster
+    assert not ray.is_initialized()  # so that this process may start another one, as the tests of other files do
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,9 @@ def test_bfloat16_keeps_float32_main_weights(
     )
     answers = ranks.run(2, trained, models["qwen2"], setup, POLICY, tmp_path / "half")
     assert answers[0][0][1].grad_norm == pytest.approx(results[1].grad_norm, rel=0.03)
-    for key, tensor in tensors(tmp_path / "half").items():
+    half = tensors(tmp_path / "half")
+    assert half.keys() == weights.keys()
+    for key, tensor in half.items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor.float(), weights[key], atol=0.01, rtol=0.01)
 

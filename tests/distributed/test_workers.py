@@ -18,7 +18,7 @@ from megatron_rl.config.limit import Limit
 from megatron_rl.config.schema import ClusterConfig, SyncConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
 from megatron_rl.interfaces import PushPhase
-from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check_machine
+from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Role, check_machine, ray
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, connect
 from megatron_rl.ray_runtime.workers import DeadlineExceeded, WorkerDied, WorkerFailed, WorkerGroup
 from megatron_rl.weights.sync import CheckedSync
@@ -104,6 +104,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worke
         for group in started.values():
             group.build(Recorder, [(rank,) for rank in range(len(group.names))]).result()
         yield started
+    assert not ray.is_initialized()  # so that this process may start another one, as the tests of other files do
 
 
 @pytest.fixture
