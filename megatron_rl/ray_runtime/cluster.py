@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,8 @@ class ClusterProblem(RuntimeError):
 class Role:
     """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
     shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`; ``spread``: on any
-    node, spread over them, without a device or a share of its own.
+    node, spread over them, without a device or a share of its own; ``on_host``: computes on the host too, at the same
+    time as all others that do.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Role:
     devices: int = 1
     restartable: bool = False
     spread: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,20 @@ def dealt(placement: Placement, node_of: Mapping[int, str]) -> Placement:
         order = [index for bundles in sorted(alike, key=len, reverse=True) for index in bundles]
         moved |= zip(sorted(order), order, strict=True)
     return replace(placement, bundle_of={who: moved[bundle] for who, bundle in placement.bundle_of.items()})
+
+
+def neighbours(roles: Sequence[Role], placement: Placement, node_of: Mapping[int, str]) -> dict[tuple[str, int], int]:
+    """Of each (role, rank) that computes on the host: how many of a node do, itself included.
+
+    Args:
+        roles: all of a run.
+        placement: theirs.
+        node_of: the node of each bundle.
+    """
+    on_host = {role.name for role in roles if role.on_host}
+    node = {who: node_of[bundle] for who, bundle in placement.bundle_of.items() if who[0] in on_host}
+    there = Counter(node.values())
+    return {who: there[of] for who, of in node.items()}
 
 
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
@@ -243,12 +260,15 @@ class Cluster:
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
         placement = place([role for role in roles if not role.spread], device, shared=self._config.colocate)
-        placement = dealt(placement, self._place([dict(bundle) for bundle in placement.bundles]))
+        node_of = self._place([dict(bundle) for bundle in placement.bundles])
+        placement = dealt(placement, node_of)
+        sharing = neighbours(roles, placement, node_of) if self._gpus else {}
+        environment = {**self._loopback(), **self._hidden(), **environment}
         groups = {}
         for role in roles:
             groups[role.name] = WorkerGroup(
                 role.name,
-                partial(self._spawn, role, placement, {**self._loopback(), **self._hidden(), **environment}),
+                partial(self._spawn, role, placement, environment, sharing),
                 role.workers,
                 watch=self.watch,
                 start_limit=self._config.start_limit,
@@ -268,7 +288,14 @@ class Cluster:
         """Why: Ray leaves the GPUs of a node in sight of a worker that asked for none."""
         return {} if self._gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
-    def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
+    def _spawn(
+        self,
+        role: Role,
+        placement: Placement,
+        environment: Mapping[str, str],
+        sharing: Mapping[tuple[str, int], int],
+        rank: int,
+    ) -> Any:
         """The supervisor of one rank."""
         log = self.log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
         if role.spread:
@@ -279,7 +306,8 @@ class Cluster:
             options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0), "scheduling_strategy": bundle}
         options |= {"max_concurrency": 8, "max_restarts": 0}
         worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
-        return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))
+        start = ray.remote(Supervisor).options(**options).remote
+        return start(worker, str(log), str(self._scratch), dict(environment), sharing.get((role.name, rank)))
 
     def restart(self, group: WorkerGroup, rank: int) -> None:
         """Start a new process in the place of a dead one, on the same device."""
