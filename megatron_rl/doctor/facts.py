@@ -76,6 +76,7 @@ class NodeFacts:
         open_files: how many a process may open at most.
         resolves: addresses that its own name leads to.
         addresses: of its interfaces.
+        gloo_addresses: of the interfaces that GLOO_SOCKET_IFNAME names; None where it is unset.
         gpus: names.
         driver: of the GPUs, such as ``580.82``.
         capabilities: compute capability of each GPU, such as (9, 0), as far as the driver tells it.
@@ -96,6 +97,7 @@ class NodeFacts:
     open_files: int
     resolves: tuple[str, ...]
     addresses: tuple[str, ...]
+    gloo_addresses: tuple[str, ...] | None
     gpus: tuple[str, ...]
     driver: str | None
     capabilities: tuple[tuple[int, int], ...]
@@ -152,6 +154,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,
         resolves=_resolved(host),
         addresses=_own_addresses(),
+        gloo_addresses=_gloo_addresses(),
         gpus=gpus,
         driver=driver,
         capabilities=capabilities,
@@ -243,6 +246,15 @@ def _resolved(name: str) -> tuple[str, ...]:
 def _own_addresses() -> tuple[str, ...]:
     found = {each.address.partition("%")[0] for some in psutil.net_if_addrs().values() for each in some}
     return tuple(sorted(found))
+
+
+def _gloo_addresses() -> tuple[str, ...] | None:
+    named = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not named:
+        return None
+    internet = (socket.AF_INET, socket.AF_INET6)
+    there = [each for name in named.split(",") for each in psutil.net_if_addrs().get(name, ())]
+    return tuple(each.address.partition("%")[0] for each in there if each.family in internet)
 
 
 def _gpus() -> tuple[tuple[str, ...], str | None, tuple[tuple[int, int], ...]]:

