@@ -16,6 +16,7 @@ from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.room import missing_room
 from megatron_rl.version_matrix import CAVEATS, OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
 
 CLOCK_TOLERANCE_S = 1.0
@@ -401,11 +402,25 @@ def _same_files(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
     for path, content in here.files.items():
         if content is not None and node.files[path] != content:
             state = "is not there" if node.files[path] is None else "has other contents there"
-            yield _error(
-                "files",
-                f"{path} must be as on {here.host}, it {state}",
-                "copy it to the same place, or use a shared file system",
-            )
+            yield _other_file(here, path, state)
+    for path, size in here.sizes.items():
+        if size is not None and (there := node.sizes[path]) != size:
+            state = "is not there" if there is None else f"has {there:,} bytes there, not {size:,}"
+            yield _other_file(here, path, state)
+
+
+def _other_file(here: NodeFacts, path: str, state: str) -> Finding:
+    do = "copy it to the same place, or use a shared file system"
+    return _error("files", f"{path} must be as on {here.host}, it {state}", do)
+
+
+def check_devices(config: RunConfig | SFTConfig, *, gpus: float, cpus: float, where: str) -> Iterator[Finding]:
+    """Those that the layouts take, against those that are there."""
+    missing = missing_room(
+        config.devices, gpus=gpus, cpus=cpus, cpus_per_worker=config.cluster.cpus_per_worker, where=where
+    )
+    if missing is not None:
+        yield _error("devices", *missing)
 
 
 def check_configuration(problems: Sequence[str]) -> Iterator[Finding]:

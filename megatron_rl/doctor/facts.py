@@ -68,6 +68,7 @@ class NodeFacts:
         packages: release by normalised name of every installed distribution.
         code: SHA-256 of this package's Python files.
         files: SHA-256 by path of files that all nodes should have alike; None for a file that is not there.
+        sizes: bytes by path of files that all nodes should have alike, and that are too large to be read.
         apex: what is installed under that name.
         engine_fault: why Transformer Engine cannot be imported; None where it can, or is not there at all.
         shared_memory: bytes free in ``/dev/shm``; None where there is none.
@@ -89,6 +90,7 @@ class NodeFacts:
     packages: Mapping[str, str]
     code: str
     files: Mapping[str, str | None]
+    sizes: Mapping[str, int | None]
     apex: Apex | None
     engine_fault: str | None
     shared_memory: int | None
@@ -134,7 +136,7 @@ class Port:
     ours: bool
 
 
-def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
+def look(run_dir: Path | None, files: Sequence[Path], large: Sequence[Path] = ()) -> NodeFacts:
     """Everything about the node that this process runs on."""
     packages = _packages()
     gpus, driver, capabilities = _gpus()
@@ -146,6 +148,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         packages=packages,
         code=hash_of_code(Path(megatron_rl.__file__).parent),
         files={str(file): _hash(file) for file in files},
+        sizes={str(file): file.stat().st_size if file.is_file() else None for file in large},
         apex=_apex(),
         engine_fault=_engine_fault(packages),
         shared_memory=shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,

@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.guardian import Guardian
 from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.room import missing_room
 from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
@@ -151,21 +152,10 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     if config.address is not None:
         _knock(config.address)
         return
-    if gpus:
-        if workers > gpus:
-            raise ClusterProblem(
-                f"the layouts need {workers} workers of one GPU each, this machine has {gpus} GPUs; use smaller layouts"
-                " or set cluster.address to a larger Ray cluster"
-            )
-        return
     cpus = len(os.sched_getaffinity(0))
-    needed = workers * config.cpus_per_worker
-    if needed > cpus + 1e-6:
-        raise ClusterProblem(
-            f"the layouts need {workers} workers x cluster.cpus_per_worker={config.cpus_per_worker} = {needed:g} CPUs, "
-            f"this machine has {cpus}; use smaller layouts or set cluster.cpus_per_worker={cpus / workers:.2f} "
-            "to let them share"
-        )
+    missing = missing_room(workers, gpus=gpus, cpus=cpus, cpus_per_worker=config.cpus_per_worker, where="this machine")
+    if missing is not None:
+        raise ClusterProblem("; ".join(missing))
 
 
 class Cluster:

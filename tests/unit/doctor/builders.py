@@ -16,6 +16,7 @@ _HEALTHY = NodeFacts(
     packages=SETS[0].packages,
     code="c0de" * 16,
     files={"/recipe.toml": "abc", "/model/config.json": "def"},
+    sizes={"/model/model.safetensors": 100},
     apex=None,
     engine_fault=None,
     shared_memory=16 * GIB,

@@ -64,6 +64,11 @@ def test_files_are_hashed_and_those_that_are_missing_told(tmp_path: Path) -> Non
     assert found.files == {str(recipe): hashlib.sha256(b"steps = 1\n").hexdigest(), str(tmp_path / "other.toml"): None}
 
 
+def test_weights_are_known_by_their_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"123")
+    assert look(None, [], [tmp_path / "a", tmp_path / "b"]).sizes == {str(tmp_path / "a"): 3, str(tmp_path / "b"): None}
+
+
 def test_room_for_checkpoints_counts_those_that_are_there(tmp_path: Path) -> None:
     run = tmp_path / "not" / "yet"
     before = looked(run_dir=run).disk
