@@ -56,7 +56,9 @@ def has_wide_vectors() -> bool:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise."""
+    """Environment of every worker process: on a CPU one thread each, unless OMP_NUM_THREADS says otherwise. On GPUs the
+    supervisor of a rank whose optimizer is on the host says how many.
+    """
     return {} if has_cuda() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
@@ -151,6 +153,11 @@ def limit_threads() -> None:
     Several ranks share the cores of one machine; torch's default, all cores for each, makes them wait for one another.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def threads() -> int:
+    """That an operation on the host is shared out to."""
+    return torch.get_num_threads()
 
 
 @functools.cache

@@ -60,7 +60,12 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     groups = cluster.start(
         [
             *(
-                Role(name=role, workers=trainer.layout.world_size, held_types=HELD_TYPES)
+                Role(
+                    name=role,
+                    workers=trainer.layout.world_size,
+                    held_types=HELD_TYPES,
+                    on_host=trainer.optimizer_on_host,
+                )
                 for role, trainer in config.trainers.items()
             ),
             engine_role(config),

@@ -193,7 +193,8 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
         saved, changes = _saved(config, identity)
         _leave_settings(config)
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
-        roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
+        on_host = config.trainer.optimizer_on_host
+        roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES, on_host=on_host)]
         group = cluster.start(roles, device.worker_environment())["trainer"]
         start_trainer(group, config, Head.TOKEN, dims, config.steps).result()
         model = RemotePolicy(group)

@@ -924,8 +924,9 @@ class SFTConfig:
 
 
 def _folder_problems(run_dir: Path) -> Iterator[str]:
-    if run_dir.exists() and not run_dir.is_dir():
-        yield f"run_dir: must be a folder, {run_dir} is a file"
+    there = next((place for place in (run_dir, *run_dir.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        yield f"run_dir: must be a folder, {there} is a file"
 
 
 def _value_head_problems(trainers: dict[str, TrainerConfig]) -> Iterator[str]:

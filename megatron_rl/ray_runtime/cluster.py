@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.guardian import Guardian
 from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.room import missing_room
 from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
@@ -50,7 +52,8 @@ class ClusterProblem(RuntimeError):
 class Role:
     """How many worker processes a role needs, and what may be shared with them once; ``devices``: GPUs of each, or
     shares of the CPU; ``restartable``: a death need not end the run, see :meth:`Cluster.restart`; ``spread``: on any
-    node, spread over them, without a device or a share of its own.
+    node, spread over them, without a device or a share of its own; ``on_host``: computes on the host too, at the same
+    time as all others that do.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Role:
     devices: int = 1
     restartable: bool = False
     spread: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,20 @@ def dealt(placement: Placement, node_of: Mapping[int, str]) -> Placement:
     return replace(placement, bundle_of={who: moved[bundle] for who, bundle in placement.bundle_of.items()})
 
 
+def neighbours(roles: Sequence[Role], placement: Placement, node_of: Mapping[int, str]) -> dict[tuple[str, int], int]:
+    """Of each (role, rank) that computes on the host: how many of a node do, itself included.
+
+    Args:
+        roles: all of a run.
+        placement: theirs.
+        node_of: the node of each bundle.
+    """
+    on_host = {role.name for role in roles if role.on_host}
+    node = {who: node_of[bundle] for who, bundle in placement.bundle_of.items() if who[0] in on_host}
+    there = Counter(node.values())
+    return {who: there[of] for who, of in node.items()}
+
+
 def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     """Refuse, before anything starts, what this machine cannot hold. A joined cluster is asked once it is joined.
 
@@ -134,21 +152,10 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     if config.address is not None:
         _knock(config.address)
         return
-    if gpus:
-        if workers > gpus:
-            raise ClusterProblem(
-                f"the layouts need {workers} workers of one GPU each, this machine has {gpus} GPUs; use smaller layouts"
-                " or set cluster.address to a larger Ray cluster"
-            )
-        return
     cpus = len(os.sched_getaffinity(0))
-    needed = workers * config.cpus_per_worker
-    if needed > cpus + 1e-6:
-        raise ClusterProblem(
-            f"the layouts need {workers} workers x cluster.cpus_per_worker={config.cpus_per_worker} = {needed:g} CPUs, "
-            f"this machine has {cpus}; use smaller layouts or set cluster.cpus_per_worker={cpus / workers:.2f} "
-            "to let them share"
-        )
+    missing = missing_room(workers, gpus=gpus, cpus=cpus, cpus_per_worker=config.cpus_per_worker, where="this machine")
+    if missing is not None:
+        raise ClusterProblem("; ".join(missing))
 
 
 class Cluster:
@@ -243,12 +250,15 @@ class Cluster:
         """
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
         placement = place([role for role in roles if not role.spread], device, shared=self._config.colocate)
-        placement = dealt(placement, self._place([dict(bundle) for bundle in placement.bundles]))
+        node_of = self._place([dict(bundle) for bundle in placement.bundles])
+        placement = dealt(placement, node_of)
+        sharing = neighbours(roles, placement, node_of) if self._gpus else {}
+        environment = {**self._loopback(), **self._hidden(), **environment}
         groups = {}
         for role in roles:
             groups[role.name] = WorkerGroup(
                 role.name,
-                partial(self._spawn, role, placement, {**self._loopback(), **self._hidden(), **environment}),
+                partial(self._spawn, role, placement, environment, sharing),
                 role.workers,
                 watch=self.watch,
                 start_limit=self._config.start_limit,
@@ -268,7 +278,14 @@ class Cluster:
         """Why: Ray leaves the GPUs of a node in sight of a worker that asked for none."""
         return {} if self._gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
-    def _spawn(self, role: Role, placement: Placement, environment: Mapping[str, str], rank: int) -> Any:
+    def _spawn(
+        self,
+        role: Role,
+        placement: Placement,
+        environment: Mapping[str, str],
+        sharing: Mapping[tuple[str, int], int],
+        rank: int,
+    ) -> Any:
         """The supervisor of one rank."""
         log = self.log_dir / (f"{role.name}.log" if role.workers == 1 else f"{role.name}-{rank}.log")
         if role.spread:
@@ -279,7 +296,8 @@ class Cluster:
             options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0), "scheduling_strategy": bundle}
         options |= {"max_concurrency": 8, "max_restarts": 0}
         worker = role.name if role.workers == 1 else f"{role.name} rank {rank}"
-        return ray.remote(Supervisor).options(**options).remote(worker, str(log), str(self._scratch), dict(environment))
+        start = ray.remote(Supervisor).options(**options).remote
+        return start(worker, str(log), str(self._scratch), dict(environment), sharing.get((role.name, rank)))
 
     def restart(self, group: WorkerGroup, rank: int) -> None:
         """Start a new process in the place of a dead one, on the same device."""

@@ -74,8 +74,18 @@ class Birth:
 class Supervisor:
     """One worker process and the pipe to it; its methods run in threads of the actor."""
 
-    def __init__(self, worker: str, log_file: str, scratch: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, worker: str, log_file: str, scratch: str, environment: Mapping[str, str], sharing: int | None = None
+    ) -> None:
         """Start the process.
+
+        Args:
+            worker: its name.
+            log_file: gets what it prints.
+            scratch: see :func:`_writing_to`.
+            environment: of the process, besides this one's.
+            sharing: workers that compute on this node's cores, this one included; it gets an equal share of them as
+                threads, unless OMP_NUM_THREADS was set for this node. None: it does not compute there.
 
         Raises:
             OSError: it cannot be started, or its log cannot be written.
@@ -83,6 +93,8 @@ class Supervisor:
         self._worker = worker
         self._log = Path(log_file)
         self._environment = _writing_to(Path(scratch)) | dict(environment)
+        if sharing is not None and not _threads_are_set():
+            self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // sharing))
         self._phase = "starting"
         self._turn = threading.Condition()
         self._one_beside = threading.Lock()
@@ -225,6 +237,11 @@ def _writing_to(scratch: Path) -> dict[str, str]:
     scratch.mkdir(parents=True, exist_ok=True)
     names = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
     return {name: os.environ.get(name, str(scratch)) for name in names}
+
+
+def _threads_are_set() -> bool:
+    """Whether OMP_NUM_THREADS came with this process: since then, Ray sets it to 1 where nobody has."""
+    return any(each.startswith(b"OMP_NUM_THREADS=") for each in Path("/proc/self/environ").read_bytes().split(b"\0"))
 
 
 def _oom_kills() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ class Answer(Generic[T]):
     Attributes:
         host: its name.
         value: the answer.
+        resources: that the node gives to the cluster, by kind, such as GPU.
         asked: when it was asked for its clock: our clock, seconds since 1970.
         clock: its own clock.
         answered: when that was known here: our clock.
@@ -32,6 +33,7 @@ class Answer(Generic[T]):
 
     host: str
     value: T
+    resources: Mapping[str, float]
     asked: float
     clock: float
     answered: float
@@ -82,7 +84,8 @@ def _answer(node: dict[str, Any], reference: Any, end: float) -> Answer[Any] | N
         asked, clock, answered = min(_clock_readings(node, end), key=lambda reading: reading[2] - reading[0])
     except ray.exceptions.RayError as error:
         return NoAnswer(host=host, reason=str(error).strip().splitlines()[-1])
-    return Answer(host=host, value=value, asked=asked, clock=clock, answered=answered)
+    resources: Mapping[str, float] = node["Resources"]
+    return Answer(host=host, value=value, resources=resources, asked=asked, clock=clock, answered=answered)
 
 
 def _clock_readings(node: dict[str, Any], end: float) -> Iterator[tuple[float, float, float]]:

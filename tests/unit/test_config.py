@@ -607,7 +607,9 @@ def test_a_package_that_a_setting_needs_is_looked_for_before_anything_starts(fol
 
 @pytest.mark.parametrize(("root", "file"), [(RunConfig, "ppo.toml"), (SFTConfig, "sft.toml")])
 def test_a_run_needs_a_folder(folder, root, file):
-    assert problems(f"run_dir={file}", root=root, files=(file,)) == [f"run_dir: must be a folder, {file} is a file"]
+    for run_dir in (file, f"{file}/runs/mine"):
+        said = [f"run_dir: must be a folder, {file} is a file"]
+        assert problems(f"run_dir={run_dir}", root=root, files=(file,)) == said
 
 
 def test_prompt_and_response_must_fit_the_model(folder):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -98,6 +100,60 @@ def test_what_starts_no_ray_is_left_as_it_is(asked: str) -> None:
     assert dry("submit.sh", "--", *asked.split()).stdout.endswith(f" {asked} \n")
 
 
+class Asked:
+    """Listens on a port, notes what each client sends, and refuses it as a proxy would."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listening.accept()
+            with connection:
+                self.heard.append(connection.recv(65536).decode())
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+def test_the_token_goes_to_the_dashboard_alone(tmp_path: Path) -> None:
+    dashboard, proxy, another = Asked(), Asked(), Asked()
+    token = tmp_path / "token"
+    token.write_text("ab" * 32)
+    token.chmod(0o600)
+    shell = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    shell |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "http_proxy": proxy.address,
+        "HTTP_PROXY": proxy.address,
+        "all_proxy": proxy.address,
+        "RAY_ADDRESS": another.address,
+        "RAY_API_SERVER_ADDRESS": another.address,
+    }
+    shell.pop("RAY_AUTH_TOKEN", None)
+    done = subprocess.run(
+        [str(LAUNCH / "submit.sh"), "--dashboard", dashboard.address, "--", "true"],
+        env=shell,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0, "the stand-in refuses everybody"
+    assert [f"bearer {'ab' * 32}" in said.lower() for said in dashboard.heard] == [True], done.stderr
+    assert (proxy.heard, another.heard) == ([], [])
+
+
+def test_settings_of_wandb_go_with_a_job_and_its_secret_does_not() -> None:
+    submit = dry("submit.sh", "--", "true", WANDB_ENTITY="my team", WANDB_MODE="offline", WANDB_API_KEY="secret")
+    words = shlex.split(submit.stdout)
+    assert {"WANDB_ENTITY=my team", "WANDB_MODE=offline"} < set(words[words.index("env") : words.index("bash")])
+    assert "secret" not in submit.stdout
+    assert "WANDB_" not in dry("submit.sh", "--", "true").stdout
+
+
 def program(folder: Path, name: str, text: str) -> None:
     """A stand-in for a command, first on the PATH where ``folder`` is."""
     file = folder / name
@@ -112,7 +168,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     program(folder, "megatron-rl", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    for name in ("COMMAND", "GPU", "SEED_EXACT", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
+    for name in ("COMMAND", "GPU", "SEED_EXACT", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN", "HEAD_INTERFACE"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -142,12 +198,15 @@ with open(os.environ["CALLS"] + "/ray", "w") as file:
 if "FAIL" in os.environ:
     sys.exit(1)
 port = int(next(word for word in sys.argv if word.startswith("--port=")).partition("=")[2])
-listening = socket.create_server(("127.0.0.1", port))
+where = next(word for word in sys.argv if word.startswith("--node-ip-address=")).partition("=")[2]
+listening = socket.create_server((where, port))
 signal.pause()
 """
 SRUN = """#!/bin/bash
 case "$*" in
   *hostname*) echo "127.0.0.1 10.0.0.9" ;;
+  *"ip -4 -o address show dev ib0") echo "3: ib0    inet 127.0.0.2/16 brd 127.0.255.255 scope global ib0" ;;
+  *"ip -4 -o address show dev none") ;;
   *) echo "$@" $$ >"$CALLS/srun" && exec sleep 60 ;;
 esac
 """
@@ -222,6 +281,27 @@ def test_slurm_starts_a_head_and_workers_and_ends_as_the_run_does(
         assert time.monotonic() < end, f"head {head_pid}, workers {workers_pid}, and still there: {running}"
         time.sleep(0.05)
     assert not [*(stubs.parent / ".ray").iterdir()], "the token ends with the job"
+
+
+def test_slurm_takes_the_interface_and_the_token_that_it_is_given_and_keeps_the_token(
+    stubs: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "mine"
+    token.write_text("secret")
+    token.chmod(0o600)
+    job = free_job()
+    done = slurm(stubs, job, STATUS="0", HEAD_INTERFACE="ib0", RAY_AUTH_TOKEN_PATH=str(token))
+    assert done.returncode == 0, done.stderr
+    address = f"127.0.0.2:{6400 + job % 1000}"
+    assert done.stdout.splitlines()[-1] == f"cluster.address={address}"
+    assert "--node-ip-address=127.0.0.2" in (stubs.parent / "ray").read_text().split()
+    assert token.read_text() == "secret"
+    assert not (stubs.parent / ".ray").exists()
+    done = slurm(stubs, job, HEAD_INTERFACE="none")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "slurm.sbatch: n1 must have an IPv4 address on HEAD_INTERFACE=none, found none\n",
+    )
 
 
 def test_slurm_says_so_where_ray_does_not_start(stubs: Path) -> None:

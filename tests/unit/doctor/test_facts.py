@@ -64,6 +64,11 @@ def test_files_are_hashed_and_those_that_are_missing_told(tmp_path: Path) -> Non
     assert found.files == {str(recipe): hashlib.sha256(b"steps = 1\n").hexdigest(), str(tmp_path / "other.toml"): None}
 
 
+def test_weights_are_known_by_their_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"123")
+    assert look(None, [], [tmp_path / "a", tmp_path / "b"]).sizes == {str(tmp_path / "a"): 3, str(tmp_path / "b"): None}
+
+
 def test_room_for_checkpoints_counts_those_that_are_there(tmp_path: Path) -> None:
     run = tmp_path / "not" / "yet"
     before = looked(run_dir=run).disk
@@ -88,6 +93,15 @@ def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: py
     assert looked().token.mode == 0o640
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert looked().token.path is None
+
+
+def test_the_interface_of_gloo_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert looked().gloo_addresses is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert "127.0.0.1" in (looked().gloo_addresses or ())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    assert looked().gloo_addresses == ()
 
 
 @contextmanager

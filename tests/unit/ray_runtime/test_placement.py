@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,7 @@ class FakeRay:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[dict[str, float]], where: str = "") -> None:
         self.nodes_there = nodes
         self.bundle_of: dict[str, int] = {}
+        self.sharing_of: dict[str, int | None] = {}
         monkeypatch.setattr(cluster, "ray", self)
         monkeypatch.setattr(cluster, "placement_group", lambda bundles, strategy: self)
         monkeypatch.setattr(cluster, "remove_placement_group", lambda group: None)
@@ -101,7 +103,9 @@ class FakeRay:
     def wait(self, references: list[object], timeout: float) -> tuple[list[object], list[object]]:
         return references, []
 
-    def remote(self, *arguments: object) -> FakeRay:
+    def remote(self, *arguments: Any) -> FakeRay:
+        if len(arguments) == 5:  # of a supervisor: name, log, scratch, environment, who shares its node's cores
+            self.sharing_of[arguments[0]] = arguments[4]
         return self
 
     def options(self, scheduling_strategy: object, **rest: object) -> FakeRay:
@@ -123,6 +127,22 @@ def test_workers_are_bound_to_bundles_by_the_nodes_that_ray_chose(
     started = Cluster(ClusterConfig(), gpus=4, run_dir=tmp_path)
     started.start([Role(name="policy", workers=2), Role(name="engine", workers=2)], {})
     assert found.bundle_of == {"policy 0": 0, "policy 1": 2, "engine 0": 1, "engine 1": 3}
+
+
+@pytest.mark.parametrize(("gpus", "five", "two"), [(8, 5, 2), (0, None, None)])
+def test_a_rank_that_computes_on_the_host_is_told_who_else_does_on_its_node(
+    gpus: int, five: int | None, two: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nobody is: one thread each."""
+    found = FakeRay(monkeypatch, [{"GPU": 8.0, "CPU": 8.0}] * 2, where="aabaaabb")
+    (tmp_path / "logs").mkdir()
+    roles = [Role(name="policy", workers=5, on_host=True), Role(name="critic", workers=2, on_host=True)]
+    roles.append(Role(name="engine", workers=1))
+    Cluster(ClusterConfig(cpus_per_worker=1.0), gpus=gpus, run_dir=tmp_path).start(roles, {})
+    assert found.sharing_of == {
+        **{f"policy rank {rank}": five for rank in range(5)},
+        **{"critic rank 0": two, "critic rank 1": two, "engine": None},
+    }
 
 
 @pytest.mark.parametrize(

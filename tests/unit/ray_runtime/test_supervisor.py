@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -113,3 +115,34 @@ def test_calls_in_line_behind_one_that_the_worker_dies_in_are_told_at_once(super
         os.kill(supervisor._process.pid, signal.SIGKILL)
         deaths = [each.result(timeout=30) for each in asked]
     assert all(isinstance(death, Death) and death.exit_code == -signal.SIGKILL for death in deaths)
+
+
+THREADS_OF_A_WORKER = """
+import os, sys, psutil
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray does
+from megatron_rl.ray_runtime.supervisor import Supervisor
+sharing = None if sys.argv[2] == "None" else int(sys.argv[2])
+found = Supervisor("worker", sys.argv[1] + "/worker.log", sys.argv[1], {}, sharing)
+print(psutil.Process(found._process.pid).environ()["OMP_NUM_THREADS"])
+found.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("sharing", "given", "cores"),
+    [(1, None, 1.0), (2, None, 0.5), (10**6, None, None), (1, "1", None), (1, "7", None), (None, None, None)],
+)
+def test_who_computes_on_the_host_shares_its_cores_unless_threads_are_set(
+    sharing: int | None, given: str | None, cores: float | None, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_A_WORKER, str(tmp_path), str(sharing)],
+        env=environment | ({} if given is None else {"OMP_NUM_THREADS": given}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    share = given or "1" if cores is None else str(int(len(os.sched_getaffinity(0)) * cores))
+    assert done.stdout == f"{share}\n"
