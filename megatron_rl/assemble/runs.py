@@ -82,6 +82,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             references = start_references(
                 stack, config, config.run_dir, resumed=None if saved is None else saved.folder / "hf"
             )
+        log = stack.enter_context(ExitStack())  # closed when no worker is left: what it sends elsewhere may take long
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
         policy, critic, rewards = roles.policy, roles.critic, roles.rewards or own_rewards
@@ -121,7 +122,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
         sources: list[Source] = [turns.take_ledger] if isinstance(turns, TakingTurns) else []
         machine = _MachineMetrics(roles.groups, rewards, config.ppo.epochs)
-        metrics = stack.enter_context(
+        metrics = log.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,
@@ -186,6 +187,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
         stack.enter_context(_held(config.run_dir))
         saved, changes = _saved(config.run_dir, identity)
         _leave_settings(config)
+        log = stack.enter_context(ExitStack())  # closed when no worker is left: what it sends elsewhere may take long
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES)]
         group = cluster.start(roles, device.worker_environment())["trainer"]
@@ -203,7 +205,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
             )
         )
         start_step = checkpoints.start(saved)
-        metrics = stack.enter_context(
+        metrics = log.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,
