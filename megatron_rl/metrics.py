@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from megatron_rl.durable import replace_bytes
 
+_WANDB_FINISH_S = 60.0
 Source = Callable[[Mapping[str, float]], Mapping[str, float]]
 """Asked at the end of every record: takes the record's metrics so far, gives more of them under their full names."""
 
@@ -131,8 +133,8 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close it."""
-        self.close()
+        """Close it; W&B then shows a run that an exception ends as failed."""
+        self.close(failed=kind is not None)
 
     @contextmanager
     def step(self, step: int) -> Iterator[StepLog]:
@@ -155,11 +157,12 @@ class MetricLog:
         """Tell the console something that is not a metric."""
         self._console.note(text)
 
-    def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close everything, and tell what could not be; a second call does nothing."""
         self._console.close()
         while self._sinks:
-            self._sinks.pop().close()
+            if lost := self._sinks.pop().close(failed=failed):
+                self.note(lost)
 
     @contextmanager
     def _record(self, kind: str, step: int, *, steps_done: int) -> Iterator[StepLog]:
@@ -251,7 +254,8 @@ class _Sink(Protocol):
 
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> str:
+        """End it within a bound; what did not get there, if anything."""
 
 
 class _TensorBoard:
@@ -273,8 +277,9 @@ class _TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=steps_done, summary=summary))
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> str:
         self._writer.close()
+        return ""
 
 
 class _WandB:
@@ -308,8 +313,25 @@ class _WandB:
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None:
         self._run.log(dict(metrics), step=steps_done)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> str:
+        """Why in a thread: without a network W&B tries for as long as it takes, and no version has a limit for that."""
+        raised: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish(exit_code=int(failed))
+            except Exception as error:  # the run is over: nothing of W&B's is its end
+                raised.append(error)
+
+        finishing = threading.Thread(target=finish, name="wandb", daemon=True)
+        finishing.start()
+        finishing.join(_WANDB_FINISH_S)
+        if finishing.is_alive():
+            return (
+                f"logging.wandb_project: W&B had not taken all metrics {_WANDB_FINISH_S:g} s after the run's end, and "
+                "is not waited for; metrics.jsonl has them, and 'wandb sync' may send what lies in the run's wandb/"
+            )
+        return f"logging.wandb_project: W&B did not end well: {raised[0]}" if raised else ""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             references = start_references(
                 stack, config, config.run_dir, resumed=None if saved is None else saved.folder / "hf"
             )
+        log = stack.enter_context(ExitStack())  # closed when no worker is left: what it sends elsewhere may take long
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         roles = start_roles(cluster, config, dims)
         policy, critic, rewards = roles.policy, roles.critic, roles.rewards or own_rewards
@@ -126,7 +127,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         sampling = DynamicSampling(source=fresh, max_rounds=rounds) if rounds else None
         sources: list[Source] = [turns.take_ledger] if isinstance(turns, TakingTurns) else []
         machine = _MachineMetrics(roles.groups, rewards, config.ppo.epochs)
-        metrics = stack.enter_context(
+        metrics = log.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,
@@ -192,6 +193,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
         stack.enter_context(_held(config.run_dir))
         saved, changes = _saved(config, identity)
         _leave_settings(config)
+        log = stack.enter_context(ExitStack())  # closed when no worker is left: what it sends elsewhere may take long
         cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
         on_host = config.trainer.optimizer_on_host
         roles = [Role(name="trainer", workers=world, held_types=HELD_TYPES, on_host=on_host)]
@@ -211,7 +213,7 @@ def open_supervised(config: SFTConfig, stop: StopRequest) -> Iterator[Supervised
             )
         )
         start_step = checkpoints.start(saved)
-        metrics = stack.enter_context(
+        metrics = log.enter_context(
             MetricLog(
                 config.run_dir,
                 total_steps=config.steps,

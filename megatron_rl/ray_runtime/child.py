@@ -24,6 +24,8 @@ from typing import Any
 
 from megatron_rl.lifetime import die_with_parent
 
+_OPEN_FILES = 65536
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -91,9 +93,18 @@ def main() -> None:
     """
     die_with_parent(parent=int(sys.argv[3]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    _allow_open_files()
     worker = _Worker()
     threading.Thread(target=_serve, args=(Connection(int(sys.argv[2])), worker), name="beside", daemon=True).start()
     _serve(Connection(int(sys.argv[1])), worker)
+
+
+def _allow_open_files() -> None:
+    """A rank is connected to many others, and 1,024 is a usual limit; Ray raises its own processes' alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _serve(pipe: Connection[Any, Any], worker: _Worker) -> None:

@@ -32,7 +32,7 @@ from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.guardian import Guardian
 from megatron_rl.ray_runtime.object_store import object_store_bytes
 from megatron_rl.ray_runtime.room import missing_room
-from megatron_rl.ray_runtime.supervisor import Birth, Supervisor
+from megatron_rl.ray_runtime.supervisor import Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
 _LOOPBACK = "127.0.0.1"
@@ -176,7 +176,7 @@ class Cluster:
         self._group: PlacementGroup | None = None
         self._guardian: Guardian | None = None
         self._groups: list[WorkerGroup] = []
-        self._births: list[Birth] = []
+        self._children: dict[str, psutil.Process] = {}
         self._processes: dict[str, dict[str, Any]] = {}
         self.watch = Watch()
 
@@ -305,12 +305,14 @@ class Cluster:
         self._note_births(group, [rank])
 
     def _note_births(self, group: WorkerGroup, ranks: Sequence[int]) -> None:
-        births = group.births(ranks)
-        self._births += births
-        self._processes |= {
-            group.names[rank]: {"worker": group.names[rank], **asdict(birth)}
-            for rank, birth in zip(ranks, births, strict=True)
-        }
+        for rank, birth in zip(ranks, group.births(ranks), strict=True):
+            name = group.names[rank]
+            self._processes[name] = {"worker": name, **asdict(birth)}
+            self._children.pop(name, None)
+            if self.local:
+                with suppress(psutil.Error):  # gone already
+                    self._children[name] = psutil.Process(birth.pid)
+        self.log_dir.mkdir(parents=True, exist_ok=True)  # workers made theirs, on their nodes
         (self.log_dir / "processes.json").write_text(json.dumps([*self._processes.values()], indent=2) + "\n")
 
     def _place(self, bundles: list[dict[str, float]]) -> Mapping[int, str]:
@@ -321,9 +323,11 @@ class Cluster:
             there = {kind: ray.cluster_resources().get(kind, 0.0) for kind in asked}
             if self.local:
                 raise ClusterProblem(f"the layouts ask for {asked}, the Ray cluster has {there}; use smaller layouts")
-            waited = self._waited(started, f"nodes to join: asked for {asked}, the Ray cluster has {there}")
-            time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
-        _check_nodes(bundles)
+            self._wait_for_nodes(started, f"nodes to join: asked for {asked}, the Ray cluster has {there}")
+        while lacking := _lacking_node(bundles):
+            if self.local:
+                raise ClusterProblem(lacking)
+            self._wait_for_nodes(started, f"a larger node to join: {lacking}")
         self._group = placement_group(bundles, strategy="PACK")
         ready = self._group.ready()
         while not ray.wait([ready], timeout=_LOOK_S)[0]:
@@ -331,6 +335,10 @@ class Cluster:
             self._waited(started, f"room: asked for {asked}, free on the cluster: {free}")
         node_of: Mapping[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
         return node_of
+
+    def _wait_for_nodes(self, started: float, what: str) -> None:
+        waited = self._waited(started, what)
+        time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
 
     def _waited(self, started: float, what: str) -> float:
         """Say what is waited for, and return for how long; the deadline ends it."""
@@ -357,7 +365,7 @@ class Cluster:
             if self._group is not None:
                 remove_placement_group(self._group)
             if self.local:
-                _wait_gone([birth.pid for birth in self._births])
+                _end([*self._children.values()])
         finally:
             ray.shutdown()
             self._dismiss()
@@ -367,27 +375,29 @@ class Cluster:
             self._guardian.dismiss()
 
 
-def _check_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Refuse a bundle that no node can ever hold: Ray would wait for such a node without end."""
+def _lacking_node(bundles: Sequence[Mapping[str, float]]) -> str:
+    """Which bundle no node holds, so that Ray would wait for such a node without end; empty where each has one."""
     nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for bundle in {tuple(bundle.items()): bundle for bundle in bundles}.values():
         if not any(all(size <= node.get(kind, 0.0) + 1e-6 for kind, size in bundle.items()) for node in nodes):
             there = [{kind: node.get(kind, 0.0) for kind in bundle} for node in nodes]
             largest = max(there, key=lambda node: tuple(node.values()), default={})
-            raise ClusterProblem(
+            return (
                 f"a worker, or an engine of engine.tensor workers, lies on one node and needs {dict(bundle)} there, "
                 f"the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or larger nodes"
                 + ("" if "GPU" in bundle else ", or a smaller cluster.cpus_per_worker")
             )
+    return ""
 
 
-def _wait_gone(pids: Sequence[int]) -> None:
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Wait for them, and kill what is left; not whoever has the number of one that is gone: psutil knows them apart."""
     end = time.monotonic() + _STOP_DEADLINE_S
-    while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in pids):
+    while (left := [process for process in processes if process.is_running()]) and time.monotonic() < end:
         time.sleep(0.05)
-    for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).kill()
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def _knock(address: str) -> None:

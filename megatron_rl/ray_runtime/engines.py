@@ -16,10 +16,10 @@ from megatron_rl.ray_runtime.workers import WorkerDied, WorkerFailed
 class Engines:
     """Generates and takes pushes; a :class:`~megatron_rl.interfaces.RolloutEngine` and ``WeightSync``.
 
-    An engine that is found dead, in a rollout or before a push, is started anew up to ``restarts`` times. New weights
-    reach engines in no other way than a push to all of them, so the last push is repeated: until it ends, the new
-    engine is stale. What the dead one had not finished is drawn again with the same seeds, so samples are the same.
-    A death during a push ends the run.
+    An engine that is found dead, in a rollout, before a push or while it is started anew, is started anew up to
+    ``restarts`` times. New weights reach engines in no other way than a push to all of them, so the last push is
+    repeated: until it ends, the new engine is stale. What the dead one had not finished is drawn again with the same
+    seeds, so samples are the same. A death during a push ends the run.
 
     How long responses were decides who gets which prompt, and an engine's numbers depend on what it computes beside
     them: so the lengths are part of a run's progress.
@@ -135,13 +135,31 @@ class Engines:
             raise
 
     def _start_anew(self, dead: Mapping[int, str]) -> None:
-        for rank, how in dead.items():
-            name = self._engine.group.names[rank]
-            if not self._left[rank]:
-                raise WorkerDied(f"{how}\nno restart is left of engine.restarts={self._restarts}", worker=name)
-            self._left[rank] -= 1
-            self._tell(f"{how}\n{name} is started anew; restarts left: {self._left[rank]}")
-        self._restart(sorted(dead))
+        """Until all are up: what ended the old one may end the new one as well."""
+        while dead:
+            for rank, how in dead.items():
+                name = self._engine.group.names[rank]
+                if not self._left[rank]:
+                    raise WorkerDied(f"{how}\nno restart is left of engine.restarts={self._restarts}", worker=name)
+                self._left[rank] -= 1
+                self._tell(f"{how}\n{name} is started anew; restarts left: {self._left[rank]}")
+            try:
+                self._restart(sorted(dead))
+            except (WorkerDied, WorkerFailed) as error:
+                dead = self._dead_engines(error)
+                if not dead:
+                    raise
+            else:
+                return
+
+    def _dead_engines(self, error: WorkerDied | WorkerFailed) -> dict[int, str]:
+        """Whose deaths explain an error, and how they came; none where it is another worker's."""
+        names = self._engine.group.names
+        if not isinstance(error, WorkerDied):
+            return self._engine.group.deaths()
+        if error.worker not in names:
+            return {}
+        return {**self._engine.group.deaths(), names.index(error.worker): str(error)}
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,13 @@ class Supervisor:
         )
 
     def _printed(self) -> list[str]:
-        """The last MiB of what the worker printed, by line."""
-        with self._log.open("rb") as log:
-            log.seek(max(self._log_start, self._log.stat().st_size - _SEARCHED_BYTES))
-            return log.read(_SEARCHED_BYTES).decode(errors="replace").splitlines(keepends=True)
+        """The last MiB of what the worker printed, by line; nothing where its log cannot be read."""
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(self._log_start, self._log.stat().st_size - _SEARCHED_BYTES))
+                return log.read(_SEARCHED_BYTES).decode(errors="replace").splitlines(keepends=True)
+        except OSError as error:  # the death is told all the same
+            return [f"(its log cannot be read: {error})"]
 
     def stop(self) -> None:
         """Close the pipes, which ends the worker, and wait for it."""

@@ -75,8 +75,8 @@ class Watch:
         """Watch nobody any more."""
         self._deaths.clear()
 
-    def wait(self, waiting: Mapping[Any, str], *, until: float, limit: Limit, what: str) -> Any:
-        """Wait until one of ``waiting`` (reference -> whose) is ready.
+    def wait(self, waiting: Mapping[Any, str], *, until: float, limit: Limit, what: str) -> list[Any]:
+        """Wait until one of ``waiting`` (reference -> whose) is ready; all that are by then.
 
         Args:
             waiting: for whom.
@@ -89,11 +89,16 @@ class Watch:
             DeadlineExceeded: none was ready in time.
         """
         seconds = max(0.0, until - time.monotonic())
-        ready, _ = ray.wait([*waiting, *self._deaths], num_returns=1, timeout=seconds)
+        references = [*waiting, *self._deaths]
+        ready, _ = ray.wait(references, num_returns=1, timeout=seconds)
         if not ready:
             raise DeadlineExceeded(f"{what} did not finish within {limit}; still waiting for {_names(waiting)}")
-        self.raise_deaths([reference for reference in ready if reference in self._deaths])
-        return ready[0]
+        # all at once: each wait looks at the references of every rank, so one by one would be quadratic in ranks
+        more, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        ready = [*dict.fromkeys([*ready, *more])]
+        if not (answered := [reference for reference in ready if reference in waiting]):
+            self.raise_deaths(ready)
+        return answered
 
     def raise_deaths(self, references: Sequence[Any] = (), *, grace_s: float = 0.0) -> None:
         """Raise if a worker is gone; looks at all of them, for ``grace_s``, when no ``references`` are given."""
@@ -101,13 +106,15 @@ class Watch:
             references, _ = ray.wait([*self._deaths], num_returns=1, timeout=grace_s)
         for reference in references:
             name = self._deaths[reference]
-            try:
-                death: Death = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                raise WorkerDied(
-                    f"{name}: its supervisor is gone and with it the cause; Ray says: {error}", worker=name
-                ) from None
-            raise WorkerDied(str(death), worker=name)
+            raise WorkerDied(str(_got(reference, name)), worker=name)
+
+
+def _got(reference: Any, name: str) -> Any:
+    """What the supervisor of a worker answered."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise WorkerDied(f"{name}: its supervisor did not answer; Ray says: {error}", worker=name) from None
 
 
 def _names(waiting: Mapping[Any, str]) -> str:
@@ -196,12 +203,13 @@ class GroupCall(Generic[T]):
         waiting, what = dict(self._references), f"{self._group.name}: {self._verb}"
         while waiting:
             try:
-                reference = self._group.watch.wait(waiting, until=self._deadline, limit=self._limit, what=what)
+                ready = self._group.watch.wait(waiting, until=self._deadline, limit=self._limit, what=what)
             except DeadlineExceeded:  # told once; whoever goes on has a limit of their own
                 self._end()
                 raise
-            waiting.pop(reference)
-            yield reference
+            for reference in ready:
+                del waiting[reference]
+                yield reference
         self._end()
 
     def _end(self) -> None:
@@ -272,9 +280,9 @@ class WorkerGroup:
         for reference in answered:
             rank = asked[reference]
             try:
-                death: Death | None = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                found[rank] = f"{self.names[rank]}: its supervisor is gone and with it the cause; Ray says: {error}"
+                death: Death | None = _got(reference, self.names[rank])
+            except WorkerDied as died:
+                found[rank] = str(died)
             else:
                 found |= {} if death is None else {rank: str(death)}
         return found
@@ -285,7 +293,7 @@ class WorkerGroup:
             return None
         asked = self._supervisors[self.names.index(worker)].death.remote()
         ended, _ = ray.wait([asked], timeout=seconds)
-        return str(ray.get(asked)) if ended else None
+        return str(_got(asked, worker)) if ended else None
 
     def restart(self, rank: int) -> None:
         """Put a new process in the place of a rank's old one; it waits for what to build."""
@@ -305,8 +313,9 @@ class WorkerGroup:
         waiting, limit = dict(references), self.start_limit
         until = time.monotonic() + limit.seconds
         while waiting:
-            waiting.pop(self.watch.wait(waiting, until=until, limit=limit, what=f"{self.name}: {method}"))
-        return [ray.get(reference) for reference in references]
+            for reference in self.watch.wait(waiting, until=until, limit=limit, what=f"{self.name}: {method}"):
+                del waiting[reference]
+        return [_got(reference, name) for reference, name in references.items()]
 
     def build(
         self, factory: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], ranks: Sequence[int] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -214,29 +215,50 @@ def connect(host: str, port: int, timeout_s: float) -> Any:
 
 
 def _meet(store: Any, where: str, rank: int, world_size: int, deadline: float, timeout_s: float) -> None:
-    """Wait until everyone has signed the store, with the same world size."""
+    """Wait until everyone has signed the store, with the same world size. Rank 0 looks at each and says so to all: were
+    each to look, that would be quadratic in ranks.
+    """
     store.set(f"joined/{rank}", str(world_size))
-    for other in range(world_size):
-        remaining = timedelta(seconds=max(0.001, deadline - time.monotonic()))
-        try:
-            store.wait([f"joined/{other}"], remaining)
-        except RuntimeError as error:
-            missing = [r for r in range(world_size) if not store.check([f"joined/{r}"])]
-            raise TransferError(
-                f"rank {rank} waited {timeout_s:g} s at {where} for ranks {missing} of {world_size} "
-                "(0 is the sender); each must join there, with the same world_size"
-            ) from error
-        theirs = int(store.get(f"joined/{other}"))
-        if theirs != world_size:
-            raise TransferError(f"rank {rank} joined with world_size {world_size}, rank {other} with {theirs}")
+    problem = ""
+    try:
+        for other in range(world_size) if rank == 0 else [0]:
+            store.wait([f"joined/{other}"], _remaining(deadline))
+            theirs = int(store.get(f"joined/{other}"))
+            if theirs != world_size:
+                problem = f"rank {rank} joined with world_size {world_size}, rank {other} with {theirs}"
+                break
+        if rank and not problem:
+            store.wait(["met"], _remaining(deadline))
+            problem = store.get("met").decode()
+    except RuntimeError as error:
+        missing = [r for r in range(world_size) if not store.check([f"joined/{r}"])] or [0]
+        problem = (
+            f"rank {rank} waited {timeout_s:g} s at {where} for ranks {missing} of {world_size} "
+            "(0 is the sender); each must join there, with the same world_size"
+        )
+        raise TransferError(problem) from error
+    finally:
+        if rank == 0:
+            store.set("met", problem)
+    if problem:
+        raise TransferError(problem)
+
+
+def _remaining(deadline: float) -> timedelta:
+    return timedelta(seconds=max(0.001, deadline - time.monotonic()))
 
 
 def _gloo_group(store: Any, host: str, rank: int, world_size: int, wait: timedelta) -> Any:
-    """A process group that torch.distributed does not list, so that it is nobody's default."""
-    if host not in ("::1", "localhost") and not host.startswith("127."):
-        return dist.ProcessGroupGloo(store, rank, world_size, wait)  # interface: GLOO_SOCKET_IFNAME, or the host's name
+    """A process group that torch.distributed does not list, so that it is nobody's default. Two ranks are connected
+    when they first have something for each other: receivers never have.
+    """
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = wait
-    options._devices = [gloo.create_device(hostname=host)]
+    if host in ("::1", "localhost") or host.startswith("127."):
+        options._devices = [gloo.create_device(hostname=host, lazy_init=True)]
+    elif interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        options._devices = [gloo.create_device(interface=name, lazy_init=True) for name in interfaces.split(",")]
+    else:
+        options._devices = [gloo.create_default_device(lazy_init=True)]  # of the host's name
     return gloo(store, rank, world_size, options)

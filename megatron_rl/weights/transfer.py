@@ -111,12 +111,11 @@ class Channel:
             listener._store.set("offer", json.dumps(asdict(offer)))
             messages = Messages.meet(listener._store, listener.host, listener.port, 0, world_size, timeout_s)
             messages.lanes = lanes
-            if memory is not None:
-                for rank in range(1, world_size):  # each has it open
-                    messages.receive(rank, torch.empty(1, dtype=torch.int64), "joining: the shared memory")
+            for rank in range(1, world_size):  # each is connected, and has the memory open
+                messages.receive(rank, torch.empty(1, dtype=torch.int64), "joining")
         finally:
             if memory is not None:
-                memory.unname()  # whoever has it open keeps it; nothing is left whichever way this process ends
+                memory.release()
         buckets = memory or buckets_over(transport, messages, listener._store, bucket_bytes)
         return cls(messages, buckets, listener._store, transport, bucket_bytes, known)
 
@@ -148,7 +147,7 @@ class Channel:
         else:
             end = CudaMemory if transport is Transport.CUDA_IPC else SharedMemory
             buckets = end.open(offer.memory, offer.bucket_bytes)
-            messages.send(0, torch.zeros(1, dtype=torch.int64), "joining: the shared memory")
+        messages.send(0, torch.zeros(1, dtype=torch.int64), "joining")
         return cls(messages, buckets, store, transport, offer.bucket_bytes)
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> tuple[PushReceipt, ...]:

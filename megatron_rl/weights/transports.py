@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 from enum import Enum
@@ -67,47 +66,56 @@ class Buckets(Protocol):
 
 
 class SharedMemory:
-    """Two buckets in memory that the sender and all receivers map."""
+    """Two buckets in memory that the sender and all receivers map. It has no name in the file system, so nothing is
+    left whichever way, and whenever, a process ends: receivers find it among the files that the sender has open.
+    """
 
-    def __init__(self, path: Path, bucket_bytes: int) -> None:
-        self.path = path
+    def __init__(self, path: str, bucket_bytes: int, *, name: str = "", descriptor: int | None = None) -> None:
         size = AHEAD * bucket_bytes
-        self._memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8).view(AHEAD, bucket_bytes)
+        self.name = name
+        """By which a receiver opens them."""
+        self._descriptor = descriptor
+        self._memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(AHEAD, bucket_bytes)
 
     @classmethod
     def create(cls, bucket_bytes: int) -> SharedMemory:
         """Make them, as the sender; :class:`TransferError` where there is no room."""
-        path = _SHARED_MEMORY / f"megatron_rl-{os.getpid()}-{secrets.token_hex(8)}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, AHEAD * bucket_bytes)  # else a full one is a SIGBUS at some write
-            return cls(path, bucket_bytes)
+            descriptor = os.open(_SHARED_MEMORY, os.O_RDWR | os.O_TMPFILE, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, AHEAD * bucket_bytes)  # else a full one is a SIGBUS at some write
+                found = os.fstat(descriptor)
+                path = f"/proc/{os.getpid()}/fd/{descriptor}"
+                name = json.dumps([path, found.st_dev, found.st_ino])
+                return cls(path, bucket_bytes, name=name, descriptor=descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
         except OSError as error:
-            path.unlink()
             raise TransferError(
                 f"{_SHARED_MEMORY} must have room for {AHEAD} buckets of {bucket_bytes} bytes: {error}; enlarge it or "
                 "make buckets smaller"
             ) from error
-        finally:
-            os.close(descriptor)
 
-    @property
-    def name(self) -> str:
-        """By which a receiver opens them."""
-        return str(self.path)
-
-    def unname(self) -> None:
-        """Whoever has them open keeps them."""
-        self.path.unlink()
+    def release(self) -> None:
+        """Nobody opens them any more; whoever has them open keeps them."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     @classmethod
     def open(cls, name: str, bucket_bytes: int) -> SharedMemory:
         """Open the sender's, as a receiver; :class:`TransferError` where they are not there."""
-        path = Path(name)
-        if not path.is_file():
+        path, *identity = json.loads(name)
+        try:
+            found = Path(path).stat()
+            reason = f"{path} is another file" if [found.st_dev, found.st_ino] != identity else ""
+        except OSError as error:
+            reason = str(error)
+        if reason:
             raise TransferError(
-                f"the sender's shared memory must be on this host, there is no {path}: the two go by one host name, so "
-                f"give them one {_SHARED_MEMORY} (containers) or two names"
+                f"the sender's shared memory must be on this host: {reason}; the two go by one host name, so give them "
+                f"one {_SHARED_MEMORY}, one list of processes and one user (containers), or two names"
             )
         return cls(path, bucket_bytes)
 
@@ -148,8 +156,8 @@ class CudaMemory:
         memory = torch.empty(0, dtype=torch.uint8, device=here).set_(storage)
         return cls(memory[: AHEAD * bucket_bytes].view(AHEAD, bucket_bytes), name, received=True)
 
-    def unname(self) -> None:
-        """It has no name that could be left."""
+    def release(self) -> None:
+        """It goes with the tensor."""
 
     def staging(self, number: int) -> Tensor:
         """As :meth:`Buckets.staging`."""

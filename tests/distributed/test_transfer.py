@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +62,9 @@ def start_to_listen() -> int:
     return _listening[0].port
 
 
-def open_as_sender(transport: Transport) -> None:
+def open_as_sender(transport: Transport, bucket_bytes: int = 1 << 20) -> None:
     _kept[:] = [
-        Channel.open(_listening[0], world_size=2, timeout_s=TIMEOUT_S, transport=transport, bucket_bytes=1 << 20)
+        Channel.open(_listening[0], world_size=2, timeout_s=TIMEOUT_S, transport=transport, bucket_bytes=bucket_bytes)
     ]
 
 
@@ -139,6 +139,15 @@ def connected(
     for pending in joining:
         pending.result(timeout=TIMEOUT_S)
     return channel
+
+
+def descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def shared_files(size: int) -> set[Path]:
+    """Those of so many bytes that have a name."""
+    return {file for file in Path("/dev/shm").iterdir() if file.is_file() and file.stat().st_size == size}
 
 
 def on_all(receivers: list[ProcessPoolExecutor], function: object, *args: object) -> list[Future]:
@@ -343,7 +352,7 @@ def test_a_sender_that_is_known_to_be_dead_is_named(receivers: list[ProcessPoolE
 def test_a_killed_sender_is_named_at_once_and_leaves_no_memory_behind(
     receivers: list[ProcessPoolExecutor], transport: Transport
 ) -> None:
-    before = set(Path("/dev/shm").glob("megatron_rl-*"))
+    before = shared_files(2 << 20)
     with pool_of(1) as pool:
         port = pool.submit(start_to_listen).result(timeout=TIMEOUT_S)
         opening = pool.submit(open_as_sender, transport)
@@ -356,21 +365,42 @@ def test_a_killed_sender_is_named_at_once_and_leaves_no_memory_behind(
         assert reason.startswith("version 1: what follows large: rank 1 waited")
         assert "for rank 0, the sender" in reason
         assert time.monotonic() - started < TIMEOUT_S / 2
-    assert set(Path("/dev/shm").glob("megatron_rl-*")) - before == set()
+    assert shared_files(2 << 20) <= before
 
 
-def test_memory_that_is_not_on_this_host_is_told(receivers: list[ProcessPoolExecutor]) -> None:
-    with pytest.raises(TransferError, match=r"must be on this host, there is no /dev/shm/megatron_rl-0: "):
-        SharedMemory.open(Path("/dev/shm/megatron_rl-0"), 10)
+def test_a_sender_that_is_killed_before_its_channel_is_open_leaves_no_memory_behind() -> None:
+    bucket_bytes = 1_234_567
+    with pool_of(1) as pool:
+        pid = pool.submit(os.getpid).result(timeout=TIMEOUT_S)
+        pool.submit(start_to_listen).result(timeout=TIMEOUT_S)
+        pool.submit(open_as_sender, Transport.SHARED_MEMORY, bucket_bytes)  # nobody joins
+        maps = Path(f"/proc/{pid}/maps")
+        end = time.monotonic() + TIMEOUT_S
+        while not re.search(r"/dev/shm/(?!sem\.)", maps.read_text()):  # locks of the pool lie there too
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+    assert shared_files(2 * bucket_bytes) == set()
+
+
+def test_memory_that_is_not_on_this_host_is_told() -> None:
+    nothing = f"/proc/{os.getpid()}/fd/99999"
+    with pytest.raises(TransferError, match=f"must be on this host: .*No such file or directory: '{nothing}'"):
+        SharedMemory.open(json.dumps([nothing, 1, 1]), 10)
+    memory = SharedMemory.create(10)
+    path, device, number = json.loads(memory.name)
+    with pytest.raises(TransferError, match=rf"must be on this host: {path} is another file; .*one list of processes"):
+        SharedMemory.open(json.dumps([path, device, number + 1]), 10)
+    SharedMemory.open(memory.name, 10).staging(1)[:] = 7
+    assert memory.staging(1).tolist() == [7] * 10
+    memory.release()
 
 
 def test_too_little_shared_memory_is_told_before_anything_is_sent() -> None:
-    before = set(Path("/dev/shm").glob("megatron_rl-*"))
+    listener, before = listen("127.0.0.1"), descriptors()
     with pytest.raises(TransferError, match="/dev/shm must have room for 2 buckets of 1125899906842624 bytes"):
-        Channel.open(
-            listen("127.0.0.1"), world_size=2, timeout_s=1.0, transport=Transport.SHARED_MEMORY, bucket_bytes=1 << 50
-        )
-    assert set(Path("/dev/shm").glob("megatron_rl-*")) - before == set()
+        Channel.open(listener, world_size=2, timeout_s=1.0, transport=Transport.SHARED_MEMORY, bucket_bytes=1 << 50)
+    assert descriptors() == before
 
 
 def test_the_transport_follows_from_the_places() -> None:
@@ -411,6 +441,37 @@ def test_different_world_sizes_are_refused(receivers: list[ProcessPoolExecutor])
         Channel.open(listener, world_size=2, timeout_s=TIMEOUT_S)
     with pytest.raises(TransferError, match="rank 1 joined with world_size 3, rank 0 with 2"):
         joining.result(timeout=TIMEOUT_S)
+
+
+def test_receivers_that_joined_alike_hear_of_the_one_that_did_not(receivers: list[ProcessPoolExecutor]) -> None:
+    listener = listen("127.0.0.1")
+    alike = receivers[0].submit(join, listener.port, 1, 3, TIMEOUT_S)
+    other = receivers[1].submit(join, listener.port, 2, 4, TIMEOUT_S)
+    started = time.monotonic()
+    with pytest.raises(TransferError, match="rank 0 joined with world_size 3, rank 2 with 4"):
+        Channel.open(listener, world_size=3, timeout_s=TIMEOUT_S)
+    with pytest.raises(TransferError, match="rank 0 joined with world_size 3, rank 2 with 4"):
+        alike.result(timeout=TIMEOUT_S)
+    with pytest.raises(TransferError, match="rank 2 joined with world_size 4, rank 0 with 3"):
+        other.result(timeout=TIMEOUT_S)
+    assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_a_receiver_is_connected_to_the_sender_and_not_to_the_others() -> None:
+    world, before = 16, descriptors()
+    listener = listen("127.0.0.1")
+    at = (listener.host, listener.port)
+    with ThreadPoolExecutor(world) as threads:
+        joining = [
+            threads.submit(Channel.join, at, rank=rank, world_size=world, timeout_s=TIMEOUT_S)
+            for rank in range(1, world)
+        ]
+        channel = Channel.open(listener, world_size=world, timeout_s=TIMEOUT_S, bucket_bytes=1 << 10)
+        joined = [each.result(timeout=TIMEOUT_S) for each in joining]
+    # all are in this process: with every two connected, 15 of each would be its peers
+    assert (descriptors() - before) / world < 12
+    for each in (channel, *joined):
+        each.close()
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -6,12 +6,14 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import pytest
 from rich.console import Console
 
+from megatron_rl import metrics
 from megatron_rl.metrics import MetricLog
 from megatron_rl.report import summarise
 
@@ -312,6 +314,7 @@ def test_tensorboard_counts_the_steps_done(tmp_path):
 def test_logging_never_loads_torch(tmp_path):
     program = f"""
 import pathlib, sys
+from megatron_rl import metrics
 from megatron_rl.metrics import MetricLog
 import megatron_rl.report
 with MetricLog(pathlib.Path({str(tmp_path)!r}), total_steps=1, tensorboard=True) as log, log.step(0) as step:
@@ -324,7 +327,8 @@ sys.exit(any(name in sys.modules for name in ("torch", "matplotlib", "wandb")))
 def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(
-        log=lambda metrics, step: calls.append((step, metrics["rollout/score"])), finish=lambda: calls.append("finish")
+        log=lambda metrics, step: calls.append((step, metrics["rollout/score"])),
+        finish=lambda exit_code: calls.append("finish"),
     )
     fake = types.ModuleType("wandb")
     fake.init = lambda **settings: calls.append(settings) or run
@@ -351,6 +355,43 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     assert same == first_id
     assert anew != first_id
     assert after == anew
+
+
+def fake_wandb(monkeypatch, finish):
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: types.SimpleNamespace(finish=finish)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+
+def test_wandb_shows_a_run_that_fails_as_failed(tmp_path, monkeypatch):
+    codes = []
+    fake_wandb(monkeypatch, lambda exit_code: codes.append(exit_code))
+    with open_log(tmp_path, wandb_project="reasoning")[0]:
+        pass
+    with pytest.raises(ValueError, match="cause"), open_log(tmp_path, wandb_project="reasoning")[0]:
+        raise ValueError("cause")
+    assert codes == [0, 1]
+
+
+def test_wandb_that_cannot_end_is_given_up_and_hides_nothing(tmp_path, monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(metrics, "_WANDB_FINISH_S", 0.2)
+    fake_wandb(monkeypatch, lambda exit_code: never.wait(30))
+    log, screen = open_log(tmp_path, wandb_project="reasoning")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="cause"), log:
+        raise ValueError("cause")
+    never.set()
+    assert time.monotonic() - started < 10
+    assert "logging.wandb_project: W&B had not taken all metrics 0.2 s after the run's end" in screen.getvalue()
+
+    def refuse(exit_code):
+        raise RuntimeError("no such project")
+
+    fake_wandb(monkeypatch, refuse)
+    log, screen = open_log(tmp_path, wandb_project="reasoning")
+    log.close()
+    assert "logging.wandb_project: W&B did not end well: no such project" in screen.getvalue()
 
 
 def test_asking_for_wandb_without_having_it_says_what_to_do(tmp_path, monkeypatch):

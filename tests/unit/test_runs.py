@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.assemble import runs
 from megatron_rl.assemble.roles import reward_service, start_trainer
 from megatron_rl.assemble.runs import _saved
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity
@@ -80,3 +83,40 @@ def test_trainers_get_their_model_by_a_path_that_holds_in_any_folder(
     start_trainer(group, config, Head.TOKEN, dims, 1)
     assert not config.model.path.is_absolute()
     assert [spec.model.path for spec, *_ in built] == [tmp_path / config.model.path]
+
+
+def test_metrics_that_go_elsewhere_are_ended_when_no_worker_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def closing(name: str) -> Any:
+        @contextmanager
+        def open_(*arguments: object, **settings: object) -> Iterator[Any]:
+            try:
+                yield SimpleNamespace(
+                    start=lambda *_: {"trainer": None} if name == "cluster" else 0, note=lambda text: None
+                )
+            except ValueError as error:
+                ended.append(f"{name} after {error}")
+                raise
+
+        return open_
+
+    for name, what in {"Cluster": "cluster", "RunCheckpoints": "checkpoints", "MetricLog": "metrics"}.items():
+        monkeypatch.setattr(runs, name, closing(what))
+    rows = SimpleNamespace(digest=lambda: "")
+    for name, result in {
+        "check_machine": None,
+        "read_model_dims": SimpleNamespace(eos_ids=(0,), max_positions=8),
+        "load_tokenizer": None,
+        "load_pairs": rows,
+        "asdict": {},
+        "start_trainer": SimpleNamespace(result=lambda: None),
+        "capability_line": "",
+    }.items():
+        monkeypatch.setattr(runs, name, lambda *_, result=result: result)
+    config = fake_supervised(tmp_path)
+    with pytest.raises(ValueError, match="cause"), runs.open_supervised(config, SimpleNamespace(asked=False)):
+        raise ValueError("cause")
+    assert ended == ["checkpoints after cause", "cluster after cause", "metrics after cause"]

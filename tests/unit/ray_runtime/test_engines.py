@@ -75,6 +75,53 @@ def test_an_engine_that_dies_in_a_push_is_the_cause_and_not_the_trainer_that_wai
         Engines(RemoteEngine(cast("WorkerGroup", Group())), Failing(), **more).push(1)
 
 
+@dataclass
+class Restarts:
+    """An engine that is found dead, and how each new process of it comes up: with an error, or well."""
+
+    ends: list[Exception | None]
+    names: tuple[str, ...] = ("engine",)
+    dead: dict[int, str] = field(default_factory=lambda: {0: "engine was killed by signal 9"})
+
+    def deaths(self) -> dict[int, str]:
+        return self.dead
+
+    def restart(self, ranks: Sequence[int]) -> None:
+        assert ranks == [0]
+        self.dead = {}
+        if (error := self.ends.pop(0)) is not None:
+            if isinstance(error, WorkerFailed):  # told by the trainer, which waited for it
+                self.dead = {0: "engine died while it joined"}
+            raise error
+
+
+def pushes(group: Restarts, restarts: int) -> tuple[Sync, list[str]]:
+    sync, told = Sync(), []
+    more: dict[str, Any] = {"restarts": restarts, "restart": group.restart, "tell": told.append}
+    Engines(RemoteEngine(cast("WorkerGroup", group)), sync, **more).push(4)
+    return sync, told
+
+
+def test_an_engine_that_dies_while_it_is_started_anew_is_started_again_as_long_as_restarts_are_left() -> None:
+    loading = WorkerDied("engine died while it loaded", worker="engine")
+    joining = WorkerFailed("policy failed in open_channel: waited for rank 1")
+    sync, told = pushes(Restarts([loading, joining, None]), restarts=3)
+    assert sync.versions == [4]
+    assert [line.replace("\n", "; ") for line in told] == [
+        "engine was killed by signal 9; engine is started anew; restarts left: 2",
+        "engine died while it loaded; engine is started anew; restarts left: 1",
+        "engine died while it joined; engine is started anew; restarts left: 0",
+    ]
+    with pytest.raises(WorkerDied, match=r"died while it loaded\nno restart is left of engine\.restarts=2"):
+        pushes(Restarts([loading, loading]), restarts=2)
+
+
+def test_what_no_death_of_an_engine_explains_ends_the_run_though_restarts_are_left() -> None:
+    group = Restarts([WorkerDied("critic was killed by signal 9", worker="critic")])
+    with pytest.raises(WorkerDied, match="critic was killed"):
+        pushes(group, restarts=3)
+
+
 def test_ranks_that_do_not_see_a_file_are_named_with_their_hosts() -> None:
     def call(verb: str, file: Path, *, finish: Any) -> list[str]:
         assert (verb, file) == ("sees", Path("token"))

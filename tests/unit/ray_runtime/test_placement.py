@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime import cluster
 from megatron_rl.ray_runtime.cluster import Cluster, ClusterProblem, Placement, Role, check_machine, dealt, place
+from megatron_rl.ray_runtime.supervisor import Birth
 
 GPU = {"GPU": 1.0, "CPU": 1.0}
 
@@ -123,7 +126,6 @@ def test_workers_are_bound_to_bundles_by_the_nodes_that_ray_chose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = FakeRay(monkeypatch, [{"GPU": 2.0, "CPU": 8.0}] * 2, where="abab")
-    (tmp_path / "logs").mkdir()
     started = Cluster(ClusterConfig(), gpus=4, run_dir=tmp_path)
     started.start([Role(name="policy", workers=2), Role(name="engine", workers=2)], {})
     assert found.bundle_of == {"policy 0": 0, "policy 1": 2, "engine 0": 1, "engine 1": 3}
@@ -148,16 +150,66 @@ def test_a_rank_that_computes_on_the_host_is_told_who_else_does_on_its_node(
 @pytest.mark.parametrize(
     "role", [Role(name="engine", workers=1, devices=32), Role(name="engine", workers=2, devices=3)]
 )
-def test_an_engine_larger_than_any_node_is_refused_at_once(
+def test_an_engine_larger_than_any_node_is_told_when_no_larger_node_has_joined_in_time(
     role: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [{"GPU": 8.0, "CPU": 2.0}, *[{"GPU": 8.0, "CPU": 64.0 if role.devices > 8 else 2.0}] * 4, {"CPU": 256.0}]
     FakeRay(monkeypatch, nodes)
     asked, largest = nodes[1] | {"GPU": float(role.devices), "CPU": float(role.devices)}, nodes[1]
-    started = Cluster(ClusterConfig(address="10.0.0.1:6379"), gpus=8, run_dir=tmp_path)
+    config = ClusterConfig(address="10.0.0.1:6379", start_deadline_s=0.2)
+    started = Cluster(config, gpus=8, run_dir=tmp_path)
     said = f"needs {asked} there, the largest node of the Ray cluster has {largest}; use a smaller engine.tensor or "
-    with pytest.raises(ClusterProblem, match=re.escape(said)):
+    with pytest.raises(ClusterProblem, match=r"waited 0 s for a larger node to join: .*" + re.escape(said)):
         started.start([Role(name="policy", workers=2), role], {})
+
+
+def test_a_node_that_is_still_joining_is_waited_for_though_there_are_devices_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = {"GPU": 2.0, "CPU": 8.0}, {"GPU": 4.0, "CPU": 8.0}
+    ray = FakeRay(monkeypatch, [small] * 2, where="a")
+    monkeypatch.setattr(
+        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: setattr(ray, "nodes_there", [large]))
+    )
+    started = Cluster(ClusterConfig(address="10.0.0.1:6379"), gpus=4, run_dir=tmp_path)
+    started.start([Role(name="engine", workers=1, devices=4)], {})
+    assert ray.bundle_of == {"engine 0": 0}
+
+
+def test_a_run_leaves_its_processes_in_a_folder_that_only_other_nodes_have_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeRay(monkeypatch, [{"GPU": 2.0, "CPU": 8.0}], where="a")
+    Cluster(ClusterConfig(address="10.0.0.1:6379"), gpus=2, run_dir=tmp_path).start(
+        [Role(name="policy", workers=1)], {}
+    )
+    assert (tmp_path / "logs" / "processes.json").read_text() == "[]\n"
+
+
+def birth_of(process: subprocess.Popen[bytes]) -> Birth:
+    return Birth(host="here", address="127.0.0.1", pid=process.pid)
+
+
+def test_the_end_of_a_run_kills_its_own_processes_and_not_who_has_the_number_of_a_dead_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_STOP_DEADLINE_S", 0.2)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    own, stranger = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    try:
+        ended = Cluster(ClusterConfig(), gpus=0, run_dir=tmp_path)
+        births = iter([birth_of(stranger), birth_of(own)])
+        group: Any = SimpleNamespace(names=["engine", "policy"], births=lambda ranks: [next(births) for _ in ranks])
+        ended._note_births(group, [0, 1])
+        # the engine has died, and the system has given its number to another process
+        ended._children["engine"]._ident = (stranger.pid, 0.0)
+        ended.__exit__(ValueError, None, None)
+        assert own.wait(timeout=10) == -signal.SIGKILL
+        assert stranger.poll() is None
+    finally:
+        for process in (own, stranger):
+            process.kill()
+            process.wait()
 
 
 def test_a_worker_with_a_larger_share_than_any_node_has_cpus_is_refused_at_once(

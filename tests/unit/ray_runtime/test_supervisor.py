@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -106,6 +107,30 @@ def test_what_an_earlier_process_wrote_to_the_same_log_is_not_its_successors(tmp
     log.write_text(f"{FULL}\n")
     found = ended(Supervisor("worker", str(log), str(tmp_path / "scratch"), {}), log, "step\n")
     assert (found.gpu_full, found.log) == ("", "step\n")
+
+
+def test_a_death_is_told_though_the_log_is_gone(supervisor: Supervisor, tmp_path: Path) -> None:
+    (tmp_path / "worker.log").unlink()
+    os.kill(supervisor._process.pid, signal.SIGKILL)
+    found = supervisor.death()
+    assert found.exit_code == -signal.SIGKILL
+    assert "killed by signal 9 (SIGKILL)" in str(found)
+    assert "its log cannot be read: [Errno 2]" in str(found)
+
+
+def test_a_worker_may_open_more_files_than_the_limit_that_its_supervisor_has(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        low = Supervisor("worker", str(tmp_path / "worker.log"), str(tmp_path / "scratch"), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limits = Path(f"/proc/{low._process.pid}/limits")
+    nothing = Call(phase="nothing", payload=cloudpickle.dumps((dict, (), {})))
+    low.call(nothing, 0)  # it is up
+    (allowed,) = [line.split()[3] for line in limits.read_text().splitlines() if line.startswith("Max open files")]
+    low.stop()
+    assert int(allowed) == min(hard, 65536) > 256
 
 
 def test_calls_in_line_behind_one_that_the_worker_dies_in_are_told_at_once(supervisor: Supervisor) -> None:

@@ -17,7 +17,7 @@ from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime import workers
 from megatron_rl.ray_runtime.child import Call, Reply, _Worker
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemotePolicy, RemoteReference
-from megatron_rl.ray_runtime.workers import DeadlineExceeded, Watch, WorkerGroup
+from megatron_rl.ray_runtime.workers import DeadlineExceeded, Watch, WorkerDied, WorkerGroup
 
 FOREVER = 100.0
 
@@ -146,3 +146,30 @@ def test_the_reference_and_comparisons_are_counted_apart_from_the_policys_own_lo
     for pending in (policy.logprobs(rows), reference.logprobs(rows), policy.logprobs(rows, 1.0)):
         pending.result()
     assert [*ranks.take_statistics().busy_s] == ["logprobs", "reference_logprobs", "compared_logprobs"]
+
+
+def test_what_ray_says_of_a_supervisor_is_told_as_the_death_of_its_worker() -> None:
+    line = built()
+    line._restartable = True
+    gone = Future[Any]()
+    gone.set_exception(ConnectionError("the actor died"))
+    line._supervisors[0].birth = SimpleNamespace(remote=lambda: gone)
+    line._supervisors[0].death = SimpleNamespace(remote=lambda: gone)
+    with pytest.raises(WorkerDied, match=r"^engine: its supervisor did not answer; Ray says: the actor died$") as died:
+        line.births()
+    assert died.value.worker == "engine"
+    with pytest.raises(WorkerDied, match=r"Ray says: the actor died$"):
+        line.death_within("engine", 1.0)
+
+
+def test_replies_that_are_there_are_taken_at_once_however_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = built(ranks=24)
+    call = line.call("nap", 0.0, finish=len)
+    assert call.ready(within_s=20)
+    waits: list[int] = []
+    wait = Threads.wait
+    monkeypatch.setattr(
+        Threads, "wait", staticmethod(lambda references, **more: waits.append(1) or wait(references, **more))
+    )
+    assert call.result() == 24
+    assert len(waits) <= 2
