@@ -36,11 +36,13 @@ class Grader:
     comparer: RewardScorer
 
 
-def extract(rule: RewardRule, response: str) -> str | None:
-    """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
-    if isinstance(rule, (SeedRule, CorrectnessRule)):
-        return rule.prediction(response) or None
-    return answers.extract(response)
+def _extracted(item: Response, score: Score, rule: RewardRule) -> str | None:
+    """The answer that the rule compared; where it does not say, or did not finish, the last box.
+
+    Nothing of a rule runs in this process: it has no deadline here.
+    """
+    says = score.outcome is Outcome.SCORED and isinstance(rule, (SeedRule, CorrectnessRule))
+    return score.answer if says or score.answer is not None else answers.extract(item.response)
 
 
 def check_rule(name: str, scorer: RewardScorer) -> None:
@@ -90,7 +92,7 @@ def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
             f"{item.task} {item.id}; put partial credit into the score's value"
         )
     fields = {name.name: getattr(item, name.name) for name in dataclasses.fields(Response)}
-    extracted = extract(grader.rule, item.response)
+    extracted = _extracted(item, score, grader.rule)
     return GradedSample(
         **fields,
         extracted=extracted,

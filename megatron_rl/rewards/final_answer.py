@@ -14,9 +14,10 @@ _MAX_TAIL = 2000
 """Characters at the end of a response that are searched; so the cost does not grow with the response."""
 _MARKER = re.compile(r"(?i:\banswers?[\s*]*(?:is\b|are\b|:)[\s*:]*)|####")
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+,\d+(?![\d,]*\d)|\d+(?:\.\d+)?|\.\d+)"
+_DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
 _NUMBERS = rf"{_NUMBER}(?:(?:,\s*|,?\s+(?:and|or)\s+){_NUMBER})*"
+"""A comma only joins: were it a part of numbers too, the readings of a list would double with every item."""
 _FORMULA = (
     r"\$\$(?P<display>[^$]+)\$\$|(?<!\\)\$(?P<inline>[^$\n]+)(?<!\\)\$"
     r"|\\\((?P<round>[^\n]+?)\\\)|\\\[(?P<square>.+?)\\\]"

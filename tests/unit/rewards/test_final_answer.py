@@ -36,6 +36,8 @@ from megatron_rl.rewards.rules import RULES
         ("<think>the answer is 1</think>The answer is 7", "7"),
         (r"The answer is 1, I mean \boxed{8}.", "8"),
         ("the answer is 5<|im_end|>the answer is 6", "5"),
+        ("The roots are 1,5 and 2,75.", "1,5 and 2,75"),
+        ("The total is 12,345/1,000 or 1,2 1/2", "12,345/1,000 or 1,2 1/2"),
     ],
 )
 def test_the_end_of_a_response_says_the_answer(text: str, answer: str) -> None:
@@ -72,6 +74,23 @@ def test_a_long_list_that_ends_no_sentence_is_read_once() -> None:
     listed = ", ".join(map(str, range(100, 160)))
     assert final_answer(f"The multiples are {listed} (all of them)") is None
     final_answer(f"The answer is {listed} (and so on")
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("opening", "item", "joint", "ending"),
+    [
+        ("The solutions are ", "1,2", " and ", " x"),
+        ("The solutions are ", "1,2", " or ", " approx"),
+        ("The pairs are ", "1,2", ", ", " as claimed"),
+        ("The answer is ", "1,234/5,678", ", ", " as claimed"),
+    ],
+)
+def test_numbers_with_commas_are_read_one_way_where_no_sentence_ends(
+    opening: str, item: str, joint: str, ending: str
+) -> None:
+    start = time.process_time()
+    final_answer(opening + joint.join([item] * 100) + ending)
     assert time.process_time() - start < 1
 
 
