@@ -75,6 +75,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{,\}", ","),
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
         (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
+        (r"(?<=[\d})])\s*\\q?quad\s*(?=-?\d|\\[dt]?frac(?![a-zA-Z])|\\sqrt(?![a-zA-Z])|[a-z]\s*=)", ", "),  # a list
         (
             r"(?<!\\)\\[!,;:> ]|~|\\q?quad"
             r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
