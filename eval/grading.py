@@ -45,13 +45,25 @@ def _extracted(item: Response, score: Score, rule: RewardRule) -> str | None:
     return score.answer if says or score.answer is not None else answers.extract(item.response)
 
 
-def check_rule(name: str, scorer: RewardScorer) -> None:
+def check_rule(name: str, scorer: RewardScorer, gold: str) -> None:
     """See that the rule says what is right.
 
+    Args:
+        name: of the rule, for messages.
+        scorer: runs it.
+        gold: a reference answer of the task; a response that boxes it is scored.
+
     Raises:
-        BadInput: its scores have no part ``correct``.
+        BadInput: it does not finish, or its scores have no part ``correct``.
     """
-    (score,) = scorer.score([("\\boxed{1}", "1", Finish.STOP)])
+    response = f"\\boxed{{{gold}}}"
+    (score,) = scorer.score([(response, gold, Finish.STOP)])
+    if score.outcome is not Outcome.SCORED:
+        how = "took too long" if score.outcome is Outcome.TIMEOUT else "raised or ended its process"
+        raise BadInput(
+            f"rule {name}: it must score every response, it {how} on {response!r} with the gold answer {gold!r}; the "
+            "warning above says more"
+        )
     if "correct" not in score.parts:
         raise BadInput(
             f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
