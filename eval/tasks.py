@@ -250,7 +250,7 @@ TEMPLATES: dict[str, str] = {
     ),
 }
 """Prompts of the seed's evaluation, by its names. ``deepseek-r1`` is that of DeepSeek-R1-Zero (DeepSeek-AI
-2025, table 1); it asks for no box."""
+2025, table 1); it asks for no box: the rule ``final_answer`` reads its tags."""
 CHAT = "chat"
 """Stands for the chat template of the model's tokenizer, with the instruction of the others in the user's turn."""
 
