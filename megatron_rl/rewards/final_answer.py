@@ -52,15 +52,15 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
         return None
     tagged = _TAGGED.findall(answer)
     if tagged:
-        answer = tagged[-1]
-    boxed = extract(answer, ())
+        text = answer = tagged[-1]
+    boxed = extract(text, ())
     if boxed is not None:
         return boxed
     tail = answer[-_MAX_TAIL:]
     markers = list(_MARKER.finditer(tail))
-    if not markers and tagged and _is_answer(answer):
-        return answer.strip()
     if not markers:
+        if tagged and tail == answer and _is_answer(answer):
+            return answer.strip()
         return _last_candidate(_PARAGRAPH.split(tail.strip())[-1])
     said = tail[markers[-1].end() :].strip()
     sentence = _first_sentence(said).strip(" *").rstrip(" *.")

@@ -44,6 +44,7 @@ from megatron_rl.rewards.rules import RULES
         ("<think>a</think> <answer> Evelyn </answer>", "Evelyn"),
         ("<think>a</think> <answer> So it has $4$ sides and \n\n is done: $x=5$. </answer>", "x=5"),
         (r"<think>a</think> \boxed{3} <answer> We get \boxed{4} here </answer>", "4"),
+        (r"<think>a</think> I <think> again: \boxed{4}", "4"),
         ("<answer>4</answer> no, <answer>5</answer>", "5"),
         ("<think><answer>4</answer></think> The answer is 5", "5"),
         ("<think>a</think> <answer>4</answer> The answer is 5", "4"),
