@@ -417,12 +417,16 @@ class _Lexer:
         return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|") or self._within_unit()
 
     def _within_unit(self) -> bool:
-        r"""Behind the slash of ``\text{m}/`` or ``\text{cm}^2/``."""
+        r"""Behind the slash of ``\text{m}/`` or ``\text{cm}^{2}/``."""
         before = self.read[:-1]
         if self.last != Token("mark", "/"):
             return False
-        if len(before) > 2 and before[-2] == Token("mark", "^"):
-            before = before[:-2]
+        while before and (before[-1].kind == "number" or before[-1].value in ("{", "}", "-")):
+            before.pop()
+        if before[-1:] == [Token("mark", "^")]:
+            before.pop()
+        elif len(before) < len(self.read) - 1:
+            return False
         return bool(before) and before[-1].kind == "text"
 
     def _command(self, name: str) -> Iterator[Token]:

@@ -238,6 +238,7 @@ EQUAL = [
     (r"5\,\text{m}/\text{sec}", "5"),
     (r"5\,\text{L}/\text{min}", "5"),
     (r"5\,\text{cm}^2/\text{sec}", "5"),
+    (r"5 \mathrm{~cm}^{2} / \mathrm{sec}", "5"),
     (r"5\,\mathrm{m/s^2}", "5"),
     (r"5\,\mathrm{W/m^2}", "5"),
     (r"5\,\mathrm{kJ\,mol^{-1}}", "5"),
