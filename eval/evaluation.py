@@ -113,7 +113,7 @@ class Evaluation:
         self._note_identity()
         logs = {item.name: SampleLog(self.output / f"samples_{item.name}.jsonl") for item in self.problems}
         for task, log in logs.items():
-            if failed := [sample for sample in log.samples.values() if sample.outcome is Outcome.ERROR]:
+            if failed := [sample for sample in log.samples.values() if sample.outcome is not Outcome.SCORED]:
                 log.replace(grade(failed, graders[task]))
         drawn = self._draw_missing(logs, graders, console, name)
         if not drawn and (self.output / "results.json").is_file():

@@ -36,20 +36,34 @@ class Grader:
     comparer: RewardScorer
 
 
-def extract(rule: RewardRule, response: str) -> str | None:
-    """The answer that ``rule`` compares, or None where the response has none (or an empty one)."""
-    if isinstance(rule, (SeedRule, CorrectnessRule)):
-        return rule.prediction(response) or None
-    return answers.extract(response)
+def _extracted(item: Response, score: Score, rule: RewardRule) -> str | None:
+    """The answer that the rule compared; where it does not say, or did not finish, the last box.
+
+    Nothing of a rule runs in this process: it has no deadline here.
+    """
+    says = score.outcome is Outcome.SCORED and isinstance(rule, (SeedRule, CorrectnessRule))
+    return score.answer if says or score.answer is not None else answers.extract(item.response)
 
 
-def check_rule(name: str, scorer: RewardScorer) -> None:
+def check_rule(name: str, scorer: RewardScorer, gold: str) -> None:
     """See that the rule says what is right.
 
+    Args:
+        name: of the rule, for messages.
+        scorer: runs it.
+        gold: a reference answer of the task; a response that boxes it is scored.
+
     Raises:
-        BadInput: its scores have no part ``correct``.
+        BadInput: it does not finish, or its scores have no part ``correct``.
     """
-    (score,) = scorer.score([("\\boxed{1}", "1", Finish.STOP)])
+    response = f"\\boxed{{{gold}}}"
+    (score,) = scorer.score([(response, gold, Finish.STOP)])
+    if score.outcome is not Outcome.SCORED:
+        how = "took too long" if score.outcome is Outcome.TIMEOUT else "raised or ended its process"
+        raise BadInput(
+            f"rule {name}: it must score every response, it {how} on {response!r} with the gold answer {gold!r}; the "
+            "warning above says more"
+        )
     if "correct" not in score.parts:
         raise BadInput(
             f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
@@ -90,7 +104,7 @@ def _graded(item: Response, score: Score, grader: Grader) -> GradedSample:
             f"{item.task} {item.id}; put partial credit into the score's value"
         )
     fields = {name.name: getattr(item, name.name) for name in dataclasses.fields(Response)}
-    extracted = extract(grader.rule, item.response)
+    extracted = _extracted(item, score, grader.rule)
     return GradedSample(
         **fields,
         extracted=extracted,

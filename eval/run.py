@@ -85,7 +85,7 @@ def _evaluate(settings: Settings) -> None:
     for note in (item.note for item in problems if item.note):
         _note(console, note)
     found: dict[str, dict[str, Results]] = {}
-    with _graders(settings, [item.name for item in problems]) as graders:
+    with _graders(settings, {item.name: item.problems[0].gold for item in problems}) as graders:
         for name, evaluation in evaluations.items():
             if not _is_gone(name, checkpoints, console):
                 try:
@@ -166,9 +166,14 @@ def _rule(settings: Settings, leniency: Leniency = EXACT) -> RewardRule:
 
 
 @contextmanager
-def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Grader]]:
-    """How each task is judged: tasks of one leniency share their processes."""
-    rules = {leniency: _rule(settings, leniency) for leniency in map(settings.leniency, tasks)}
+def _graders(settings: Settings, golds: Mapping[str, str]) -> Iterator[dict[str, Grader]]:
+    """How each task is judged: tasks of one leniency share their processes.
+
+    Args:
+        settings: name the rule.
+        golds: a reference answer of each task, on which the rule is tried.
+    """
+    rules = {leniency: _rule(settings, leniency) for leniency in map(settings.leniency, golds)}
     with ExitStack() as stack:
         graders = {
             leniency: Grader(
@@ -179,9 +184,9 @@ def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Gra
             )
             for leniency, rule in rules.items()
         }
-        for grader in graders.values():
-            check_rule(settings.rule, grader.scorer)
-        yield {task: graders[settings.leniency(task)] for task in tasks}
+        for task, gold in golds.items():
+            check_rule(settings.rule, graders[settings.leniency(task)].scorer, gold)
+        yield {task: graders[settings.leniency(task)] for task in golds}
 
 
 def _service(settings: Settings, rule: RewardRule) -> RewardService:
@@ -189,6 +194,7 @@ def _service(settings: Settings, rule: RewardRule) -> RewardService:
         rule,
         workers=settings.reward_workers,
         timeout_s=settings.timeout_s,
+        wall_timeout_s=settings.wall_timeout_s,
         start_timeout_s=settings.start_timeout_s,
         memory_gib=settings.memory_gib,
     )
@@ -216,7 +222,8 @@ def _grade_again(settings: Settings, file: Path, before: Sequence[GradedSample],
     tasks = list(dict.fromkeys(sample.task for sample in before))
     settings.check_lenient_tasks(tasks)
     by_task: dict[str, list[GradedSample]] = {}
-    with _graders(settings, tasks) as graders:
+    golds = {sample.task: sample.gold for sample in reversed(before)}
+    with _graders(settings, {task: golds[task] for task in tasks}) as graders:
         for task, grader in graders.items():
             by_task[task] = grade([sample for sample in before if sample.task == task], grader)
             check_errors(task, by_task[task], len(by_task[task]), settings.max_error_rate)
@@ -248,7 +255,7 @@ def _gold_oracle(settings: Settings) -> int:
     status = 0
     names = [item.name for item in problems]
     settings.check_lenient_tasks(names)
-    with _graders(settings, names) as graders:
+    with _graders(settings, {item.name: item.problems[0].gold for item in problems}) as graders:
         for item in problems:
             bad = ungradable_golds(item, graders[item.name].scorer)
             _print(

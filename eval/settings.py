@@ -48,6 +48,7 @@ class Settings:
     call_deadline_s: float
     reward_workers: int
     timeout_s: float
+    wall_timeout_s: float
     start_timeout_s: float
     memory_gib: float
     max_error_rate: float
@@ -162,7 +163,15 @@ def _parser() -> argparse.ArgumentParser:
         help="for an engine to draw one part of the samples, after which they are on the disk",
     )
     machine.add_argument("--reward-workers", type=_positive, default=reward.workers, help="processes that grade")
-    machine.add_argument("--timeout-s", type=_positive_float, default=reward.timeout_s, help="to grade a response")
+    machine.add_argument(
+        "--timeout-s", type=_positive_float, default=reward.timeout_s, help="CPU seconds to grade a response"
+    )
+    machine.add_argument(
+        "--wall-timeout-s",
+        type=_positive_float,
+        default=reward.wall_timeout_s,
+        help="the same by the clock, for a rule that waits",
+    )
     machine.add_argument(
         "--start-timeout-s",
         type=_positive_float,

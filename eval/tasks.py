@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.experience.prompts import answer_text
 from megatron_rl.rewards.answers import last_boxed
 
 Row = Mapping[str, Any]
@@ -70,8 +71,10 @@ def _field(row: Row, *names: str) -> str:
 
 
 def answer_field(row: Row) -> str:
-    """The field ``answer``."""
-    return _field(row, "answer")
+    """The field ``answer``; JSON where it is no text, as in training."""
+    if row.get("answer") is None:
+        raise ValueError(f"needs 'answer', it has {sorted(row)}")
+    return answer_text(row["answer"]).strip()
 
 
 def answer_without_dollars(row: Row) -> str:
@@ -247,7 +250,7 @@ TEMPLATES: dict[str, str] = {
     ),
 }
 """Prompts of the seed's evaluation, by its names. ``deepseek-r1`` is that of DeepSeek-R1-Zero (DeepSeek-AI
-2025, table 1); it asks for no box."""
+2025, table 1); it asks for no box: the rule ``final_answer`` reads its tags."""
 CHAT = "chat"
 """Stands for the chat template of the model's tokenizer, with the instruction of the others in the user's turn."""
 

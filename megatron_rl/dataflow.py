@@ -96,12 +96,14 @@ class Score:
         outcome: whether the rule finished; ``value`` is the rule's own failure value where it did not.
         parts: what the value was made of, for the metrics (``correct``, ``boxed``, ...), each 0..1 or in score units.
         reason: of an error, what went wrong; for people.
+        answer: what the rule read as the answer of the response; None where there is none, or the rule does not say.
     """
 
     value: float
     outcome: Outcome = Outcome.SCORED
     parts: Mapping[str, float] = field(default_factory=dict)
     reason: str = field(default="", compare=False)
+    answer: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the value can be trained on."""

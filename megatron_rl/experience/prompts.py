@@ -37,6 +37,11 @@ class PromptSet:
         return summed.hexdigest()
 
 
+def answer_text(answer: object) -> str:
+    """The reference answer of a row as rules see it: text as it stands, anything else as JSON."""
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+
+
 def read_rows(file: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
     """The objects of a JSON-lines file by the number of their line, from 1; lines of nothing but space are skipped.
 
@@ -120,7 +125,7 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
         Prompt(
             id=ids[index],
             token_ids=tuple(encoding.ids),
-            answer=answer if isinstance(answer := row["answer"], str) else json.dumps(answer, ensure_ascii=False),
+            answer=answer_text(row["answer"]),
             source=file.stem,
             text=text,
         )

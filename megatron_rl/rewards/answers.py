@@ -167,12 +167,12 @@ def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
 
 def _bare(text: str) -> str:
     """The text without text fonts and without its spaces, but for those between digits."""
-    return _SPACE.sub("", _TEXT.sub(r"\1", text))
+    return _SPACE.sub("", " ".join(_TEXT.sub(r"\1", text).split()))
 
 
 _remembered = lru_cache(maxsize=1 << 14)(compare)
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}")
-_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
+_SPACE = re.compile(r" (?!\d)|(?<!\d) ")
 """Spaces other than between digits."""
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from math import comb, factorial, gcd, lcm
 
 import mpmath
 
 _MAX_BITS = 40_000
 _MAX_STEPS = 4_000
+_MAX_FAR_STEPS = 20_000
+"""Of all evaluations at far points together."""
 _MAX_TERMS = 1_000
 _DIGITS = 60
 _MAX_DIGITS = 400
@@ -393,16 +396,31 @@ _REALS = ("0.7316", "-1.3789", "2.4173", "-0.5471", "1.8837", "3.1127", "-2.2391
 _POSITIVE = ("0.7316", "1.3789", "2.4173", "0.5471", "1.8837", "3.1127", "2.2391", "0.2903", "1.1719", "4.0517")
 _INTEGERS = tuple(map(str, (7, 5, 12, 9, 4, 11, 8, 6, 13, 10)))
 _POINTS_NEEDED = 3
-_STEPS = frozenset({"floor", "ceil"})
-_STRETCH = 41
-"""Functions with steps are compared at points that are so much further apart, and at all of them."""
+_STRETCHES = (41, 1681)
+_IN_PIECES = frozenset({"floor", "ceil", "abs", "max", "min", "sqrt", "root"})
+"""Functions that one formula does not describe everywhere: beyond a step or a kink they may differ from what they
+equal before it. They are compared at all points, and at those stretched to further places."""
 
 
-def _applies(node: Node, ops: frozenset[str]) -> bool:
-    return isinstance(node, Apply) and (node.op in ops or any(_applies(arg, ops) for arg in node.args))
+def _in_pieces(node: Node) -> bool:
+    """Whether two formulas that agree at some points may still differ at others; not where nothing varies."""
+    if not (isinstance(node, Apply) and variables(node)):
+        return False
+    if node.op in _IN_PIECES or (node.op == "^" and not _smooth_power(*node.args)):
+        return True
+    return any(map(_in_pieces, node.args))
 
 
-def _points(names: list[str], stretch: int) -> Iterator[dict[str, mpmath.mpc]]:
+def _smooth_power(base: Node, exponent: Node) -> bool:
+    """A whole power, or one of a positive number: no root, and no sign that the exponent decides."""
+    try:
+        number, power = exact(base), exact(exponent)
+    except Undecided:  # it has no value anywhere
+        return True
+    return base == Symbol("e") or (number is not None and number > 0) or (power is not None and power.denominator == 1)
+
+
+def _points(names: list[str], stretch: int = 1) -> Iterator[dict[str, mpmath.mpc]]:
     if not names:
         yield {}
         return
@@ -421,31 +439,43 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
     if len(names) > len(_REALS) or not NOT_VALUES.isdisjoint(names):
         raise Undecided("too many variables, or one without a value")
     complex_values = any(mentions(node, "i") for node in nodes)
-    steps = any(_applies(node, _STEPS) for node in nodes)
+    in_pieces = any(map(_in_pieces, nodes))
     digits = _DIGITS
-    found = 0
-    for point in _points(names, _STRETCH if steps else 1):
+    found = steps = 0
+    near = [(point, False) for point in _points(names)]
+    far = ((point, True) for stretch in _STRETCHES for point in _points(names, stretch))
+    for point, is_far in chain(near, far if in_pieces else ()):
+        if is_far and steps > _MAX_FAR_STEPS:
+            break
         while True:
             with mpmath.workdps(digits):
+                evaluations = [_Evaluation(dict(point), bool(names) and not complex_values) for _ in nodes]
                 try:
-                    evaluations = [_Evaluation(dict(point), bool(names) and not complex_values) for _ in nodes]
                     values = [e.of(node) for e, node in zip(evaluations, nodes, strict=True)]
                 except (ArithmeticError, ValueError, TypeError, mpmath.libmp.libhyper.NoConvergence):
                     break
+                except Undecided:
+                    if is_far:
+                        break
+                    raise
+                finally:
+                    steps += is_far * sum(evaluation.steps for evaluation in evaluations)
                 scale = max([*(abs(value) for value in values), *(e.scale for e in evaluations)])
                 needed = _DIGITS + (int(mpmath.log10(scale)) if scale > 1e12 else 0)
                 if needed > digits and any(e.scale > 1e12 for e in evaluations):
-                    digits = needed  # a large summand may hide a small one
-                    if digits > _MAX_DIGITS:
-                        raise Undecided("sums of very different sizes")
-                    continue
+                    if needed <= _MAX_DIGITS:
+                        digits = needed  # a large summand may hide a small one
+                        continue
+                    if is_far:
+                        break
+                    raise Undecided("sums of very different sizes")
                 error = scale * mpmath.mpf(10) ** (_TRUSTED - digits)
                 if not complex_values and any(abs(mpmath.im(value)) > error for value in values):
                     break
                 found += 1
                 yield values, error
                 break
-        if found >= _POINTS_NEEDED and not steps:
+        if found >= _POINTS_NEEDED and not in_pieces:
             return
     if found == 0 or (names and found < _POINTS_NEEDED):
         raise Undecided("defined at too few points")

@@ -13,10 +13,12 @@ from megatron_rl.rewards.parsing import parse
 _MAX_TAIL = 2000
 """Characters at the end of a response that are searched; so the cost does not grow with the response."""
 _MARKER = re.compile(r"(?i:\banswers?[\s*]*(?:is\b|are\b|:)[\s*:]*)|####")
+_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL)
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+,\d+(?![\d,]*\d)|\d+(?:\.\d+)?|\.\d+)"
+_DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
 _NUMBERS = rf"{_NUMBER}(?:(?:,\s*|,?\s+(?:and|or)\s+){_NUMBER})*"
+"""A comma only joins: were it a part of numbers too, the readings of a list would double with every item."""
 _FORMULA = (
     r"\$\$(?P<display>[^$]+)\$\$|(?<!\\)\$(?P<inline>[^$\n]+)(?<!\\)\$"
     r"|\\\((?P<round>[^\n]+?)\\\)|\\\[(?P<square>.+?)\\\]"
@@ -33,6 +35,8 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])|\n")
 def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return what the last box holds, and without one the last formula or number of the end of the response.
 
+    Where there are ``<answer>...</answer>`` outside of the thoughts, only what the last ones hold is read: a box, what
+    follows ``answer is``, all of it if our grammar reads it, or what is found as below.
     Behind the last ``answer is``, ``answer:`` or ``####`` the rest of the sentence is the answer if our grammar reads
     it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the
     last paragraph, or the last number behind a word, ``=`` or ``:`` that ends a sentence; ``and``, ``or`` and commas
@@ -42,16 +46,21 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
         text: the response.
         stops: what ends it, see :func:`~megatron_rl.rewards.answers.cut_at_stop`.
     """
-    boxed = extract(text, stops)
-    if boxed is not None:
-        return boxed
     text = cut_at_stop(text, stops)
     opening, _, answer = text.rpartition("</think>")
     if not opening and "<think>" in text:
         return None
+    tagged = _TAGGED.findall(answer)
+    if tagged:
+        text = answer = tagged[-1]
+    boxed = extract(text, ())
+    if boxed is not None:
+        return boxed
     tail = answer[-_MAX_TAIL:]
     markers = list(_MARKER.finditer(tail))
     if not markers:
+        if tagged and tail == answer and _is_answer(answer):
+            return answer.strip()
         return _last_candidate(_PARAGRAPH.split(tail.strip())[-1])
     said = tail[markers[-1].end() :].strip()
     sentence = _first_sentence(said).strip(" *").rstrip(" *.")

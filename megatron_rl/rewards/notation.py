@@ -52,6 +52,9 @@ _UNICODE = {
     "⌋": r"\rfloor ",
     "⌈": r"\lceil ",
     "⌉": r"\rceil ",
+    "Å": r"\AA ",
+    "\N{ANGSTROM SIGN}": r"\AA ",
+    "\N{MICRO SIGN}": r"\mu ",
     "、": ",",
     "。": ".",
 }
@@ -75,6 +78,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{,\}", ","),
         (r"(?<=\d)(?<!\d\d\d\d)\\[,;: ]\s*(?=\d{3}(?!\d))", ""),  # thin spaces between groups of three digits
         (r"\\\$|\$|(?<!\\)\\\(|(?<!\\)\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),  # mathematics delimiters and currency
+        (r"(?<=[\d})])\s*\\q?quad\s*(?=-?\d|\\[dt]?frac(?![a-zA-Z])|\\sqrt(?![a-zA-Z])|[a-z]\s*=)", ", "),  # a list
         (
             r"(?<!\\)\\[!,;:> ]|~|\\q?quad"
             r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|(?:math)?strut)(?![a-zA-Z])",
@@ -85,6 +89,15 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))", r" \\degree "),
         (r"\^\s*(?:\{\s*\\prime\s*\\prime\s*\}|\\prime\s*\\prime(?![a-zA-Z]))", "''"),
         (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))", "'"),
+        (r"(?<![\w}^.])(\d{1,20}(?:\.\d{1,20})?)\s*''", r"\1\\text{ arcsec}"),
+        (r"\\mu\s*\\(?:text|mathrm)\s*\{\s*(m|s|g|A|V|F|C)\s*\}", r"\\text{micro\1}"),
+        (r"\\(text|mathrm)\s*\{\s*\\mu\s*(m|s|g|A|V|F|C)\s*\}", r"\\text{micro\2}"),
+        (r"\\(?:text|mathrm)\s*\{\s*([kM]?)\\Omega\s*\}", r"\\text{\1ohm}"),
+        (
+            r"(?<=\d)\s*\\[dt]?frac\s*\{\s*(\\(?:text|mathrm)\s*\{[a-zA-Z]{1,12}\})\s*\}"
+            r"\s*\{\s*(\\(?:text|mathrm)\s*\{[a-zA-Z]{1,12}\}(?:\^\{?\d\}?)?)\s*\}",
+            r"\1/\2",
+        ),
         (r"\*\*", "^"),
         (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
         (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
@@ -291,7 +304,9 @@ _PADDED = re.compile(r"0\d")
 _GROUP = re.compile(r"\s*\{")
 _JOINT_IN_TEXT = re.compile(r",|\sand(?:\s|$)")
 _JOINT_BEHIND_VALUE = re.compile(r",|\sand$")
-_POWERED_UNIT = re.compile(r"([a-zA-Z]{1,12})\^\{?(\d)\}?")
+_POWERED = r"[a-zA-Z]{1,12}(?:\^\{?-?\d\}?)?"
+_UNIT_OF_SEVERAL = re.compile(rf"{_POWERED}(?:(?:\s*(?:/|\\cdot)\s*|\s+){_POWERED}){{0,5}}")
+_PART_OF_UNIT = re.compile(r"([a-zA-Z]+)(?:\^\{?(-?\d)\}?)?|(/|\\cdot)")
 _LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
 _MAX_TOKENS = 1500
 
@@ -337,6 +352,7 @@ class _Lexer:
         self.at = 0
         self.depth = 0
         self.last = END
+        self.read: list[Token] = []
 
     def run(self) -> Iterator[Token]:
         count = 0
@@ -346,6 +362,7 @@ class _Lexer:
                 if count > _MAX_TOKENS:
                     raise Undecided("too many tokens")
                 self.last = token
+                self.read.append(token)
                 if token.kind == "mark":
                     self.depth += (token.value in ("(", "[", "\\{")) - (token.value in (")", "]", "\\}"))
                 yield token
@@ -397,7 +414,20 @@ class _Lexer:
         return self.text[self.at : self.at + 1] in ("(", "{", "^", "_", "[")
 
     def _behind_value(self) -> bool:
-        return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|")
+        return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|") or self._within_unit()
+
+    def _within_unit(self) -> bool:
+        r"""Behind the slash of ``\text{m}/`` or ``\text{cm}^{2}/``."""
+        before = self.read[:-1]
+        if self.last != Token("mark", "/"):
+            return False
+        while before and (before[-1].kind == "number" or before[-1].value in ("{", "}", "-")):
+            before.pop()
+        if before[-1:] == [Token("mark", "^")]:
+            before.pop()
+        elif len(before) < len(self.read) - 1:
+            return False
+        return bool(before) and before[-1].kind == "text"
 
     def _command(self, name: str) -> Iterator[Token]:
         if name in _WRAPPERS:
@@ -416,15 +446,33 @@ class _Lexer:
             yield Token("name", _FIELDS[name])
         elif name in _GREEK:
             yield Token("name", _ALIASES.get(name, name))
+        elif name == "AA":
+            yield Token("text", "angstrom")
         elif name not in _SKIPPED:
             name = _ALIASES.get(name, name)
             kind: Kind = "mark" if name in _AS_MARKS or name in ("{", "}", "\\") else "command"
             yield Token(kind, name if name in _AS_MARKS else f"\\{name}")
 
-    def _powered_unit(self, words: str) -> re.Match[str] | None:
-        """``cm^2`` behind a value, in a text font."""
-        found = _POWERED_UNIT.fullmatch(words) if self._behind_value() else None
-        return found if found and known_unit(found[1]) else None
+    def _unit(self, words: str) -> list[Token] | None:
+        r"""``cm^2`` or ``kJ\,mol^{-1}`` behind a value, in a text font; None where a part is no unit."""
+        if not (self._behind_value() and _UNIT_OF_SEVERAL.fullmatch(words)):
+            return None
+        parts = list(_PART_OF_UNIT.finditer(words))
+        if len(parts) == 1 and parts[0][2] is None:
+            return None
+        found: list[Token] = []
+        for name, power, joint in (part.groups() for part in parts):
+            if joint:
+                found.extend([Token("mark", "/")] if joint == "/" else [])
+            elif known_unit(name) or name in _MORE_UNITS or name in _SINGLE_LETTER_UNITS:
+                found.append(Token("text", name))
+                if power:
+                    signed = [Token("mark", "-")] if power.startswith("-") else []
+                    digits = Token("number", power.lstrip("-"))
+                    found.extend([Token("mark", "^"), Token("mark", "{"), *signed, digits, Token("mark", "}")])
+            else:
+                return None
+        return found
 
     def _argument(self) -> str | None:
         """The raw group behind a command, or the single letter; None where neither follows."""
@@ -449,8 +497,8 @@ class _Lexer:
             yield from (Token("mark", "("), Token("name", choice[1]), Token("mark", ")"))
         elif not words:
             return
-        elif powered := self._powered_unit(words):
-            yield from (Token("text", powered[1]), Token("mark", "^"), Token("number", powered[2]))
+        elif unit_tokens := self._unit(words):
+            yield from unit_tokens
         elif len(parts := (_JOINT_BEHIND_VALUE if self._behind_value() else _JOINT_IN_TEXT).split(words)) > 1:
             for at, part in enumerate(parts):
                 yield from (Token("mark", ","),) if at else ()
@@ -523,6 +571,9 @@ year | year years yr yrs | | 1
 gram | g gram grams | mass | 1
 kg | kg kilogram kilograms | mass | 1000
 pound | lb lbs pound pounds | | 1
+arcsec | arcsec arcsecond arcseconds | | 1
+arcmin | arcmin arcminute arcminutes | | 1
+Hz | Hz hertz | | 1
 liter | L l liter liters litre litres | volume | 1000
 ml | mL ml milliliter milliliters | volume | 1
 unit | unit units | | 1
@@ -548,7 +599,11 @@ def _unit_table() -> dict[str, Unit]:
 
 
 _UNITS = _unit_table()
-_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C".split())
+_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C M T H G".split())
+_MORE_UNITS = frozenset(
+    "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr ohm".split()
+)
+"""Parts of units such as kJ/mol, besides those of the table; alone, in a text font, any word is a unit."""
 _AREA = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words behind a number that change its meaning, so they are no unit that may be left out.

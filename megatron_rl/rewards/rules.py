@@ -67,7 +67,8 @@ class SeedRule:
         prediction = self.prediction(text)
         boxed = prediction is not None
         correct = prediction is not None and (seed_equal if self.seed_exact else equal)(prediction, answer)
-        return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
+        value = self.right if correct else self.wrong if boxed else self.no_box
+        return _score(value, correct=correct, boxed=boxed, answer=prediction)
 
     def prediction(self, text: str) -> str | None:
         """What is compared with the reference answer, possibly nothing; None without the word."""
@@ -101,7 +102,8 @@ class BoxedRule:
         prediction = extract(text, self.stops)
         boxed = prediction is not None
         correct = prediction is not None and equal(prediction, answer, self.leniency)
-        return _score(self.right if correct else self.wrong if boxed else self.no_box, correct=correct, boxed=boxed)
+        value = self.right if correct else self.wrong if boxed else self.no_box
+        return _score(value, correct=correct, boxed=boxed, answer=prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class FormatRule:
         prediction = extract(text, self.stops)
         boxed = prediction is not None
         correct = prediction is not None and equal(prediction, answer)
-        return _score(self.boxed if boxed else self.no_box, correct=correct, boxed=boxed)
+        return _score(self.boxed if boxed else self.no_box, correct=correct, boxed=boxed, answer=prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class CorrectnessRule:
         prediction = self.prediction(text)
         correct = prediction is not None and equal(prediction, answer, self.leniency)
         boxed = extract(text, self.stops) is not None
-        return _score(self.right if correct else self.wrong, correct=correct, boxed=boxed)
+        return _score(self.right if correct else self.wrong, correct=correct, boxed=boxed, answer=prediction)
 
     def prediction(self, text: str) -> str | None:
         """What is compared with the reference answer; None where the response has no answer."""
@@ -195,8 +197,8 @@ def lenient(rule: RewardRule, leniency: Leniency) -> RewardRule:
     )
 
 
-def _score(value: float, *, correct: bool, boxed: bool) -> Score:
-    return Score(value=value, parts={"correct": float(correct), "boxed": float(boxed)})
+def _score(value: float, *, correct: bool, boxed: bool, answer: str | None = None) -> Score:
+    return Score(value=value, parts={"correct": float(correct), "boxed": float(boxed)}, answer=answer or None)
 
 
 RULES: dict[str, RewardRule] = {

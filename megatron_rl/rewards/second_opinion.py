@@ -24,6 +24,8 @@ _COMMAND_NAMES = """
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
 _SUBSCRIPT = re.compile(r"[\d_}]\s*_")
 """Below a number it is a base, which ``math_verify`` overlooks."""
+_SIDE_BY_SIDE = re.compile(r"(?<![\^\d.])[\d.]+\s+[\d.]")
+"""Two numbers, of which ``math_verify`` makes their sum."""
 _POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
 _LABEL = re.compile(r"([a-zA-Z])\s*=(?!.*=)\s*")
 _SYMBOL = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+")
@@ -63,7 +65,9 @@ def preload() -> None:
 
 
 def _is_safe_formula(text: str) -> bool:
-    if len(text) > _MAX_FORMULA or not _CHARACTERS.fullmatch(text) or _SUBSCRIPT.search(text) or _explodes(text):
+    if len(text) > _MAX_FORMULA or not _CHARACTERS.fullmatch(text) or _explodes(text):
+        return False
+    if _SUBSCRIPT.search(text) or _SIDE_BY_SIDE.search(text):
         return False
     rest = _ENVIRONMENT.sub(" ", text)
     return _depth(rest) <= _MAX_DEPTH and all(name in _COMMANDS for name in re.findall(r"\\([a-zA-Z]+)", rest))

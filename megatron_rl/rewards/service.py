@@ -371,7 +371,8 @@ class _Call:
         if "error" in message:
             self._fail(index, f"the rule raised {message['error']}")
         else:
-            score = Score(value=message["value"], outcome=Outcome(message["outcome"]), parts=message["parts"])
+            outcome = Outcome(message["outcome"])
+            score = Score(value=message["value"], outcome=outcome, parts=message["parts"], answer=message["answer"])
             self._settle(index, score)
 
     def _handle_overrun(self, worker: _Worker) -> None:

@@ -44,6 +44,8 @@ _EQUALITIES = frozenset({"=", "approx", "equiv"})
 _NOTHING = frozenset(
     {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "the empty set"}
 )
+_SHORT_WORDS = frozenset("no not on was saw yes all any odd now own won ton day red net".split())
+"""Words that are read as words alone, though their letters could be a product."""
 _REALS = frozenset(
     {"all real numbers", "all reals", "any real number", "the real numbers", "the reals", "the set of real numbers"}
     | {"the set of all real numbers"}
@@ -170,6 +172,8 @@ class _Comparison:
         if isinstance(b, Text):
             if a.words == b.words or {a.words, b.words} <= _NOTHING:
                 return True
+            if not _SHORT_WORDS.isdisjoint((a.words, b.words)):  # "on" is no product beside "no"
+                return False
             return a.product is not None and b.product is not None and self.same(a.product, b.product)
         if a.words in _REALS:
             return self.same(Symbol("reals"), b)
@@ -291,7 +295,11 @@ class _Comparison:
         return False
 
     def chain_says(self, chain: Relation, other: Node) -> bool:
-        r"""``x = a = b`` says a where all of its exact members are equal; ``a \approx b`` says a, or b rounded."""
+        r"""``x = a = b`` says a where all of its exact members are equal; ``a \approx b`` says a, or b rounded.
+
+        Of several approximations each must be the one before it rounded, and only the last one speaks: two that round a
+        in two ways would be two answers.
+        """
         terms, ops = _without_label(chain, other)
         rounded = ops.index("approx") + 1 if "approx" in ops else len(terms)
         members, approximate = terms[:rounded], terms[rounded:]
@@ -299,9 +307,12 @@ class _Comparison:
             members, approximate = approximate, ()
         if not _all_agree(members):
             return False
-        if not all(_rounds_to(members[0], number) for number in approximate):
-            return False
-        return self.same(members[0], other) or any(self.same(number, other) for number in approximate)
+        before = members[0]
+        for number in approximate:
+            if not (_rounds_to(members[0], number) and _rounds_to(before, number)):
+                return False
+            before = number
+        return self.same(members[0], other) or self.same(before, other)
 
     def same_relations(self, a: Relation, b: Relation) -> bool:
         if _EQUALITIES.issuperset(a.ops) and _EQUALITIES.issuperset(b.ops):

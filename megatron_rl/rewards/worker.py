@@ -67,7 +67,8 @@ def _score(rule: RewardRule, text: str, answer: str, finish: Finish) -> dict[str
         for name, number in {"value": value, **{f"part {key!r}": part for key, part in parts.items()}}.items():
             if not math.isfinite(number):
                 raise ValueError(f"a score must be finite, the rule returned {number} as its {name}")
-        result: dict[str, Any] = {"value": value, "parts": parts, "outcome": score.outcome.value}
+        said = None if score.answer is None else str(score.answer)
+        result: dict[str, Any] = {"value": value, "parts": parts, "outcome": score.outcome.value, "answer": said}
     except MemoryError:
         raise
     except BaseException as error:  # a rule that calls sys.exit() must not end the worker

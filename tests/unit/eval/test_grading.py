@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from eval.grading import Grader, same_answers
+import pytest
+
+from eval.grading import Grader, grade, same_answers
 from eval.metrics import vote
-from megatron_rl.dataflow import Score
-from megatron_rl.rewards.rules import RULES
+from megatron_rl.dataflow import Outcome, Score
+from megatron_rl.rewards.rules import RULES, CorrectnessRule, FileRule, RewardRule
+from megatron_rl.rewards.service import RewardService
 from tests.unit.eval.builders import graded
 
 
@@ -40,3 +43,63 @@ def test_equal_answers_cost_one_comparison_each():
     comparer = Values()
     same([graded("p", number, f"1{number}") for number in range(30)], comparer)
     assert sum(map(len, comparer.asked)) == 29
+
+
+class Always:
+    """Gives every response the same score."""
+
+    def __init__(self, score):
+        self.given = score
+
+    def score(self, requests):
+        return [self.given] * len(requests)
+
+
+class NotHere(CorrectnessRule):
+    """A rule that must not run in this process."""
+
+    def __call__(self, text, answer, finish):
+        raise AssertionError
+
+    def prediction(self, text):
+        raise AssertionError
+
+
+SAID = Score(value=1.0, parts={"correct": 1.0}, answer="7")
+SILENT = Score(value=1.0, parts={"correct": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("rule", "score", "extracted"),
+    [
+        (NotHere(), SAID, "7"),
+        (NotHere(), SILENT, None),
+        (NotHere(), Score(value=0.0, outcome=Outcome.TIMEOUT), "1"),
+        (FileRule("mine.py", "mine"), SAID, "7"),
+        (FileRule("mine.py", "mine"), SILENT, "1"),
+    ],
+)
+def test_what_was_compared_is_what_the_worker_says_or_the_last_box(
+    rule: RewardRule, score: Score, extracted: str | None
+) -> None:
+    scorer = Always(score)
+    (sample,) = grade([graded("p", 0, "1")], Grader(name="r", rule=rule, scorer=scorer, comparer=scorer))
+    assert sample.extracted == extracted
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "answer"),
+    [
+        ("final_answer", "The answer is 7.", "7"),
+        ("seed", "I should have boxed 7", "7"),
+        ("boxed", "so \\boxed{7}", "7"),
+        ("correctness", "The answer is 7.", None),
+    ],
+)
+def test_a_worker_says_which_answer_its_rule_read(name: str, response: str, answer: str | None) -> None:
+    with RewardService(name) as service:
+        (sample,) = grade(
+            [graded("p", 0, "1", response=response)],
+            Grader(name=name, rule=RULES[name], scorer=service, comparer=service),
+        )
+    assert sample.extracted == answer

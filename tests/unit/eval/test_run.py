@@ -488,6 +488,46 @@ def test_answers_whose_grading_failed_are_limited_told_and_graded_again(tmp_path
     assert engine.calls == 1
 
 
+def test_answers_whose_grading_ran_out_of_time_are_graded_again(tmp_path, model, task, engine):
+    (tmp_path / "waits").write_text("30")
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "import time\nfrom pathlib import Path\nfrom megatron_rl.dataflow import Score\n\n\n"
+        "def waits(text, answer, finish):\n"
+        "    if answer == '3':\n"
+        "        time.sleep(float(Path(__file__).with_name('waits').read_text()))\n"
+        "    return Score(value=1.0, parts={'correct': 1.0})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:waits", "--wall-timeout-s", "1")
+    assert main(asked) == 0
+    found = results(tmp_path / "out")["results"]["sums"]
+    assert (found["grader_timeouts,none"], found["pass@1,none"]) == (1, 0.8)
+    (tmp_path / "waits").write_text("0")
+    assert main(asked) == 0
+    found = results(tmp_path / "out")["results"]["sums"]
+    assert (found["grader_timeouts,none"], found["pass@1,none"]) == (0, 1.0)
+    assert engine.calls == 1
+
+
+def test_a_rule_is_tried_on_an_answer_of_the_task_and_told_what_it_raised_on(tmp_path, model, engine, capsys):
+    file = tmp_path / "code.jsonl"
+    file.write_text(json.dumps({"question": "Q", "answer": [{"in": 1, "out": True}]}) + "\n")
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "import json\nfrom megatron_rl.dataflow import Score\n\n\n"
+        "def cases(text, answer, finish):\n"
+        "    return Score(value=1.0, parts={'correct': float(json.loads(answer)[0]['out'])})\n"
+    )
+    asked = ["--rule", f"{rule}:cases"]
+    assert main(command(tmp_path, model, file, *asked)) == 0
+    assert results(tmp_path / "out")["results"]["code"]["pass@1,none"] == 1.0
+    file.write_text(json.dumps({"question": "Q", "answer": "1 2"}) + "\n")
+    assert main([*command(tmp_path, model, file, *asked), "--output", str(tmp_path / "other")]) == 2
+    told = capsys.readouterr().err
+    assert "it raised or ended its process on" in told
+    assert "with the gold answer '1 2'" in told
+
+
 def test_a_verdict_between_right_and_wrong_is_refused(tmp_path, model, task, engine, capsys):
     rule = tmp_path / "rule.py"
     rule.write_text(

@@ -80,6 +80,15 @@ def test_a_line_separator_inside_a_string_is_not_a_line_break(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("answer", "gold"),
+    [(" 5 ", "5"), (5, "5"), (True, "true"), (0.5, "0.5"), ({"é": [True, None]}, '{"é": [true, null]}')],
+)
+def test_an_answer_that_is_no_text_is_json_as_in_training(answer, gold, tmp_path):
+    file = write(tmp_path / "x.jsonl", {"question": "Q", "answer": answer})
+    assert load_task(str(file), None).problems[0].gold == gold
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"question": "Q", "answer": ', r"x\.jsonl:2: every line must be a JSON object"),

@@ -36,6 +36,19 @@ from megatron_rl.rewards.rules import RULES
         ("<think>the answer is 1</think>The answer is 7", "7"),
         (r"The answer is 1, I mean \boxed{8}.", "8"),
         ("the answer is 5<|im_end|>the answer is 6", "5"),
+        ("The roots are 1,5 and 2,75.", "1,5 and 2,75"),
+        ("<think> 2+2=4 </think> <answer> 4 </answer>", "4"),
+        ("<think> 2+2=4 </think>\n<answer>\n4\n</answer>", "4"),
+        ("<think>a</think> <answer> The answer is 4 </answer>", "4"),
+        ("<think>a</think> <answer> $4$ </answer>", "$4$"),
+        ("<think>a</think> <answer> Evelyn </answer>", "Evelyn"),
+        ("<think>a</think> <answer> So it has $4$ sides and \n\n is done: $x=5$. </answer>", "x=5"),
+        (r"<think>a</think> \boxed{3} <answer> We get \boxed{4} here </answer>", "4"),
+        (r"<think>a</think> I <think> again: \boxed{4}", "4"),
+        ("<answer>4</answer> no, <answer>5</answer>", "5"),
+        ("<think><answer>4</answer></think> The answer is 5", "5"),
+        ("<think>a</think> <answer>4</answer> The answer is 5", "4"),
+        ("The total is 12,345/1,000 or 1,2 1/2", "12,345/1,000 or 1,2 1/2"),
     ],
 )
 def test_the_end_of_a_response_says_the_answer(text: str, answer: str) -> None:
@@ -53,6 +66,9 @@ def test_the_end_of_a_response_says_the_answer(text: str, answer: str) -> None:
         "so 3x = 5y",
         "we have 3, 4 and then 72 eggs",
         "<think>the answer is 5",
+        "<think><answer>5</answer>",
+        "<think><answer>5</answer></think> I do not know",
+        "<think>a</think> <answer> </answer>",
     ],
 )
 def test_a_part_of_an_expression_is_no_answer(text: str) -> None:
@@ -72,6 +88,23 @@ def test_a_long_list_that_ends_no_sentence_is_read_once() -> None:
     listed = ", ".join(map(str, range(100, 160)))
     assert final_answer(f"The multiples are {listed} (all of them)") is None
     final_answer(f"The answer is {listed} (and so on")
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("opening", "item", "joint", "ending"),
+    [
+        ("The solutions are ", "1,2", " and ", " x"),
+        ("The solutions are ", "1,2", " or ", " approx"),
+        ("The pairs are ", "1,2", ", ", " as claimed"),
+        ("The answer is ", "1,234/5,678", ", ", " as claimed"),
+    ],
+)
+def test_numbers_with_commas_are_read_one_way_where_no_sentence_ends(
+    opening: str, item: str, joint: str, ending: str
+) -> None:
+    start = time.process_time()
+    final_answer(opening + joint.join([item] * 100) + ending)
     assert time.process_time() - start < 1
 
 
