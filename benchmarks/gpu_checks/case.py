@@ -32,3 +32,8 @@ def at_most(bound: float, value: float) -> dict[str, Any]:
 def at_least(bound: float, value: float) -> dict[str, Any]:
     """Goal of a row."""
     return {"goal": f"at least {bound:.3g}", "met": value >= bound}
+
+
+def between(low: float, high: float, value: float) -> dict[str, Any]:
+    """Goal of a row."""
+    return {"goal": f"{low:.3g} to {high:.3g}", "met": low <= value <= high}

@@ -37,6 +37,9 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.logprobs import Kernels, TorchKernels, choose_kernels, linear_logprobs
 from megatron_rl.ray_runtime.supervisor import port_kept
 
+_TEMPERATURE = 0.6
+_PARTS = ("log-probs", "entropies", "gradient of hidden states", "gradient of weight")
+
 
 def seconds(work: Callable[[], object], rounds: int = 5) -> float:
     """The median of ``rounds`` runs after two that warm up."""
@@ -101,7 +104,9 @@ def peak_gib(work: Callable[[], object]) -> float:
 
 
 def logprobs(case: Case) -> Iterator[Row]:
-    """Time, memory and distance from float64 of each way from hidden states to log-probs."""
+    """Time and memory of each way from hidden states to log-probs; how far log-probs, entropies and the gradients of
+    both are from autograd's, and the first log-probs from float64's.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     tflops = product_tflops(256 if case.small else 8192)
     for shape in (TINY_SHAPE,) if case.small else SHAPES:
@@ -119,18 +124,22 @@ def _logprobs(case: Case, shape: Shape, tflops: float) -> Iterator[Row]:
     hidden, weight = drawn(tokens, 1.0), drawn(vocabulary, 3 * shape.hidden**-0.5)
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device())
     with torch.no_grad():
-        exact = (hidden[:64].double() @ weight.double().T / 0.6).log_softmax(-1).gather(-1, targets[:64, None])[:, 0]
+        log_p = (hidden[:64].double() @ weight.double().T / _TEMPERATURE).log_softmax(-1)
+        exact = log_p.gather(-1, targets[:64, None])[:, 0]
+
+    def pair(kernels: Kernels, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        settings = {"temperature": _TEMPERATURE, "group": dist.group.WORLD, "with_entropy": entropy, "kernels": kernels}
+        return linear_logprobs(hidden, weight, targets, **settings)
 
     def by(kernels: Kernels | None, entropy: bool) -> Tensor:
-        if kernels is None:
-            return plain(hidden, weight, targets, entropy)[0]
-        settings = {"temperature": 0.6, "group": dist.group.WORLD, "with_entropy": entropy, "kernels": kernels}
-        return linear_logprobs(hidden, weight, targets, **settings)[0]
+        return plain(hidden, weight, targets, entropy)[0] if kernels is None else pair(kernels, entropy)[0]
 
     def both(kernels: Kernels | None) -> None:
         hidden.grad = weight.grad = None
         by(kernels, True).sum().backward()
 
+    slopes = torch.randn(2, tokens, generator=generator, device=device())
+    wanted = _by_autograd(hidden, weight, targets, slopes)
     plain_gib = peak_gib(lambda: both(None))
     yield Row(what=f"{shape.name} plain: peak memory", value=plain_gib, unit="GiB")
     chosen = choose_kernels("auto")
@@ -143,6 +152,13 @@ def _logprobs(case: Case, shape: Shape, tflops: float) -> Iterator[Row]:
         gib = peak_gib(partial(both, kernels))
         # logits of about 5 are rounded to 2 ** -6 and divided by 0.6
         yield Row(what=f"{name}: mean distance from float64", value=gap, unit="nats", **at_most(0.03, gap))
+        given = pair(kernels, True)
+        mine = [*given, *torch.autograd.grad(given, (hidden, weight), tuple(slopes))]
+        for part, found, want in zip(_PARTS, mine, wanted, strict=True):
+            gap = float((found.detach().float() - want).norm() / want.norm())
+            # a product that lies between two 16-bit numbers is rounded to one here and to the other there
+            what = f"{name}: {part}, relative distance from autograd"
+            yield Row(what=what, value=gap, unit="", **at_most(5e-3, gap))
         for what, measured, backward in (("forward", forward, False), ("forward and backward", taken, True)):
             times = measured / floor_seconds(logprob_flops(tokens, shape.hidden, vocabulary, backward=backward), tflops)
             bound = at_most(1.5, times) if goal else {}
@@ -150,6 +166,23 @@ def _logprobs(case: Case, shape: Shape, tflops: float) -> Iterator[Row]:
             yield Row(what=f"{name}: {what} / floor", value=times, unit="", **bound)
         share = at_most(plain_gib / 4, gib) if goal else {}
         yield Row(what=f"{name}: peak memory", value=gib, unit="GiB", **share)
+
+
+def _by_autograd(hidden: Tensor, weight: Tensor, targets: Tensor, slopes: Tensor) -> list[Tensor]:
+    """Log-probs, entropies and the two gradients of their sum times ``slopes`` [2, N], all float32: from whole logits,
+    by torch's own derivatives, some tokens at a time.
+    """
+    logprobs, entropies, of_hidden = [], [], []
+    of_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for rows, of_rows, slope in zip(hidden.split(2048), targets.split(2048), slopes.split(2048, 1), strict=True):
+        log_p = ((rows @ weight.T).float() / _TEMPERATURE).log_softmax(-1)
+        outputs = (log_p.gather(-1, of_rows[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1))
+        by_rows, by_weight = torch.autograd.grad(outputs, (rows, weight), tuple(slope))
+        logprobs.append(outputs[0].detach())
+        entropies.append(outputs[1].detach())
+        of_hidden.append(by_rows.float())
+        of_weight += by_weight
+    return [torch.cat(logprobs), torch.cat(entropies), torch.cat(of_hidden), of_weight]
 
 
 def attention(case: Case) -> Iterator[Row]:

@@ -17,6 +17,7 @@ PARTS = {  # package to import -> how it is named
     "triton": "Triton",
     "vllm": "vLLM",
 }
+_FOR_GPUS = {"triton", "transformer_engine"}
 FEATURES: Mapping[str, tuple[type[Any], str]] = {
     "fp8": (TrainerConfig, "fp8"),
     "engine_fp8": (EngineConfig, "quantization"),
@@ -60,7 +61,6 @@ CHECKS = (
         planned_s=105,
         parts=("megatron", "transformer_engine"),
         features=("fp8",),
-        cpu=False,
     ),
     Check(
         name="plans",
@@ -178,7 +178,7 @@ def refusal(
         return Result(check=check.name, status="skipped", reason="needs a GPU")
     if asked_gpus < check.gpus:
         return Result(check=check.name, status="skipped", reason=f"needs --gpus {check.gpus} or more")
-    missing = [PARTS[part] for part in check.parts if part not in parts and (gpus or part != "triton")]
+    missing = [PARTS[part] for part in check.parts if part not in parts and (gpus or part not in _FOR_GPUS)]
     if missing:
         return Result(check=check.name, status="skipped", reason="not installed: " + ", ".join(missing))
     wanted = check.features + (check.colocated_features if 0 < gpus < 3 else ())

@@ -12,16 +12,19 @@ import multiprocessing
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from torch import Tensor
 
-from benchmarks.gpu_checks.case import Case, at_least, at_most
+from benchmarks.gpu_checks.case import Case, at_least, at_most, between
 from benchmarks.gpu_checks.costs import SHAPES, TINY_SHAPE, Shape, mfu
 from benchmarks.gpu_checks.plan import Row
 from examples.arithmetic_cpu.task import Sizes, write_model
@@ -38,6 +41,8 @@ from megatron_rl.weights.weight_map import Head
 LAYERS = 4
 _ANSWER_S = 150.0
 """Bound on one job; that on the whole check is the command's."""
+_LOOKED_AT = 2**14
+"""Numbers of each gradient that are kept, at random places: so many tell a relative distance to a hundredth of it."""
 
 
 def write_shape(folder: Path, shape: Shape, vocabulary: int) -> Path:
@@ -54,7 +59,7 @@ def write_shape(folder: Path, shape: Shape, vocabulary: int) -> Path:
         ffn_hidden=shape.ffn_hidden,
         vocabulary=vocabulary,
         max_positions=8192,
-        init_std=0.02,
+        init_std=0.32 * shape.hidden**-0.5,  # else what FP8 rounds would grow with the width, to 0.4 at 7B
     )
     write_model(folder, sizes, seed=0)
     done.touch()
@@ -91,7 +96,9 @@ def random_experience(rows: int, length: int, vocabulary: int) -> ExperienceBatc
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Updates of one model on one or several ranks; picklable."""
+    """Updates of one model on one or several ranks; picklable. ``compared``: on one rank, a policy's, which tells what
+    its first update computed.
+    """
 
     model: Path
     head: Head
@@ -101,6 +108,10 @@ class Job:
     length: int
     vocabulary: int
     updates: int
+    compared: bool = False
+
+
+Numbers = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +119,16 @@ class Trained:
     """Of each update: its loss, gradient norm and seconds.
 
     ``peak_bytes``: the most that a rank had allocated on its GPU in any update but the first; 0 on a CPU.
+    ``logprobs``: of all tokens before the first update, ``gradients``: some numbers of each tensor's in it; of a job
+    that is ``compared``.
     """
 
     losses: list[float]
     norms: list[float]
     seconds: list[float]
     peak_bytes: int = 0
+    logprobs: Numbers | None = None
+    gradients: Mapping[str, Numbers] = field(default_factory=dict)
 
 
 def run_rank(job: Job, rank: int, port: int) -> Trained:
@@ -132,12 +147,21 @@ def run_rank(job: Job, rank: int, port: int) -> Trained:
         keep_reference=False,
     )
     worker = start_worker(spec, rank, "127.0.0.1", port, 120.0)
+    from megatron_rl.mcore.export import local_parameters  # megatron-core is not prepared before that
+
     experience = random_experience(job.rows, job.length, job.vocabulary)
     step = Minibatch(
         source=experience, rows=torch.arange(job.rows), loss_weight=torch.ones(experience.rollouts.tokens.shape)
     )
     loss: Any = SupervisedLoss() if job.head is Head.TOKEN else ValueLoss()
     losses, norms, taken = [], [], []
+    logprobs: Numbers | None = None
+    gradients: dict[str, Numbers] = {}
+    if job.compared:
+        scored = worker.logprobs(experience.rollouts)
+        assert scored is not None  # the only rank reports
+        rows, found_logprobs = scored
+        logprobs = found_logprobs[rows.argsort()][experience.rollouts.response_mask].numpy()
     for number in range(job.updates):
         if number == 1 and has_cuda():  # the first one also chooses kernels
             torch.cuda.reset_peak_memory_stats()
@@ -150,9 +174,19 @@ def run_rank(job: Job, rank: int, port: int) -> Trained:
             metrics = found.metrics
             losses.append(metrics["loss" if "loss" in metrics else "value_loss"])
             norms.append(found.grad_norm)
+        if job.compared and number == 0:
+            gradients = {name: _some(tensor.main_grad) for name, tensor in local_parameters(worker._models).items()}
     peak = torch.cuda.max_memory_allocated() - before if has_cuda() else 0
     worker.close()
-    return Trained(losses=losses, norms=norms, seconds=taken, peak_bytes=peak)
+    return Trained(losses=losses, norms=norms, seconds=taken, peak_bytes=peak, logprobs=logprobs, gradients=gradients)
+
+
+def _some(tensor: Tensor) -> Numbers:
+    """The same places of every tensor of a size."""
+    flat = tensor.detach().flatten()
+    if len(flat) > _LOOKED_AT:
+        flat = flat[torch.randint(len(flat), (_LOOKED_AT,), generator=torch.Generator().manual_seed(0)).to(flat.device)]
+    return flat.float().cpu().numpy()
 
 
 def train(jobs: Sequence[Job]) -> Generator[Trained]:
@@ -272,14 +306,28 @@ FP8_GOALS = {"tensorwise": 1.3, "blockwise": 1.2}
 """Times as fast as bfloat16, at 7B: casts take as long as products gain where layers are small."""
 
 
+NEAR, FAR = 0.01, 0.3
+"""How far what FP8 computes may be from bfloat16, relative: nearer than :data:`NEAR` nobody rounds to FP8."""
+
+
 def training_fp8(case: Case) -> Iterator[Row]:
-    """The same in FP8: how much faster than bfloat16, and how far losses are apart, over 20 steps at 7B, 10 below."""
-    # of so few layers, the first and the last in bfloat16 would be half
-    settings = [{}, *({"fp8": {"recipe": recipe, "first_last_layers_bf16": 0}} for recipe in FP8_GOALS)]
+    """The same in FP8: how much faster than bfloat16, how far log-probs and gradients of the first update are apart,
+    and how far losses are, over 20 steps at 7B, 10 below. The small form rounds to FP8 and multiplies in float32.
+    """
+    if case.small:
+        settings = [{}, *({"fake_quantization": name} for name in ("fp8_per_tensor", "fp8_per_block"))]
+    else:  # of so few layers, the first and the last in bfloat16 would be half
+        settings = [{}, *({"fp8": {"recipe": recipe, "first_last_layers_bf16": 0}} for recipe in FP8_GOALS)]
+    # larger steps would part the losses of any two that round differently; nor may clipping hide a gradient's size
+    slow = {"optimizer": {"lr": 1e-6, "warmup_fraction": 0.0, "clip_grad": 1e9}}
+    shapes = (TINY_SHAPE,) if case.small else SHAPES[::-1]
     largest = SHAPES[-1]
     jobs = {
-        shape: [_job(case, shape, updates=20 if shape is largest else 10, trainer=trainer) for trainer in settings]
-        for shape in SHAPES[::-1]
+        shape: [
+            _job(case, shape, updates=20 if shape is largest else 10, trainer=trainer | slow, compared=True)
+            for trainer in settings
+        ]
+        for shape in shapes
     }
     running = train([job for of_shape in jobs.values() for job in of_shape])
     for shape, (in_bfloat16, *in_fp8) in jobs.items():
@@ -297,13 +345,35 @@ def training_fp8(case: Case) -> Iterator[Row]:
             yield Row(what=f"{name}: times as fast as bfloat16", value=times, unit="", **bound)
             gap = largest_gap(found.losses, plain.losses)
             yield Row(what=f"{name}: largest relative loss difference", value=gap, unit="", **at_most(0.01, gap))
+            yield from _first_update(name, found, plain)
     running.close()  # ends the ranks
+
+
+def _first_update(name: str, found: Trained, wanted: Trained) -> Iterator[Row]:
+    """How far what the first update computed is from bfloat16's."""
+    assert found.logprobs is not None
+    assert wanted.logprobs is not None
+    mean = wanted.logprobs.mean()
+    apart = distance(found.logprobs - mean, wanted.logprobs - mean)
+    yield Row(what=f"{name}: log-probs, distance by their spread", value=apart, unit="", **between(NEAR, FAR, apart))
+    gaps = {tensor: distance(found.gradients[tensor], numbers) for tensor, numbers in wanted.gradients.items()}
+    for which, tensor in (("nearest", min(gaps, key=gaps.__getitem__)), ("farthest", max(gaps, key=gaps.__getitem__))):
+        gap = gaps[tensor]
+        what = f"{name}: {which} gradient, relative distance ({tensor})"
+        yield Row(what=what, value=gap, unit="", **between(NEAR, FAR, gap))
+
+
+def distance(found: Numbers, wanted: Numbers) -> float:
+    """L2 norm of the difference, relative to that of ``wanted``; infinite where that is 0 or a number is not finite."""
+    with np.errstate(all="ignore"):
+        gap = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    return gap if math.isfinite(gap) else math.inf
 
 
 def largest_gap(found: list[float], wanted: list[float]) -> float:
     """Relative; infinite where a number is not finite."""
     gaps = [abs(mine - other) / abs(other) for mine, other in zip(found, wanted, strict=True)]
-    return max(gaps) if all(map(math.isfinite, found)) else math.inf
+    return max(gaps) if all(map(math.isfinite, [*found, *wanted])) else math.inf
 
 
 LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "TP2xPP2": {"tensor": 2, "pipeline": 2}, "TP4": {"tensor": 4}}

@@ -148,6 +148,14 @@ def linear_widths(dims: ModelDims, layout: ParallelLayout) -> Iterator[tuple[str
             yield "shared expert ffn", dims.experts.shared_ffn_hidden // tensor
 
 
+def input_widths(dims: ModelDims, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
+    """What a linear layer reads on one tensor rank, as :func:`linear_widths`."""
+    return ((name, width) for name, width in linear_widths(dims, layout) if name not in _WRITTEN_ALONE)
+
+
+_WRITTEN_ALONE = {"q, k and v", "q", "k and v", "latent k and v with rotary"}
+
+
 def _delayed(case: FP8Case) -> str | None:
     if case.fp8.recipe != "delayed":
         return None

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_rl.config.limit import Limit
-from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems
+from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems, input_widths
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims, weight_problems
 
@@ -477,12 +477,31 @@ class EngineConfig:
                 "choose 'fp8_per_channel' or 'none'"
             )
 
+    def block_problems(self, dims: ModelDims) -> Iterator[str]:
+        """Whether 128 divides the inputs of each linear on an engine's worker, as blocks need it.
+
+        Source: ``per_token_group_quant_fp8`` in ``vllm/model_executor/layers/quantization/utils/fp8_utils.py``.
+        """
+        if self.quantization != "fp8_per_block":
+            return
+        widths = input_widths(dims, ParallelLayout(tensor=self.tensor))
+        if odd := [f"{name} {width}" for name, width in widths if width % 128]:
+            yield (
+                "engine.quantization: 'fp8_per_block' needs inputs of linears that are multiples of 128 on each engine "
+                f"worker, got {', '.join(odd)} at engine.tensor={self.tensor}; lower engine.tensor, or set "
+                "'fp8_per_channel'"
+            )
+
     def gpu_problems(self, gpu: Gpu) -> Iterator[str]:
         """What an engine on such a GPU cannot do."""
-        if self.quantised and gpu.capability < (8, 9):
+        lowest, which = (8, 9), "8.9 or higher (Ada, Hopper, Blackwell)"
+        if self.quantization == "fp8_per_block":  # on Ada vLLM takes Marlin, which leaves inputs as they are
+            lowest, which = (9, 0), "9.0 or higher (Hopper, Blackwell)"
+        if self.quantised and gpu.capability < lowest:
+            found, other = "{}.{}".format(*gpu.capability), "'fp8_per_channel' or " if gpu.capability >= (8, 9) else ""
             yield (
-                f"engine.quantization: {self.quantization!r} needs a GPU of compute capability 8.9 or higher (Ada, "
-                f"Hopper, Blackwell), found {gpu.capability[0]}.{gpu.capability[1]}: set 'none'"
+                f"engine.quantization: {self.quantization!r} needs a GPU of compute capability {which}, found {found}: "
+                f"set {other}'none'"
             )
         if self.kv_cache_dtype == "fp8" and gpu.capability < (8, 0):
             yield (
@@ -784,16 +803,12 @@ class RunConfig:
             )
         if dims is None or dims.latent is not None or self.pushed_format != "fp8_per_block":
             return
+        # queries and the feed-forward block have as many rows as others have inputs, see EngineConfig.block_problems
         workers = self.engine.tensor
-        widths = {
-            "query": dims.heads * dims.head_dim // workers,
-            "key": max(1, dims.kv_heads // workers) * dims.head_dim,
-            "feed-forward": dims.ffn_hidden // workers,
-        }
-        if odd := [f"{width} {name} rows" for name, width in widths.items() if width % 128]:
+        if (rows := max(1, dims.kv_heads // workers) * dims.head_dim) % 128:
             yield (
-                "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides what each engine "
-                f"worker has of a weight, got {', '.join(odd)} at engine.tensor={workers}; set 'engine', or lower "
+                "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides the rows of keys "
+                f"that each engine worker has, got {rows} at engine.tensor={workers}; set 'engine', or lower "
                 "engine.tensor"
             )
 
@@ -847,6 +862,8 @@ class RunConfig:
                 f"engine.quantization: FP8 engines are for models without experts and latent attention, which "
                 f"{dims.architecture} has: set 'none', got {self.engine.quantization!r}"
             )
+        elif dims is not None:
+            yield from self.engine.block_problems(dims)
         if gpu is not None:
             yield from self.engine.machine_problems(gpu)
         yield from self._quantised_push_problems(dims)

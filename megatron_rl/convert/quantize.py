@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from megatron_rl.config.precision import input_widths
 from megatron_rl.convert.sources import HfSource, read_config
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, flush_all, read_record
+from megatron_rl.layout import ParallelLayout
+from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.coverage import told_left
 from megatron_rl.weights.manifest import MANIFEST, Manifest, read_back
 from megatron_rl.weights.safetensors_io import HfFolder, copy_companions
@@ -61,16 +64,16 @@ FORMATS = {
         text="E4M3; a scale per output channel, one per token taken as it comes",
         calibrated=False,
         cpu=True,
-        gpu="compute capability 8.9 or newer (L4, H100, B200)",
-        lowest=(8, 9),
+        gpu="compute capability 8.9 or newer (L4, H100, B200); 8.0 to 8.8 weight-only (Marlin)",
+        lowest=(8, 0),
     ),
     "fp8_per_block": PtqFormat(
         preset="FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
-        text="E4M3; a scale per 128 x 128 block of the weight; inputs as they are",
+        text="E4M3; a scale per 128 x 128 block of the weight, one per 128 inputs of a token taken as they come",
         calibrated=False,
         cpu=False,
-        gpu="compute capability 8.9 or newer (L4, H100, B200)",
-        lowest=(8, 9),
+        gpu="compute capability 9.0 or newer (H100, B200); 8.0 to 8.9 weight-only (Marlin)",
+        lowest=(8, 0),
     ),
     "int8": PtqFormat(
         preset="INT8_DEFAULT_CFG",
@@ -112,15 +115,16 @@ def engine_here(installed: Mapping[str, str]) -> str:
     return f"installed here: {', '.join(found)}; {told}"
 
 
-def check_this_machine(name: str, *, capability: tuple[int, int]) -> None:
+def check_this_machine(name: str, dims: ModelDims, *, capability: tuple[int, int]) -> None:
     """Refuse a format that this machine's engine cannot load.
 
     Args:
         name: of the format.
+        dims: of the model.
         capability: compute capability of the GPU; (0, 0): there is none.
 
     Raises:
-        ValueError: which ones it can.
+        ValueError: which ones it can, or which widths of the model do not fit.
     """
     on_cpu = capability == (0, 0)
     good = [
@@ -133,6 +137,12 @@ def check_this_machine(name: str, *, capability: tuple[int, int]) -> None:
         raise ValueError(
             f"--for-this-machine: {ENGINE} must be able to load {name} on a {where}, and cannot; "
             f"choose {' or '.join(good) or 'no format'}, or leave the option out to write it for another machine"
+        )
+    widths = input_widths(dims, ParallelLayout()) if name == "fp8_per_block" else ()
+    if odd := [f"{what} {width}" for what, width in widths if width % 128]:
+        raise ValueError(
+            f"--for-this-machine: {ENGINE} loads {name} only where 128 divides the inputs of each linear, got "
+            f"{', '.join(odd)}; choose fp8_per_channel"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_rl.device import device
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.mcore.quantised import by_transformer_engine, store
+from megatron_rl.mcore.quantised import by_transformer_engine, plain_values, store
 from megatron_rl.mcore.sharded_names import PLAIN_NORMS
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.buckets import DTYPES
@@ -141,7 +141,8 @@ def full_tensors(
     where it is.
 
     Args:
-        mine: this rank's shards, as :func:`local_parameters` names them (the parameters, or something of their shapes).
+        mine: this rank's shards, as :func:`local_parameters` names them (the parameters, or something of their shapes);
+            those in FP8 go as numbers of their nominal type.
         plan: from ``layout`` to the files.
         layout: of the model.
         rank: of this process.
@@ -161,7 +162,8 @@ def full_tensors(
         arrivals: list[Callable[[], None]] = []
         for holder, theirs in _by_holder(tensor).items():
             if holder == rank:
-                parts[holder] = iter([_part(mine[name], region) for region in theirs])
+                whole = plain_values(mine[name])  # of one tensor at a time: together they are a second model
+                parts[holder] = iter([_part(whole, region) for region in theirs])
             elif rank == 0 and holder is not None:
                 sizes = [region.elements for region in theirs]
                 message = torch.empty(sum(sizes), dtype=types[holder][name], device=device())

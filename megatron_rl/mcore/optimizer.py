@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -132,11 +133,15 @@ def gather_parameters(training: Training) -> None:
     """Bring every parameter up to date on every rank; called on all of them.
 
     With the gather of parameters overlapped, a step leaves the other replicas' shards of the distributed optimizer to
-    the hooks of the next forward pass: whoever reads parameters outside one would read old ones.
+    the hooks of the next forward pass: whoever reads parameters outside one would read old ones. What backward passes
+    read of FP8 parameters, their columns, is made of what was gathered. megatron-core 0.16 leaves that to hooks as
+    well, which then find nothing left to wait for and would compute with old columns.
     """
     for chunk in training.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+            if gathered := [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]:
+                post_all_gather_processing(gathered)
 
 
 def _schedule(optimizer: Any, chosen: OptimizerConfig, total_updates: int) -> OptimizerParamScheduler:

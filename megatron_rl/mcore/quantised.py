@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,7 @@ def forget_values(chunks: Sequence[Any]) -> None:
             parameter.clear_high_precision_init_val()
 
 
-def plain_values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with FP8 parameters as numbers of their nominal type."""
-    return {name: _plain(parameter) for name, parameter in parameters.items()}
-
-
-def _plain(parameter: Any) -> Any:
-    return parameter.dequantize() if by_transformer_engine(parameter) else parameter
+def plain_values(parameter: Any) -> Tensor:
+    """The same tensor; an FP8 parameter as a copy in its nominal type, twice as large."""
+    plain: Tensor = parameter.dequantize() if by_transformer_engine(parameter) else parameter
+    return plain

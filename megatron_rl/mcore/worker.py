@@ -39,7 +39,7 @@ from megatron_rl.mcore.groups import start_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_logprobs, read_tokens, read_values
 from megatron_rl.mcore.offload import Offload
 from megatron_rl.mcore.optimizer import Training, gather_parameters, prepare_training, release
-from megatron_rl.mcore.quantised import forget_values, plain_values
+from megatron_rl.mcore.quantised import forget_values
 from megatron_rl.mcore.spec import WorkerSpec, fp8_faults
 from megatron_rl.mcore.step import forward_rows, train_step
 from megatron_rl.mcore.value_head import read_through
@@ -398,8 +398,7 @@ class Worker:
         self._require(TrainerPart.WEIGHTS)
         if self._training is not None:
             gather_parameters(self._training)
-        mine = plain_values(local_parameters(self._models))
-        return full_tensors(mine, plan or self._plan, self._layout, self._rank, waits)
+        return full_tensors(local_parameters(self._models), plan or self._plan, self._layout, self._rank, waits)
 
     def formats(self) -> list[LinearFormat]:
         """What each linear of this rank's layers multiplies in."""

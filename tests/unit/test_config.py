@@ -32,6 +32,8 @@ MODEL = {
     "rms_norm_eps": 1e-6,
     "eos_token_id": 3,
 }
+BLOCKS = {"hidden_size": 128, "intermediate_size": 256}
+"""With these, 128 divides what its linears read."""
 
 PPO = """
 run_dir = "runs/test"
@@ -188,7 +190,7 @@ def test_an_fp8_engine_is_refused_for_experts(folder, architecture):
 def test_without_a_gpu_only_scales_per_channel_are_possible(asked, monkeypatch):
     with pytest.raises(ClusterProblem, match=f"no kernel for '{asked}': choose 'fp8_per_channel' or 'none'"):
         check_engine(EngineConfig(quantization=asked), gpus=0)
-    monkeypatch.setattr(device, "compute_capability", lambda: (8, 9))
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
     check_engine(EngineConfig(quantization=asked), gpus=1)
     monkeypatch.setattr(device, "has_wide_vectors", lambda: True)
     both = EngineConfig(quantization="fp8_per_channel", kv_cache_dtype="fp8")
@@ -202,10 +204,20 @@ def test_without_a_gpu_only_scales_per_channel_are_possible(asked, monkeypatch):
 @pytest.mark.parametrize("asked", ["fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
 def test_an_engine_whose_gpu_knows_no_fp8_is_refused_at_the_start(asked, monkeypatch):
     monkeypatch.setattr(device, "compute_capability", lambda: (8, 0))
-    told = f"engine.quantization: '{asked}' needs a GPU of compute capability 8.9 or higher .*, found 8.0: set 'none'"
+    lowest = "9.0" if asked == "fp8_per_block" else "8.9"
+    told = f"engine.quantization: '{asked}' needs a GPU of compute capability {lowest} or .*, found 8.0: set 'none'"
     with pytest.raises(ClusterProblem, match=told):
         check_engine(EngineConfig(quantization=asked), gpus=8)
     check_engine(EngineConfig(kv_cache_dtype="fp8"), gpus=8)
+
+
+def test_blocks_are_refused_on_a_gpu_whose_engine_would_leave_inputs_as_they_are(monkeypatch):
+    monkeypatch.setattr(device, "compute_capability", lambda: (8, 9))
+    told = r"'fp8_per_block' needs a GPU of compute capability 9.0 or higher .*: set 'fp8_per_channel' or 'none'"
+    with pytest.raises(ClusterProblem, match=told):
+        check_engine(EngineConfig(quantization="fp8_per_block"), gpus=1)
+    for other in ("fp8_per_channel", "fp8_per_tensor"):
+        check_engine(EngineConfig(quantization=other), gpus=1)
 
 
 def test_an_fp8_cache_is_refused_where_no_attention_of_the_engine_reads_it(monkeypatch):
@@ -220,10 +232,10 @@ def test_the_trainer_quantises_what_it_pushes_only_to_a_format_that_the_engine_t
     assert problems(by_trainer) == [
         "sync.quantised_by: 'trainer' needs engine.quantization, the format to quantise to, got 'none'"
     ]
+    Path("model/config.json").write_text(json.dumps(MODEL | BLOCKS))
     assert problems(by_trainer, block) == [
-        "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides what each engine worker "
-        "has of a weight, got 64 query rows, 32 key rows, 192 feed-forward rows at engine.tensor=1; set 'engine', or "
-        "lower engine.tensor"
+        "sync.quantised_by: with 'trainer' vLLM takes 'fp8_per_block' only where 128 divides the rows of keys that "
+        "each engine worker has, got 64 at engine.tensor=1; set 'engine', or lower engine.tensor"
     ]
     assert load(RunConfig, [Path("ppo.toml")], [block]).pushed_format is None
     for asked in ("fp8_per_channel", "fp8_per_tensor"):
@@ -232,13 +244,26 @@ def test_the_trainer_quantises_what_it_pushes_only_to_a_format_that_the_engine_t
 
 
 def test_blocks_must_lie_within_what_each_engine_worker_has_of_a_weight(folder):
-    sizes = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
-    Path("model/config.json").write_text(json.dumps(MODEL | sizes))
+    sizes = {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024}
+    Path("model/config.json").write_text(json.dumps(MODEL | BLOCKS | sizes))
     asked = ("sync.quantised_by=trainer", "engine.quantization=fp8_per_block")
     for workers in (1, 2, 4):  # with 4, two share a key/value head
         assert load(RunConfig, [Path("ppo.toml")], [*asked, f"engine.tensor={workers}"]).pushed_format is not None
-    told = "got 64 query rows, 64 feed-forward rows at engine.tensor=8"
-    assert any(told in line for line in problems(*asked, "engine.tensor=8"))
+
+
+@pytest.mark.parametrize("by", ["engine", "trainer"])
+def test_blocks_want_inputs_that_128_divides_whoever_quantises(folder, by):
+    asked = ("engine.quantization=fp8_per_block", f"sync.quantised_by={by}")
+    told = (
+        "engine.quantization: 'fp8_per_block' needs inputs of linears that are multiples of 128 on each engine worker, "
+        "got hidden 64, attention's output 64, ffn 192 at engine.tensor=1; lower engine.tensor, or set "
+        "'fp8_per_channel'"
+    )
+    assert told in problems(*asked)
+    sizes = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
+    Path("model/config.json").write_text(json.dumps(MODEL | sizes))  # Qwen2.5-0.5B
+    assert load(RunConfig, [Path("ppo.toml")], [*asked, "engine.tensor=1"]).engine.quantization == "fp8_per_block"
+    assert any("got attention's output 448 at engine.tensor=2" in line for line in problems(*asked, "engine.tensor=2"))
 
 
 def test_an_engine_in_fp8_has_a_tolerance_of_its_own_unless_it_is_set():

@@ -24,6 +24,7 @@ from megatron_rl.convert.quantize import (
 )
 from megatron_rl.convert.target import Target
 from megatron_rl.device import compute_capability
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.version_matrix import installed
 
 
@@ -48,7 +49,7 @@ def _quantise(asked: argparse.Namespace) -> None:
     print(serving_table())
     print(engine_here(installed()))
     if asked.for_this_machine:
-        check_this_machine(asked.format, capability=compute_capability())
+        check_this_machine(asked.format, read_model_dims(asked.source), capability=compute_capability())
     prompts = calibration_prompts(asked.prompts, asked.template, asked.count) if asked.prompts else []
     began = time.monotonic()
     quantise_folder(asked.source, Target(asked.target), asked.format, prompts, print)

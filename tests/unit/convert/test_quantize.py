@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rl.convert.quantize import FORMATS, calibration_prompts, check_this_machine, engine_here, serving_table
 from tests.unit.convert.folders import write_model
+from tests.unit.weights.models import dims
 from tools.convert_hf import quantize
+
+T4, A100, H100, B200 = (7, 5), (8, 0), (9, 0), (10, 0)
+SIZES = {"hidden_size": 128, "intermediate_size": 256}
+WIDE = dims(**SIZES, head_dim=32)
 
 
 def folder(path: Path, architecture: str = "Qwen2ForCausalLM") -> Path:
@@ -25,20 +30,17 @@ def test_the_table_has_every_format_and_where_it_runs() -> None:
 
 
 def test_a_machine_refuses_what_its_engine_cannot_load_and_names_what_it_can() -> None:
-    check_this_machine("fp8_per_channel", capability=(0, 0))
+    check_this_machine("fp8_per_channel", WIDE, capability=(0, 0))
     with pytest.raises(ValueError, match=r"load nvfp4 on a CPU, and cannot; choose fp8_per_channel, or leave"):
-        check_this_machine("nvfp4", capability=(0, 0))
-
-
-T4, A100, L4, H100, B200 = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
+        check_this_machine("nvfp4", WIDE, capability=(0, 0))
 
 
 @pytest.mark.parametrize(
     ("name", "loads", "refuses"),
     [
         ("fp8_per_tensor", A100, T4),
-        ("fp8_per_channel", L4, A100),
-        ("fp8_per_block", L4, A100),
+        ("fp8_per_channel", A100, T4),
+        ("fp8_per_block", A100, T4),
         ("nvfp4", T4, (7, 0)),
         ("int8", None, B200),
     ],
@@ -47,18 +49,28 @@ def test_each_format_has_the_lowest_gpu_that_loads_it(
     name: str, loads: tuple[int, int] | None, refuses: tuple[int, int]
 ) -> None:
     if loads is not None:
-        check_this_machine(name, capability=loads)
+        check_this_machine(name, WIDE, capability=loads)
     with pytest.raises(ValueError, match="load {} on a GPU of compute capability {}.{}, and".format(name, *refuses)):
-        check_this_machine(name, capability=refuses)
+        check_this_machine(name, WIDE, capability=refuses)
 
 
-def test_an_a100_is_offered_what_it_loads(
+def test_blocks_want_inputs_that_128_divides_and_no_other_format_does() -> None:
+    told = r"only where 128 divides the inputs of each linear, got hidden 192, ffn 320; choose fp8_per_channel"
+    narrow = dims(hidden_size=192, intermediate_size=320, num_attention_heads=4, head_dim=64)
+    with pytest.raises(ValueError, match=told):
+        check_this_machine("fp8_per_block", narrow, capability=H100)
+    check_this_machine("fp8_per_channel", narrow, capability=H100)
+    # queries, keys and values together are 192 wide, which is written, not read
+    check_this_machine("fp8_per_block", dims(**SIZES | {"num_key_value_heads": 2, "head_dim": 32}), capability=H100)
+
+
+def test_a_t4_is_offered_what_it_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quantize, "compute_capability", lambda: A100)
+    monkeypatch.setattr(quantize, "compute_capability", lambda: T4)
     command = [str(folder(tmp_path / "model")), str(tmp_path / "out"), "--format", "fp8_per_channel"]
     assert quantize.main([*command, "--for-this-machine"]) == 1
-    assert "on a GPU of compute capability 8.0, and cannot; choose fp8_per_tensor or nvfp4" in capsys.readouterr().err
+    assert "on a GPU of compute capability 7.5, and cannot; choose nvfp4, or leave" in capsys.readouterr().err
 
 
 def test_it_is_told_whether_the_table_is_of_the_engine_that_is_installed() -> None:

@@ -59,18 +59,21 @@ def test_parallel_layouts_want_gpus() -> None:
     assert refused("layouts", asked_gpus=2) is None
 
 
-def test_a_cpu_runs_what_needs_no_gpu_and_no_triton() -> None:
-    on_cpu = {name: refused(name, gpus=0, asked_gpus=2, parts={"megatron", "vllm"}, features=set()) for name in BY_NAME}
+def test_a_cpu_runs_what_needs_no_gpu_no_triton_and_no_transformer_engine() -> None:
+    on_cpu = {
+        name: refused(name, gpus=0, asked_gpus=2, parts={"megatron", "vllm"}, features={"fp8"}) for name in BY_NAME
+    }
     assert {name for name, found in on_cpu.items() if found is None} == {
         "ceilings",
         "logprobs",
         "attention",
         "training",
+        "training_fp8",
         "plans",
         "ppo",
         "layouts",
     }
-    assert on_cpu["training_fp8"] == ("skipped", "needs a GPU")
+    assert on_cpu["ppo_fp8"] == ("skipped", "needs a GPU")
 
 
 def test_a_check_fails_that_measured_nothing() -> None:

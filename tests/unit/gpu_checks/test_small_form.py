@@ -31,7 +31,7 @@ def run(tmp_path: Path, *arguments: str, timeout: float = 240) -> tuple[int, dic
 
 def test_one_rank_checks_run(tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    names = ("ceilings", "logprobs", "attention", "training")
+    names = ("ceilings", "logprobs", "attention", "training", "training_fp8")
     status, found = run(tmp_path, "--only", *names, "--table", str(table))
     assert {name: result["status"] for name, result in found.items()} == dict.fromkeys(names, "passed"), found
     assert status == 0
@@ -39,6 +39,7 @@ def test_one_rank_checks_run(tmp_path: Path) -> None:
     assert rows["tiny: loss fell"]["value"] == 1
     assert 0 < rows["tiny torch: mean distance from float64"]["value"] < 0.03
     assert 0 < rows["tiny ragged: dk, relative error"]["value"] < 0.01
+    assert rows["tiny blockwise: largest relative loss difference"]["value"] > 0
     assert "## training" in table.read_text()
 
 
@@ -51,10 +52,10 @@ def test_layouts_of_two_ranks_agree_with_one(tmp_path: Path) -> None:
 
 
 def test_what_needs_a_gpu_is_named_and_left_out(tmp_path: Path) -> None:
-    status, found = run(tmp_path, "--only", "training_fp8", "ppo_fp8")
+    status, found = run(tmp_path, "--only", "ppo_fp8", "layouts_fp8")
     assert {name: (result["status"], result["reason"]) for name, result in found.items()} == {
-        "training_fp8": ("skipped", "needs a GPU"),
         "ppo_fp8": ("skipped", "needs a GPU"),
+        "layouts_fp8": ("skipped", "needs a GPU"),
     }
     assert status == 0
 

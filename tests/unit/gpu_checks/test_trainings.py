@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu_checks import trainings
 from benchmarks.gpu_checks.case import Case
 from benchmarks.gpu_checks.plan import Row
-from benchmarks.gpu_checks.trainings import Job, Trained
+from benchmarks.gpu_checks.trainings import Job, Trained, run_rank
 from examples.arithmetic_cpu.task import Sizes
 from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.device import prepare_megatron
 from megatron_rl.model_dims import read_model_dims
+from megatron_rl.ray_runtime.supervisor import port_kept
 
 H100 = Gpu(capability=(9, 0), cuda=(13, 0))
 
@@ -56,9 +62,23 @@ class Ranks:
 
     def outcome(self, job: Job) -> Trained:
         losses = [2.0] * job.updates
+        spread, ones = np.linspace(-1.0, 1.0, 101, dtype=np.float32), np.ones(50, dtype=np.float32)
+        plain = Trained(
+            losses=losses,
+            norms=losses,
+            seconds=[9.0, 9.0] + [1.25] * (job.updates - 2),
+            logprobs=spread - 9 if job.compared else None,
+            gradients={"first": ones, "last": ones} if job.compared else {},
+        )
         if job.trainer.fp8 is None:
-            return Trained(losses=losses, norms=losses, seconds=[9.0, 9.0] + [1.25] * (job.updates - 2))
-        return Trained(losses=[*losses[:-1], 2.01], norms=losses, seconds=[9.0, 9.0] + [1.0] * (job.updates - 2))
+            return plain
+        return replace(
+            plain,
+            losses=[*losses[:-1], 2.01],
+            seconds=[9.0, 9.0] + [1.0] * (job.updates - 2),
+            logprobs=1.05 * spread - 9,
+            gradients={"first": 1.25 * ones, "last": 1.02 * ones},
+        )
 
 
 @pytest.fixture
@@ -93,13 +113,81 @@ def test_fp8_is_trained_at_every_size_and_held_to_its_speed_at_the_largest(ranks
             assert faster.met == ({"tensorwise": False, "blockwise": True}[recipe] if size == "7B" else None)
             gap = rows[f"{size} {recipe}: largest relative loss difference"]
             assert (gap.value, gap.met) == (pytest.approx(0.005), True)
+        for what, wanted in (
+            ("log-probs, distance by their spread", 0.05),
+            ("nearest gradient, relative distance (last)", 0.02),
+            ("farthest gradient, relative distance (first)", 0.25),
+        ):
+            found = rows[f"{size} tensorwise: {what}"]
+            assert (found.value, found.goal, found.met) == (pytest.approx(wanted), "0.01 to 0.3", True)
         tokens = rows[f"{size} bfloat16: tokens/s"]
         assert tokens.value == pytest.approx(8 * 4096 / 1.25)
         assert rows[f"{size} blockwise: MFU of 989 TFLOP/s"].value > 0
 
 
+FIRST_UPDATE = {
+    "log-probs, distance by their spread",
+    "nearest gradient, relative distance",
+    "farthest gradient, relative distance",
+}
+
+
+def missed(rows: dict[str, Row]) -> set[str]:
+    """What of the first update misses its goal, without names of models, recipes and tensors."""
+    return {
+        what
+        for what in FIRST_UPDATE
+        for row in rows.values()
+        if row.met is False and row.what.split(": ")[1].startswith(what)
+    }
+
+
+def test_fp8_that_is_not_used_is_missed(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = ranks.outcome
+    monkeypatch.setattr(ranks, "outcome", lambda job: outcome(replace(job, trainer=replace(job.trainer, fp8=None))))
+    assert missed(rows_of(trainings.training_fp8, tmp_path)) == FIRST_UPDATE
+
+
+def run_negated(jobs: Sequence[Job], ports: Sequence[int], negated: bool) -> list[Trained]:
+    """In a process of its own; where they round to FP8, linears give the negative of what they should."""
+    prepare_megatron()
+    from megatron_rl.mcore import fake_quant
+
+    right = fake_quant._FakeQuantised.__call__
+    if negated:
+        fake_quant._FakeQuantised.__call__ = lambda self, **given: -right(self, **given)  # type: ignore[method-assign]
+    return [run_rank(job, 0, port) for job, port in zip(jobs, ports, strict=True)]
+
+
+@pytest.mark.parametrize("negated", [False, True])
+def test_the_small_form_tells_wrong_fp8_from_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, negated: bool
+) -> None:
+    def train(jobs: Sequence[Job]) -> Iterator[Trained]:
+        kept = [port_kept() for _ in jobs]
+        ports = [port.getsockname()[1] for port in kept]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            yield from pool.submit(run_negated, jobs, ports, negated).result(120)
+        for port in kept:
+            port.close()
+
+    monkeypatch.setattr(trainings, "train", train)
+    case = Case(gpus=0, asked_gpus=1, scratch=tmp_path)
+    rows = {row.what: row for row in trainings.training_fp8(case)}
+    far = {what for what in FIRST_UPDATE if "nearest" not in what}
+    assert missed(rows) == (far if negated else set())
+    # what was compared before does not tell them apart
+    assert all(row.met for what, row in rows.items() if what.endswith("largest relative loss difference"))
+
+
 def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
     assert trainings.largest_gap([1.0, math.nan], [1.0, 1.0]) == math.inf
+    assert trainings.largest_gap([1.0, 1.0], [1.0, math.nan]) == math.inf
+    assert trainings.largest_gap([1.0], [math.inf]) == math.inf
+    broken = np.array([1.0, math.nan], dtype=np.float32)
+    assert trainings.distance(broken, np.ones(2, dtype=np.float32)) == math.inf
+    assert trainings.distance(np.ones(2, dtype=np.float32), broken) == math.inf
+    assert trainings.distance(np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.float32)) == math.inf
     assert trainings.largest_gap([1.1, 2.0], [1.0, 2.0]) == pytest.approx(0.1)
 
 
