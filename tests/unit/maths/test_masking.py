@@ -48,8 +48,8 @@ def test_whitening_constants_is_bounded_by_the_variance_floor():
 
 @pytest.mark.parametrize("score", [0.1, 0.9, -0.7, 1 / 3])
 def test_whitening_many_equal_numbers_makes_nothing_of_their_rounding(score):
-    x = torch.full((512, 600), score)
-    mask = torch.arange(600)[None] < torch.arange(512)[:, None]
+    x = torch.full((512, 300), score)
+    mask = torch.ones_like(x, dtype=torch.bool)
     assert whiten(x, mask).abs().max().item() < 1e-9
     assert whiten(x, mask).dtype == torch.float32
 
