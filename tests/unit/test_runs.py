@@ -105,7 +105,7 @@ def test_metrics_that_go_elsewhere_are_ended_when_no_worker_is_left(
 
     for name, what in {"Cluster": "cluster", "RunCheckpoints": "checkpoints", "MetricLog": "metrics"}.items():
         monkeypatch.setattr(runs, name, closing(what))
-    rows = SimpleNamespace(digest=lambda: "")
+    rows = SimpleNamespace(digest=lambda: "", first_prompt=(1,))
     for name, result in {
         "check_machine": None,
         "read_model_dims": SimpleNamespace(eos_ids=(0,), max_positions=8),
@@ -113,6 +113,7 @@ def test_metrics_that_go_elsewhere_are_ended_when_no_worker_is_left(
         "load_pairs": rows,
         "asdict": {},
         "start_trainer": SimpleNamespace(result=lambda: None),
+        "unwritten_start": None,
         "capability_line": "",
     }.items():
         monkeypatch.setattr(runs, name, lambda *_, result=result: result)
