@@ -17,7 +17,7 @@ from megatron_rl.planner.search import head_of, plan
 from megatron_rl.planner.states import state_bytes
 from megatron_rl.planner.times import Machine
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_dry_run import _answer
+from tests.distributed.test_dry_run import dry_runs
 from tests.recipes import EXAMPLES, recipes, schema_of
 
 RECIPES = recipes()
@@ -62,10 +62,12 @@ def test_every_recipe_is_planned_and_a_rank_of_each_of_its_models_built_as_plann
     machine = Machine(device=DEVICES[config.cluster.device], per_node=config.cluster.gpus_per_node)
     found = plan(config, dims, machine, Lengths(prompt=30, response=30))
     assert (found.problems, found.devices) == ((), config.devices)
-    for role, trainer in config.trainers.items():
-        case = (dims, trainer, head_of(role), trainer.layout.world_size - 1, config.model.dtype)
-        [built] = process.run(1, _answer, *case, timeout_s=120)
-        said = state_bytes(dims, trainer, *case[2:])
+    asked = [
+        (dims, trainer, head_of(role), trainer.layout.world_size - 1, config.model.dtype)
+        for role, trainer in config.trainers.items()
+    ]
+    for role, case, built in zip(config.trainers, asked, dry_runs(process, asked), strict=True):
+        said = state_bytes(*case)
         assert vars(said) == {part: getattr(built, part) for part in vars(said)}, role
 
 
