@@ -352,6 +352,7 @@ class _Lexer:
         self.at = 0
         self.depth = 0
         self.last = END
+        self.spaced = False
         self.read: list[Token] = []
 
     def run(self) -> Iterator[Token]:
@@ -375,6 +376,7 @@ class _Lexer:
         assert kind is not None
         value = found[kind]
         start, self.at = found.start(kind), found.end()
+        self.spaced = found[0][0].isspace()
         if kind == "number":
             if self.last == Token("mark", ",") and _PADDED.match(value) and self.text[start - 1] == ",":
                 raise Undecided("digits behind a comma that are no number: 14,0000")
@@ -415,6 +417,11 @@ class _Lexer:
 
     def _behind_value(self) -> bool:
         return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|") or self._within_unit()
+
+    def _behind_number(self) -> bool:
+        r"""Behind ``5``, ``10^{-4}`` or ``\frac{1}{2}``."""
+        number = self.read[-2:-1] if self.last == Token("mark", "}") else self.read[-1:]
+        return bool(number) and number[0].kind == "number"
 
     def _within_unit(self) -> bool:
         r"""Behind the slash of ``\text{m}/`` or ``\text{cm}^{2}/``."""
@@ -504,8 +511,9 @@ class _Lexer:
                 yield from (Token("mark", ","),) if at else ()
                 yield from self._wrapped(part)
         elif len(words) == 1 and words.isalpha():
-            unit = words in _SINGLE_LETTER_UNITS and self._behind_value()
-            yield Token("text" if unit else "name", words)
+            behind = self._behind_number() if words in _UNITS_SET_OFF else self._behind_value()
+            set_off = words in _SINGLE_LETTER_UNITS or (words in _UNITS_SET_OFF and (self.spaced or content[0] == " "))
+            yield Token("text" if behind and set_off else "name", words)
         elif words in FUNCTIONS and not (words in _UNITS and self._behind_value()):
             yield Token("command", f"\\{words}")
         elif (number := number_word(words)) is not None:
@@ -599,7 +607,9 @@ def _unit_table() -> dict[str, Unit]:
 
 
 _UNITS = _unit_table()
-_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C M T H G".split())
+_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C".split())
+_UNITS_SET_OFF = frozenset("M T H G".split())
+r"""Only behind a number and a space: ``3\mathrm{H}`` is no quantity, ``(a+b)\,\mathrm{T}`` neither."""
 _MORE_UNITS = frozenset(
     "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr ohm".split()
 )
