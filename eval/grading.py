@@ -15,6 +15,7 @@ from megatron_rl.interfaces import RewardScorer
 from megatron_rl.rewards import answers
 from megatron_rl.rewards.rules import CorrectnessRule, FileRule, RewardRule, SeedRule, load_rule
 
+_GOLDS_TRIED = 8
 Same = Callable[[str, str], bool]
 """Whether an answer equals another."""
 
@@ -45,30 +46,49 @@ def _extracted(item: Response, score: Score, rule: RewardRule) -> str | None:
     return score.answer if says or score.answer is not None else answers.extract(item.response)
 
 
-def check_rule(name: str, scorer: RewardScorer, gold: str) -> None:
-    """See that the rule says what is right.
+def check_rule(grader: Grader, golds: Sequence[str]) -> str:
+    """See that the rule says what is right, on responses that box reference answers.
 
     Args:
-        name: of the rule, for messages.
-        scorer: runs it.
-        gold: a reference answer of the task; a response that boxes it is scored.
+        grader: of the task.
+        golds: reference answers of the task; the first eight different ones are tried.
+
+    Returns:
+        What to tell of those that were not scored; empty where all were.
 
     Raises:
-        BadInput: it does not finish, or its scores have no part ``correct``.
+        BadInput: it raises or ends its process on all of them, or its scores have no part ``correct``.
     """
-    response = f"\\boxed{{{gold}}}"
-    (score,) = scorer.score([(response, gold, Finish.STOP)])
-    if score.outcome is not Outcome.SCORED:
-        how = "took too long" if score.outcome is Outcome.TIMEOUT else "raised or ended its process"
+    requests = [(f"\\boxed{{{gold}}}", gold, Finish.STOP) for gold in list(dict.fromkeys(golds))[:_GOLDS_TRIED]]
+    scores = grader.scorer.score(requests)
+    _check_parts(grader.name, scores)
+    if all(score.outcome is Outcome.ERROR for score in scores):
+        response, gold, _ = requests[0]
         raise BadInput(
-            f"rule {name}: it must score every response, it {how} on {response!r} with the gold answer {gold!r}; the "
-            "warning above says more"
+            f"rule {grader.name}: it must score responses, it raised or ended its process on each of {len(requests)} "
+            f"that box a reference answer, such as {response!r} with the gold answer {gold!r}; the warning above says "
+            "more"
         )
-    if "correct" not in score.parts:
-        raise BadInput(
-            f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
-            f"'correct'; it returned {score}"
-        )
+    failed = [
+        f"{gold!r} ({score.outcome.value})"
+        for (_, gold, _), score in zip(requests, scores, strict=True)
+        if score.outcome is not Outcome.SCORED
+    ]
+    if not failed:
+        return ""
+    return (
+        f"rule {grader.name} did not score {len(failed)} of {len(requests)} responses that box a reference answer: "
+        f"{', '.join(failed)}"
+    )
+
+
+def _check_parts(name: str, scores: Iterable[Score]) -> None:
+    for score in scores:
+        if score.outcome is Outcome.SCORED and "correct" not in score.parts:
+            raise BadInput(
+                f"rule {name}: an evaluation needs to know what is right, so the rule must return a Score with a part "
+                f"'correct'; it returned {score}"
+            )
 
 
 def rule_sha256(name: str) -> str | None:
@@ -160,14 +180,18 @@ def same_answers(samples: Iterable[GradedSample], grader: Grader) -> Same:
     return lambda later, first: (later, first) in equal
 
 
-def ungradable_golds(problems: ProblemSet, scorer: RewardScorer) -> list[tuple[str, str, Outcome]]:
+def ungradable_golds(problems: ProblemSet, grader: Grader) -> list[tuple[str, str, Outcome]]:
     """Reference answers that are not graded right when a response boxes them word for word: the gold oracle.
 
     Returns:
         ``(problem id, gold, outcome)`` of each.
+
+    Raises:
+        BadInput: the rule's scores have no part ``correct``.
     """
     golds = [(problem.id, problem.gold) for problem in problems.problems]
-    scores = scorer.score([(f"\\boxed{{{gold}}}", gold, Finish.STOP) for _, gold in golds])
+    scores = grader.scorer.score([(f"\\boxed{{{gold}}}", gold, Finish.STOP) for _, gold in golds])
+    _check_parts(grader.name, scores)
     return [
         (name, gold, score.outcome)
         for (name, gold), score in zip(golds, scores, strict=True)

@@ -85,7 +85,9 @@ def _evaluate(settings: Settings) -> None:
     for note in (item.note for item in problems if item.note):
         _note(console, note)
     found: dict[str, dict[str, Results]] = {}
-    with _graders(settings, {item.name: item.problems[0].gold for item in problems}) as graders:
+    golds = {item.name: [problem.gold for problem in item.problems] for item in problems}
+    with _graders(settings, list(golds)) as graders:
+        _check_rule(graders, golds, console)
         for name, evaluation in evaluations.items():
             if not _is_gone(name, checkpoints, console):
                 try:
@@ -166,14 +168,9 @@ def _rule(settings: Settings, leniency: Leniency = EXACT) -> RewardRule:
 
 
 @contextmanager
-def _graders(settings: Settings, golds: Mapping[str, str]) -> Iterator[dict[str, Grader]]:
-    """How each task is judged: tasks of one leniency share their processes.
-
-    Args:
-        settings: name the rule.
-        golds: a reference answer of each task, on which the rule is tried.
-    """
-    rules = {leniency: _rule(settings, leniency) for leniency in map(settings.leniency, golds)}
+def _graders(settings: Settings, tasks: Sequence[str]) -> Iterator[dict[str, Grader]]:
+    """How each task is judged: tasks of one leniency share their processes."""
+    rules = {leniency: _rule(settings, leniency) for leniency in map(settings.leniency, tasks)}
     with ExitStack() as stack:
         graders = {
             leniency: Grader(
@@ -184,9 +181,14 @@ def _graders(settings: Settings, golds: Mapping[str, str]) -> Iterator[dict[str,
             )
             for leniency, rule in rules.items()
         }
-        for task, gold in golds.items():
-            check_rule(settings.rule, graders[settings.leniency(task)].scorer, gold)
-        yield {task: graders[settings.leniency(task)] for task in golds}
+        yield {task: graders[settings.leniency(task)] for task in tasks}
+
+
+def _check_rule(graders: Mapping[str, Grader], golds: Mapping[str, Sequence[str]], console: Console) -> None:
+    """Try the rule on reference answers of each task, before anything is drawn or graded."""
+    for task, grader in graders.items():
+        if told := check_rule(grader, golds[task]):
+            _note(console, f"{task}: {told}")
 
 
 def _service(settings: Settings, rule: RewardRule) -> RewardService:
@@ -222,8 +224,9 @@ def _grade_again(settings: Settings, file: Path, before: Sequence[GradedSample],
     tasks = list(dict.fromkeys(sample.task for sample in before))
     settings.check_lenient_tasks(tasks)
     by_task: dict[str, list[GradedSample]] = {}
-    golds = {sample.task: sample.gold for sample in reversed(before)}
-    with _graders(settings, {task: golds[task] for task in tasks}) as graders:
+    golds = {task: [sample.gold for sample in before if sample.task == task] for task in tasks}
+    with _graders(settings, tasks) as graders:
+        _check_rule(graders, golds, Console(stderr=True))
         for task, grader in graders.items():
             by_task[task] = grade([sample for sample in before if sample.task == task], grader)
             check_errors(task, by_task[task], len(by_task[task]), settings.max_error_rate)
@@ -255,9 +258,9 @@ def _gold_oracle(settings: Settings) -> int:
     status = 0
     names = [item.name for item in problems]
     settings.check_lenient_tasks(names)
-    with _graders(settings, {item.name: item.problems[0].gold for item in problems}) as graders:
+    with _graders(settings, names) as graders:
         for item in problems:
-            bad = ungradable_golds(item, graders[item.name].scorer)
+            bad = ungradable_golds(item, graders[item.name])
             _print(
                 f"{item.name}: {len(item.problems) - len(bad)} of {len(item.problems)} gold answers equal themselves"
             )

@@ -16,8 +16,8 @@ import mpmath
 
 _MAX_BITS = 40_000
 _MAX_STEPS = 4_000
-_MAX_FAR_STEPS = 20_000
-"""Of all evaluations at far points together."""
+_MAX_FURTHER_STEPS = 20_000
+"""Of all evaluations together beyond the points that every pair of formulas must agree at."""
 _MAX_TERMS = 1_000
 _DIGITS = 60
 _MAX_DIGITS = 400
@@ -445,7 +445,9 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
     near = [(point, False) for point in _points(names)]
     far = ((point, True) for stretch in _STRETCHES for point in _points(names, stretch))
     for point, is_far in chain(near, far if in_pieces else ()):
-        if is_far and steps > _MAX_FAR_STEPS:
+        # What such a point cannot decide leaves what the first ones said.
+        is_further = is_far or found >= _POINTS_NEEDED
+        if is_further and steps > _MAX_FURTHER_STEPS:
             break
         while True:
             with mpmath.workdps(digits):
@@ -455,18 +457,18 @@ def samples(*nodes: Node) -> Iterator[tuple[list[mpmath.mpc], mpmath.mpf]]:
                 except (ArithmeticError, ValueError, TypeError, mpmath.libmp.libhyper.NoConvergence):
                     break
                 except Undecided:
-                    if is_far:
+                    if is_further:
                         break
                     raise
                 finally:
-                    steps += is_far * sum(evaluation.steps for evaluation in evaluations)
+                    steps += is_further * sum(evaluation.steps for evaluation in evaluations)
                 scale = max([*(abs(value) for value in values), *(e.scale for e in evaluations)])
                 needed = _DIGITS + (int(mpmath.log10(scale)) if scale > 1e12 else 0)
                 if needed > digits and any(e.scale > 1e12 for e in evaluations):
                     if needed <= _MAX_DIGITS:
                         digits = needed  # a large summand may hide a small one
                         continue
-                    if is_far:
+                    if is_further:
                         break
                     raise Undecided("sums of very different sizes")
                 error = scale * mpmath.mpf(10) ** (_TRUSTED - digits)

@@ -13,7 +13,8 @@ from megatron_rl.rewards.parsing import parse
 _MAX_TAIL = 2000
 """Characters at the end of a response that are searched; so the cost does not grow with the response."""
 _MARKER = re.compile(r"(?i:\banswers?[\s*]*(?:is\b|are\b|:)[\s*:]*)|####")
-_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL)
+_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*+)(?:</answer>|\Z)", re.DOTALL)
+"""The last one may lack its closing tag: an engine cuts off what it stops at."""
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _NUMBER = "[-\N{MINUS SIGN}+]" rf"?(?:\d+\s+\d+/\d+|{_DECIMAL}(?:\s*/\s*{_DECIMAL})?)(?:\s*\\?%)?"
@@ -35,8 +36,9 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])|\n")
 def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return what the last box holds, and without one the last formula or number of the end of the response.
 
-    Where there are ``<answer>...</answer>`` outside of the thoughts, only what the last ones hold is read: a box, what
-    follows ``answer is``, all of it if our grammar reads it, or what is found as below.
+    Where there are ``<answer>...</answer>`` outside of the thoughts, only what the last ones that are not empty hold is
+    read: a box, what follows ``answer is``, all of it if our grammar reads it, or what is found as below. Without its
+    closing tag the last ``<answer>`` holds all that follows it.
     Behind the last ``answer is``, ``answer:`` or ``####`` the rest of the sentence is the answer if our grammar reads
     it, else what follows. Elsewhere it is the last formula (between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``) of the
     last paragraph, or the last number behind a word, ``=`` or ``:`` that ends a sentence; ``and``, ``or`` and commas
@@ -50,7 +52,7 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     opening, _, answer = text.rpartition("</think>")
     if not opening and "<think>" in text:
         return None
-    tagged = _TAGGED.findall(answer)
+    tagged = [content for content in _TAGGED.findall(answer) if content.strip()]
     if tagged:
         text = answer = tagged[-1]
     boxed = extract(text, ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from megatron_rl.rewards.expressions import Undecided
@@ -93,11 +93,6 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\mu\s*\\(?:text|mathrm)\s*\{\s*(m|s|g|A|V|F|C)\s*\}", r"\\text{micro\1}"),
         (r"\\(text|mathrm)\s*\{\s*\\mu\s*(m|s|g|A|V|F|C)\s*\}", r"\\text{micro\2}"),
         (r"\\(?:text|mathrm)\s*\{\s*([kM]?)\\Omega\s*\}", r"\\text{\1ohm}"),
-        (
-            r"(?<=\d)\s*\\[dt]?frac\s*\{\s*(\\(?:text|mathrm)\s*\{[a-zA-Z]{1,12}\})\s*\}"
-            r"\s*\{\s*(\\(?:text|mathrm)\s*\{[a-zA-Z]{1,12}\}(?:\^\{?\d\}?)?)\s*\}",
-            r"\1/\2",
-        ),
         (r"\*\*", "^"),
         (r"\\(?:textcolor|colorbox|color)\s*\{[a-zA-Z]*\}", ""),
         (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", " "),
@@ -242,6 +237,7 @@ class Token(NamedTuple):
 
 
 END = Token("end", "")
+_SLASH = Token("mark", "/")
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc "
@@ -307,6 +303,7 @@ _JOINT_BEHIND_VALUE = re.compile(r",|\sand$")
 _POWERED = r"[a-zA-Z]{1,12}(?:\^\{?-?\d\}?)?"
 _UNIT_OF_SEVERAL = re.compile(rf"{_POWERED}(?:(?:\s*(?:/|\\cdot)\s*|\s+){_POWERED}){{0,5}}")
 _PART_OF_UNIT = re.compile(r"([a-zA-Z]+)(?:\^\{?(-?\d)\}?)?|(/|\\cdot)")
+_UNIT_FONT = re.compile(r"\\(?:text|mathrm)\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])(?![a-zA-Z]))")
 _LETTER_AFTER_FONT = re.compile(r"\s*([a-zA-Z])(?![a-zA-Z])")
 _MAX_TOKENS = 1500
 
@@ -352,6 +349,7 @@ class _Lexer:
         self.at = 0
         self.depth = 0
         self.last = END
+        self.spaced = False
         self.read: list[Token] = []
 
     def run(self) -> Iterator[Token]:
@@ -375,6 +373,7 @@ class _Lexer:
         assert kind is not None
         value = found[kind]
         start, self.at = found.start(kind), found.end()
+        self.spaced = found[0][0].isspace()
         if kind == "number":
             if self.last == Token("mark", ",") and _PADDED.match(value) and self.text[start - 1] == ",":
                 raise Undecided("digits behind a comma that are no number: 14,0000")
@@ -416,6 +415,11 @@ class _Lexer:
     def _behind_value(self) -> bool:
         return self.last.kind in ("number", "text") or self.last.value in (")", "}", "|") or self._within_unit()
 
+    def _behind_number(self) -> bool:
+        r"""Behind ``5``, ``10^{-4}`` or ``\frac{1}{2}``."""
+        number = self.read[-2:-1] if self.last == Token("mark", "}") else self.read[-1:]
+        return bool(number) and number[0].kind == "number"
+
     def _within_unit(self) -> bool:
         r"""Behind the slash of ``\text{m}/`` or ``\text{cm}^{2}/``."""
         before = self.read[:-1]
@@ -446,6 +450,8 @@ class _Lexer:
             yield Token("name", _FIELDS[name])
         elif name in _GREEK:
             yield Token("name", _ALIASES.get(name, name))
+        elif _ALIASES.get(name, name) == "frac" and (unit_tokens := self._quotient_of_units()):
+            yield from unit_tokens
         elif name == "AA":
             yield Token("text", "angstrom")
         elif name not in _SKIPPED:
@@ -455,24 +461,23 @@ class _Lexer:
 
     def _unit(self, words: str) -> list[Token] | None:
         r"""``cm^2`` or ``kJ\,mol^{-1}`` behind a value, in a text font; None where a part is no unit."""
-        if not (self._behind_value() and _UNIT_OF_SEVERAL.fullmatch(words)):
+        return None if words.isalpha() or not self._behind_value() else _product_of_units(words)
+
+    def _quotient_of_units(self) -> list[Token] | None:
+        r"""What follows ``\frac`` behind a value where it is ``{\mathrm{m}}{\mathrm{s}^2}``; None for anything else."""
+        if not self._behind_value():
             return None
-        parts = list(_PART_OF_UNIT.finditer(words))
-        if len(parts) == 1 and parts[0][2] is None:
-            return None
-        found: list[Token] = []
-        for name, power, joint in (part.groups() for part in parts):
-            if joint:
-                found.extend([Token("mark", "/")] if joint == "/" else [])
-            elif known_unit(name) or name in _MORE_UNITS or name in _SINGLE_LETTER_UNITS:
-                found.append(Token("text", name))
-                if power:
-                    signed = [Token("mark", "-")] if power.startswith("-") else []
-                    digits = Token("number", power.lstrip("-"))
-                    found.extend([Token("mark", "^"), Token("mark", "{"), *signed, digits, Token("mark", "}")])
-            else:
+        start = self.at
+        tokens_of: list[list[Token]] = []
+        for half in (self._argument(), self._argument()):
+            outside = _UNIT_FONT.sub("", half or "").replace("\\cdot", "")
+            found = _product_of_units(_UNIT_FONT.sub(r"\1\2", half or "").strip())
+            if found is None or _SLASH in found or any(map(str.isalpha, outside)):
+                self.at = start
                 return None
-        return found
+            tokens_of.append(found)
+        top, bottom = tokens_of
+        return top + [each for token in bottom for each in ((_SLASH, token) if token.kind == "text" else (token,))]
 
     def _argument(self) -> str | None:
         """The raw group behind a command, or the single letter; None where neither follows."""
@@ -504,8 +509,9 @@ class _Lexer:
                 yield from (Token("mark", ","),) if at else ()
                 yield from self._wrapped(part)
         elif len(words) == 1 and words.isalpha():
-            unit = words in _SINGLE_LETTER_UNITS and self._behind_value()
-            yield Token("text" if unit else "name", words)
+            behind = self._behind_number() if words in _UNITS_SET_OFF else self._behind_value()
+            set_off = words in _SINGLE_LETTER_UNITS or (words in _UNITS_SET_OFF and (self.spaced or content[0] == " "))
+            yield Token("text" if behind and set_off else "name", words)
         elif words in FUNCTIONS and not (words in _UNITS and self._behind_value()):
             yield Token("command", f"\\{words}")
         elif (number := number_word(words)) is not None:
@@ -518,6 +524,26 @@ class _Lexer:
             yield from _Lexer(words, self.thousands).run()
         else:
             yield Token("text", words)
+
+
+def _product_of_units(words: str) -> list[Token] | None:
+    """The tokens of units with powers, with a slash where one divides; None where a part is no unit."""
+    if not _UNIT_OF_SEVERAL.fullmatch(words):
+        return None
+    found: list[Token] = []
+    for part in _PART_OF_UNIT.finditer(words):
+        name, power, joint = part.groups()
+        if joint:
+            found.extend([_SLASH] if joint == "/" else [])
+        elif known_unit(name) or name in _MORE_UNITS | _SINGLE_LETTER_UNITS | _UNITS_SET_OFF:
+            found.append(Token("text", name))
+            if power:
+                signed = [Token("mark", "-")] if power.startswith("-") else []
+                digits = Token("number", power.lstrip("-"))
+                found.extend([Token("mark", "^"), Token("mark", "{"), *signed, digits, Token("mark", "}")])
+        else:
+            return None
+    return found
 
 
 def closing_braces(text: str) -> dict[int, int]:
@@ -574,6 +600,8 @@ pound | lb lbs pound pounds | | 1
 arcsec | arcsec arcsecond arcseconds | | 1
 arcmin | arcmin arcminute arcminutes | | 1
 Hz | Hz hertz | | 1
+ohm | ohm ohms | | 1
+angstrom | angstrom angstroms | | 1
 liter | L l liter liters litre litres | volume | 1000
 ml | mL ml milliliter milliliters | volume | 1
 unit | unit units | | 1
@@ -599,9 +627,11 @@ def _unit_table() -> dict[str, Unit]:
 
 
 _UNITS = _unit_table()
-_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C M T H G".split())
+_SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C".split())
+_UNITS_SET_OFF = frozenset("M T H G".split())
+r"""Only behind a number and a space: ``3\mathrm{H}`` is no quantity, ``(a+b)\,\mathrm{T}`` neither."""
 _MORE_UNITS = frozenset(
-    "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr ohm".split()
+    "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr".split()
 )
 """Parts of units such as kJ/mol, besides those of the table; alone, in a text font, any word is a unit."""
 _AREA = {"square": "^2", "sq": "^2", "cubic": "^3"}
@@ -615,8 +645,8 @@ _NOT_UNITS = frozenset(
 
 
 def known_unit(word: str) -> Unit | None:
-    """The unit that a word names."""
-    return _UNITS.get(word) or _UNITS.get(word.casefold())
+    """The unit that a word names; of a single letter, as ``M`` is no ``m``, only as it stands."""
+    return _UNITS.get(word) or (_UNITS.get(word.casefold()) if len(word) > 1 else None)
 
 
 def scale_of(word: str) -> int | None:
@@ -625,14 +655,50 @@ def scale_of(word: str) -> int | None:
 
 
 def unit_name(words: str) -> str:
-    """The words behind a number as a unit in one spelling.
+    """The words behind a number as a unit in one spelling: ``m s^-2`` for ``m/s^2`` and ``meters per second squared``.
 
     Raises:
         Undecided: they say more than a unit does.
     """
-    parts = re.sub(r"\s*(?:/|(?<![a-zA-Z])per(?![a-zA-Z]))\s*", " / ", re.sub(r"[.,]", " ", words)).split()
+    spelled = re.sub(r"\s*(?:/|(?<![a-zA-Z])per(?![a-zA-Z]))\s*", " / ", re.sub(r"[.,]", " ", words))
+    parts = _RAISED_BELOW.sub(lambda found: f"{found[1]} {_RAISING[found[2]]}", spelled).split()
     if parts != ["times"] and not _NOT_UNITS.isdisjoint(part.casefold() for part in parts):
         raise Undecided("words that are no unit")
-    power = _AREA.get(parts[0].casefold(), "") if len(parts) > 1 else ""
-    names = [unit.name if (unit := known_unit(part)) else part.casefold() for part in parts[bool(power) :]]
-    return " ".join(names).replace(" / ", "/") + power
+    if (factors := _factors(parts)) is not None:
+        powers: dict[str, int] = {}
+        for name, power in factors:
+            powers[name] = powers.get(name, 0) + power
+        return " ".join(f"{name}^{powers[name]}" if powers[name] != 1 else name for name in sorted(powers))
+    raised = _AREA.get(parts[0].casefold(), "") if len(parts) > 1 else ""
+    names = [unit.name if (unit := known_unit(part)) else part.casefold() for part in parts[bool(raised) :]]
+    return " ".join(names).replace(" / ", "/") + raised
+
+
+_RAISING = {"squared": "^2", "cubed": "^3"}
+_RAISED_BELOW = re.compile(r"(?<= / )([a-zA-Z]+) (squared|cubed)(?![a-zA-Z])")
+_WHOLE_POWER = re.compile(r"\^-?\d")
+
+
+def _factors(parts: Sequence[str]) -> list[tuple[str, int]] | None:
+    """Units with their powers, of which a slash turns the next one's; None where a part is no unit."""
+    found: list[tuple[str, int]] = []
+    power, sign = 1, 1
+    for part in parts:
+        if part == "/":
+            sign = -1
+        elif part.casefold() in _AREA:
+            power = int(_AREA[part.casefold()][1:])
+        elif _WHOLE_POWER.fullmatch(part) and found:
+            name, before = found[-1]
+            found[-1] = (name, before * int(part[1:]))
+        elif part not in ("*", "\\cdot"):
+            unit = known_unit(part)
+            if unit is not None:
+                over, _, under = unit.name.partition("/")
+                found.extend([(over, power * sign), *([(under, -power * sign)] if under else [])])
+            elif part in _MORE_UNITS | _SINGLE_LETTER_UNITS | _UNITS_SET_OFF:
+                found.append((part, power * sign))
+            else:
+                return None
+            power = sign = 1
+    return found if found and power == sign == 1 else None

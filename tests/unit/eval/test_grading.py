@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from eval.grading import Grader, grade, same_answers
+from eval.grading import Grader, check_rule, grade, same_answers
 from eval.metrics import vote
+from eval.tasks import BadInput
 from megatron_rl.dataflow import Outcome, Score
 from megatron_rl.rewards.rules import RULES, CorrectnessRule, FileRule, RewardRule
 from megatron_rl.rewards.service import RewardService
@@ -103,3 +104,42 @@ def test_a_worker_says_which_answer_its_rule_read(name: str, response: str, answ
             Grader(name=name, rule=RULES[name], scorer=service, comparer=service),
         )
     assert sample.extracted == answer
+
+
+class Listed:
+    """Ends the scoring of each gold as listed, and remembers which it was asked."""
+
+    def __init__(self, outcomes):
+        self.outcomes = outcomes
+        self.asked = []
+
+    def score(self, requests):
+        self.asked = [gold for _, gold, _ in requests]
+        return [Score(value=0.0, parts={"correct": 0.0}, outcome=self.outcomes[gold]) for gold in self.asked]
+
+
+def checked(outcomes, golds):
+    scorer = Listed(outcomes)
+    return check_rule(Grader(name="r", rule=RULES["boxed"], scorer=scorer, comparer=scorer), golds), scorer.asked
+
+
+def test_a_rule_is_tried_on_eight_different_reference_answers():
+    outcomes = {f"{number}": Outcome.SCORED for number in range(10)}
+    assert checked(outcomes, ["0", "0", *outcomes]) == ("", [f"{number}" for number in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(Outcome.ERROR, Outcome.SCORED), (Outcome.TIMEOUT, Outcome.TIMEOUT), (Outcome.ERROR, Outcome.TIMEOUT)],
+)
+def test_a_reference_answer_that_a_rule_does_not_score_is_told_and_is_no_end(first: Outcome, second: Outcome) -> None:
+    told, _ = checked({"a": first, "b": second}, ["a", "b"])
+    failed = sum(outcome is not Outcome.SCORED for outcome in (first, second))
+    assert told.startswith(
+        f"rule r did not score {failed} of 2 responses that box a reference answer: 'a' ({first.value})"
+    )
+
+
+def test_a_rule_that_raises_on_every_reference_answer_is_refused():
+    with pytest.raises(BadInput, match=r"on each of 2 that box a reference answer, such as .* the gold answer 'a'"):
+        checked({"a": Outcome.ERROR, "b": Outcome.ERROR}, ["a", "b"])

@@ -528,6 +528,30 @@ def test_a_rule_is_tried_on_an_answer_of_the_task_and_told_what_it_raised_on(tmp
     assert "with the gold answer '1 2'" in told
 
 
+def test_a_first_answer_that_a_rule_raises_on_is_told_and_counted(tmp_path, model, task, engine, capsys):
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "from megatron_rl.dataflow import Score\n\n\ndef nonzero(text, answer, finish):\n"
+        "    return Score(value=1.0, parts={'correct': int(answer) / int(answer)})\n"
+    )
+    asked = command(tmp_path, model, task, "--rule", f"{rule}:nonzero")
+    assert main(asked) == 0
+    assert "note: sums: rule" in (told := capsys.readouterr().err)
+    assert "did not score 1 of 5 responses that box a reference answer: '0' (error)" in told
+    found = results(tmp_path / "out")["results"]["sums"]
+    assert (found["grader_errors,none"], found["pass@1,none"]) == (1, 0.8)
+    assert main(["--rescore", str(tmp_path / "out" / "samples_sums.jsonl"), "--rule", f"{rule}:nonzero"]) == 0
+    capsys.readouterr()
+    assert main(["--gold-oracle", "--tasks", str(task), "--rule", f"{rule}:nonzero"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["sums: 4 of 5 gold answers equal themselves", "  0: '0' (error)"]
+
+
+def test_the_gold_oracle_needs_a_rule_that_says_what_is_right(tmp_path, task, capsys):
+    (tmp_path / "rule.py").write_text("def half(text, answer, finish):\n    return 0.5\n")
+    assert main(["--gold-oracle", "--tasks", str(task), "--rule", f"{tmp_path}/rule.py:half"]) == 2
+    assert "must return a Score with a part 'correct'" in capsys.readouterr().err
+
+
 def test_a_verdict_between_right_and_wrong_is_refused(tmp_path, model, task, engine, capsys):
     rule = tmp_path / "rule.py"
     rule.write_text(

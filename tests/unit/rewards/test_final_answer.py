@@ -48,6 +48,16 @@ from megatron_rl.rewards.rules import RULES
         ("<answer>4</answer> no, <answer>5</answer>", "5"),
         ("<think><answer>4</answer></think> The answer is 5", "5"),
         ("<think>a</think> <answer>4</answer> The answer is 5", "4"),
+        ("<think>a</think> <answer> 4 ", "4"),
+        ("<think>a</think><answer>4", "4"),
+        ("<think>a</think> <answer> $4$ ", "$4$"),
+        ("<think>a</think> <answer> Evelyn\n", "Evelyn"),
+        (r"<think>a</think> \boxed{3} <answer> We get \boxed{4} here", "4"),
+        ("<think>a</think> <answer>4</answer> no, <answer> 5", "5"),
+        ("I put it in <answer> tags. The answer is 5.", "5"),
+        ("I put it in <answer></answer> tags. The answer is 5.", "5"),
+        ("<answer>4</answer> in <answer> </answer> tags", "4"),
+        ("The answer is 5. <answer>", "5"),
         ("The total is 12,345/1,000 or 1,2 1/2", "12,345/1,000 or 1,2 1/2"),
     ],
 )
@@ -69,6 +79,7 @@ def test_the_end_of_a_response_says_the_answer(text: str, answer: str) -> None:
         "<think><answer>5</answer>",
         "<think><answer>5</answer></think> I do not know",
         "<think>a</think> <answer> </answer>",
+        "<think>a</think> The number is 5 <answer>I do not know",
     ],
 )
 def test_a_part_of_an_expression_is_no_answer(text: str) -> None:
@@ -108,7 +119,9 @@ def test_numbers_with_commas_are_read_one_way_where_no_sentence_ends(
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("piece", ["$", "\\(", "answer is ", "1", "1,", "\n", "{", "answer  ", "1 and ", "a. A"])
+@pytest.mark.parametrize(
+    "piece", ["$", "\\(", "answer is ", "1", "1,", "\n", "{", "answer  ", "1 and ", "a. A", "<answer>"]
+)
 def test_a_million_characters_take_less_than_two_seconds(piece: str) -> None:
     start = time.process_time()
     final_answer(piece * (1_000_000 // len(piece)))
