@@ -152,7 +152,9 @@ os.sched_getaffinity = lambda _: set(range(8))
 cores._GROUPS = Path(sys.argv[3])
 sharing = None if sys.argv[2] == "None" else int(sys.argv[2])
 found = Supervisor("worker", sys.argv[1] + "/worker.log", sys.argv[1], {}, sharing)
-print(psutil.Process(found._process.pid).environ()["OMP_NUM_THREADS"])
+while not (environment := psutil.Process(found._process.pid).environ()):
+    pass  # it has begun, and the kernel has yet to show its environment
+print(environment["OMP_NUM_THREADS"])
 found.stop()
 """
 
