@@ -30,6 +30,8 @@ _NUMBER = r"(\d{6}|[1-9]\d{6,})"
 _COMMITTED, _PARTIAL = re.compile("step_" + _NUMBER), re.compile(r"\.partial_" + _NUMBER)
 _LATEST, _NONE_YET = "latest", "none"
 _STATE, _MANIFEST, _HF = "state.json", "manifest.json", "hf/"
+_ROLES = ("policy", "critic")
+"""Whose folders a checkpoint may hold, whichever of them the run has that goes on from it."""
 _READERS = 4
 _POLL_S = 0.2
 
@@ -365,7 +367,7 @@ class RunCheckpoints:
             keep: how many; older ones are deleted,
             keep_weights: but for the Hugging Face folders of so many of them.
             asynchronous: training goes on while files are written.
-            models: by role; the ``policy`` is also written as a Hugging Face folder.
+            models: ``policy``, also written as a Hugging Face folder, and ``critic`` where there is one.
             parts: of the driver, by name.
             like: the Hugging Face folder that configuration and tokenizer come from.
             identity: of this run.
@@ -549,7 +551,7 @@ class RunCheckpoints:
                     manifest = json.loads((folder / _MANIFEST).read_text())
                     kept = {name: manifest[name] for name in manifest if name == _STATE or name.startswith(_HF)}
                     replace_text(folder / _MANIFEST, json.dumps(kept, indent=1))
-                for model in filter(Path.exists, (folder / role for role in self._models)):
+                for model in filter(Path.exists, (folder / role for role in _ROLES)):
                     partial.mkdir(exist_ok=True)
                     shutil.rmtree(model.rename(partial / model.name))
                     partial.rmdir()

@@ -17,18 +17,20 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_rl.durable import replace_bytes
 
 _WANDB_FINISH_S = 60.0
+_WANDB_PROCESS = "wandb-core"
 Source = Callable[[Mapping[str, float]], Mapping[str, float]]
 """Asked at the end of every record: takes the record's metrics so far, gives more of them under their full names."""
 
@@ -316,22 +318,38 @@ class _WandB:
     def close(self, *, failed: bool) -> str:
         """Why in a thread: without a network W&B tries for as long as it takes, and no version has a limit for that."""
         raised: list[Exception] = []
+        ended = threading.Event()
 
         def finish() -> None:
             try:
                 self._run.finish(exit_code=int(failed))
             except Exception as error:  # the run is over: nothing of W&B's is its end
                 raised.append(error)
+            finally:
+                ended.set()
 
-        finishing = threading.Thread(target=finish, name="wandb", daemon=True)
-        finishing.start()
-        finishing.join(_WANDB_FINISH_S)
-        if finishing.is_alive():
+        threading.Thread(target=finish, name="wandb", daemon=True).start()
+        given_up = True  # so an interrupt leaves it
+        try:
+            given_up = not ended.wait(_WANDB_FINISH_S)
+        finally:
+            if given_up:
+                _kill_wandb()
+        if given_up:
             return (
                 f"logging.wandb_project: W&B had not taken all metrics {_WANDB_FINISH_S:g} s after the run's end, and "
-                "is not waited for; metrics.jsonl has them, and 'wandb sync' may send what lies in the run's wandb/"
+                "its process was killed, of which it may complain; metrics.jsonl has them, and 'wandb sync' may send "
+                "what lies in the run's wandb/"
             )
         return f"logging.wandb_project: W&B did not end well: {raised[0]}" if raised else ""
+
+
+def _kill_wandb() -> None:
+    """Kill W&B's process, for whose end W&B waits at the exit of this one, without a limit of its own."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == _WANDB_PROCESS:
+                child.kill()
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,7 @@ def start_roles(cluster: Cluster, config: RunConfig, dims: ModelDims) -> Roles:
     )
 
     def restart_engines(ranks: Sequence[int]) -> None:
-        for rank in ranks:
-            cluster.restart(groups["engine"], rank)
-        groups["engine"].build(start_engine, [(spec,)] * len(ranks), ranks).result()
+        cluster.restart(groups["engine"], ranks, start_engine, [(spec,)] * len(ranks))
         audit()
         open_channel()  # it has as many ends as there were at its opening
 

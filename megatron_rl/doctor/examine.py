@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,16 +69,19 @@ def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster
     question = partial(look, run_dir, _shared_files(config, files), _weight_files(config))
     here = question()
     survey = _survey(cluster, here, question, needs)
-    used, unusable = _used(config, here)
+    used, unusable, without_torch = _used(config, here)
     not_checked = [*survey.not_checked]
     if config is None:
         not_checked.append("batches, layouts, devices, model, data, disk: no FILE.toml is given")
     else:
-        unusable += _devices(config, cluster, here, survey)
+        if without_torch is None:
+            unusable += _devices(config, cluster, survey)
+        else:
+            not_checked.append(f"devices: need torch, {without_torch}")
         if dims is None:
             not_checked.append(f"weights, data, disk: the model's sizes cannot be read from {config.model.path}")
         else:
-            unread, left_out = _contents(config, dims)
+            unread, left_out = _contents(config, dims, without_torch)
             unusable += unread
             not_checked += left_out
         if cluster.address is not None and survey.resources is None:
@@ -126,37 +128,41 @@ def _weight_files(config: RunConfig | SFTConfig | None) -> tuple[Path, ...]:
     return () if config is None else tuple(sorted(file.resolve() for file in config.model.path.glob("*.safetensors")))
 
 
-def _devices(config: RunConfig | SFTConfig, cluster: ClusterConfig, here: NodeFacts, survey: _Survey) -> list[Finding]:
+def _devices(config: RunConfig | SFTConfig, cluster: ClusterConfig, survey: _Survey) -> list[Finding]:
     """Whether there are as many as the layouts take, on this machine or on the cluster that was asked."""
+    from megatron_rl.device import gpu_count  # loads torch; as a run counts: nvidia-smi tells of hidden ones
+
+    here = gpu_count()
     if cluster.address is None:
         cpus = len(os.sched_getaffinity(0))
-        return [*check_devices(config, gpus=len(here.gpus), cpus=cpus, where="this machine")]
+        return [*check_devices(config, gpus=here, cpus=cpus, where="this machine")]
     if survey.resources is None:
         return []
     gpus, total = (survey.resources.get(kind, 0.0) for kind in ("GPU", "CPU"))
-    if not here.gpus and config.cluster.device == "cpu":
+    if not here and config.cluster.device == "cpu":
         gpus = 0.0
     return [*check_devices(config, gpus=gpus, cpus=total, where="the cluster")]
 
 
-def _contents(config: RunConfig | SFTConfig, dims: ModelDims) -> tuple[list[Finding], list[str]]:
+def _contents(
+    config: RunConfig | SFTConfig, dims: ModelDims, without_torch: str | None
+) -> tuple[list[Finding], list[str]]:
     """What is wrong with the files that a run reads on this machine at its start, read as it does, and what was left
-    out.
+    out, for one because there is no torch (see :func:`_used`).
     """
     folder, found, left_out = config.model.path, list[Finding](), list[str]()
-    has_torch = sys.modules.get("torch") is not None  # :func:`_used` has tried
     try:
         tokenizer = load_tokenizer(folder)
     except ValueError as error:
         found.append(_unusable("tokenizer", str(error), "copy the model's folder anew"))
         left_out.append("data: there is no tokenizer for it")
     else:
-        if has_torch or isinstance(config, RunConfig):
+        if without_torch is None or isinstance(config, RunConfig):
             found += _data(config, tokenizer, dims)
         else:
-            left_out.append("data: needs torch, which cannot be imported")
-    if not has_torch:
-        return found, [*left_out, "weights: need torch, which cannot be imported"]
+            left_out.append(f"data: needs torch, {without_torch}")
+    if without_torch is not None:
+        return found, [*left_out, f"weights: need torch, {without_torch}"]
     from megatron_rl.mcore.torch_dist import METADATA  # loads torch, as the next
     from megatron_rl.weights.safetensors_io import HfFolder
 
@@ -244,19 +250,24 @@ def _silent(host: str, reason: str) -> Finding:
     )
 
 
-def _used(config: RunConfig | SFTConfig | None, here: NodeFacts) -> tuple[list[str], list[Finding]]:
-    """What each part of training is done with on this machine, and why it cannot be."""
+def _used(config: RunConfig | SFTConfig | None, here: NodeFacts) -> tuple[list[str], list[Finding], str | None]:
+    """What each part of training is done with on this machine, why it cannot be, and why there is no torch; None where
+    it has been imported.
+    """
     releases = fitting_set(here)
     told = ", ".join(f"{name} {release}" for name, release in releases.packages.items())
     rows = [f"nearest set     python {releases.python}, {told} ({releases.state.value})"]
     if find_spec("torch") is None:
-        return [*rows, "torch is not installed: plan, show-config and doctor do without, training does not"], []
+        rows.append("torch is not installed: plan, show-config and doctor do without, training does not")
+        return rows, [], "which is not installed"
     if here.engine_fault is not None:
-        return [*rows, "Transformer Engine cannot be imported, and so training cannot start"], []
+        rows.append("Transformer Engine cannot be imported, and so training cannot start")
+        return rows, [], "which is not tried while Transformer Engine cannot be imported"
     try:
         importlib.import_module("torch")
     except (ImportError, OSError) as error:
-        return rows, [_unusable("torch", f"is installed and cannot be imported: {error}", "install it anew")]
+        found = _unusable("torch", f"is installed and cannot be imported: {error}", "install it anew")
+        return rows, [found], "which cannot be imported"
     from megatron_rl.mcore.capabilities import capabilities
     from megatron_rl.mcore.logprobs import choose_kernels
 
@@ -264,9 +275,9 @@ def _used(config: RunConfig | SFTConfig | None, here: NodeFacts) -> tuple[list[s
     try:
         rows += [f"{row.part:15} {row.used} ({row.why})" for row in capabilities(layers, dtype)]
     except ValueError as error:
-        return rows, [_unusable("layers", str(error), "change model.layers, or what it lacks")]
+        return rows, [_unusable("layers", str(error), "change model.layers, or what it lacks")], None
     kernels = choose_kernels("auto" if config is None else next(iter(config.trainers.values())).logprob_kernel)
-    return [*rows, f"{'log-probs':15} {kernels.name}"], []
+    return [*rows, f"{'log-probs':15} {kernels.name}"], [], None
 
 
 def _unusable(what: str, found: str, do: str) -> Finding:

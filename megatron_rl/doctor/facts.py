@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
@@ -236,7 +237,11 @@ def _engine_fault(packages: Mapping[str, str]) -> str | None:
 def room(run_dir: Path) -> int:
     """Bytes that a run may fill: what is free, and what its own checkpoints hold."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
-    held = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    held = 0
+    for folder, _, names in os.walk(run_dir / "checkpoints"):
+        for name in names:
+            with suppress(OSError):  # a run that is ending there may still remove old checkpoints
+                held += Path(folder, name).stat().st_size
     return shutil.disk_usage(there).free + held
 
 

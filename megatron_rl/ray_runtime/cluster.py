@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -299,10 +299,25 @@ class Cluster:
         start = ray.remote(Supervisor).options(**options).remote
         return start(worker, str(log), str(self._scratch), dict(environment), sharing.get((role.name, rank)))
 
-    def restart(self, group: WorkerGroup, rank: int) -> None:
-        """Start a new process in the place of a dead one, on the same device."""
-        group.restart(rank)
-        self._note_births(group, [rank])
+    def restart(
+        self,
+        group: WorkerGroup,
+        ranks: Sequence[int],
+        factory: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+    ) -> None:
+        """Start new processes in the places of dead ones, on the same devices, and build their objects, see
+        :meth:`.WorkerGroup.build`.
+
+        Raises:
+            WorkerDied: one of them died, or another worker of the run; the others are there or on their way.
+            WorkerFailed: one of them raised.
+        """
+        for rank in ranks:
+            group.restart(rank)
+        building = group.build(factory, arguments, ranks)  # before any is waited for, which may raise for one of them
+        self._note_births(group, ranks)
+        building.result()
 
     def _note_births(self, group: WorkerGroup, ranks: Sequence[int]) -> None:
         for rank, birth in zip(ranks, group.births(ranks), strict=True):

@@ -41,7 +41,8 @@ class Engines:
             engine: all of them.
             sync: pushes to all of them.
             restarts: of each.
-            restart: makes those of the given ranks anew, and opens the channel of the pushes again.
+            restart: makes those of the given ranks anew, all of them also where it raises for one, and opens the
+                channel of the pushes again.
             tell: gets a line about each death.
             describe: what pushes send, known after the first, which is told then.
         """

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_rl.lifetime import ended
 from megatron_rl.ray_runtime.child import Call, Reply
+from megatron_rl.ray_runtime.cores import usable_cores
 
 LOG_LINES = 12
 _GPU_IS_FULL = "CUDA out of memory"
@@ -84,8 +85,9 @@ class Supervisor:
             log_file: gets what it prints.
             scratch: see :func:`_writing_to`.
             environment: of the process, besides this one's.
-            sharing: workers that compute on this node's cores, this one included; it gets an equal share of them as
-                threads, unless OMP_NUM_THREADS was set for this node. None: it does not compute there.
+            sharing: workers that compute on this node's cores, this one included; it gets an equal share of those that
+                may be used (:func:`.usable_cores`) as threads, unless OMP_NUM_THREADS was set for this node. None: it
+                does not compute there.
 
         Raises:
             OSError: it cannot be started, or its log cannot be written.
@@ -94,7 +96,7 @@ class Supervisor:
         self._log = Path(log_file)
         self._environment = _writing_to(Path(scratch)) | dict(environment)
         if sharing is not None and not _threads_are_set():
-            self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // sharing))
+            self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // sharing))
         self._phase = "starting"
         self._turn = threading.Condition()
         self._one_beside = threading.Lock()

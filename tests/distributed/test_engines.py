@@ -96,9 +96,7 @@ def group(cluster: Cluster) -> WorkerGroup:
 def start(cluster: Cluster, group: WorkerGroup, tmp_path: Path) -> Callable[[int], Started]:
     def start(restarts: int) -> Started:
         def build(ranks: Sequence[int]) -> None:
-            for rank in ranks:
-                cluster.restart(group, rank)
-            group.build(Engine, [(rank, tmp_path) for rank in ranks], ranks).result()
+            cluster.restart(group, ranks, Engine, [(rank, tmp_path) for rank in ranks])
 
         sync, told = Sync(group), list[str]()
         build(range(2))

@@ -61,14 +61,16 @@ class ResponseLengths:
 class Saver:
     """A run's checkpoints with what they save."""
 
-    def __init__(self, folder: Path, *, asynchronous: bool = True, keep: int = 2, keep_weights: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, asynchronous: bool = True, keep: int = 2, keep_weights: int = 0, has_critic: bool = True
+    ) -> None:
         self.policy, self.critic, self.cursor = FileModel(), FileModel(), Cursor()
         self.checkpoints = RunCheckpoints(
             folder,
             keep=keep,
             keep_weights=keep_weights,
             asynchronous=asynchronous,
-            models={"policy": self.policy, "critic": self.critic},
+            models={"policy": self.policy} | ({"critic": self.critic} if has_critic else {}),
             parts={"prompts": self.cursor},
             like=folder,
             identity=IDENTITY,
@@ -130,6 +132,17 @@ def test_of_older_checkpoints_the_weights_are_kept(folder: Path) -> None:
     assert saved is not None
     check_whole(saved)
     assert Saver(folder).checkpoints.start(saved) == 6
+
+
+def test_weights_alone_are_kept_also_of_what_a_run_saved_when_it_had_a_critic(folder: Path) -> None:
+    weights_keeper(folder).save(1)
+    (folder / "step_000001/notes").mkdir()
+    (folder / "step_000001/notes/mine.txt").touch()
+    saver = Saver(folder, keep=2, keep_weights=2, has_critic=False)
+    saver.checkpoints.start(find_checkpoint(folder))
+    for step in (2, 3):
+        saver.save(step)
+    assert files(folder / "step_000001") == sorted([*WEIGHTS, "notes/mine.txt"])
 
 
 def test_no_run_goes_on_from_weights_alone(folder: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -392,6 +393,45 @@ def test_wandb_that_cannot_end_is_given_up_and_hides_nothing(tmp_path, monkeypat
     log, screen = open_log(tmp_path, wandb_project="reasoning")
     log.close()
     assert "logging.wandb_project: W&B did not end well: no such project" in screen.getvalue()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_wandb_that_is_given_up_does_not_hold_up_the_exit(tmp_path, interrupted):
+    """As W&B does: a process of its own, for whose end a hook waits when Python exits."""
+    shutil.copy(shutil.which("sleep"), tmp_path / "wandb-core")
+    (tmp_path / "wandb.py").write_text(
+        "import atexit, subprocess, types\n"
+        "def init(**settings):\n"
+        "    core = subprocess.Popen(['./wandb-core', '60'])\n"
+        "    atexit.register(core.wait)\n"
+        "    return types.SimpleNamespace(finish=lambda exit_code: core.wait())\n"
+    )
+    program = (
+        "import os, signal, subprocess, threading\nfrom pathlib import Path\nfrom megatron_rl import metrics\n"
+        "other = subprocess.Popen(['sleep', '60'])\n"
+        "log = metrics.MetricLog(Path('run'), total_steps=1, wandb_project='x')\n"
+    )
+    if interrupted:
+        program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        program += "threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+    else:
+        program += "metrics._WANDB_FINISH_S = 0.5\n"
+    program += (
+        "try:\n    log.close()\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
+        "print('others', other.poll())\nother.kill()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("others None\n")
+    assert ("interrupted" in run.stdout) is interrupted
 
 
 def test_asking_for_wandb_without_having_it_says_what_to_do(tmp_path, monkeypatch):

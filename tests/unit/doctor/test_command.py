@@ -16,6 +16,7 @@ from tests.unit.doctor.test_checks import SIZES
 
 ROOT = Path(__file__).parents[3]
 RECIPE = str(ROOT / "examples" / "arithmetic_cpu" / "ppo.toml")
+SMALL = ("policy.layout.tensor=1", "critic.layout.pipeline=1")
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # cannot be imported, and is not found
@@ -24,11 +25,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def doctor(*arguments: str, program: tuple[str, ...] = ("-m", "megatron_rl")) -> subprocess.CompletedProcess[str]:
+def doctor(
+    *arguments: str, program: tuple[str, ...] = ("-m", "megatron_rl"), **environment: str
+) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, *program, "doctor", *arguments],
-        env=kept | {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": "0" * 64},
+        env=kept | {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": "0" * 64} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -74,8 +77,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def test_a_run_whose_files_cannot_be_read_or_that_has_no_room_is_told(tmp_path: Path) -> None:
-    small = ["policy.layout.tensor=1", "critic.layout.pipeline=1"]
-    asked = settings_of(model_folder(tmp_path), *small, "cluster.cpus_per_worker=1000")
+    asked = settings_of(model_folder(tmp_path), *SMALL, "cluster.cpus_per_worker=1000")
     (tmp_path / "train.jsonl").write_bytes(b"\x80\x81")
     done = doctor(*asked)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -88,7 +90,27 @@ def test_a_run_whose_files_cannot_be_read_or_that_has_no_room_is_told(tmp_path: 
     assert f"error    tokenizer: {tmp_path / 'tokenizer.json'} must be a tokenizer" in unread
     assert "error    devices" not in unread
     assert "not checked: data: there is no tokenizer for it" in unread
-    assert "not checked: weights: need torch, which cannot be imported" in unread
+    assert "not checked: weights: need torch, which is not installed" in unread
+
+
+def test_gpus_that_a_run_does_not_see_are_not_counted(tmp_path: Path) -> None:
+    tell = tmp_path / "nvidia-smi"
+    tell.write_text('#!/bin/sh\ncase "$1" in *name) echo NVIDIA A100;; *driver*) echo 580.82;; *) echo 8.0;; esac\n')
+    tell.chmod(0o755)
+    asked = settings_of(model_folder(tmp_path), *SMALL, "cluster.cpus_per_worker=0.01")
+    done = doctor(*asked, PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
+    assert "needs a torch built for CUDA" in done.stdout  # so it was asked
+    assert "error    devices" not in done.stdout, done.stdout
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_told_as_the_cause(tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libtransformer_engine.so')\n")
+    done = doctor(*settings_of(model_folder(tmp_path), *SMALL), PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for part in ("devices", "weights"):
+        why = "need torch, which is not tried while Transformer Engine cannot be imported"
+        assert f"not checked: {part}: {why}" in done.stdout
 
 
 def test_a_misspelt_setting_and_an_address_without_a_port_end_with_status_2() -> None:

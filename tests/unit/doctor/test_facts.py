@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.device import has_wide_vectors
-from megatron_rl.doctor.facts import Listener, NodeFacts, _wide_vectors, look, look_at_port
+from megatron_rl.doctor.facts import Listener, NodeFacts, _wide_vectors, look, look_at_port, room
 
 
 def looked(*files: Path, run_dir: Path | None = None) -> NodeFacts:
@@ -79,6 +79,27 @@ def test_room_for_checkpoints_counts_those_that_are_there(tmp_path: Path) -> Non
     after = looked(run_dir=run).disk
     assert after is not None
     assert after - (1 << 40) == pytest.approx(before, abs=1 << 30)
+
+
+def test_room_is_told_while_another_process_removes_checkpoints(tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    def come_and_go() -> None:
+        while not asked.is_set():
+            model = tmp_path / "checkpoints" / ".partial_000001" / "policy"
+            model.mkdir(parents=True)
+            for number in range(20):
+                (model / str(number)).touch()
+            shutil.rmtree(model.parent)
+
+    saving = threading.Thread(target=come_and_go)
+    saving.start()
+    try:
+        rooms = [room(tmp_path) for _ in range(1500)]
+    finally:
+        asked.set()
+        saving.join()
+    assert min(rooms) == pytest.approx(shutil.disk_usage(tmp_path).free, abs=1 << 30)
 
 
 def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

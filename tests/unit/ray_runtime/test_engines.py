@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any, cast
 
 import pytest
 
+from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Sampling
+from megatron_rl.ray_runtime.cluster import Cluster
 from megatron_rl.ray_runtime.engines import Engines, Evaluated
 from megatron_rl.ray_runtime.roles import RemoteEngine, RemoteTrainer
+from megatron_rl.ray_runtime.supervisor import Birth
 from megatron_rl.ray_runtime.workers import WorkerDied, WorkerFailed, WorkerGroup
 
 
@@ -120,6 +124,51 @@ def test_what_no_death_of_an_engine_explains_ends_the_run_though_restarts_are_le
     group = Restarts([WorkerDied("critic was killed by signal 9", worker="critic")])
     with pytest.raises(WorkerDied, match="critic was killed"):
         pushes(group, restarts=3)
+
+
+@dataclass
+class BothDead:
+    """Two engines that are found dead; the node of the first does not answer when it is first started anew."""
+
+    names: tuple[str, ...] = ("engine rank 0", "engine rank 1")
+    dead: dict[int, str] = field(default_factory=lambda: {0: "rank 0 was killed", 1: "rank 1 was killed"})
+    built: dict[int, str] = field(default_factory=dict)
+    asked: int = 0
+
+    def deaths(self) -> dict[int, str]:
+        return dict(self.dead)
+
+    def restart(self, rank: int) -> None:
+        self.dead.pop(rank, None)
+        self.built[rank] = "not yet"
+
+    def births(self, ranks: Sequence[int]) -> list[Birth]:
+        self.asked += 1
+        if self.asked == 1:
+            raise WorkerDied("engine rank 0: its supervisor did not answer", worker="engine rank 0")
+        return [Birth(host="a", address="10.0.0.1", pid=os.getpid()) for _ in ranks]
+
+    def build(self, factory: Any, arguments: Sequence[tuple[str]], ranks: Sequence[int]) -> SimpleNamespace:
+        self.built |= {rank: factory(*each) for rank, each in zip(ranks, arguments, strict=True)}
+        return SimpleNamespace(result=lambda: None)
+
+
+def test_an_engine_is_charged_once_for_a_death_though_another_one_failed_to_start(tmp_path: Path) -> None:
+    group, sync, told = BothDead(), Sync(), list[str]()
+    cluster = Cluster(ClusterConfig(), gpus=0, run_dir=tmp_path)
+
+    def restart(ranks: Sequence[int]) -> None:
+        cluster.restart(cast("WorkerGroup", group), ranks, str.upper, [("engine",)] * len(ranks))
+
+    engine = RemoteEngine(cast("WorkerGroup", group))
+    Engines(engine, sync, restarts=2, restart=restart, tell=told.append).push(4)
+    assert sync.versions == [4]
+    assert group.built == {0: "ENGINE", 1: "ENGINE"}
+    assert [line.replace("\n", "; ") for line in told] == [
+        "rank 0 was killed; engine rank 0 is started anew; restarts left: 1",
+        "rank 1 was killed; engine rank 1 is started anew; restarts left: 1",
+        "engine rank 0: its supervisor did not answer; engine rank 0 is started anew; restarts left: 0",
+    ]
 
 
 def test_ranks_that_do_not_see_a_file_are_named_with_their_hosts() -> None:

@@ -145,29 +145,40 @@ def test_calls_in_line_behind_one_that_the_worker_dies_in_are_told_at_once(super
 THREADS_OF_A_WORKER = """
 import os, sys, psutil
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray does
+from pathlib import Path
+from megatron_rl.ray_runtime import cores
 from megatron_rl.ray_runtime.supervisor import Supervisor
+os.sched_getaffinity = lambda _: set(range(8))
+cores._GROUPS = Path(sys.argv[3])
 sharing = None if sys.argv[2] == "None" else int(sys.argv[2])
 found = Supervisor("worker", sys.argv[1] + "/worker.log", sys.argv[1], {}, sharing)
-print(psutil.Process(found._process.pid).environ()["OMP_NUM_THREADS"])
+while not (environment := psutil.Process(found._process.pid).environ()):
+    pass  # it has begun, and the kernel has yet to show its environment
+print(environment["OMP_NUM_THREADS"])
 found.stop()
 """
 
 
 @pytest.mark.parametrize(
-    ("sharing", "given", "cores"),
-    [(1, None, 1.0), (2, None, 0.5), (10**6, None, None), (1, "1", None), (1, "7", None), (None, None, None)],
+    ("sharing", "given", "quota", "threads"),
+    [
+        *[(1, None, "max", 8), (2, None, "max", 4), (10**6, None, "max", 1), (None, None, "max", 1)],
+        *[(1, "1", "max", 1), (1, "7", "max", 7), (1, "7", "400000", 7)],
+        *[(1, None, "400000", 4), (2, None, "600000", 3)],
+    ],
 )
 def test_who_computes_on_the_host_shares_its_cores_unless_threads_are_set(
-    sharing: int | None, given: str | None, cores: float | None, tmp_path: Path
+    sharing: int | None, given: str | None, quota: str, threads: int, tmp_path: Path
 ) -> None:
+    """Eight, or what a container's quota leaves of them."""
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-c", THREADS_OF_A_WORKER, str(tmp_path), str(sharing)],
+        [sys.executable, "-c", THREADS_OF_A_WORKER, str(tmp_path), str(sharing), str(tmp_path)],
         env=environment | ({} if given is None else {"OMP_NUM_THREADS": given}),
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    share = given or "1" if cores is None else str(int(len(os.sched_getaffinity(0)) * cores))
-    assert done.stdout == f"{share}\n"
+    assert done.stdout == f"{threads}\n"
