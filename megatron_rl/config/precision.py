@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge
 
@@ -124,36 +124,46 @@ def token_multiple(layout: ParallelLayout, fp8: FP8Config | None) -> int:
     return layout.batch_multiple * (1 if fp8 is None else fp8.alignment)
 
 
-def linear_widths(dims: ModelDims, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
-    """What a linear layer reads or writes on one tensor rank, by name, in elements."""
+class Width(NamedTuple):
+    """Of a linear layer on one tensor rank; ``read``: as its input, else as its output alone."""
+
+    name: str
+    elements: int
+    read: bool = True
+
+
+def linear_widths(dims: ModelDims, layout: ParallelLayout) -> Iterator[Width]:
+    """What linear layers read or write on one tensor rank."""
     tensor = layout.tensor
-    yield "hidden", dims.hidden
+    yield Width("hidden", dims.hidden)
     if dims.latent is None:
-        yield "q, k and v", (dims.heads + 2 * dims.kv_heads) * dims.head_dim // tensor
-        yield "attention's output", dims.heads * dims.head_dim // tensor
+        yield Width("q, k and v", (dims.heads + 2 * dims.kv_heads) * dims.head_dim // tensor, read=False)
+        yield Width("attention's output", dims.heads * dims.head_dim // tensor)
     else:
         latent = dims.latent
         if latent.query_rank is not None:
-            yield "latent q", latent.query_rank
-        yield "latent k and v", latent.kv_rank
-        yield "latent k and v with rotary", latent.kv_rank + latent.rotary_head_dim
-        yield "q", dims.heads * (latent.plain_head_dim + latent.rotary_head_dim) // tensor
-        yield "k and v", dims.heads * (latent.plain_head_dim + latent.value_head_dim) // tensor
-        yield "attention's output", dims.heads * latent.value_head_dim // tensor
+            yield Width("latent q", latent.query_rank)
+        yield Width("latent k and v", latent.kv_rank)
+        yield Width("latent k and v with rotary", latent.kv_rank + latent.rotary_head_dim, read=False)
+        yield Width("q", dims.heads * (latent.plain_head_dim + latent.rotary_head_dim) // tensor, read=False)
+        yield Width("k and v", dims.heads * (latent.plain_head_dim + latent.value_head_dim) // tensor, read=False)
+        yield Width("attention's output", dims.heads * latent.value_head_dim // tensor)
     if dims.experts is None or len(dims.experts.layers) < dims.layers:
-        yield "ffn", dims.ffn_hidden // tensor
+        yield Width("ffn", dims.ffn_hidden // tensor)
     if dims.experts is not None:
-        yield "expert ffn", dims.experts.ffn_hidden // layout.expert_tensor
+        yield Width("expert ffn", dims.experts.ffn_hidden // layout.expert_tensor)
         if dims.experts.shared_ffn_hidden:
-            yield "shared expert ffn", dims.experts.shared_ffn_hidden // tensor
+            yield Width("shared expert ffn", dims.experts.shared_ffn_hidden // tensor)
 
 
-def input_widths(dims: ModelDims, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
-    """What a linear layer reads on one tensor rank, as :func:`linear_widths`."""
-    return ((name, width) for name, width in linear_widths(dims, layout) if name not in _WRITTEN_ALONE)
+def uneven(widths: Iterable[Width], multiple: int) -> list[str]:
+    """Those that ``multiple`` does not divide, for people."""
+    return [f"{width.name} {width.elements}" for width in widths if width.elements % multiple]
 
 
-_WRITTEN_ALONE = {"q, k and v", "q", "k and v", "latent k and v with rotary"}
+def uneven_inputs(dims: ModelDims, layout: ParallelLayout, multiple: int) -> list[str]:
+    """The same of what linear layers read on one tensor rank."""
+    return uneven((width for width in linear_widths(dims, layout) if width.read), multiple)
 
 
 def _delayed(case: FP8Case) -> str | None:
@@ -210,7 +220,7 @@ def _cuda(case: FP8Case) -> str | None:
 def _widths(case: FP8Case) -> str | None:
     if case.dims is None:
         return None
-    odd = [f"{name} {width}" for name, width in linear_widths(case.dims, case.layout) if width % case.fp8.alignment]
+    odd = uneven(linear_widths(case.dims, case.layout), case.fp8.alignment)
     if not odd:
         return None
     return (

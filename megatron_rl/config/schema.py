@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_rl.config.limit import Limit
-from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems, input_widths
+from megatron_rl.config.precision import FP8Case, FP8Config, Gpu, fp8_problems, uneven_inputs
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims, weight_problems
 
@@ -484,8 +484,7 @@ class EngineConfig:
         """
         if self.quantization != "fp8_per_block":
             return
-        widths = input_widths(dims, ParallelLayout(tensor=self.tensor))
-        if odd := [f"{name} {width}" for name, width in widths if width % 128]:
+        if odd := uneven_inputs(dims, ParallelLayout(tensor=self.tensor), 128):
             yield (
                 "engine.quantization: 'fp8_per_block' needs inputs of linears that are multiples of 128 on each engine "
                 f"worker, got {', '.join(odd)} at engine.tensor={self.tensor}; lower engine.tensor, or set "

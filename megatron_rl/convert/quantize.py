@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.config.precision import input_widths
+from megatron_rl.config.precision import uneven_inputs
 from megatron_rl.convert.sources import HfSource, read_config
 from megatron_rl.convert.target import Target
 from megatron_rl.durable import files_in, flush_all, read_record
@@ -138,8 +138,7 @@ def check_this_machine(name: str, dims: ModelDims, *, capability: tuple[int, int
             f"--for-this-machine: {ENGINE} must be able to load {name} on a {where}, and cannot; "
             f"choose {' or '.join(good) or 'no format'}, or leave the option out to write it for another machine"
         )
-    widths = input_widths(dims, ParallelLayout()) if name == "fp8_per_block" else ()
-    if odd := [f"{what} {width}" for what, width in widths if width % 128]:
+    if name == "fp8_per_block" and (odd := uneven_inputs(dims, ParallelLayout(), 128)):
         raise ValueError(
             f"--for-this-machine: {ENGINE} loads {name} only where 128 divides the inputs of each linear, got "
             f"{', '.join(odd)}; choose fp8_per_channel"
