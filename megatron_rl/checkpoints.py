@@ -231,11 +231,18 @@ def kept_weights(model: Path) -> Path | None:
 def _has_weights_alone(checkpoint: Path) -> bool:
     """What its manifest says: the one thing that is changed in one move."""
     try:
-        names = json.loads((checkpoint / _MANIFEST).read_text())
+        return _names_weights_alone(json.loads((checkpoint / _MANIFEST).read_text()))
     except (OSError, ValueError):
         return False
-    named = isinstance(names, dict) and _STATE in names
-    return named and all(name == _STATE or name.startswith(_HF) for name in names)
+
+
+def _names_weights_alone(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and _STATE in manifest and all(map(_stays, manifest))
+
+
+def _stays(file: str) -> bool:
+    """Where of a checkpoint the weights alone are kept."""
+    return file == _STATE or file.startswith(_HF)
 
 
 def check_whole(saved: SavedRun) -> None:
@@ -312,7 +319,7 @@ def _damage(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return [f"{checkpoint / _MANIFEST} cannot be read: {error}"]
-    if _has_weights_alone(checkpoint):
+    if _names_weights_alone(manifest):
         return [
             f"no run can go on from {checkpoint}, of which checkpoint.keep_weights has kept the weights alone ({_HF})"
         ]
@@ -547,9 +554,9 @@ class RunCheckpoints:
         """
         for folder in folders:
             with self._tried(folder) as partial:
-                if not _has_weights_alone(folder):
-                    manifest = json.loads((folder / _MANIFEST).read_text())
-                    kept = {name: manifest[name] for name in manifest if name == _STATE or name.startswith(_HF)}
+                manifest = json.loads((folder / _MANIFEST).read_text())
+                if not _names_weights_alone(manifest):
+                    kept = {name: manifest[name] for name in manifest if _stays(name)}
                     replace_text(folder / _MANIFEST, json.dumps(kept, indent=1))
                 for model in filter(Path.exists, (folder / role for role in _ROLES)):
                     partial.mkdir(exist_ok=True)
