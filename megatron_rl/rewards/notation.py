@@ -535,7 +535,7 @@ def _product_of_units(words: str) -> list[Token] | None:
         name, power, joint = part.groups()
         if joint:
             found.extend([_SLASH] if joint == "/" else [])
-        elif known_unit(name) or name in _MORE_UNITS | _SINGLE_LETTER_UNITS | _UNITS_SET_OFF:
+        elif known_unit(name) or name in _FURTHER_UNITS:
             found.append(Token("text", name))
             if power:
                 signed = [Token("mark", "-")] if power.startswith("-") else []
@@ -630,8 +630,9 @@ _UNITS = _unit_table()
 _SINGLE_LETTER_UNITS = frozenset("m s g h l L J N W V A K F C".split())
 _UNITS_SET_OFF = frozenset("M T H G".split())
 r"""Only behind a number and a space: ``3\mathrm{H}`` is no quantity, ``(a+b)\,\mathrm{T}`` neither."""
-_MORE_UNITS = frozenset(
-    "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr".split()
+_FURTHER_UNITS = _SINGLE_LETTER_UNITS.union(
+    _UNITS_SET_OFF,
+    "mol mmol kmol Pa kPa MPa atm bar erg dyn eV keV MeV GeV kJ MJ kW MW cal kcal nm pc kpc Mpc AU rad sr".split(),
 )
 """Parts of units such as kJ/mol, besides those of the table; alone, in a text font, any word is a unit."""
 _AREA = {"square": "^2", "sq": "^2", "cubic": "^3"}
@@ -696,7 +697,7 @@ def _factors(parts: Sequence[str]) -> list[tuple[str, int]] | None:
             if unit is not None:
                 over, _, under = unit.name.partition("/")
                 found.extend([(over, power * sign), *([(under, -power * sign)] if under else [])])
-            elif part in _MORE_UNITS | _SINGLE_LETTER_UNITS | _UNITS_SET_OFF:
+            elif part in _FURTHER_UNITS:
                 found.append((part, power * sign))
             else:
                 return None
