@@ -221,14 +221,16 @@ def _grade_again(settings: Settings, file: Path, before: Sequence[GradedSample],
         if path.exists():
             raise BadInput(f"--output {output}: {path} is there already; remove it or name another folder")
     started = time.monotonic()
-    tasks = list(dict.fromkeys(sample.task for sample in before))
-    settings.check_lenient_tasks(tasks)
+    there: dict[str, list[GradedSample]] = {}
+    for sample in before:
+        there.setdefault(sample.task, []).append(sample)
+    settings.check_lenient_tasks(list(there))
     by_task: dict[str, list[GradedSample]] = {}
-    golds = {task: [sample.gold for sample in before if sample.task == task] for task in tasks}
-    with _graders(settings, tasks) as graders:
+    golds = {task: [sample.gold for sample in samples] for task, samples in there.items()}
+    with _graders(settings, list(there)) as graders:
         _check_rule(graders, golds, Console(stderr=True))
         for task, grader in graders.items():
-            by_task[task] = grade([sample for sample in before if sample.task == task], grader)
+            by_task[task] = grade(there[task], grader)
             check_errors(task, by_task[task], len(by_task[task]), settings.max_error_rate)
         results = {
             task: task_results(samples, same_answers(samples, graders[task]), seed=settings.seed)
