@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.rewards import answers
+from megatron_rl.rewards import answers, second_opinion
 from megatron_rl.rewards.answers import after_last_word_boxed, cut_at_stop, equal, extract, last_boxed
 from megatron_rl.rewards.expressions import Apply, Number, Undecided, exact
 from megatron_rl.rewards.notation import plain
@@ -425,7 +425,7 @@ def test_different_answers(pred: str, gold: str) -> None:
 def test_a_long_sum_with_roots_or_absolute_values_is_compared_at_as_many_points_as_its_budget_allows(
     pred: str, gold: str
 ) -> None:
-    equal(r"\sqrt{4}", "2")  # the import is not what is timed
+    second_opinion.preload()  # the import is not what is timed
     begin = time.process_time()
     assert equal(pred, gold)
     assert time.process_time() - begin < 2.0
@@ -471,7 +471,7 @@ def test_hostile_text_is_wrong_runs_nothing_and_takes_no_time(
     gold: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    equal(r"\sqrt{4}", "2")  # the import is not what is timed
+    second_opinion.preload()  # the import is not what is timed
     for text in HOSTILE:
         begin = time.process_time()
         assert not equal(text, gold), text
