@@ -52,9 +52,9 @@ help: ## this list
 env: $(STAMP) ## make .venv: everything pinned, no CUDA package (PYTHON=python3.12 chooses the interpreter)
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo >&2 "make env: needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
-	    "install a newer one and name it, as in: make env PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+	  echo >&2 "make env: needs Python 3.11 or 3.12, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	    "install one and name it, as in: make env PYTHON=python3.12"; exit 1; }
 	@test -e $@ || ! ls -d $(VENV)/lib/python*/site-packages/nvidia >/dev/null 2>&1 || { \
 	  echo >&2 "make env: $(VENV) must not hold packages for GPUs, which those for CPUs would overwrite; use it as it is" \
 	    "($(BIN)/megatron-rl, $(BIN)/pytest), or name another folder, as in: make test VENV=.venv-cpu"; exit 1; }

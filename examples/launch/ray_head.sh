@@ -36,3 +36,4 @@ need_token
 "${command[@]}"
 echo "on every other node: examples/launch/ray_worker.sh --head $ip:$port   (with the same $RAY_AUTH_TOKEN_PATH)"
 echo "then here:           examples/launch/submit.sh -- megatron-rl train FILE.toml..."
+echo "for ray and doctor:  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH"

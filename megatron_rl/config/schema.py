@@ -244,10 +244,8 @@ class PPOConfig:
 
     def _kl_problems(self) -> Iterator[str]:
         if self.kl_coef == 0:
-            yield from (
-                f"{name} has no effect with kl_coef=0, which keeps no reference: remove it"
-                for name in self._changed("kl_kind", "kl_in", "kl_target", "kl_horizon")
-            )
+            why = "has no effect with kl_coef=0, which keeps no reference"
+            yield from self._idle(why, "kl_kind", "kl_in", "kl_target", "kl_horizon")
             return
         if self.kl_target is None:
             yield from (
@@ -266,15 +264,10 @@ class PPOConfig:
         if self.lam_alpha is not None and self.critic_lam is None:
             yield "lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
         if self.lam_alpha is not None and self.critic_lam is not None:
-            yield from (
-                f"{name} has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it"
-                for name in self._changed("lam")
-            )
+            yield from self._idle("has no effect with lam_alpha, the policy's, and critic_lam, the critic's", "lam")
         if not self.has_critic:
-            yield from (
-                f"{name} speaks of a critic, which advantage={self.advantage!r} has not: remove it"
-                for name in self._changed("lam", "critic_lam", "lam_alpha", "value_clip", "critic_warmup_steps")
-            )
+            why = f"speaks of a critic, which advantage={self.advantage!r} has not"
+            yield from self._idle(why, "lam", "critic_lam", "lam_alpha", "value_clip", "critic_warmup_steps")
         if self.compares_samples and self.gamma != 1:
             yield f"gamma must be 1 with advantage={self.advantage!r}, which scores whole responses, got {self.gamma}"
         if self.advantage.startswith("reinforce_pp") and not self.whitens:
@@ -309,6 +302,13 @@ class PPOConfig:
             yield "engine_ratio_low must be above 0 with engine_correction='icepop', which drops on both sides, got 0.0"
         if kind == "icepop" and self.engine_ratio_level == "sequence":
             yield "engine_ratio_level must be 'token' with engine_correction='icepop'; 'mis' has both, got 'sequence'"
+
+    def _idle(self, why: str, *names: str) -> Iterator[str]:
+        """A problem for each of the settings that differ from their default; over a file that sets one, only setting
+        it again helps.
+        """
+        defaults = {f.name: "none" if f.default is None else f.default for f in fields(self)}
+        return (f"{name} {why}: remove it, or set {name}={defaults[name]}" for name in self._changed(*names))
 
     def _changed(self, *names: str) -> Iterator[str]:
         """Those of the settings that differ from their default."""

@@ -314,7 +314,8 @@ def check_token(node: NodeFacts, *, needed: bool) -> Iterator[Finding]:
                 "RAY_AUTH_TOKEN_PATH",
             )
     elif mode & 0o077:
-        yield _error(
+        judged = _error if needed else _warning  # Ray itself leaves such a file, which a Ray of one's own does not use
+        yield judged(
             "token",
             f"{path} must be for its owner alone (mode 600), its mode is {mode:o}: whoever reads it can run code on "
             "the cluster",

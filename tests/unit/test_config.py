@@ -477,10 +477,11 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
             "rollout.samples_per_prompt: ppo.advantage='grpo' compares the samples of a prompt and needs at least 2, "
             "got 1",
         ),
-        (("ppo.lam=1.0",), "ppo: lam speaks of a critic, which advantage='grpo' has not: remove it"),
+        (("ppo.lam=1.0",), "ppo: lam speaks of a critic, which advantage='grpo' has not: remove it, or set lam=0.95"),
         (
             ("ppo.critic_warmup_steps=2",),
-            "ppo: critic_warmup_steps speaks of a critic, which advantage='grpo' has not: remove it",
+            "ppo: critic_warmup_steps speaks of a critic, which advantage='grpo' has not: remove it, or set "
+            "critic_warmup_steps=0",
         ),
         (
             ("ppo.gamma=0.9",),
@@ -502,9 +503,15 @@ def test_a_critic_that_the_advantage_does_not_fit_is_refused(grpo):
         *(
             (
                 ("ppo.kl_coef=0.0", f"ppo.{name}={value}"),
-                f"ppo: {name} has no effect with kl_coef=0, which keeps no reference: remove it",
+                f"ppo: {name} has no effect with kl_coef=0, which keeps no reference: remove it, or set "
+                f"{name}={default}",
             )
-            for name, value in (("kl_in", "loss"), ("kl_kind", "k3"), ("kl_target", 6.0), ("kl_horizon", 100))
+            for name, value, default in (
+                ("kl_in", "loss", "reward"),
+                ("kl_kind", "k3", "k1"),
+                ("kl_target", 6.0, "none"),
+                ("kl_horizon", 100, 10000),
+            )
         ),
         (
             ("ppo.kl_target=6.0", "ppo.kl_horizon=6"),
@@ -567,7 +574,7 @@ def test_settings_that_need_a_critic_or_several_samples_are_checked_with_one_too
         "ppo: lam_alpha replaces lam for the policy alone: set critic_lam as well (VAPO's is 1.0)"
     ]
     assert problems("ppo.lam_alpha=0.05", "ppo.critic_lam=1.0", "ppo.lam=0.9") == [
-        "ppo: lam has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it"
+        "ppo: lam has no effect with lam_alpha, the policy's, and critic_lam, the critic's: remove it, or set lam=0.95"
     ]
     load(RunConfig, [Path("ppo.toml")], ["ppo.critic_warmup_steps=3", "ppo.lam_alpha=0.05", "ppo.critic_lam=1.0"])
     load(

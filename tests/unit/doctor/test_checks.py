@@ -294,11 +294,14 @@ def test_few_open_files_are_a_warning() -> None:
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
-def test_a_token_that_others_may_read_is_an_error(mode: int) -> None:
-    finding = only(of(healthy(token=Token(path="/home/me/token", mode=mode))))
+def test_a_token_that_others_may_read_is_an_error_where_a_cluster_is_joined(mode: int) -> None:
+    node = healthy(token=Token(path="/home/me/token", mode=mode))
+    finding = only(of(node))
     assert finding.severity is Severity.ERROR
     assert f"its mode is {mode:o}" in finding.found
     assert finding.do.startswith("chmod 600")
+    alone = only(list(check_node(node, NEEDS, joins=False, reached=True)))
+    assert (alone.severity, alone.found) == (Severity.WARNING, finding.found)
 
 
 def test_a_token_is_missed_only_where_a_cluster_is_joined() -> None:
