@@ -25,11 +25,12 @@ from eval.samples import GradedSample, SampleLog
 from eval.settings import Settings
 from eval.tasks import BadInput, ProblemSet
 from megatron_rl.config.limit import Limit
-from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.config.schema import ClusterConfig, EngineConfig
 from megatron_rl.dataflow import Outcome
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.prompts import load_tokenizer
 from megatron_rl.interfaces import RolloutEngine
+from megatron_rl.model_dims import read_model_dims
 
 if TYPE_CHECKING:
     from eval.generate import Draws
@@ -57,6 +58,7 @@ class Evaluation:
             "model": self.model.identity(),
             "source": self.model.source,
             "dtype": self.model.dtype,
+            **self._formats(),
             "template": self.template,
             "rule": self.settings.rule,
             "rule_sha256": rule_sha256(self.settings.rule),
@@ -70,6 +72,12 @@ class Evaluation:
             "stop": list(self.settings.stop),
         }
 
+    def _formats(self) -> dict[str, str]:
+        """What the engine rounds beyond the model's type; nothing where it does not."""
+        engine = self.settings.engine
+        found = {"quantization": engine.quantization, "kv_cache_dtype": engine.kv_cache_dtype}
+        return {name: value for name, value in found.items() if value != getattr(EngineConfig, name)}
+
     def check(self) -> None:
         """Refuse a folder that holds samples of another evaluation.
 
@@ -79,7 +87,8 @@ class Evaluation:
         there = read_identity(self.output)
         if there is None:
             return
-        differing = [key for key, value in self.identity().items() if there["settings"].get(key) != value]
+        now = self.identity()
+        differing = [key for key in {**there["settings"], **now} if there["settings"].get(key) != now.get(key)]
         differing += [
             f"data of {item.name}"
             for item in self.problems
@@ -168,7 +177,7 @@ class Evaluation:
             },
             config={
                 "model": "vllm",
-                "model_args": {"path": str(self.model.folder), "dtype": self.model.dtype},
+                "model_args": {"path": str(self.model.folder), "dtype": self.model.dtype, **self._formats()},
                 "limit": settings.limit,
                 "seed": settings.seed,
             },
@@ -237,19 +246,32 @@ class Evaluation:
         from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
         from megatron_rl.vllm_engine.engine import EngineSpec
 
-        settings = self.settings
+        engine = self.settings.engine
         spec = EngineSpec(
             model=self.model.folder,
-            dtype=self.model.dtype,
+            dtype=engine.dtype(self.model.dtype),
             max_model_len=max(len(item.prompt.token_ids) + item.max_tokens for part in asked for item in part),
-            kv_cache_mib=settings.kv_cache_mib,
-            max_concurrent=settings.max_concurrent,
+            kv_cache_mib=engine.kv_cache_mib,
+            max_concurrent=engine.max_concurrent,
+            tensor=engine.tensor,
+            quantization=engine.quantization if engine.quantised else None,
+            kv_cache_dtype=engine.kv_cache_dtype,
             on_cpu=not device.has_cuda(),
             version=0,
         )
-        cluster = _Cluster(call_deadline_s=settings.call_deadline_s)
-        with open_engines(spec, min(settings.engines, len(asked)), cluster, self.output) as engines:
+        self._check_cache(spec.max_model_len, on_cpu=spec.on_cpu)
+        cluster = _Cluster(call_deadline_s=self.settings.call_deadline_s)
+        with open_engines(spec, min(engine.count, len(asked)), cluster, self.output) as engines:
             yield engines
+
+    def _check_cache(self, tokens: int, *, on_cpu: bool) -> None:
+        """Why: vLLM says so only once it has loaded the model."""
+        try:
+            dims = read_model_dims(self.model.folder)
+        except ValueError:
+            return  # a model that is not trained here, whose sizes vLLM alone knows
+        if problems := list(self.settings.engine.cache_problems(dims, self.model.dtype, tokens, on_cpu=on_cpu)):
+            raise BadInput("; ".join(problems).replace("engine.kv_cache_mib", "--kv-cache-mib"))
 
 
 class _Cluster(ClusterConfig):

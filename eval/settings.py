@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 from eval.tasks import TASKS, BadInput
 from megatron_rl.config.schema import LOWEST_TEMPERATURE, ClusterConfig, EngineConfig, RewardConfig
@@ -43,7 +43,10 @@ class Settings:
     output: Path | None
     dtype: str | None
     engines: int
+    tensor: int
+    quantization: Literal["none", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"]
     kv_cache_mib: int
+    kv_cache_dtype: Literal["auto", "fp8"]
     max_concurrent: int
     call_deadline_s: float
     reward_workers: int
@@ -68,6 +71,18 @@ class Settings:
                 raise BadInput(
                     f"--{option} must name tasks of this evaluation ({', '.join(tasks)}), got {unknown[0]!r}"
                 )
+
+    @property
+    def engine(self) -> EngineConfig:
+        """What engines are asked for."""
+        return EngineConfig(
+            count=self.engines,
+            tensor=self.tensor,
+            quantization=self.quantization,
+            kv_cache_mib=self.kv_cache_mib,
+            kv_cache_dtype=self.kv_cache_dtype,
+            max_concurrent=self.max_concurrent,
+        )
 
     def sampling(self) -> Sampling:
         """How the engine draws."""
@@ -154,7 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: the model's)")
     machine.add_argument("--engines", type=_positive, default=1, help="how many run side by side")
     engine, reward = EngineConfig(), RewardConfig()
-    machine.add_argument("--kv-cache-mib", type=_positive, default=engine.kv_cache_mib, help="of each engine")
+    machine.add_argument("--tensor", type=_positive, default=engine.tensor, help="GPUs of each engine")
+    for name in ("quantization", "kv_cache_dtype"):
+        machine.add_argument(
+            "--" + name.replace("_", "-"),
+            choices=get_args(get_type_hints(EngineConfig)[name]),
+            default=getattr(engine, name),
+            help=f"as engine.{name} of a run",
+        )
+    machine.add_argument("--kv-cache-mib", type=_positive, default=engine.kv_cache_mib, help="on each GPU")
     machine.add_argument("--max-concurrent", type=_positive, default=engine.max_concurrent, help="of each engine")
     machine.add_argument(
         "--call-deadline-s",

@@ -262,12 +262,13 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
 
 @contextmanager
 def open_engines(spec: EngineSpec, count: int, cluster: ClusterConfig, run_dir: Path) -> Iterator[list[RemoteEngine]]:
-    """``count`` engines alike, each in a process of its own; no trainer and no data. Errors as :func:`open_run`."""
+    """``count`` engines alike, each in processes of its own; no trainer and no data. Errors as :func:`open_run`."""
     gpus = device.gpu_count()
-    check_machine(count, gpus, cluster)
+    check_machine(count * spec.tensor, gpus, cluster)
     with Cluster(cluster, gpus=gpus, run_dir=run_dir) as started:
         groups = started.start(
-            [Role(name=f"engine-{number}", workers=1) for number in range(count)], device.worker_environment()
+            [Role(name=f"engine-{number}", workers=1, devices=spec.tensor) for number in range(count)],
+            device.worker_environment(),
         )
         results({name: group.build(start_engine, [(spec,)]) for name, group in groups.items()})
         yield [RemoteEngine(group) for group in groups.values()]

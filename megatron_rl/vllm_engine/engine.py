@@ -49,6 +49,8 @@ _ENVIRONMENT_DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch has threads by then
 }
 _CPU_BATCHED_TOKENS = 8192
+_GPU_BATCHED_TOKENS = 2048
+"""vLLM's own, where a prompt may be cut."""
 _CHECKED_FRACTION = 0.01
 """Of a GPU's memory that vLLM asks to be free before it starts, whatever it then takes; nothing else of it counts where
 the size of the cache is given. The default, 0.92, would refuse a GPU that others use as well.
@@ -111,6 +113,14 @@ class EngineSpec:
         """Whether vLLM compiles the model, and replays it as CUDA graphs."""
         return not (self.on_cpu or self.eager)
 
+    @property
+    def batched_tokens(self) -> int:
+        """Tokens that go through the model at a time, at most; vLLM refuses fewer than sequences, and where a prompt
+        may not be cut, than the longest one has.
+        """
+        least = max(self.max_model_len, _CPU_BATCHED_TOKENS) if self.on_cpu else _GPU_BATCHED_TOKENS
+        return max(least, self.max_concurrent)
+
 
 class WorkerError(RuntimeError):
     """What some of the engine's workers raised, by rank."""
@@ -165,7 +175,7 @@ class Engine:
             enforce_eager=not spec.compiled,
             # a prompt cut in two rewinds its request's random state, which CPU generators cannot
             enable_chunked_prefill=not spec.on_cpu,
-            max_num_batched_tokens=max(spec.max_model_len, _CPU_BATCHED_TOKENS) if spec.on_cpu else None,
+            max_num_batched_tokens=spec.batched_tokens,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # else its temperature and top-k become defaults
             seed=0,

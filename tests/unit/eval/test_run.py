@@ -219,6 +219,31 @@ def test_more_samples_and_problems_are_added_to_those_that_are_there(tmp_path, m
     assert len(engine.opened) == 2  # nothing was missing the third time
 
 
+def test_engines_are_as_large_and_as_rounded_as_asked(tmp_path, model, task, engine, capsys):
+    asked = ("--tensor", "2", "--quantization", "fp8_per_channel", "--kv-cache-dtype", "fp8")
+    assert main(command(tmp_path, model, task, *asked)) == 0
+    ((spec, _),) = engine.opened
+    assert (spec.tensor, spec.quantization, spec.kv_cache_dtype, spec.dtype) == (
+        2,
+        "fp8_per_channel",
+        "fp8",
+        "bfloat16",
+    )
+    told = results(tmp_path / "out")["config"]["model_args"]
+    assert (told["quantization"], told["kv_cache_dtype"]) == ("fp8_per_channel", "fp8")
+    assert main(command(tmp_path, model, task, "--tensor", "1")) == 2
+    assert "(other quantization, kv_cache_dtype)" in capsys.readouterr().err
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_refused_before_an_engine_starts(tmp_path, task, engine, capsys):
+    sizes = {"vocab_size": 64, "hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 64}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    large = make_model(tmp_path / "large", architectures=["LlamaForCausalLM"], **sizes, **heads)
+    assert main(command(tmp_path, large, task, "--kv-cache-mib", "10")) == 2
+    assert "--kv-cache-mib: must hold one sequence of" in capsys.readouterr().err
+    assert engine.opened == []
+
+
 def test_samples_of_other_settings_are_not_mixed(tmp_path, model, task, engine, capsys):
     assert main(command(tmp_path, model, task)) == 0
     assert main(command(tmp_path, model, task, "--max-tokens", "9")) == 2

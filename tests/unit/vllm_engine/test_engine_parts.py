@@ -113,6 +113,19 @@ def test_an_engine_runs_compiled_on_a_gpu_unless_it_is_asked_to_run_eagerly(
     assert EngineSpec(model=tmp_path, dtype="bfloat16", on_cpu=on_cpu, eager=eager, **sizes).compiled is compiled
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "length", "concurrent", "expected"),
+    [(False, 4096, 256, 2048), (False, 64, 4096, 4096), (True, 64, 256, 8192), (True, 9000, 256, 9000)],
+)
+def test_as_many_tokens_go_through_the_model_as_sequences_run_at_the_same_time(
+    tmp_path: Path, on_cpu: bool, length: int, concurrent: int, expected: int
+) -> None:
+    spec = EngineSpec(
+        model=tmp_path, dtype="float32", max_model_len=length, kv_cache_mib=16, max_concurrent=concurrent, on_cpu=on_cpu
+    )
+    assert spec.batched_tokens == expected
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_run_asks_its_engines_to_run_eagerly_where_its_settings_do(tmp_path: Path, eager: bool) -> None:
     config: Any = SimpleNamespace(
