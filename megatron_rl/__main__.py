@@ -292,33 +292,50 @@ def _scale(files: Sequence[Path], overrides: Sequence[str], *, measure: bool) ->
     if len(files) != 1:
         raise ConfigError([f"scale: takes one study, and settings for all its runs, got files: {[*map(str, files)]}"])
     study = read_study(files[0], overrides)
-    planned = study_rows(study)  # all that is wrong with any run, before the first one starts
+    rows = study_rows(study)  # all that is wrong with the settings of any run, before the first one starts
+    failed: list[str] = []
     if measure:
-        _run_study(study, planned)
-    rows = study_rows(study)
-    if measure:
+        failed = _run_study(study, rows)
+        rows = study_rows(study)
+        study.folder.mkdir(parents=True, exist_ok=True)
         (study.folder / "study.md").write_text(study_table(rows))
         plot_study(rows, study.folder / "study.png")
     _print(study_table(rows))
+    if failed:
+        raise RuntimeError(f"runs of the study failed: {', '.join(failed)}; the same command tries them again")
 
 
-def _run_study(study: Study, planned: Sequence[StudyRow]) -> None:
+def _run_study(study: Study, planned: Sequence[StudyRow]) -> list[str]:
+    """Train what is not done yet, one run after the other, and name those that failed.
+
+    Raises:
+        ConfigError: a run cannot be started as it is; none was.
+        RuntimeError: it was asked to stop.
+    """
     from megatron_rl.planner.study import is_done
 
-    done = [is_done(study, run) for run in study.runs]  # what it refuses, it refuses before the first one starts
-    for run, row, already in zip(study.runs, planned, done, strict=True):
-        if already:
+    asked = []
+    for run, row in zip(study.runs, planned, strict=True):
+        if is_done(study, run):
             continue  # the same command goes on where it stopped
         if row.problems:
             _warn(f"run {run.name} of the study is left out, it does not fit: {'; '.join(row.problems)}")
             continue
-        command = [sys.executable, "-m", "megatron_rl", "train", str(study.recipe), *study.settings(run)]
-        if status := run_command(command):
-            raise RuntimeError(
-                f"run {run.name} of the study ended with status {status}; the same command tries it again"
-            )
-        if not is_done(study, run):
+        try:
+            _check_rule(load(RunConfig, study.recipe, study.settings(run)))
+        except ConfigError as error:
+            raise ConfigError([f"run {run.name}: {problem}" for problem in error.problems]) from error
+        asked.append(run)
+    failed = []
+    for run in asked:
+        command = [sys.executable, "-m", "megatron_rl", "train", *map(str, study.recipe), *study.settings(run)]
+        status = run_command(command)
+        if status and status != _INTERRUPTED:
+            _warn(f"run {run.name} of the study failed with status {status}, others go on")
+            failed.append(f"{run.name} (status {status})")
+        elif not is_done(study, run):
             raise RuntimeError(f"run {run.name} of the study was asked to stop; the same command goes on from there")
+    return failed
 
 
 class _Termination:

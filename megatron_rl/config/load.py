@@ -27,6 +27,7 @@ class ConfigError(ValueError):
     """The configuration is wrong; the message lists every problem by its dotted key."""
 
     def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
         super().__init__(f"{len(problems)} problem(s) in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
 
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from megatron_rl.config.load import ConfigError, differences, parse
 from megatron_rl.config.schema import RunConfig
@@ -18,7 +18,7 @@ from megatron_rl.planner.lengths import Lengths
 from megatron_rl.planner.memory import device_bytes
 from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.times import Machine
-from megatron_rl.report import summarise
+from megatron_rl.report import read_records, summarise
 
 _KEYS = {"recipe", "folder", "device", "gpus_per_node", "runs"}
 _NOT_MEASURED = ("cluster.address", "cluster.allow_open_cluster", "logging.")
@@ -37,7 +37,7 @@ class Study:
     """One recipe under several settings.
 
     Attributes:
-        recipe: a configuration file.
+        recipe: configuration files, a later one over an earlier one.
         folder: where each run gets a folder of its own, and the table and the picture go.
         runs: at least one; the first one calibrates the times and the memory of the others.
         device: that runs are predicted for, by its name in the table; None: as their settings say.
@@ -45,7 +45,7 @@ class Study:
         shared: what all runs change in the recipe, before what each does.
     """
 
-    recipe: Path
+    recipe: tuple[Path, ...]
     folder: Path
     runs: tuple[StudyRun, ...]
     device: str | None = None
@@ -103,9 +103,12 @@ def read_study(file: Path, shared: Sequence[str] = ()) -> Study:
         raise ConfigError([f"{file}: not valid TOML: {error}"]) from error
     problems = [f"{key}: unknown key; known: {', '.join(sorted(_KEYS))}" for key in sorted(table.keys() - _KEYS)]
     problems += [f"{key}: required, not set" for key in ("recipe", "folder", "runs") if not table.get(key)]
-    for key in ("recipe", "folder"):
-        if not isinstance(value := table.get(key, ""), str):
-            problems.append(f"{key}: must be a string, got {value!r}")
+    if not isinstance(folder := table.get("folder", ""), str):
+        problems.append(f"folder: must be a string, got {folder!r}")
+    recipe = table.get("recipe", "")
+    recipe = recipe if isinstance(recipe, list) else [recipe]
+    if not all(isinstance(file, str) for file in recipe):
+        problems.append(f"recipe: must be a file, or a list of files, got {table['recipe']!r}")
     device, per_node = table.get("device"), table.get("gpus_per_node")
     if device is not None and (not isinstance(device, str) or device not in DEVICES):
         problems.append(f"device: must be one of {', '.join(DEVICES)}, got {device}")
@@ -116,7 +119,7 @@ def read_study(file: Path, shared: Sequence[str] = ()) -> Study:
     if problems:
         raise ConfigError(problems)
     return Study(
-        recipe=Path(table["recipe"]),
+        recipe=tuple(map(Path, recipe)),
         folder=Path(table["folder"]),
         runs=tuple(StudyRun(name=run["name"], settings=tuple(run.get("settings", ()))) for run in runs),
         device=device,
@@ -148,7 +151,7 @@ def is_done(study: Study, run: StudyRun) -> bool:
     Raises:
         ConfigError: it was, with other settings than it has now.
     """
-    config = parse(RunConfig, [study.recipe], study.settings(run))
+    config = parse(RunConfig, study.recipe, study.settings(run))
     summary, saved = config.run_dir / "summary.json", config.run_dir / "config.json"
     if not summary.is_file():
         return False
@@ -166,21 +169,22 @@ def is_done(study: Study, run: StudyRun) -> bool:
 
 
 def study_rows(study: Study) -> list[StudyRow]:
-    """What is predicted of each run, and what was measured of those that have a ``metrics.jsonl``.
+    """What is predicted of each run, and what was measured of those that are done.
 
     Raises:
-        ConfigError: a run's settings are wrong, or its layouts cannot be.
+        ConfigError: a run's settings are wrong, or its layouts cannot be, or it was measured with others.
     """
     found: list[StudyRow] = []
     factor: float | None = None
     beyond: float | None = None
     for run in study.runs:
-        config = parse(RunConfig, [study.recipe], study.settings(run))
+        config = parse(RunConfig, study.recipe, study.settings(run))
         dims = read_model_dims(config.model.path)
-        measured = _measured(config.run_dir / "metrics.jsonl")
+        metrics = config.run_dir / "metrics.jsonl"
+        measured = summarise(metrics) if is_done(study, run) else {}
         lengths = Lengths(
             prompt=config.data.max_prompt_tokens / 4,
-            response=measured.get("rollout_length_last", config.rollout.max_response_tokens / 3),
+            response=_response_length(metrics) if measured else config.rollout.max_response_tokens / 3,
         )
         machine = study.machine(config)
         planned = plan(config, dims, machine, lengths)
@@ -216,8 +220,10 @@ def _predicted_bytes(machine: Machine, planned: Plan) -> float:
     return sum(cell.value for cell in planned.memory)
 
 
-def _measured(metrics: Path) -> Mapping[str, Any]:
-    return summarise(metrics) if metrics.is_file() else {}
+def _response_length(metrics: Path) -> float:
+    """Of the step in the middle: seconds are those of the step in the middle too."""
+    steps = [record for record in read_records(metrics) if record["kind"] == "step"]
+    return float(median(step["rollout/length_mean"] for step in steps))
 
 
 def study_table(rows: Sequence[StudyRow]) -> str:

@@ -31,10 +31,15 @@ settings = ["model.path={MODEL}", "prompts_per_step={1024 * (index + 1)}"]
     return file
 
 
-def finished(folder, seconds):
-    folder.mkdir()
+def finished(study, name, seconds):
+    """What a run of ``study`` leaves once it is done."""
+    (run,) = [run for run in study.runs if run.name == name]
+    config = parse(RunConfig, study.recipe, study.settings(run))
+    config.run_dir.mkdir()
     record = {"step": 0, "kind": "step", "nonfinite": 0, "seconds/step": seconds, "peak_rss_gib/policy": 2.0}
-    (folder / "metrics.jsonl").write_text(json.dumps(record | {"rollout/length_mean": 800.0}) + "\n")
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps(record | {"rollout/length_mean": 800.0}) + "\n")
+    (config.run_dir / "summary.json").write_text(json.dumps({"steps": config.steps}))
+    (config.run_dir / "config.json").write_text(dump(config))
 
 
 def test_without_runs_a_study_is_the_plan_of_each(tmp_path, capsys):
@@ -45,8 +50,8 @@ def test_without_runs_a_study_is_the_plan_of_each(tmp_path, capsys):
 
 def test_the_first_run_calibrates_the_others(tmp_path):
     study = read_study(written(tmp_path))
-    finished(tmp_path / "one", 500.0)
-    finished(tmp_path / "two", 1100.0)
+    finished(study, "one", 500.0)
+    finished(study, "two", 1100.0)
     one, two = study_rows(study)
     assert one.predicted_seconds == pytest.approx(500.0)
     assert two.predicted_seconds == pytest.approx(two.raw_seconds * 500 / one.raw_seconds)
@@ -56,11 +61,11 @@ def test_the_first_run_calibrates_the_others(tmp_path):
 def test_on_a_cpu_memory_is_resident_sets_and_includes_what_the_host_keeps(tmp_path):
     file = written(tmp_path, extra='device = "cpu"\n')
     file.write_text(file.read_text().replace("prompts_per_step=2048", "policy.optimizer_on_host=true"))
-    finished(tmp_path / "two", 1100.0)
+    finished(read_study(file), "two", 1100.0)
     one, two = study_rows(read_study(file))
     assert two.measured_gib == 2.0
     assert one.predicted_gib == pytest.approx(two.predicted_gib)  # the optimizer is elsewhere on the same machine
-    finished(tmp_path / "one", 500.0)
+    finished(read_study(file), "one", 500.0)
     calibrated, same = study_rows(read_study(file))
     assert calibrated.predicted_gib == same.predicted_gib == pytest.approx(2.0)  # libraries included
 
@@ -69,7 +74,7 @@ def test_what_a_role_of_the_first_run_held_beyond_its_prediction_it_holds_in_the
     file = written(tmp_path, extra='device = "cpu"\n')
     file.write_text(file.read_text().replace("prompts_per_step=2048", "engine.kv_cache_mib=65536"))
     raw = study_rows(read_study(file))
-    finished(tmp_path / "one", 500.0)
+    finished(read_study(file), "one", 500.0)
     one, two = study_rows(read_study(file))
     assert one.predicted_gib == pytest.approx(2.0)
     assert two.predicted_gib == pytest.approx(2.0 + 48)
@@ -81,15 +86,15 @@ def test_settings_on_the_command_line_go_to_every_run_which_may_change_them(tmp_
 
     def train(command):
         commands.append(command)
-        folder = tmp_path / command[-1].rpartition("/")[2]
-        finished(folder, 500.0)
-        (folder / "summary.json").write_text(json.dumps({"steps": 120}))
-        (folder / "config.json").write_text(dump(parse(RunConfig, [RECIPE], command[5:])))
+        finished(study, command[-1].rpartition("/")[2], 500.0)
         return 0
 
     monkeypatch.setattr("megatron_rl.__main__.run_command", train)
+    monkeypatch.setattr("megatron_rl.__main__.load", parse)  # the model has no weights
     shared = ["cluster.address=auto", "prompts_per_step=512"]
-    assert main(["scale", "run", str(written(tmp_path)), *shared]) == 0
+    file = written(tmp_path)
+    study = read_study(file, shared)
+    assert main(["scale", "run", str(file), *shared]) == 0
     assert [command[3:5] for command in commands] == [["train", str(RECIPE)]] * 2
     for number, (name, command) in enumerate(zip(("one", "two"), commands, strict=True), start=1):
         own = [f"model.path={MODEL}", f"prompts_per_step={1024 * number}", f"run_dir={tmp_path / name}"]
@@ -131,7 +136,7 @@ def test_a_run_that_was_stopped_is_not_done(tmp_path):
     for run, summary in ((one, {"steps": 2, "stopped_after_step": 2}), (two, {"steps": 4})):
         (tmp_path / run.name).mkdir()
         (tmp_path / run.name / "summary.json").write_text(json.dumps(summary))
-        (tmp_path / run.name / "config.json").write_text(dump(parse(RunConfig, [study.recipe], study.settings(run))))
+        (tmp_path / run.name / "config.json").write_text(dump(parse(RunConfig, study.recipe, study.settings(run))))
     assert (is_done(study, one), is_done(study, two)) == (False, True)
     longer = read_study(written(tmp_path), ["steps=5"])
     assert not is_done(longer, two)
@@ -180,6 +185,7 @@ def test_all_that_is_wrong_with_a_study_is_told_together(tmp_path):
         ("[[runs]]", "gpus_per_node = 0\n[[runs]]", "gpus_per_node: must be a whole number of at least 1, got 0"),
         ("[[runs]]", "device = ['h100']\n[[runs]]", "device: must be one of "),
         ("folder = ", "folder = 3 # ", "folder: must be a string, got 3"),
+        ("recipe = ", "recipe = [3] # ", "recipe: must be a file, or a list of files, got [3]"),
         ('"one"', '"../one"', "runs: a name must be that of a folder, without a path, got '../one'"),
         ('"one"', '".."', "runs: a name must be that of a folder, without a path, got '..'"),
         ('"one"', "1", "runs: a name must be that of a folder, without a path, got 1"),
@@ -218,6 +224,60 @@ def test_a_run_that_does_not_fit_is_left_out(tmp_path, capsys):
     assert not (tmp_path / "one").exists()
 
 
-def test_a_run_that_fails_ends_the_study(tmp_path, capsys):
-    assert main(["scale", "run", str(written(tmp_path, names=("one",)))]) == 1  # it has no weights to train
-    assert "run one of the study ended with status 2" in capsys.readouterr().err
+def test_a_run_that_cannot_start_is_refused_before_any_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_rl.__main__.run_command", lambda command: pytest.fail(f"started {command}"))
+    assert main(["scale", "run", str(written(tmp_path))]) == 2
+    assert "run one: model.path: " in capsys.readouterr().err  # it has no weights
+
+
+def test_after_a_run_that_fails_the_others_go_on_and_the_same_command_tries_it_again(tmp_path, capsys, monkeypatch):
+    file, started = written(tmp_path), []
+
+    def train(command):
+        name = command[-1].rpartition("/")[2]
+        started.append(name)
+        if started == ["one"]:  # the first time
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "metrics.jsonl").write_text('{"step": 0, "kind": "step", "aborted": true}\n{"ste')
+            return 1
+        if name == "one":
+            (tmp_path / name / "metrics.jsonl").unlink()
+            (tmp_path / name).rmdir()
+        finished(read_study(file), name, 500.0)
+        return 0
+
+    monkeypatch.setattr("megatron_rl.__main__.run_command", train)
+    monkeypatch.setattr("megatron_rl.__main__.load", parse)
+    assert main(["scale", "run", str(file)]) == 1
+    said = capsys.readouterr()
+    assert started == ["one", "two"]
+    assert "runs of the study failed: one (status 1); the same command tries them again" in said.err
+    assert said.out == (tmp_path / "study.md").read_text()
+    assert " | 500.00 | " in said.out.splitlines()[-1]
+    assert main(["scale", "run", str(file)]) == 0
+    assert started == ["one", "two", "one"]
+
+
+def test_a_run_that_was_told_to_stop_ends_the_study(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_rl.__main__.run_command", lambda command: 0)
+    monkeypatch.setattr("megatron_rl.__main__.load", parse)
+    assert main(["scale", "run", str(written(tmp_path))]) == 1
+    assert "run one of the study was asked to stop; the same command goes on from there" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_done_counts_as_not_measured(tmp_path):
+    study = read_study(written(tmp_path))
+    finished(study, "one", 500.0)
+    (tmp_path / "one" / "summary.json").write_text(json.dumps({"steps": 1, "stopped_after_step": 1}))
+    one, two = study_rows(study)
+    assert (one.measured_seconds, one.accuracy) == (None, None)
+    assert (one.predicted_seconds, two.predicted_seconds) == (one.raw_seconds, two.raw_seconds)
+
+
+def test_a_recipe_may_be_several_files(tmp_path):
+    file, over = written(tmp_path, names=("one",)), tmp_path / "over.toml"
+    over.write_text("[engine]\ncount = 64\n")
+    (alone,) = study_rows(read_study(file))
+    file.write_text(file.read_text().replace(f'recipe = "{RECIPE}"', f'recipe = ["{RECIPE}", "{over}"]'))
+    (more,) = study_rows(read_study(file))
+    assert more.devices > alone.devices
