@@ -57,6 +57,7 @@ def experience(lengths: torch.Tensor, *, padded: bool) -> ExperienceBatch:
         rollout_logprobs=zeros,
         sampled_mask=mask,
         scores=torch.zeros(len(lengths)),
+        truncated=torch.zeros(len(lengths), dtype=torch.bool),
         group=torch.zeros(len(lengths), dtype=torch.int64),
         policy_version=0,
     )

@@ -61,6 +61,7 @@ class RolloutBatch(TokenRows):
         rollout_logprobs: [B, T] f32, by the engine that sampled; 0 outside ``sampled_mask``.
         sampled_mask: [B, T] bool, response tokens that the engine drew (a forced end of sequence is not).
         scores: [B] f32, what the reward rule gave.
+        truncated: [B] bool, the response limit cut the sample (its finish, whatever its last token is).
         group: [B] int64, which prompt of the step the row answers.
         policy_version: version of the weights that sampled all rows.
     """
@@ -68,6 +69,7 @@ class RolloutBatch(TokenRows):
     rollout_logprobs: Tensor
     sampled_mask: Tensor
     scores: Tensor
+    truncated: Tensor
     group: Tensor
     policy_version: int
 
@@ -78,6 +80,7 @@ class RolloutBatch(TokenRows):
         _check(self, "rollout_logprobs", shape, torch.float32)
         _check(self, "sampled_mask", shape, torch.bool)
         _check(self, "scores", shape[:1], torch.float32)
+        _check(self, "truncated", shape[:1], torch.bool)
         _check(self, "group", shape[:1], torch.int64)
 
 

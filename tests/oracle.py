@@ -48,14 +48,17 @@ class Response:
 
 
 def random_rollouts(rng: np.random.Generator, groups: int, samples: int) -> list[ScoredRollout]:
-    """Prompts of 1 to 4 tokens and responses of 1 to 9, about half of which end with EOS; scores are quarters."""
+    """Prompts of 1 to 4 tokens and responses of 1 to 9, about half of which end with EOS; scores are quarters. Those of
+    3, 6 and 9 tokens are truncated, whatever they end with.
+    """
     rollouts = []
     for group in range(groups):
         drawn = []
         for _ in range(samples):
             tokens = [*rng.integers(1, 9, rng.integers(0, 9)).tolist(), EOS if rng.uniform() < 0.5 else 5]
             logprobs = tuple(rng.normal(-1, 0.5, len(tokens)).tolist())
-            drawn.append(Sample(token_ids=tuple(tokens), logprobs=logprobs, text="", finish=Finish.STOP))
+            finish = Finish.LENGTH if len(tokens) % 3 == 0 else Finish.STOP
+            drawn.append(Sample(token_ids=tuple(tokens), logprobs=logprobs, text="", finish=finish))
         prompt = Prompt(id=str(group), token_ids=(1,) * int(rng.integers(1, 5)), answer="", source="")
         scores = tuple(Score(value=float(rng.integers(-4, 5)) / 4) for _ in drawn)
         rollouts.append(
@@ -315,7 +318,13 @@ def differences(case: Case) -> dict[str, float]:
     assert (experience.returns is None) == (targets is None)
     if targets is not None:
         found["returns"] = gap(experience.returns, mask, targets)
-    for step, (members, losses) in enumerate(losses_of(case, experience)):
+    samples = [sample for item in case.rollouts for sample in item.rollout.samples]
+    cut = {row for row, sample in enumerate(samples) if ppo.mask_truncated and sample.finish is Finish.LENGTH}
+    steps = losses_of(case, experience)
+    trained = sorted(row for members, _ in steps for row in members)
+    left = sorted(row for row in range(len(rows)) if row not in cut for _ in range(ppo.epochs))
+    found["rows that are trained on"] = float(trained != left)
+    for step, (members, losses) in enumerate(steps):
         chosen = [rows[row] for row in members]
         weight = weights(chosen, ppo.loss_mean, case.config.rollout.max_response_tokens)
         tokens = sum(map(len, chosen))

@@ -79,6 +79,7 @@ def random_experience(rows: int, length: int, vocabulary: int) -> ExperienceBatc
         rollout_logprobs=zeros,
         sampled_mask=mask,
         scores=torch.zeros(rows),
+        truncated=torch.zeros(rows, dtype=torch.bool),
         group=torch.zeros(rows, dtype=torch.int64),
         policy_version=0,
     )

@@ -195,6 +195,10 @@ class PPOConfig:
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of an optimizer step; or over the tokens of each sample and then over samples; or the same
     with ``rollout.max_response_tokens`` in place of each sample's tokens (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Samples that ``rollout.max_response_tokens`` cut are in no loss, policy's or critic's, and in none of its means
+    (DAPO's overlong filtering). Their scores count as before in group baselines and whitening. A step of which all
+    samples are cut ends the run."""
     engine_correction: Literal["tis", "mis", "icepop"] | None = None
     """What a token counts where trainer and engine differ in its probability: their ratio truncated, or dropped out of
     bounds by one bound or by two. Unset: 1."""
@@ -205,7 +209,7 @@ class PPOConfig:
     engine_ratio_high: PositiveFloat = 2.0
     """``tis`` truncates ratios above, ``mis`` and ``icepop`` drop them; IcePop's is 5."""
     minibatch_samples: Positive = 128
-    """Samples of one optimizer step."""
+    """Samples of one optimizer step, before ``mask_truncated``."""
     epochs: Positive = 1
     """Passes over a rollout."""
     critic_warmup_steps: Count = 0

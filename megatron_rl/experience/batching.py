@@ -8,13 +8,17 @@ import torch
 
 from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch, TokenRows
 from megatron_rl.config.schema import PPOConfig
-from megatron_rl.dataflow import Sample, ScoredRollout
+from megatron_rl.dataflow import Finish, Sample, ScoredRollout
 from megatron_rl.interfaces import LossMean
 from megatron_rl.maths.means import TokenMean
 
 
 class StaleRollout(RuntimeError):
     """Samples were not drawn by the trainer's weights."""
+
+
+class NothingToLearn(RuntimeError):
+    """Every sample of a step is left out of the loss."""
 
 
 def collate(scored: Sequence[ScoredRollout], eos_ids: Sequence[int], *, version: int) -> RolloutBatch:
@@ -62,6 +66,7 @@ def collate(scored: Sequence[ScoredRollout], eos_ids: Sequence[int], *, version:
         rollout_logprobs=rollout_logprobs,
         sampled_mask=sampled_mask,
         scores=torch.tensor([score.value for *_, score in rows], dtype=torch.float32),
+        truncated=torch.tensor([sample.finish is Finish.LENGTH for _, _, sample, _ in rows]),
         group=torch.tensor([group for group, *_ in rows]),
         policy_version=version,
     )
@@ -78,12 +83,27 @@ def _with_eos(sample: Sample, eos_ids: Sequence[int], room: int) -> tuple[list[i
 def minibatches(
     experience: ExperienceBatch, ppo: PPOConfig, mean: LossMean, seed: tuple[int, int]
 ) -> Iterator[Minibatch[ExperienceBatch]]:
-    """Shuffled minibatches of ``ppo.minibatch_samples`` rows, ``ppo.epochs`` times over; ``seed`` is (run, step)."""
-    mask = experience.rollouts.response_mask
+    """Shuffled minibatches, ``ppo.epochs`` times over; ``seed`` is (run, step).
+
+    Each has ``ppo.minibatch_samples`` rows. With ``ppo.mask_truncated`` truncated rows are in none, so that no loss,
+    mean or divisor knows of them; what is left is dealt out evenly to as many minibatches, or to one each where fewer
+    rows are left than that.
+
+    Raises:
+        NothingToLearn: every row is left out.
+    """
+    batch = experience.rollouts
+    kept = (~batch.truncated).nonzero()[:, 0] if ppo.mask_truncated else torch.arange(batch.rows)
+    if not len(kept):
+        raise NothingToLearn(
+            "with ppo.mask_truncated=true a step needs a sample that rollout.max_response_tokens did not cut, all "
+            f"{batch.rows} of this one are cut: raise that limit, or set ppo.mask_truncated=false"
+        )
+    parts = min(batch.rows // ppo.minibatch_samples, len(kept))
     generator = torch.Generator().manual_seed((seed[0] * 1_000_003 + seed[1]) % 2**64)
     for _ in range(ppo.epochs):
-        for rows in torch.randperm(mask.shape[0], generator=generator).split(ppo.minibatch_samples):
-            yield Minibatch(source=experience, rows=rows, loss_weight=mean(mask[rows]))
+        for rows in kept[torch.randperm(len(kept), generator=generator)].tensor_split(parts):
+            yield Minibatch(source=experience, rows=rows, loss_weight=mean(batch.response_mask[rows]))
 
 
 def whole(rows: TokenRows) -> Minibatch[TokenRows]:

@@ -57,10 +57,14 @@ def adapt_kl(kl_control: KlControl, experience: ExperienceBatch) -> None:
 def experience_metrics(experience: ExperienceBatch, kl_control: KlControl, config: RunConfig) -> dict[str, float]:
     """What the models say of the rollout before any update on it; KL in nats per token and per response. To be called
     before :func:`adapt_kl`: the coefficient is the one that the experience was made with. The gap between trainer and
-    engine is left out where they take log-probs at different temperatures, which are apart for that alone.
+    engine is left out where they take log-probs at different temperatures, which are apart for that alone. All speak of
+    every sample, those that ``ppo.mask_truncated`` keeps out of the loss too.
     """
     batch, mask = experience.rollouts, experience.rollouts.response_mask
     metrics: dict[str, float] = {}
+    if config.ppo.mask_truncated:
+        metrics["masked_samples"] = float(batch.truncated.float().mean())
+        metrics["masked_tokens"] = float(masked_mean(batch.truncated[:, None].expand(mask.shape).float(), mask))
     if config.trainer_temperature == config.rollout.temperature:
         gap = logprob_gap(experience.old_logprobs, batch.rollout_logprobs, batch.sampled_mask)
         metrics |= {"engine_gap_mean": gap.mean_abs, "engine_gap_max": gap.max_abs, "engine_gap_k3": gap.k3}

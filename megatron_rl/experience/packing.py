@@ -66,7 +66,8 @@ class PackingPlan:
     """Which rows each replica computes together; the same on every rank.
 
     Attributes:
-        parts: [replica][micro-batch][row]; a micro-batch without rows keeps ranks in step that have none left.
+        parts: [replica][micro-batch][row], at least one micro-batch each; one without rows keeps ranks in step that
+            have none left.
         padding: share of all positions that are padding.
         imbalance: what the busiest replica computes beyond the mean, as a share of the mean.
     """
@@ -89,7 +90,7 @@ def plan_rows(
         multiple: to which each micro-batch is padded.
     """
     shares = split_rows(costs, range(len(lengths)), layout.data)
-    parts = [micro_batches(lengths, share, budget * layout.context) for share in shares]
+    parts = [micro_batches(lengths, share, budget * layout.context) or [[]] for share in shares]
     if layout.virtual_pipeline > 1:  # the interleaved schedule takes them in groups, one for each stage
         for part in parts:
             part += [[] for _ in range(-len(part) % layout.pipeline)]

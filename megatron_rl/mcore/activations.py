@@ -43,8 +43,6 @@ def layer_outputs(
         return None
     lengths = source.lengths.tolist()
     parts = plan_rows(lengths, [cost(length) for length in lengths], layout, budget, multiple).parts[at.data]
-    if not parts:
-        return None
     which = torch.cat([_tokens(source, rows, layout, at, multiple) for rows in parts])
     kept = which >= 0
     return {place: (which[kept], torch.cat(outputs)[kept]) for place, outputs in seen.items()}

@@ -60,7 +60,7 @@ def train_step(
         and ``padding`` and ``imbalance`` of :class:`PackingPlan`.
 
     Raises:
-        ValueError: the minibatch has no loss token at all, or fewer rows than the layout has replicas.
+        ValueError: the minibatch has no loss token at all.
         FloatingPointError: the gradient is not finite; the weights are as they were.
     """
     token_rows = rows_of(minibatch.source)
@@ -68,8 +68,6 @@ def train_step(
     if not loss_tokens:
         raise ValueError(f"an update needs at least one response token, got {len(minibatch.rows)} rows without any")
     lengths = token_rows.lengths[minibatch.rows].tolist()
-    if len(lengths) < layout.data:
-        raise ValueError(f"{layout} needs at least {layout.data} rows in a minibatch, got {len(lengths)}")
     plan = plan_rows(lengths, [cost(length) for length in lengths], layout, budget, multiple)
     packed = [pack(minibatch, rows, multiple, row_multiple=layout.row_multiple) for rows in plan.parts[at.data]]
     batches = [_placed(batch, _shares(batch, layout), at) for batch in packed]
@@ -133,7 +131,7 @@ def forward_rows(
     packed = [pack_rows(source, rows, multiple, row_multiple=layout.row_multiple) for rows in parts]
     shares = [_shares(batch, layout) for batch in packed]
     batches = [_placed(batch, share, at) for batch, share in zip(packed, shares, strict=True)]
-    outputs = _run_schedule(chunks, batches, read, forward_only=True) if batches else []
+    outputs = _run_schedule(chunks, batches, read, forward_only=True)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     whole = [_whole(output, share, at) for output, share in zip(outputs, shares, strict=True)]

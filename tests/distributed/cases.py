@@ -60,6 +60,7 @@ def minibatch() -> Minibatch[ExperienceBatch]:
         rollout_logprobs=number(),
         sampled_mask=rows.response_mask,
         scores=torch.zeros(rows.rows),
+        truncated=torch.zeros(rows.rows, dtype=torch.bool),
         group=torch.zeros(rows.rows, dtype=torch.int64),
         policy_version=0,
     )
@@ -341,11 +342,13 @@ def not_finite(rank: int, port: int, model: Path, setup: Setup, role: str) -> tu
 
 
 def few_rows(rank: int, port: int, model: Path, setup: Setup) -> list[Any]:
-    """Values of a single row, before any update and after one."""
+    """Values of a single row, before any update, after one, and after one of a single row."""
     worker = start(rank, port, model, setup, CRITIC)
     answers = [worker.values(token_rows(1))]
-    worker.update(minibatch(), SquaredError())
-    answers.append(worker.values(token_rows(1)))
+    batch = minibatch()
+    for rows in (10, 1):
+        worker.update(replace(batch, rows=batch.rows[:rows], loss_weight=batch.loss_weight[:rows]), SquaredError())
+        answers.append(worker.values(token_rows(1)))
     worker.close()
     return answers
 

@@ -51,6 +51,7 @@ def rollouts() -> RolloutBatch:
         rollout_logprobs=torch.zeros(rows.tokens.shape),
         sampled_mask=rows.response_mask,
         scores=torch.randint(-4, 5, (rows.rows,), generator=generator) / 4,
+        truncated=torch.zeros(rows.rows, dtype=torch.bool),
         group=torch.arange(rows.rows) // 4,
         policy_version=0,
     )

@@ -206,16 +206,22 @@ def test_a_gradient_that_is_not_finite_ends_the_update_before_the_weights_change
         assert same
 
 
-def test_a_replica_without_rows_does_not_keep_the_others_waiting(ranks: Ranks, models: dict[str, Path]) -> None:
-    one, two = (
-        ranks.run(setup.layout.world_size, few_rows, models["qwen2"], setup)
-        for setup in (
-            Setup(),
-            Setup(layout=ParallelLayout(data=2), distributed_optimizer=True, overlap_communication=True),
-        )
-    )
-    for alone, *shared in zip(one[0], *two, strict=True):
-        torch.testing.assert_close(gather(shared), gather([alone]), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(layout=ParallelLayout(data=2), distributed_optimizer=True, overlap_communication=True),
+        Setup(layout=ParallelLayout(data=2, pipeline=2, virtual_pipeline=2), budget=60),
+    ],
+    ids=str,
+)
+def test_a_replica_without_rows_does_not_keep_the_others_waiting(
+    ranks: Ranks, models: dict[str, Path], setup: Setup
+) -> None:
+    one, two = (ranks.run(each.layout.world_size, few_rows, models["qwen2"], each) for each in (Setup(), setup))
+    values = [gather([alone]) for alone in one[0]]
+    assert len({float(each.sum()) for each in values}) == 3
+    for alone, *shared in zip(values, *two, strict=True):
+        torch.testing.assert_close(gather(shared), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

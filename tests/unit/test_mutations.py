@@ -180,6 +180,11 @@ def old_values_forgotten(patch: Patch) -> None:
     patch.setattr(losses.ValueLoss, "__call__", unclipped)
 
 
+def divided_by_masked_samples_too(patch: Patch) -> None:
+    """As where truncated samples are in the minibatch with weights of 0."""
+    patch.setattr(means.SequenceMean, "__call__", lambda self, mask: mask * (mask.sum() / (8 * mask.sum(1)[:, None])))
+
+
 GRPO = {"advantage": "grpo", "loss_mean": "sequence"}
 TIS = {"engine_correction": "tis", "engine_ratio_high": 1.2}
 
@@ -200,6 +205,7 @@ TIS = {"engine_correction": "tis", "engine_ratio_high": 1.2}
         (one_group, from_other_groups_scores, {"advantage": "rloo"}),
         (deviation_of_a_population, from_the_formulas, GRPO),
         (length_forgotten, from_the_formulas, GRPO),
+        (divided_by_masked_samples_too, from_the_formulas, {**GRPO, "mask_truncated": True}),
         (kl_of_the_wrong_sign, from_the_formulas, {}),
         (old_values_forgotten, from_the_formulas, {"value_clip": 0.05}),
         (forced_tokens_corrected, from_the_formulas, TIS),

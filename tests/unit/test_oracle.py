@@ -45,6 +45,14 @@ ALGORITHMS = {
     "gspo": {"advantage": "grpo", "loss": "gspo", "loss_mean": "sequence", "clip_low": 0.05, "clip_high": 0.08},
     "cispo": {"advantage": "grpo", "loss": "cispo", "clip_low": 1.0, "clip_high": 0.3},
     "dapo": {"advantage": "grpo", "clip_high": 0.28, "kl_coef": 0.0},
+    "overlong filtering": {"mask_truncated": True},
+    "overlong filtering, grpo": {
+        "advantage": "grpo",
+        "loss_mean": "sequence",
+        "kl_in": "loss",
+        "kl_kind": "k3",
+        "mask_truncated": True,
+    },
     "tis": {"engine_correction": "tis", "engine_ratio_high": 1.3},
     "sequence tis": {"engine_correction": "tis", "engine_ratio_level": "sequence"},
     "mis": {"advantage": "grpo", "engine_correction": "mis", "engine_ratio_high": 1.3},
@@ -89,7 +97,9 @@ def test_no_two_algorithms_have_the_same_gradient() -> None:
     gradients = {}
     for name, settings in ALGORITHMS.items():
         case = random_case(config_of(settings), seed=0)
-        (rows, losses), *_ = losses_of(case, experience_of(case))
-        gradients[name] = np.concatenate([losses["policy"][1][row] for row in rows])
+        found = {row: np.zeros(len(response)) for row, response in enumerate(case.rows)}
+        for _, losses in losses_of(case, experience_of(case)):
+            found |= losses["policy"][1]
+        gradients[name] = np.concatenate(list(found.values()))
     for one, other in itertools.combinations(ALGORITHMS, 2):
         assert np.abs(gradients[one] - gradients[other]).max() > 1e-5, (one, other)

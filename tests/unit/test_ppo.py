@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from megatron_rl.batches import RolloutBatch
+from megatron_rl.batches import ExperienceBatch, Minibatch, RolloutBatch
 from megatron_rl.config.schema import CheckpointConfig, EvaluationConfig, PPOConfig, RolloutConfig, due
-from megatron_rl.dataflow import Finish, Outcome, Score
-from megatron_rl.experience.batching import StaleRollout
+from megatron_rl.dataflow import Finish, Outcome, Sample, Sampling, Score
+from megatron_rl.experience.batching import NothingToLearn, StaleRollout
 from megatron_rl.experience.collect import RewardRuleFails
 from megatron_rl.interfaces import RewardScorer
 from megatron_rl.parity import ParityFailed
-from megatron_rl.ppo import train
+from megatron_rl.ppo import Run, train
 from megatron_rl.report import plot_curve, summarise
 from tests.fakes import CopyingSync, Ready, StopAfter, fake_config, fake_run
 
@@ -99,6 +100,52 @@ def test_a_gap_to_the_engine_is_told_where_both_take_log_probs_at_one_temperatur
     (step,) = [record for record in records(tmp_path) if "rollout/score" in record]
     gaps = {f"experience/engine_gap_{kind}" for kind in ("mean", "max", "k3")}
     assert gaps & step.keys() == (gaps if told else set())
+
+
+def cut_at(tokens: range, run: Run) -> Run:
+    """The run with an engine whose limit cuts responses of these tokens."""
+    sample = run.engine._sample
+
+    def sampled(sampling: Sampling, seed: int) -> Sample:
+        drawn = sample(sampling, seed)
+        return dataclasses.replace(drawn, finish=Finish.LENGTH if drawn.token_ids[0] in tokens else Finish.STOP)
+
+    run.engine._sample = sampled  # type: ignore[method-assign]
+    return run
+
+
+def test_truncated_samples_teach_neither_policy_nor_critic_and_are_told(tmp_path: Path) -> None:
+    ppo = PPOConfig(minibatch_samples=64, mask_truncated=True)
+    run = cut_at(range(4), fake_run(fake_config(tmp_path, steps=1, ppo=ppo)))
+    seen: dict[str, Tensor] = {}
+
+    def watched(name: str, update: Callable[..., Ready]) -> Callable[..., Ready]:
+        def updated(minibatch: Minibatch[ExperienceBatch], loss: object) -> Ready:
+            batch, rows = minibatch.source.rollouts, minibatch.rows
+            seen[name] = batch.tokens[rows][batch.response_mask[rows]]
+            return update(minibatch, loss)
+
+        return updated
+
+    run.policy.update = watched("policy", run.policy.update)
+    run.critic.update = watched("critic", run.critic.update)
+    train(run)
+    (step,) = [record for record in records(tmp_path) if "rollout/score" in record]
+    assert seen.keys() == {"policy", "critic"}
+    for tokens in seen.values():
+        assert int(tokens.min()) == 4
+        assert len(tokens) == 64 * (1 - step["rollout/truncation_rate"]) < 50
+    assert step["experience/masked_samples"] == step["rollout/truncation_rate"]
+
+
+def test_a_step_of_which_every_sample_is_cut_ends_the_run_before_an_update(tmp_path: Path) -> None:
+    ppo = PPOConfig(minibatch_samples=16, mask_truncated=True)
+    run = cut_at(range(8), fake_run(fake_config(tmp_path, steps=2, ppo=ppo)))
+    with pytest.raises(NothingToLearn, match="all 64 of this one are cut") as caught:
+        train(run)
+    assert caught.value.__notes__ == ["at step 0, last phase update"]
+    assert run.policy.updates == run.critic.updates == 0
+    assert records(tmp_path)[-1]["experience/masked_samples"] == 1
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rl.batches import ExperienceBatch, RolloutBatch
+from megatron_rl.batches import ExperienceBatch, MicroBatch, RolloutBatch, TokenOutputs, ValueOutputs
 from megatron_rl.config.schema import PPOConfig
 from megatron_rl.dataflow import Finish, Prompt, Rollout, Sample, Score, ScoredRollout
-from megatron_rl.experience.batching import StaleRollout, collate, minibatches
+from megatron_rl.experience.batching import NothingToLearn, StaleRollout, collate, minibatches
+from megatron_rl.experience.build import experience_metrics
+from megatron_rl.experience.packing import pack
 from megatron_rl.interfaces import LossMean
+from megatron_rl.maths.kl import KlControl
+from megatron_rl.maths.losses import PolicyLoss, ValueLoss
 from megatron_rl.maths.means import ConstantMean, SequenceMean, TokenMean
+from tests.fakes import fake_config
 
 EOS = 9
 
@@ -76,6 +82,15 @@ def test_mixed_versions_are_refused() -> None:
         collate([scored((1,), (5,)), scored((1,), (5,), version=2)], (), version=3)
 
 
+@pytest.mark.parametrize("eos_ids", [(), (EOS,)])
+def test_a_sample_is_truncated_by_its_finish_never_by_its_last_token(eos_ids: tuple[int, ...]) -> None:
+    item = scored((1,), (5, EOS), (6, 7), (8, EOS))
+    finishes = (Finish.LENGTH, Finish.STOP, Finish.STOP)  # cut at an EOS of the text; ended by a stop string; ended
+    samples = tuple(dataclasses.replace(s, finish=f) for s, f in zip(item.rollout.samples, finishes, strict=True))
+    item = dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, samples=samples))
+    assert collate([item], eos_ids, version=3).truncated.tolist() == [True, False, False]
+
+
 def experience(batch: RolloutBatch) -> ExperienceBatch:
     zeros = torch.zeros(batch.tokens.shape)
     return ExperienceBatch(
@@ -98,6 +113,86 @@ def test_minibatches_visit_every_row_once_an_epoch_in_an_order_that_the_seed_fix
     assert order == again != other
     assert sorted(order[0] + order[1]) == sorted(order[2] + order[3]) == list(range(8))
     assert len(list(minibatches(experience(batch), ppo, TokenMean(), seed=(20250101120000, 1)))) == 4
+
+
+def cut(*rows: int, of: int) -> ExperienceBatch:
+    """Samples of two tokens, of which these are truncated."""
+    batch = collate([scored((1,), *[(5, EOS)] * of)], (), version=3)
+    return experience(dataclasses.replace(batch, truncated=torch.isin(torch.arange(of), torch.tensor(rows))))
+
+
+def test_truncated_samples_are_trained_on_unless_they_are_masked() -> None:
+    found = list(minibatches(cut(1, 2, 5, of=8), PPOConfig(minibatch_samples=4), TokenMean(), seed=(7, 1)))
+    expected = torch.randperm(8, generator=torch.Generator().manual_seed(7 * 1_000_003 + 1)).split(4)
+    assert [m.rows.tolist() for m in found] == [rows.tolist() for rows in expected]
+
+
+def test_masked_samples_are_in_no_minibatch_and_the_others_are_dealt_out_evenly() -> None:
+    ppo = PPOConfig(minibatch_samples=4, epochs=2, mask_truncated=True)
+    rows = [m.rows.tolist() for m in minibatches(cut(1, 2, 5, of=8), ppo, TokenMean(), seed=(7, 1))]
+    assert [len(each) for each in rows] == [3, 2, 3, 2]
+    assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3]) == [0, 3, 4, 6, 7]
+    assert rows[:2] != rows[2:]
+
+
+def test_no_minibatch_is_empty_where_fewer_samples_are_left_than_there_are_minibatches() -> None:
+    ppo = PPOConfig(minibatch_samples=2, epochs=2, mask_truncated=True)
+    rows = [m.rows.tolist() for m in minibatches(cut(0, 1, 2, 4, 5, 7, of=8), ppo, TokenMean(), seed=(7, 1))]
+    assert sorted(rows[:2]) == sorted(rows[2:]) == [[3], [6]]
+
+
+def test_a_step_of_which_every_sample_is_masked_says_what_to_change() -> None:
+    source = cut(0, 1, 2, 3, of=4)
+    assert len(list(minibatches(source, PPOConfig(minibatch_samples=2), TokenMean(), seed=(7, 1)))) == 2
+    ppo = PPOConfig(minibatch_samples=2, mask_truncated=True)
+    with pytest.raises(NothingToLearn, match=r"all 4 of this one are cut: raise that limit, or set ppo.mask_truncated"):
+        next(minibatches(source, ppo, TokenMean(), seed=(7, 1)))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_shares_of_samples_and_tokens_that_are_masked_are_told(tmp_path: Path, masked: bool) -> None:
+    batch = collate([scored((1,), (5, EOS), (6, 7, 8), (EOS,))], (), version=3)  # the second one is cut
+    ppo = PPOConfig(mask_truncated=masked)
+    found = experience_metrics(experience(batch), KlControl(0.0), fake_config(tmp_path, ppo=ppo))
+    told = {name: value for name, value in found.items() if name.startswith("masked")}
+    assert told == (pytest.approx({"masked_samples": 1 / 3, "masked_tokens": 3 / 6}) if masked else {})
+
+
+@pytest.mark.parametrize(
+    ("mean", "masked", "policy", "value"),
+    [
+        # of tokens: (3 + 3 + 2) / 3; all: (3 + 3 + 2 + 3 x -5) / 6. Half the squared return: (4 + 4 + 1) / 2 / 3
+        (TokenMean(), True, -8 / 3, 1.5),
+        (TokenMean(), False, 7 / 6, (4 + 4 + 1 + 3 * 16) / 2 / 6),
+        # of samples: (3 + 2) / 2; all: (3 + 2 - 5) / 3
+        (SequenceMean(), True, -2.5, (4 + 1) / 2 / 2),
+        (SequenceMean(), False, 0.0, (4 + 1 + 16) / 2 / 3),
+        # 4 tokens a sample: (3 + 3 + 2) / 4 / 2
+        (ConstantMean(tokens=4), True, -1.0, (4 + 4 + 1) / 2 / 4 / 2),
+        (ConstantMean(tokens=4), False, 7 / 4 / 3, (4 + 4 + 1 + 3 * 16) / 2 / 4 / 3),
+    ],
+)
+def test_both_losses_and_their_divisors_leave_masked_samples_out(
+    mean: LossMean, masked: bool, policy: float, value: float
+) -> None:
+    batch = collate([scored((1,), (5, EOS), (6, 7, 8), (EOS,))], (), version=3)
+    mask = batch.response_mask
+    source = dataclasses.replace(
+        experience(batch),
+        advantages=torch.tensor([3.0, -5.0, 2.0])[:, None] * mask,
+        returns=torch.tensor([2.0, -4.0, 1.0])[:, None] * mask,
+    )
+    ppo = PPOConfig(minibatch_samples=3, mask_truncated=masked)
+    (minibatch,) = minibatches(source, ppo, mean, seed=(7, 1))
+    packed = pack(minibatch, range(len(minibatch.rows)))
+    assert isinstance(packed, MicroBatch)
+    zeros = torch.zeros(len(packed.targets))
+    tokens = int(mask[minibatch.rows].sum())
+    assert tokens == (3 if masked else 6)
+    of_policy = PolicyLoss()(TokenOutputs(logprobs=zeros, entropy=zeros), packed)
+    of_critic = ValueLoss(clip=float("inf"))(ValueOutputs(values=zeros), packed)
+    assert float(of_policy.total) / tokens == pytest.approx(policy, abs=1e-6)
+    assert float(of_critic.total) / tokens == pytest.approx(value)
 
 
 def test_weights_make_the_mean_that_they_are_named_after() -> None:

@@ -95,6 +95,7 @@ def _experience(with_reference: bool) -> ExperienceBatch:
         rollout_logprobs=number + 100,
         sampled_mask=rows.response_mask,
         scores=torch.zeros(3),
+        truncated=torch.zeros(3, dtype=torch.bool),
         group=torch.zeros(3, dtype=torch.int64),
         policy_version=0,
     )
@@ -190,6 +191,9 @@ def test_micro_batches_without_rows_keep_ranks_in_step() -> None:
     assert plan_rows([9, 9, 9], [1.0] * 3, interleaved, budget=9, multiple=1).parts == (((0,), (1,), (2,), ()),)
     experts = plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2, expert=2), budget=9, multiple=1)
     assert experts.parts == (((0,), (2,)), ((1,), ()))
+    fewer = plan_rows([9], [1.0], ParallelLayout(data=2, pipeline=2, virtual_pipeline=2), budget=9, multiple=1)
+    assert fewer.parts == (((0,), ()), ((), ()))
+    assert plan_rows([9], [1.0], ParallelLayout(data=2), budget=9, multiple=1).parts == (((0,),), ((),))
     assert plan_rows([9, 9, 9], [1.0] * 3, ParallelLayout(data=2), budget=9, multiple=1).parts == (
         ((0,), (2,)),
         ((1,),),
