@@ -18,7 +18,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.planner.devices import DEVICES, LINK_SHARE
 from megatron_rl.planner.lengths import Lengths, Responses
-from megatron_rl.planner.memory import device_bytes
+from megatron_rl.planner.memory import device_bytes, start_bytes
 from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
@@ -75,10 +75,11 @@ allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it a
 ## What to trust
 
 What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which
-are as many: Transformer Engine keeps rows and columns). What is near: activations of whole models, dense, with experts
-or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real ones on a CPU (5 %,
-where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its linears do. What is
-rough: every time.
+are as many: Transformer Engine keeps rows and columns), and the most of them at the start, when with
+`distributed_optimizer` weights lie beside the buffer that they move to. What is near: activations of whole models,
+dense, with experts or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real
+ones on a CPU (5 %, where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its
+linears do. What is rough: every time.
 
 A device has the memory that CUDA reports of it, less 2 GB for libraries, which is assumed. A node's own memory (2 TB in
 a DGX; `--host-gib` says another), for a supervised stage too, is the sum over its ranks, each counted as one of the
@@ -117,7 +118,8 @@ def recipes() -> dict[str, RunConfig]:
 
 
 def fullest(found: Plan, role: str) -> float:
-    return device_bytes(c for c in found.memory if c.name.startswith(f"{role}.")) / 1e9
+    cells = [c for c in found.memory if c.name.startswith(f"{role}.")]
+    return max(device_bytes(cells), start_bytes(cells)) / 1e9
 
 
 def host(found: Plan) -> float:
@@ -582,7 +584,7 @@ def draw(png: Path) -> None:
         f"{name}, {role}": {
             cell.name.partition(".")[2]: cell.value / 1e9
             for cell in found.memory
-            if cell.name.startswith(f"{role}.") and "host" not in cell.name
+            if cell.name.startswith(f"{role}.") and device_bytes([cell])
         }
         for name, found in planned.items()
         for role in ("policy", "critic", "engine")

@@ -11,6 +11,7 @@ from megatron_rl.layout import ParallelLayout, padded_vocabulary
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import (
     DTYPE_BYTES,
+    StateBytes,
     linear_parameters,
     optimizer_shares,
     stage_elements,
@@ -194,7 +195,8 @@ def trainer_cells(
     longest_row: int = 0,
     rows: int | None = None,
 ) -> list[Cell]:
-    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
+    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``. Apart from
+    that ``start``, which is the most that a rank holds before its first pass.
 
     Args:
         role: in front of the cells' names.
@@ -218,7 +220,8 @@ def trainer_cells(
         most = most_micro_batches(layout, rows, together)
     stages = unlike_stages(dims, layout)
     found = (_stage_cells(role, dims, filled, head, dtype, stage, most, reference, on_gpu) for stage in stages)
-    return max(found, key=device_bytes)
+    starts = (_start(role, dims, trainer, head, dtype, stage, reference) for stage in stages)
+    return [*max(found, key=device_bytes), max(starts, key=lambda cell: cell.value)]
 
 
 def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
@@ -235,8 +238,17 @@ def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
 
 
 def device_bytes(cells: Iterable[Cell]) -> float:
-    """Bytes on the device, host memory left out."""
-    return sum(cell.value for cell in cells if cell.unit == "B" and "host" not in cell.name)
+    """Bytes on the device at work: host memory and the start left out."""
+    return sum(
+        cell.value
+        for cell in cells
+        if cell.unit == "B" and "host" not in cell.name and not cell.name.endswith(".start")
+    )
+
+
+def start_bytes(cells: Iterable[Cell]) -> float:
+    """Bytes on the device before the first pass, if all start at once."""
+    return sum(cell.value for cell in cells if cell.name.endswith(".start"))
 
 
 def _stage_cells(
@@ -251,8 +263,7 @@ def _stage_cells(
     on_gpu: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
-    states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
+    states = _states(dims, trainer, head, dtype, stage)
     shares = [
         f"{elements:,} {what} / {replicas} replicas"
         for (elements, replicas), what in zip(
@@ -308,6 +319,30 @@ def _stage_cells(
         if trainer.fp8 is not None and trainer.fp8.logprobs and not trainer.fp8.parameters:
             cells.append(_fp8_copies(f"{role}.reference_fp8_weights", dims, trainer, stage, "rows"))
     return cells
+
+
+def _states(dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int) -> StateBytes:
+    layout = trainer.layout
+    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
+    return state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
+
+
+def _start(
+    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int, reference: bool
+) -> Cell:
+    """The most before the first pass: while weights move to the distributed optimizer's buffer, or when all is there,
+    the reference last.
+    """
+    size, states = DTYPE_BYTES[dtype], _states(dims, trainer, head, dtype, stage)
+    count = f"{states.parameters:,} parameters of stage {stage} ({trainer.layout})"
+    buffers = states.weights + states.gradients
+    built = buffers + states.optimizer + (size * states.parameters if reference else 0)
+    formula = f"{count} x ({size} + 4) B, padding included, and "
+    if built < states.start:
+        formula += f"{states.start - buffers:,} B of weights that are not in their buffer yet"
+    else:
+        formula += f"{built - buffers:,} B of optimizer{' and reference' if reference else ''}"
+    return Cell(name=f"{role}.start", value=max(built, states.start), unit="B", formula=formula)
 
 
 def _fp8_copies(name: str, dims: ModelDims, trainer: TrainerConfig, stage: int, *kept: str) -> Cell:

@@ -12,7 +12,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.host import HostUse, host_problem, host_uses
 from megatron_rl.planner.lengths import Lengths, Responses
-from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells, unlike_stages
+from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, start_bytes, trainer_cells, unlike_stages
 from megatron_rl.planner.states import least_bytes
 from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
@@ -92,7 +92,8 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
 
 def together(config: Recipe, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
     """Who is on a device at the same time, and their bytes: each role alone, or with ``cluster.colocate`` policy and
-    critic, and in turn with them the engine; at the parity gate all weights lie beside it.
+    critic, and in turn with them the engine; at the parity gate all weights lie beside it. Trainers besides while they
+    start, which they do at once.
     """
 
     def held(*names: str) -> float:
@@ -100,8 +101,12 @@ def together(config: Recipe, memory: Sequence[Cell]) -> Iterator[tuple[str, floa
 
     if isinstance(config, SFTConfig) or not config.cluster.colocate:
         yield from ((role, held(f"{role}.")) for role in roles_of(config))
+        for role in config.trainers:
+            yield f"{role} at the start", start_bytes(cell for cell in memory if cell.name.startswith(f"{role}."))
         return
-    yield " with ".join(config.trainers), held(*(f"{role}." for role in config.trainers))
+    trainers = " with ".join(config.trainers)
+    yield trainers, held(*(f"{role}." for role in config.trainers))
+    yield f"{trainers} at the start", start_bytes(memory)
     yield "engine", held("engine.")
     if config.parity.enabled:
         weights = [f"{role}.weights" for role in config.trainers]
@@ -388,7 +393,7 @@ def _judged(
         problem = f"weights, gradients and optimizer alone: {problem}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
     cells = _cells(config, dims, machine, role, trainer)
-    held = device_bytes(cells)
+    held = max(device_bytes(cells), start_bytes(cells))
     if problem := _too_much(config, machine, beside, cells):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     if problem := _host_lacks(config, dims, machine, role, trainer):

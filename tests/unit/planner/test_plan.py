@@ -38,6 +38,7 @@ from megatron_rl.planner.memory import (
     kv_bytes_per_token,
     layer_activation_bytes,
     pieces_in_flight,
+    start_bytes,
     trainer_cells,
 )
 from megatron_rl.planner.report import report
@@ -185,6 +186,49 @@ def test_logits_are_held_as_the_kernel_of_the_device_does(kernel, on_gpu, chunk)
     cells = trainer_cells("policy", model("llama3_8b"), chosen, Head.TOKEN, "bfloat16", reference=False, on_gpu=on_gpu)
     logits = next(cell for cell in cells if cell.name == "policy.logits")
     assert logits.value == chunk + (4 + 2) * 128256 * 4096
+
+
+def start(chosen, dims, *, reference=False):
+    cells = trainer_cells("critic", dims, chosen, Head.VALUE, "bfloat16", reference=reference, on_gpu=True)
+    return start_bytes(cells) / total_parameters(dims, Head.VALUE)
+
+
+def test_weights_lie_beside_the_distributed_optimizers_buffer_until_they_have_moved_there():
+    dims = model("llama3_8b")
+    many = replace(trainer(data=1024), distributed_optimizer=True)
+    # 2 B of weights, 2 B and 4 B of buffers, or in the end 2 B + 4 B, and 12 B of Adam's that replicas share
+    assert start(many, dims) == pytest.approx(8, rel=1e-4)
+    assert start(replace(many, layout=ParallelLayout()), dims) == pytest.approx(18, rel=1e-4)
+    assert start(replace(many, layout=ParallelLayout(), optimizer_on_host=True), dims) == pytest.approx(8, rel=1e-4)
+    assert start(many, dims, reference=True) == pytest.approx(8 + 12 / 1024, rel=1e-4)
+    # eight pieces of four layers move one after the other; the first, with the embedding, has moved by then
+    folded = replace(many, layout=ParallelLayout(pipeline=2, virtual_pipeline=8, data=512))
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    cells = trainer_cells("critic", dims, folded, Head.VALUE, "bfloat16", reference=False, on_gpu=True)
+    assert start_bytes(cells) == pytest.approx(6 * (16 * layer + 128256 * 4096) + 2 * 2 * layer, rel=1e-3)
+
+
+def test_what_fits_in_training_and_not_at_the_start_cannot_run():
+    config, dims = recipe("qwen2.5_14b")
+    layout = ParallelLayout(pipeline=2, data=32)
+    config = replace(config, critic=replace(config.critic, layout=layout, tokens_per_microbatch=4096))
+    at = dict(together(config, plan(config, dims, H100, LENGTHS).memory))
+    room = at["critic at the start"] - 1
+    assert at["critic"] < room
+    tight = replace(H100, device=replace(H100.device, memory=room + H100.device.reserved))
+    [problem] = plan(config, dims, tight, LENGTHS).problems
+    assert problem.startswith("critic at the start: needs ")
+    [laid] = [c for c in choices(config, dims, tight, LENGTHS, "critic", layout.world_size) if c.layout == layout]
+    assert laid.problem.startswith("needs ")
+    assert laid.bytes == room + 1
+
+
+def test_models_that_share_devices_start_at_once():
+    config, dims = shared()
+    memory = plan(config, dims, H100, LENGTHS).memory
+    at = {cell.name: cell.value for cell in memory}
+    said = dict(together(config, memory))
+    assert said["policy with critic at the start"] == at["policy.start"] + at["critic.start"]
 
 
 def test_a_pipeline_holds_micro_batches_as_its_schedule_says():
@@ -849,7 +893,7 @@ def test_policy_and_critic_must_fit_a_shared_device_together_and_the_engine_alon
 
     assert problems(both) == []
     assert problems(both - 1) == ["policy with critic"]
-    assert problems(held["engine"] - 1) == ["policy with critic", "engine"]
+    assert problems(held["engine"] - 1) == ["policy with critic", "policy with critic at the start", "engine"]
 
 
 def test_at_the_parity_gate_all_weights_lie_beside_the_engine():
