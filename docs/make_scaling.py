@@ -81,12 +81,13 @@ dense, with experts or latent attention, with fewer key/value heads than tensor 
 ones on a CPU (5 %, where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its
 linears do. What is rough: every time.
 
-A device has the memory that CUDA reports of it, less 2 GB for libraries, which is assumed. A node's own memory (2 TB in
-a DGX; `--host-gib` says another), for a supervised stage too, is the sum over its ranks, each counted as one of the
-fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers the
-12 bytes an element of all replicas on the first one, which serialises them and the weights), with `cluster.colocate`
-what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than 95 % is in use, so
-that is the limit. None of it has been measured on a node with GPUs.
+A device has the memory that CUDA reports of it, less 2 GB for the libraries of each process on it (with
+`cluster.colocate` three), which is assumed. A node's own memory (2 TB in a DGX; `--host-gib` says another), for a
+supervised stage too, is the sum over its ranks, each counted as one of the fullest stage: optimizer states kept there,
+what a save stages (with `distributed_optimizer` megatron-core gathers the 12 bytes an element of all replicas on the
+first one, which serialises them and the weights), with `cluster.colocate` what is away, two buckets, and 4 GB a
+process, which is assumed. Ray ends workers where more than 95 % is in use, so that is the limit. None of it has been
+measured on a node with GPUs.
 
 Products of linears in FP8 are as many times faster as Transformer Engine's documentation measured for one model of 5B
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;

@@ -19,7 +19,7 @@ class Device:
         network: to GPUs of other nodes, in bytes.
         host_link: to the memory of its host, in bytes.
         capability: CUDA's compute capability; (0, 0): not a GPU.
-        reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
+        reserved: bytes that CUDA, NCCL and libraries take in each process before anything is loaded (an assumption).
         host_memory: of a node, in bytes; a machine with another one is said (``--host-gib``).
         host_bandwidth: of a node's own memory, in bytes, all channels together.
         host_process: bytes of it that a process takes for torch, CUDA and the libraries (an assumption).

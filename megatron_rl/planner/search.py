@@ -75,9 +75,8 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     memory = _engine_cells(config, dims)
     for role, trainer in config.trainers.items():
         memory += _cells(config, dims, machine, role, trainer)
-    for who, held in together(config, memory):
-        if held > _room(machine):
-            problems.append(f"{who}: {_lack(held, machine)}")
+    room = _room(config, machine)
+    problems += [f"{who}: {_lack(held, room)}" for who, held in together(config, memory) if held > room]
     nodes = host_uses(config, dims, machine)
     if problem := host_problem(nodes, machine):
         problems.append(problem)
@@ -141,8 +140,10 @@ def _gpu(machine: Machine) -> Gpu:
     return Gpu(capability=machine.device.capability, cuda=None)
 
 
-def _room(machine: Machine) -> float:
-    return machine.device.memory - machine.device.reserved
+def _room(config: Recipe, machine: Machine) -> float:
+    """Bytes of a device that may be used: each process there takes what libraries do."""
+    processes = len(roles_of(config)) if config.cluster.colocate else 1
+    return machine.device.memory - processes * machine.device.reserved
 
 
 def _keeps(config: Recipe, role: str) -> bool:
@@ -406,10 +407,10 @@ def _too_much(config: Recipe, machine: Machine, beside: Sequence[Cell], mine: Se
     """Why ``mine`` does not fit where it lies, by the rule that :func:`plan` goes by; empty where it does. What does
     not fit without it either is not held against it.
     """
-    without = together(config, beside)
+    without, room = together(config, beside), _room(config, machine)
     for (who, held), (_, others) in zip(together(config, [*beside, *mine]), without, strict=True):
-        if others < held > _room(machine):
-            return f"{who}: {_lack(held, machine)}" if config.cluster.colocate else _lack(held, machine)
+        if others < held > room:
+            return f"{who}: {_lack(held, room)}" if config.cluster.colocate else _lack(held, room)
     return ""
 
 
@@ -424,8 +425,8 @@ def _host_lacks(config: Recipe, dims: ModelDims, machine: Machine, role: str, tr
     return host_problem(host_uses(laid, dims, machine), machine, role)
 
 
-def _lack(held: float, machine: Machine) -> str:
-    return f"needs {_up(held)} GB of a device's {_room(machine) / 1e9:.1f} GB"
+def _lack(held: float, room: float) -> str:
+    return f"needs {_up(held)} GB of a device's {room / 1e9:.1f} GB"
 
 
 def _up(held: float) -> str:

@@ -888,7 +888,7 @@ def test_policy_and_critic_must_fit_a_shared_device_together_and_the_engine_alon
     assert max(held.values()) < both
 
     def problems(room):
-        device = replace(H100.device, memory=room + H100.device.reserved)
+        device = replace(H100.device, memory=room + 3 * H100.device.reserved)  # of policy, critic and engine
         return [text.partition(":")[0] for text in plan(config, dims, replace(H100, device=device), LENGTHS).problems]
 
     assert problems(both) == []
@@ -911,7 +911,7 @@ def test_layouts_of_a_model_that_shares_devices_leave_room_for_the_other():
     config, dims = shared()
     memory = plan(config, dims, H100, LENGTHS).memory
     critic = device_bytes(c for c in memory if c.name.startswith("critic"))
-    room = H100.device.memory - H100.device.reserved
+    room = H100.device.memory - 3 * H100.device.reserved
     fits = [c for c in choices(config, dims, H100, LENGTHS, "policy", 16) if not c.problem]
     assert fits
     assert all(choice.bytes + critic <= room for choice in fits)
@@ -931,10 +931,10 @@ def test_layouts_that_can_be_can_be_planned(role, parity):
             laid = replace(tight, **{role: replace(tight.trainers[role], layout=choice.layout)})
             yield choice.problem, plan(laid, dims, H100, LENGTHS).problems
 
-    tight, loose = list(judged(45568)), list(judged(43520))
+    tight, loose = list(judged(41728)), list(judged(39680))
     assert all(not planned for problem, planned in tight + loose if not problem)
     assert any(not problem for problem, _ in loose)
-    if parity:  # 77.6 GB of an engine leave 5.3 GB to the weights of both models
+    if parity:  # 73.6 GB of an engine leave 5.3 GB to the weights of both models
         said = "parity.enabled: engine with policy.weights, critic.weights: needs "
         assert all(problem for problem, _ in tight)
         assert any(problem.startswith(said) for problem, _ in tight)
