@@ -93,8 +93,8 @@ Products of linears in FP8 are as many times faster as Transformer Engine's docu
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
-keys and values, and an engine that has no more samples to start waits for its last ones. Samples of a prompt share its
-place in the cache and are read in once (vLLM's prefix cache).
+keys and values and have most of the scores, in training too, and an engine that has no more samples to start waits for
+its last ones. Samples of a prompt share its place in the cache and are read in once (vLLM's prefix cache).
 
 ![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
@@ -431,6 +431,7 @@ def nemo_rl_seconds(
     assert not dims.layout_problems(layout), dims.layout_problems(layout)
     weights = 2 * total_parameters(dims, Head.TOKEN)
     cache = round((0.6 * h100.device.memory - weights / workers) / 2**20)
+    responses = Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT)
     rollout = rollout_time(
         dims,
         EngineConfig(count=gpus // workers, tensor=workers, kv_cache_mib=cache),
@@ -438,14 +439,15 @@ def nemo_rl_seconds(
         "bfloat16",
         samples=samples,
         prompt_tokens=NEMO_RL_PROMPT,
-        responses=Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT),
+        responses=responses,
     ).total
     model = trainer(
         layout,
         tokens_per_microbatch=longest // layout.context,
         recompute="none" if name == "qwen3_30b_a3b" else "full",
     )
-    whole, part = (Work(rows=rows, row_tokens=row) for rows in (samples, NEMO_RL_UPDATE))
+    met = responses.token_row(NEMO_RL_PROMPT)
+    whole, part = (Work(rows=rows, row_tokens=row, token_row=met) for rows in (samples, NEMO_RL_UPDATE))
     scored = 2 * pass_time(dims, model, h100, whole, "bfloat16", backward=False).total
     updated = samples / NEMO_RL_UPDATE * update_time(dims, model, Head.TOKEN, h100, part, "bfloat16").total
     moved = (12 / 2 + 1) * weights * 2 / gpus / (LINK_SHARE * h100.device.host_link)

@@ -169,7 +169,7 @@ def _times(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) 
 
 def _run_times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
     dtype, engine = config.model.dtype, config.engine
-    responses = Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
+    responses = _responses(config, lengths)
     rollout = rollout_time(
         dims,
         engine,
@@ -219,7 +219,7 @@ def role_seconds(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> tuple[Cell, Cell]:
     """A model's part of a step: passes over the rollout (twice where a reference is kept), and its updates."""
-    whole = Work(rows=config.samples_per_step, row_tokens=lengths.prompt + lengths.response)
+    whole = _work(config, lengths, config.samples_per_step)
     forward = pass_time(dims, trainer, machine, whole, config.model.dtype, backward=False, head=head_of(role))
     times = 2 if _keeps(config, role) else 1
     return (
@@ -237,7 +237,7 @@ def role_seconds(
 def _update_seconds(
     config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> Cell:
-    part = Work(rows=_samples_per_update(config), row_tokens=lengths.prompt + lengths.response)
+    part = _work(config, lengths, _samples_per_update(config))
     update = update_time(dims, trainer, head_of(role), machine, part, config.model.dtype)
     count = config.updates_per_step if isinstance(config, RunConfig) else 1
     return Cell(
@@ -248,6 +248,16 @@ def _update_seconds(
         f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
         f"{part.tokens:,.0f} tokens",
     )
+
+
+def _work(config: Recipe, lengths: Lengths, rows: int) -> Work:
+    """Nothing says how lengths of a supervised stage vary."""
+    met = None if isinstance(config, SFTConfig) else _responses(config, lengths).token_row(lengths.prompt)
+    return Work(rows=rows, row_tokens=lengths.prompt + lengths.response, token_row=met)
+
+
+def _responses(config: RunConfig, lengths: Lengths) -> Responses:
+    return Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
 
 
 def choices(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int) -> list[Choice]:

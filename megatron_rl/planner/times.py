@@ -57,10 +57,18 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a model is to compute: ``rows`` of ``row_tokens`` each."""
+    """What a model is to compute.
+
+    Attributes:
+        rows: how many.
+        row_tokens: of a row, on the average over rows.
+        token_row: of the row that a token is in, on the average over tokens: more, since long rows have more of them,
+            and what attention's scores go by. None: all rows are alike.
+    """
 
     rows: float
     row_tokens: float
+    token_row: float | None = None
 
     @property
     def tokens(self) -> float:
@@ -120,8 +128,9 @@ def pass_time(
     micro = min(max(trainer.tokens_per_microbatch, work.row_tokens / layout.context), per_rank)
     batches = max(1.0, per_rank / micro)
     ways = 1 if not backward else 2
+    met = work.row_tokens if work.token_row is None else work.token_row
     times = [
-        _stage_time(dims, trainer, machine, stage, micro, work.row_tokens, dtype, backward=backward, head=head)
+        _stage_time(dims, trainer, machine, stage, micro, met, dtype, backward=backward, head=head)
         for stage in unlike_stages(dims, layout)
     ]
     arithmetic, exchanged = max(times, key=sum)
@@ -151,8 +160,8 @@ def _stage_time(
     backward: bool,
     head: Head,
 ) -> tuple[float, float]:
-    """Seconds of arithmetic and of exchanges of a stage with one micro-batch of ``micro`` tokens a rank, in rows of
-    ``row``.
+    """Seconds of arithmetic and of exchanges of a stage with one micro-batch of ``micro`` tokens a rank, each in a
+    row of ``row``.
     """
     layout, device = trainer.layout, machine.device
     held, length = layout.layers_of_stage(stage, dims.layers), round(row)

@@ -730,6 +730,36 @@ def test_lengths_of_responses_by_hand():
     assert (fixed.alive(49), fixed.alive(50), fixed.running) == (1, 0, 25)
 
 
+def test_scores_go_by_the_square_of_each_rows_length_in_training():
+    # exponential: E[l^2] = 2 x 1000^2, so E[(50 + l)^2] / E[50 + l] = (50^2 + 2 x 50 x 1000 + 2 x 1000^2) / 1050
+    met = Responses(mean=1000, longest=1e6).token_row(50)
+    assert met == pytest.approx((2500 + 100_000 + 2_000_000) / 1050)
+    assert Responses(mean=1000, longest=1000).token_row(50) == pytest.approx(1050)
+    # of many rows drawn so, one by one
+    dims, free = model("llama3_8b"), alone(bandwidth=1e30)
+    rows = [50 - 1000 * math.log1p(-(place + 0.5) / 20_000) for place in range(20_000)]
+    mean = sum(rows) / len(rows)
+    flops = sum(dims.row_flops(1) * row + 32 * dims.score_flops(1) * (row**2 - row) for row in rows)
+    work = Work(rows=len(rows), row_tokens=mean, token_row=met)
+    found = pass_time(dims, trainer(), free, work, "bfloat16", backward=False)
+    assert found.total == pytest.approx(flops / (0.7 * 989e12), rel=1e-3)
+
+
+def test_a_recipes_rows_vary_in_its_updates_and_passes():
+    config, dims = recipe("qwen3_30b_a3b")
+    config = replace(config, rollout=replace(config.rollout, max_response_tokens=32768))
+    long, free = Lengths(prompt=100, response=8000), alone(bandwidth=1e30, link=1e30)
+    passes, update = role_seconds(config, dims, free, long, "critic", config.critic)
+    met = Responses(mean=8000, longest=32768).token_row(100)
+    assert met > 1.5 * 8100
+    work = Work(rows=config.samples_per_step, row_tokens=8100, token_row=met)
+    said = pass_time(dims, config.critic, free, work, "bfloat16", backward=False, head=Head.VALUE)
+    assert passes.value == pytest.approx(said.total)
+    part = replace(work, rows=config.ppo.minibatch_samples)
+    each = update_time(dims, config.critic, Head.VALUE, free, part, "bfloat16")
+    assert update.value == pytest.approx(config.updates_per_step * each.total)
+
+
 def test_a_rollout_waits_for_its_longest_response():
     dims, engine = model("llama3_8b"), EngineConfig(count=4, max_concurrent=64, kv_cache_mib=32768)
 
