@@ -79,7 +79,8 @@ are as many: Transformer Engine keeps rows and columns), and the most of them at
 `distributed_optimizer` weights lie beside the buffer that they move to. What is near: activations of whole models,
 dense, with experts or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real
 ones on a CPU (5 %, where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its
-linears do. What is rough: every time.
+linears do. From Hopper on context ranks are taken to pass keys and values around, as Transformer Engine does in
+bfloat16, elsewhere to gather them. What is rough: every time.
 
 A device has the memory that CUDA reports of it, less 2 GB for the libraries of each process on it (with
 `cluster.colocate` three), which is assumed. A node's own memory (2 TB in a DGX; `--host-gib` says another), for a

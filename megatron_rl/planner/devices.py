@@ -55,6 +55,12 @@ class Device:
         """Whether it runs CUDA."""
         return self.capability != (0, 0)
 
+    def rings(self, dtype: str) -> bool:
+        """Whether Transformer Engine's fused attention serves packed rows of this type whatever else is installed
+        (``mcore.capabilities``): its context ranks pass keys and values around.
+        """
+        return self.capability >= (9, 0) and dtype == "bfloat16"
+
     def engine_gain(self, quantization: str) -> float:
         """The same of a quantised engine's linears, with the training recipe whose scales are the most like: one for
         a weight (also where each row has its own), or one for a block.

@@ -326,6 +326,7 @@ def _cells(config: Recipe, dims: ModelDims, machine: Machine, role: str, trainer
         config.model.dtype,
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
+        ring=config.model.layers != "local" and machine.device.rings(config.model.dtype),
         longest_row=int(row),
         rows=_samples_per_update(config),
     )

@@ -175,7 +175,8 @@ def _stage_time(
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         flops += dims.output_flops(length)
     flops *= micro / row / layout.tensor
-    moved = 2 * device.unfused * micro * layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held)
+    kept = layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held, ring=device.rings(dtype))
+    moved = 2 * device.unfused * micro * kept
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
     arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
     exchanged = sum(

@@ -417,6 +417,54 @@ def test_a_context_rank_keeps_keys_and_values_of_whole_rows_with_a_head_for_each
     assert shared - alone == 2 * elements
 
 
+@pytest.mark.parametrize(
+    ("family", "elements"),
+    [
+        ("llama3_8b", 8 / 2 * 2 * 128),  # of 8 heads, as they are
+        ("deepseek_v3", 128 / 2 * (128 + 64 + 128)),
+    ],
+)
+def test_in_transformer_engines_ring_a_context_rank_keeps_keys_and_values_of_one_share(family, elements):
+    alone, shared = (
+        layer_activation_bytes(model(family), trainer(tensor=2, context=ranks), "bfloat16", sparse=False, ring=True)
+        for ranks in (1, 4)
+    )
+    assert shared - alone == 2 * elements
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "layers", "ring"),
+    [
+        ("h100", "bfloat16", "auto", True),
+        ("b200", "bfloat16", "transformer_engine", True),
+        ("h100", "bfloat16", "local", False),
+        ("h100", "float32", "auto", False),
+        ("a100-80g", "bfloat16", "auto", False),  # where flash-attn 2 may be missing
+        ("cpu", "bfloat16", "auto", False),
+    ],
+)
+def test_context_ranks_are_planned_in_a_ring_where_transformer_engines_attention_takes_packed_rows(
+    device, dtype, layers, ring
+):
+    config, dims = recipe("qwen2.5_14b")
+    policy = replace(config.policy, layout=ParallelLayout(context=8), recompute="none")
+    roomy = replace(H100, device=replace(DEVICES[device], memory=1e15, host_memory=1e15))
+    config = replace(config, policy=policy, model=replace(config.model, dtype=dtype, layers=layers))
+    [found] = [c.value for c in plan(config, dims, roomy, LENGTHS).memory if c.name == "policy.activations"]
+    said = {
+        on: next(
+            cell.value
+            for cell in trainer_cells(
+                "policy", dims, policy, Head.TOKEN, dtype, reference=True, on_gpu=True, ring=on, longest_row=4024
+            )
+            if cell.name == "policy.activations"
+        )
+        for on in (True, False)
+    }
+    assert said[True] < said[False]
+    assert found == said[ring]
+
+
 def test_the_stage_with_the_most_layers_sets_the_pace():
     work, dims = Work(rows=64, row_tokens=1024), model("llama3_8b")
     even, uneven = (
