@@ -178,7 +178,9 @@ def _stage_time(
     kept = layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held, ring=device.rings(dtype))
     moved = 2 * device.unfused * micro * kept
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
+    arithmetic = passes * (
+        flops / (MATMUL_SHARE * device.product_flops(dtype)) + moved / (MEMORY_SHARE * device.bandwidth)
+    )
     exchanged = sum(
         len(layers) * _layer_exchange(dims, layout, machine, micro, length, dtype, sparse=kind)
         for kind, layers in kinds.items()
@@ -216,7 +218,7 @@ def _layer_exchange(
         seconds = bytes_each / machine.link(layout.tensor * layout.context)
         if machine.device.is_gpu:
             scores = dims.score_flops(length) * micro / length / layout.tensor
-            seconds = max(0.0, seconds - scores / (MATMUL_SHARE * machine.device.flops))
+            seconds = max(0.0, seconds - scores / (MATMUL_SHARE * machine.device.product_flops(dtype)))
         found += seconds + (layout.context - 1) * LAUNCH_S
     if sparse and experts is not None:
         routed = size * micro / layout.tensor * experts.per_token * dims.hidden
@@ -330,9 +332,9 @@ def rollout_time(
         )
         tail += width * responses.any_alive(tokens, together * engine.count) * step
     length = max(1, round(prompt_tokens))
-    last = _product_time(dims.output_flops(1), engine, machine)
-    layers = _token_time(dims, engine, machine, length) - _product_time(
-        dims.output_flops(length) / length, engine, machine
+    last = _product_time(dims.output_flops(1), engine, machine, dtype)
+    layers = _token_time(dims, engine, machine, length, dtype) - _product_time(
+        dims.output_flops(length) / length, engine, machine, dtype
     )
     prefill = mine * (max(1.0, prompt_tokens) / samples_per_prompt * layers + last)
     return RolloutTime(prefill=prefill, full=full, tail=tail)
@@ -351,7 +353,7 @@ def decode_step_time(
     kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
     weights = worker_weight_bytes(dims, engine, dtype) - size * _idle_experts(dims, sequences) / engine.tensor
     read = weights + sequences * context * kv
-    products = sequences * _token_time(dims, engine, machine, 1)
+    products = sequences * _token_time(dims, engine, machine, 1, dtype)
     exchanged = 0.0
     if engine.tensor > 1:
         bytes_each = 2 * size * sequences * dims.hidden * (engine.tensor - 1) / engine.tensor
@@ -359,18 +361,18 @@ def decode_step_time(
     return max(read / (MEMORY_SHARE * machine.device.bandwidth), products) + exchanged + DECODE_STEP_S
 
 
-def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length: int) -> float:
+def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length: int, dtype: str) -> float:
     """Seconds of the products of one token, in rows of ``length``, on a worker of an engine."""
     sparse = len(dims.sparse_layers)
     linear = (dims.layers - sparse) * dims.linear_flops(length, sparse=False)
     linear += sparse * dims.linear_flops(length, sparse=True) if sparse else 0.0
     saved = linear * (1 - 1 / machine.device.engine_gain(engine.quantization))
-    return _product_time((dims.row_flops(length) - saved) / length, engine, machine)
+    return _product_time((dims.row_flops(length) - saved) / length, engine, machine, dtype)
 
 
-def _product_time(flops: float, engine: EngineConfig, machine: Machine) -> float:
-    """Seconds of products that the workers of an engine share."""
-    return flops / engine.tensor / (MATMUL_SHARE * machine.device.flops)
+def _product_time(flops: float, engine: EngineConfig, machine: Machine, dtype: str) -> float:
+    """Seconds of products that the workers of an engine share; ``dtype``: of the model."""
+    return flops / engine.tensor / (MATMUL_SHARE * machine.device.product_flops(engine.dtype(dtype)))
 
 
 def _idle_experts(dims: ModelDims, tokens: float) -> float:

@@ -578,6 +578,21 @@ def test_products_take_their_flops_at_the_devices_share():
     assert found.total == pytest.approx(8 * dims.row_flops(1024) / (0.7 * 989e12))
 
 
+def test_products_in_float32_take_the_devices_rate_of_float32():
+    work, dims = Work(rows=8, row_tokens=1024), model("llama3_8b")
+    free = alone(bandwidth=1e30)
+    found = pass_time(dims, trainer(), free, work, "float32", backward=False)
+    assert found.total == pytest.approx(8 * dims.row_flops(1024) / (0.7 * 67e12))
+    step = decode_step_time(dims, EngineConfig(), free, "float32", sequences=8, context=1)
+    assert step == pytest.approx(8 * dims.row_flops(1) / (0.7 * 67e12) + 3e-3)
+    quantised = EngineConfig(quantization="fp8_per_channel")  # whose other products are of bfloat16
+    steps = [
+        decode_step_time(dims, quantised, free, dtype, sequences=8, context=1) for dtype in ("float32", "bfloat16")
+    ]
+    assert steps[0] == steps[1]
+    assert DEVICES["cpu"].product_flops("float32") == DEVICES["cpu"].product_flops("bfloat16")
+
+
 def test_more_replicas_shorten_an_update_and_pay_for_the_exchange():
     work, dims = Work(rows=128, row_tokens=1024), model("llama3_8b")
     one = update_time(dims, trainer(tensor=4, data=1), Head.TOKEN, H100, work, "bfloat16")
