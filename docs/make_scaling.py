@@ -18,7 +18,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims, read_model_dims
 from megatron_rl.planner.devices import DEVICES, LINK_SHARE
 from megatron_rl.planner.lengths import Lengths, Responses
-from megatron_rl.planner.memory import device_bytes
+from megatron_rl.planner.memory import device_bytes, start_bytes
 from megatron_rl.planner.search import Plan, plan
 from megatron_rl.planner.states import total_parameters
 from megatron_rl.planner.times import Machine, Work, decode_step_time, pass_time, rollout_time, update_time
@@ -75,24 +75,27 @@ allocated, wall seconds. That has not been run yet; `benchmarks/gpu.py` has it a
 ## What to trust
 
 What is exact: bytes of weights, gradients and optimizer states (with `fp8.parameters` those of bfloat16 are said, which
-are as many: Transformer Engine keeps rows and columns). What is near: activations of whole models, dense, with experts
-or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real ones on a CPU (5 %,
-where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its linears do. What is
-rough: every time.
+are as many: Transformer Engine keeps rows and columns), and the most of them at the start, when with
+`distributed_optimizer` weights lie beside the buffer that they move to. What is near: activations of whole models,
+dense, with experts or latent attention, with fewer key/value heads than tensor ranks too, against passes of the real
+ones on a CPU (5 %, where experts are chosen alike); on a GPU Transformer Engine's norms keep less, and in FP8 its
+linears do. From Hopper on context ranks are taken to pass keys and values around, as Transformer Engine does in
+bfloat16, elsewhere to gather them. What is rough: every time.
 
-A device has the memory that CUDA reports of it, less 2 GB for libraries, which is assumed. A node's own memory (2 TB in
-a DGX; `--host-gib` says another), for a supervised stage too, is the sum over its ranks, each counted as one of the
-fullest stage: optimizer states kept there, what a save stages (with `distributed_optimizer` megatron-core gathers the
-12 bytes an element of all replicas on the first one, which serialises them and the weights), with `cluster.colocate`
-what is away, two buckets, and 4 GB a process, which is assumed. Ray ends workers where more than 95 % is in use, so
-that is the limit. None of it has been measured on a node with GPUs.
+A device has the memory that CUDA reports of it, less 2 GB for the libraries of each process on it (with
+`cluster.colocate` three), which is assumed. A node's own memory (2 TB in a DGX; `--host-gib` says another), for a
+supervised stage too, is the sum over its ranks, each counted as one of the fullest stage: optimizer states kept there,
+what a save stages (with `distributed_optimizer` megatron-core gathers the 12 bytes an element of all replicas on the
+first one, which serialises them and the weights), with `cluster.colocate` what is away, two buckets, and 4 GB a
+process, which is assumed. Ray ends workers where more than 95 % is in use, so that is the limit. None of it has been
+measured on a node with GPUs.
 
 Products of linears in FP8 are as many times faster as Transformer Engine's documentation measured for one model of 5B
 (Hopper: `tensorwise` 1.57, `blockwise` 1.41; Blackwell: 1.41, `mxfp8` 1.44), in training as in a quantised engine;
 scores, output layer and all else are not. Lengths of responses are taken as if each token were the last one with the
 same chance and the limit cut the rest: then the longest of a step is the limit or near, long responses read most of the
-keys and values, and an engine that has no more samples to start waits for its last ones. Samples of a prompt share its
-place in the cache and are read in once (vLLM's prefix cache).
+keys and values and have most of the scores, in training too, and an engine that has no more samples to start waits for
+its last ones. Samples of a prompt share its place in the cache and are read in once (vLLM's prefix cache).
 
 ![Memory, seconds and GPU-hours of recipes, how they scale, and predictions beside published figures](scaling.png)
 """
@@ -117,7 +120,8 @@ def recipes() -> dict[str, RunConfig]:
 
 
 def fullest(found: Plan, role: str) -> float:
-    return device_bytes(c for c in found.memory if c.name.startswith(f"{role}.")) / 1e9
+    cells = [c for c in found.memory if c.name.startswith(f"{role}.")]
+    return max(device_bytes(cells), start_bytes(cells)) / 1e9
 
 
 def host(found: Plan) -> float:
@@ -428,6 +432,7 @@ def nemo_rl_seconds(
     assert not dims.layout_problems(layout), dims.layout_problems(layout)
     weights = 2 * total_parameters(dims, Head.TOKEN)
     cache = round((0.6 * h100.device.memory - weights / workers) / 2**20)
+    responses = Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT)
     rollout = rollout_time(
         dims,
         EngineConfig(count=gpus // workers, tensor=workers, kv_cache_mib=cache),
@@ -435,14 +440,15 @@ def nemo_rl_seconds(
         "bfloat16",
         samples=samples,
         prompt_tokens=NEMO_RL_PROMPT,
-        responses=Responses(mean=row - NEMO_RL_PROMPT, longest=longest - NEMO_RL_PROMPT),
+        responses=responses,
     ).total
     model = trainer(
         layout,
         tokens_per_microbatch=longest // layout.context,
         recompute="none" if name == "qwen3_30b_a3b" else "full",
     )
-    whole, part = (Work(rows=rows, row_tokens=row) for rows in (samples, NEMO_RL_UPDATE))
+    met = responses.token_row(NEMO_RL_PROMPT)
+    whole, part = (Work(rows=rows, row_tokens=row, token_row=met) for rows in (samples, NEMO_RL_UPDATE))
     scored = 2 * pass_time(dims, model, h100, whole, "bfloat16", backward=False).total
     updated = samples / NEMO_RL_UPDATE * update_time(dims, model, Head.TOKEN, h100, part, "bfloat16").total
     moved = (12 / 2 + 1) * weights * 2 / gpus / (LINK_SHARE * h100.device.host_link)
@@ -582,7 +588,7 @@ def draw(png: Path) -> None:
         f"{name}, {role}": {
             cell.name.partition(".")[2]: cell.value / 1e9
             for cell in found.memory
-            if cell.name.startswith(f"{role}.") and "host" not in cell.name
+            if cell.name.startswith(f"{role}.") and device_bytes([cell])
         }
         for name, found in planned.items()
         for role in ("policy", "critic", "engine")

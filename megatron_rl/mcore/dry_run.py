@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.attention import packed_rows
 from megatron_rl.mcore.groups import build_parallel_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_tokens, read_values, run_model
-from megatron_rl.mcore.optimizer import Training, optimizer_parts, prepare_training
+from megatron_rl.mcore.optimizer import Training, add_gradients, add_optimizer, optimizer_parts, prepare_training
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
 
@@ -44,6 +44,7 @@ class DryRun:
         gradients: float32 buffers.
         optimizer: main weights and moments on the device.
         host_optimizer: the same in host memory.
+        start: most bytes of weights and gradients at once while the buffers are made.
         layers: of this rank's stage.
         activations: largest number of bytes that a forward and backward pass over one micro-batch had live beyond the
             states above; None where it cannot be counted, see ``uncounted``.
@@ -55,6 +56,7 @@ class DryRun:
     gradients: int
     optimizer: int
     host_optimizer: int
+    start: int
     layers: int
     activations: int | None
     uncounted: str
@@ -90,7 +92,9 @@ def dry_run(
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
         layers = sum(len(chunk.decoder.layers) for chunk in chunks)
-        training = prepare_training(chunks, trainer, total_updates=1)
+        with _Live(p.untyped_storage() for p in parameters) as live:
+            wrapped = add_gradients(chunks, trainer)
+        training = add_optimizer(wrapped, trainer, total_updates=1)
         buffers = [b for chunk in training.chunks for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]
         on_host = trainer.optimizer_on_host
         states = _optimizer_bytes(training)
@@ -106,6 +110,7 @@ def dry_run(
             gradients=sum(b.grad_data.nbytes for b in buffers),
             optimizer=0 if on_host else states,
             host_optimizer=states if on_host else 0,
+            start=live.peak,
             layers=layers,
             activations=activations,
             uncounted=reason,
@@ -161,12 +166,14 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that were made while it was on and are still held."""
+    """Counts the bytes of storages that were given to it, or made while it was on, and are still held."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: Iterable[Any] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        for storage in storages:
+            self._track(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}

@@ -46,6 +46,13 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
         trainer: how they are trained.
         total_updates: optimizer steps of the whole run, for a schedule that does not say itself how long it is.
     """
+    return add_optimizer(add_gradients(models, trainer), trainer, total_updates)
+
+
+def add_gradients(models: Sequence[GPTModel], trainer: TrainerConfig) -> list[DistributedDataParallel]:
+    """The first half of :func:`prepare_training`: gradient buffers, and with a distributed optimizer a buffer that the
+    weights move to, which takes their bytes twice until they are there.
+    """
     config = models[0].config
     overlap = trainer.overlap_communication
     ddp = DistributedDataParallelConfig(
@@ -63,7 +70,12 @@ def prepare_training(models: Sequence[GPTModel], trainer: TrainerConfig, total_u
     config.finalize_model_grads_func = finalize_model_grads
     if overlap:
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    chosen = trainer.optimizer
+    return chunks
+
+
+def add_optimizer(chunks: list[DistributedDataParallel], trainer: TrainerConfig, total_updates: int) -> Training:
+    """The second half of :func:`prepare_training`."""
+    chosen, ddp, config = trainer.optimizer, chunks[0].ddp_config, chunks[0].config
     dtype = config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

@@ -14,12 +14,13 @@ class Device:
     Attributes:
         memory: bytes, as CUDA reports them: less than the card has, and the least that was found reported.
         flops: dense bfloat16.
+        float32_flops: of float32 as it is, without TF32, which nothing turns on.
         bandwidth: of its memory, in bytes.
         link: to the other GPUs of its node, in bytes.
         network: to GPUs of other nodes, in bytes.
         host_link: to the memory of its host, in bytes.
         capability: CUDA's compute capability; (0, 0): not a GPU.
-        reserved: bytes that CUDA, NCCL and libraries take before anything is loaded (an assumption).
+        reserved: bytes that CUDA, NCCL and libraries take in each process before anything is loaded (an assumption).
         host_memory: of a node, in bytes; a machine with another one is said (``--host-gib``).
         host_bandwidth: of a node's own memory, in bytes, all channels together.
         host_process: bytes of it that a process takes for torch, CUDA and the libraries (an assumption).
@@ -32,6 +33,7 @@ class Device:
 
     memory: float
     flops: float
+    float32_flops: float
     bandwidth: float
     link: float
     network: float
@@ -54,6 +56,16 @@ class Device:
     def is_gpu(self) -> bool:
         """Whether it runs CUDA."""
         return self.capability != (0, 0)
+
+    def product_flops(self, dtype: str) -> float:
+        """Peak of products in this type."""
+        return self.float32_flops if dtype == "float32" else self.flops
+
+    def rings(self, dtype: str) -> bool:
+        """Whether Transformer Engine's fused attention serves packed rows of this type whatever else is installed
+        (``mcore.capabilities``): its context ranks pass keys and values around.
+        """
+        return self.capability >= (9, 0) and dtype == "bfloat16"
 
     def engine_gain(self, quantization: str) -> float:
         """The same of a quantised engine's linears, with the training recipe whose scales are the most like: one for
@@ -79,6 +91,7 @@ DEVICES: Mapping[str, Device] = {
     "a100-80g": Device(
         memory=79.15 * GIB,
         flops=312e12,
+        float32_flops=19.5e12,
         bandwidth=2.039e12,
         link=300e9,
         network=25e9,
@@ -95,6 +108,7 @@ DEVICES: Mapping[str, Device] = {
     "h100": Device(
         memory=79.11 * GIB,
         flops=989e12,
+        float32_flops=67e12,
         bandwidth=3.35e12,
         link=450e9,
         network=50e9,
@@ -112,6 +126,7 @@ DEVICES: Mapping[str, Device] = {
     "h200": Device(
         memory=139.72 * GIB,
         flops=989e12,
+        float32_flops=67e12,
         bandwidth=4.8e12,
         link=450e9,
         network=50e9,
@@ -129,6 +144,7 @@ DEVICES: Mapping[str, Device] = {
     "b200": Device(
         memory=178.35 * GIB,
         flops=2250e12,
+        float32_flops=75e12,
         bandwidth=8e12,
         link=900e9,
         network=50e9,
@@ -146,6 +162,7 @@ DEVICES: Mapping[str, Device] = {
     "cpu": Device(
         memory=4e9,
         flops=50e9,
+        float32_flops=50e9,
         bandwidth=10e9,
         link=0.25e9,
         network=0.1e9,

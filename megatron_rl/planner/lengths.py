@@ -53,6 +53,13 @@ class Responses:
             return self.longest / 2
         return scale**2 * (1 - math.exp(-reach) * (1 + reach)) / self.mean
 
+    def token_row(self, prompt: float) -> float:
+        """Tokens of the row, ``prompt`` and response, that a token is in, on the average over tokens:
+        ``E[l^2] / E[l]``.
+        """
+        squared = prompt**2 + 2 * prompt * self.mean + 2 * self.mean * self.running
+        return squared / (prompt + self.mean)
+
     def longest_of(self, count: float, steps: int = 256) -> float:
         """The longest of so many, in tokens, on the average."""
         width = self.longest / steps

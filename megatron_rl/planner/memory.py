@@ -11,6 +11,7 @@ from megatron_rl.layout import ParallelLayout, padded_vocabulary
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.states import (
     DTYPE_BYTES,
+    StateBytes,
     linear_parameters,
     optimizer_shares,
     stage_elements,
@@ -43,8 +44,11 @@ class Cell:
     formula: str
 
 
-def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, *, sparse: bool) -> float:
-    """What a layer keeps for its backward pass, in bytes per token of a rank; ``sparse``: one with experts.
+def layer_activation_bytes(
+    dims: ModelDims, trainer: TrainerConfig, dtype: str, *, sparse: bool, ring: bool = False
+) -> float:
+    """What a layer keeps for its backward pass, in bytes per token of a rank; ``sparse``: one with experts; ``ring``:
+    context ranks pass keys and values around and do not gather them.
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equations 1, 2 and 4,
     with the tensors of this architecture in place of GPT's: what megatron-core's own modules keep, to the byte but for
@@ -63,7 +67,7 @@ def layer_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, 
     if trainer.recompute == "full":
         return size * dims.hidden * share
     kept = size * 2 * _norm_rows(size) * dims.hidden * share + 8 + _attention_bytes(dims, layout.tensor, size)
-    kept += size * _gathered_rows_width(dims, layout)
+    kept += size * _context_width(dims, layout, ring)
     if trainer.recompute == "none":
         kept += 4 * dims.heads / layout.tensor
     if experts is None:
@@ -94,17 +98,19 @@ def _attention_bytes(dims: ModelDims, tensor: int, size: int) -> float:
     return kept + size * normed + 4 * (dims.heads + dims.kv_heads) / tensor
 
 
-def _gathered_rows_width(dims: ModelDims, layout: ParallelLayout) -> float:
-    """Elements that a context rank keeps, for each token of its own, of keys and values of whole rows, with a head for
-    each of the queries' (``mcore.attention``). 0 where rows are on one rank.
+def _context_width(dims: ModelDims, layout: ParallelLayout, ring: bool) -> float:
+    """Elements that a context rank keeps besides, for each token of its own. 0 where rows are on one rank.
+
+    Gathered (``mcore.attention``): keys and values of whole rows, with a head for each of the queries'. In Transformer
+    Engine's ``ring``: those of one rank, as they came last.
     """
     if layout.context == 1:
         return 0.0
     latent = dims.latent
-    each = 2 * dims.head_dim
+    each, heads = 2 * dims.head_dim, dims.kv_heads if ring else dims.heads
     if latent is not None:
-        each = latent.plain_head_dim + latent.rotary_head_dim + latent.value_head_dim
-    return layout.context * dims.heads / layout.tensor * each
+        each, heads = latent.plain_head_dim + latent.rotary_head_dim + latent.value_head_dim, dims.heads
+    return (1 if ring else layout.context) * max(1.0, heads / layout.tensor) * each
 
 
 def gathered_attention_width(dims: ModelDims, tensor: int) -> int:
@@ -129,12 +135,14 @@ def remembered_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: s
     return (DTYPE_BYTES[dtype] * rows + 5 * experts.count + 8 * experts.per_token) * share
 
 
-def layers_activation_bytes(dims: ModelDims, trainer: TrainerConfig, dtype: str, layers: Iterable[int]) -> float:
+def layers_activation_bytes(
+    dims: ModelDims, trainer: TrainerConfig, dtype: str, layers: Iterable[int], *, ring: bool = False
+) -> float:
     """The same of these layers together."""
     held = tuple(layers)
     sparse = len(dims.sparse_layers.intersection(held))
-    kept = (len(held) - sparse) * layer_activation_bytes(dims, trainer, dtype, sparse=False)
-    return kept + sparse * layer_activation_bytes(dims, trainer, dtype, sparse=True)
+    kept = (len(held) - sparse) * layer_activation_bytes(dims, trainer, dtype, sparse=False, ring=ring)
+    return kept + sparse * layer_activation_bytes(dims, trainer, dtype, sparse=True, ring=ring)
 
 
 def _norm_rows(size: int) -> int:
@@ -144,7 +152,7 @@ def _norm_rows(size: int) -> int:
     return 5 if size == 2 else 3
 
 
-def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str) -> float:
+def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str, *, ring: bool = False) -> float:
     """The most that a pass holds beyond what layers keep: the last norm and the head, or one layer's gradients on their
     way, and with ``full`` that layer computed again.
 
@@ -173,7 +181,7 @@ def passing_bytes_per_token(dims: ModelDims, trainer: TrainerConfig, dtype: str)
             gradients[False] = max(gradients[False], 9 * hidden - 5 * ffn)
         again = replace(trainer, recompute="none")
         return max(
-            layer_activation_bytes(dims, again, dtype, sparse=sparse)
+            layer_activation_bytes(dims, again, dtype, sparse=sparse, ring=ring)
             + size * (rows + whole - (2 * hidden if sparse else 0))
             for sparse, rows in gradients.items()
         )
@@ -191,10 +199,12 @@ def trainer_cells(
     *,
     reference: bool,
     on_gpu: bool,
+    ring: bool = False,
     longest_row: int = 0,
     rows: int | None = None,
 ) -> list[Cell]:
-    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``.
+    """What the fullest rank of a model holds while it trains; device memory, but for ``host_optimizer``. Apart from
+    that ``start``, which is the most that a rank holds before its first pass.
 
     Args:
         role: in front of the cells' names.
@@ -204,6 +214,7 @@ def trainer_cells(
         dtype: of its weights.
         reference: whether a frozen copy is kept.
         on_gpu: whether ``logprob_kernel="auto"`` means Triton.
+        ring: whether context ranks pass keys and values around, as Transformer Engine's attention does.
         longest_row: tokens of a row that may come: where context ranks hold more of it than
             ``tokens_per_microbatch``, it makes a micro-batch of its own.
         rows: of an optimizer step, of all replicas together; None: as many as fill the pipeline.
@@ -217,8 +228,9 @@ def trainer_cells(
         together = filled.tokens_per_microbatch * layout.context // longest_row if longest_row else 1
         most = most_micro_batches(layout, rows, together)
     stages = unlike_stages(dims, layout)
-    found = (_stage_cells(role, dims, filled, head, dtype, stage, most, reference, on_gpu) for stage in stages)
-    return max(found, key=device_bytes)
+    found = (_stage_cells(role, dims, filled, head, dtype, stage, most, reference, on_gpu, ring) for stage in stages)
+    starts = (_start(role, dims, trainer, head, dtype, stage, reference) for stage in stages)
+    return [*max(found, key=device_bytes), max(starts, key=lambda cell: cell.value)]
 
 
 def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
@@ -235,8 +247,17 @@ def unlike_stages(dims: ModelDims, layout: ParallelLayout) -> list[int]:
 
 
 def device_bytes(cells: Iterable[Cell]) -> float:
-    """Bytes on the device, host memory left out."""
-    return sum(cell.value for cell in cells if cell.unit == "B" and "host" not in cell.name)
+    """Bytes on the device at work: host memory and the start left out."""
+    return sum(
+        cell.value
+        for cell in cells
+        if cell.unit == "B" and "host" not in cell.name and not cell.name.endswith(".start")
+    )
+
+
+def start_bytes(cells: Iterable[Cell]) -> float:
+    """Bytes on the device before the first pass, if all start at once."""
+    return sum(cell.value for cell in cells if cell.name.endswith(".start"))
 
 
 def _stage_cells(
@@ -249,10 +270,10 @@ def _stage_cells(
     micro_batches: float,
     reference: bool,
     on_gpu: bool,
+    ring: bool,
 ) -> list[Cell]:
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
-    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
-    states = state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
+    states = _states(dims, trainer, head, dtype, stage)
     shares = [
         f"{elements:,} {what} / {replicas} replicas"
         for (elements, replicas), what in zip(
@@ -265,11 +286,12 @@ def _stage_cells(
     tokens = trainer.tokens_per_microbatch
     held = layout.layers_of_stage(stage, dims.layers)
     flying = min(micro_batches, pieces_in_flight(layout.pipeline, layout.virtual_pipeline, stage))
-    kept, passing = layers_activation_bytes(dims, trainer, dtype, held), passing_bytes_per_token(dims, trainer, dtype)
+    kept = layers_activation_bytes(dims, trainer, dtype, held, ring=ring)
+    passing = passing_bytes_per_token(dims, trainer, dtype, ring=ring)
     sparse = len(dims.sparse_layers.intersection(held))
     kinds = [(len(held) - sparse, False, "layers"), (sparse, True, "layers with experts")]
     each = " + ".join(
-        f"{count} {what} x {layer_activation_bytes(dims, trainer, dtype, sparse=kind):,.0f} B"
+        f"{count} {what} x {layer_activation_bytes(dims, trainer, dtype, sparse=kind, ring=ring):,.0f} B"
         for count, kind, what in kinds
         if count
     )
@@ -308,6 +330,30 @@ def _stage_cells(
         if trainer.fp8 is not None and trainer.fp8.logprobs and not trainer.fp8.parameters:
             cells.append(_fp8_copies(f"{role}.reference_fp8_weights", dims, trainer, stage, "rows"))
     return cells
+
+
+def _states(dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int) -> StateBytes:
+    layout = trainer.layout
+    merged = replace(layout, context=1, data=layout.context * layout.data)  # context ranks hold what replicas do
+    return state_bytes(dims, replace(trainer, layout=merged), head, merged.rank_of(pipeline=stage), dtype)
+
+
+def _start(
+    role: str, dims: ModelDims, trainer: TrainerConfig, head: Head, dtype: str, stage: int, reference: bool
+) -> Cell:
+    """The most before the first pass: while weights move to the distributed optimizer's buffer, or when all is there,
+    the reference last.
+    """
+    size, states = DTYPE_BYTES[dtype], _states(dims, trainer, head, dtype, stage)
+    count = f"{states.parameters:,} parameters of stage {stage} ({trainer.layout})"
+    buffers = states.weights + states.gradients
+    built = buffers + states.optimizer + (size * states.parameters if reference else 0)
+    formula = f"{count} x ({size} + 4) B, padding included, and "
+    if built < states.start:
+        formula += f"{states.start - buffers:,} B of weights that are not in their buffer yet"
+    else:
+        formula += f"{built - buffers:,} B of optimizer{' and reference' if reference else ''}"
+    return Cell(name=f"{role}.start", value=max(built, states.start), unit="B", formula=formula)
 
 
 def _fp8_copies(name: str, dims: ModelDims, trainer: TrainerConfig, stage: int, *kept: str) -> Cell:

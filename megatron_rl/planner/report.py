@@ -12,7 +12,7 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.host import HostUse
 from megatron_rl.planner.lengths import Lengths
-from megatron_rl.planner.memory import Cell, device_bytes
+from megatron_rl.planner.memory import Cell, device_bytes, start_bytes
 from megatron_rl.planner.search import (
     Choice,
     Plan,
@@ -169,8 +169,11 @@ def _memory(found: Plan, roles: list[str]) -> Iterator[str]:
             continue
         yield ""
         yield f"{role + ', fullest device':32}{'GB':>8}"
-        yield from (f"  {c.name.split('.')[1]:30}{c.value / 1e9:8.2f}" for c in cells)
+        parts = (c for c in cells if not c.name.endswith(".start"))
+        yield from (f"  {c.name.split('.')[1]:30}{c.value / 1e9:8.2f}" for c in parts)
         yield f"  {'all on the device':30}{device_bytes(cells) / 1e9:8.2f}"
+        if start := start_bytes(cells):
+            yield f"  {'at the start':30}{start / 1e9:8.2f}"
 
 
 def _host(use: HostUse, machine: Machine) -> Iterator[str]:

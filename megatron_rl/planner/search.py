@@ -12,7 +12,7 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.host import HostUse, host_problem, host_uses
 from megatron_rl.planner.lengths import Lengths, Responses
-from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, trainer_cells, unlike_stages
+from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, start_bytes, trainer_cells, unlike_stages
 from megatron_rl.planner.states import least_bytes
 from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
 from megatron_rl.weights.rules import Head
@@ -75,9 +75,8 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     memory = _engine_cells(config, dims)
     for role, trainer in config.trainers.items():
         memory += _cells(config, dims, machine, role, trainer)
-    for who, held in together(config, memory):
-        if held > _room(machine):
-            problems.append(f"{who}: {_lack(held, machine)}")
+    room = _room(config, machine)
+    problems += [f"{who}: {_lack(held, room)}" for who, held in together(config, memory) if held > room]
     nodes = host_uses(config, dims, machine)
     if problem := host_problem(nodes, machine):
         problems.append(problem)
@@ -92,7 +91,8 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
 
 def together(config: Recipe, memory: Sequence[Cell]) -> Iterator[tuple[str, float]]:
     """Who is on a device at the same time, and their bytes: each role alone, or with ``cluster.colocate`` policy and
-    critic, and in turn with them the engine; at the parity gate all weights lie beside it.
+    critic, and in turn with them the engine; at the parity gate all weights lie beside it. Trainers besides while they
+    start, which they do at once.
     """
 
     def held(*names: str) -> float:
@@ -100,8 +100,12 @@ def together(config: Recipe, memory: Sequence[Cell]) -> Iterator[tuple[str, floa
 
     if isinstance(config, SFTConfig) or not config.cluster.colocate:
         yield from ((role, held(f"{role}.")) for role in roles_of(config))
+        for role in config.trainers:
+            yield f"{role} at the start", start_bytes(cell for cell in memory if cell.name.startswith(f"{role}."))
         return
-    yield " with ".join(config.trainers), held(*(f"{role}." for role in config.trainers))
+    trainers = " with ".join(config.trainers)
+    yield trainers, held(*(f"{role}." for role in config.trainers))
+    yield f"{trainers} at the start", start_bytes(memory)
     yield "engine", held("engine.")
     if config.parity.enabled:
         weights = [f"{role}.weights" for role in config.trainers]
@@ -136,8 +140,10 @@ def _gpu(machine: Machine) -> Gpu:
     return Gpu(capability=machine.device.capability, cuda=None)
 
 
-def _room(machine: Machine) -> float:
-    return machine.device.memory - machine.device.reserved
+def _room(config: Recipe, machine: Machine) -> float:
+    """Bytes of a device that may be used: each process there takes what libraries do."""
+    processes = len(roles_of(config)) if config.cluster.colocate else 1
+    return machine.device.memory - processes * machine.device.reserved
 
 
 def _keeps(config: Recipe, role: str) -> bool:
@@ -163,7 +169,7 @@ def _times(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) 
 
 def _run_times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
     dtype, engine = config.model.dtype, config.engine
-    responses = Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
+    responses = _responses(config, lengths)
     rollout = rollout_time(
         dims,
         engine,
@@ -213,7 +219,7 @@ def role_seconds(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> tuple[Cell, Cell]:
     """A model's part of a step: passes over the rollout (twice where a reference is kept), and its updates."""
-    whole = Work(rows=config.samples_per_step, row_tokens=lengths.prompt + lengths.response)
+    whole = _work(config, lengths, config.samples_per_step)
     forward = pass_time(dims, trainer, machine, whole, config.model.dtype, backward=False, head=head_of(role))
     times = 2 if _keeps(config, role) else 1
     return (
@@ -231,7 +237,7 @@ def role_seconds(
 def _update_seconds(
     config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> Cell:
-    part = Work(rows=_samples_per_update(config), row_tokens=lengths.prompt + lengths.response)
+    part = _work(config, lengths, _samples_per_update(config))
     update = update_time(dims, trainer, head_of(role), machine, part, config.model.dtype)
     count = config.updates_per_step if isinstance(config, RunConfig) else 1
     return Cell(
@@ -242,6 +248,16 @@ def _update_seconds(
         f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
         f"{part.tokens:,.0f} tokens",
     )
+
+
+def _work(config: Recipe, lengths: Lengths, rows: int) -> Work:
+    """Nothing says how lengths of a supervised stage vary."""
+    met = None if isinstance(config, SFTConfig) else _responses(config, lengths).token_row(lengths.prompt)
+    return Work(rows=rows, row_tokens=lengths.prompt + lengths.response, token_row=met)
+
+
+def _responses(config: RunConfig, lengths: Lengths) -> Responses:
+    return Responses(mean=lengths.response, longest=config.rollout.max_response_tokens)
 
 
 def choices(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, ranks: int) -> list[Choice]:
@@ -310,6 +326,7 @@ def _cells(config: Recipe, dims: ModelDims, machine: Machine, role: str, trainer
         config.model.dtype,
         reference=_keeps(config, role),
         on_gpu=machine.device.is_gpu,
+        ring=config.model.layers != "local" and machine.device.rings(config.model.dtype),
         longest_row=int(row),
         rows=_samples_per_update(config),
     )
@@ -388,7 +405,7 @@ def _judged(
         problem = f"weights, gradients and optimizer alone: {problem}"
         return Choice(layout=layout, bytes=least, seconds=0, problem=problem)
     cells = _cells(config, dims, machine, role, trainer)
-    held = device_bytes(cells)
+    held = max(device_bytes(cells), start_bytes(cells))
     if problem := _too_much(config, machine, beside, cells):
         return Choice(layout=layout, bytes=held, seconds=0, problem=problem)
     if problem := _host_lacks(config, dims, machine, role, trainer):
@@ -401,10 +418,10 @@ def _too_much(config: Recipe, machine: Machine, beside: Sequence[Cell], mine: Se
     """Why ``mine`` does not fit where it lies, by the rule that :func:`plan` goes by; empty where it does. What does
     not fit without it either is not held against it.
     """
-    without = together(config, beside)
+    without, room = together(config, beside), _room(config, machine)
     for (who, held), (_, others) in zip(together(config, [*beside, *mine]), without, strict=True):
-        if others < held > _room(machine):
-            return f"{who}: {_lack(held, machine)}" if config.cluster.colocate else _lack(held, machine)
+        if others < held > room:
+            return f"{who}: {_lack(held, room)}" if config.cluster.colocate else _lack(held, room)
     return ""
 
 
@@ -419,8 +436,8 @@ def _host_lacks(config: Recipe, dims: ModelDims, machine: Machine, role: str, tr
     return host_problem(host_uses(laid, dims, machine), machine, role)
 
 
-def _lack(held: float, machine: Machine) -> str:
-    return f"needs {_up(held)} GB of a device's {_room(machine) / 1e9:.1f} GB"
+def _lack(held: float, room: float) -> str:
+    return f"needs {_up(held)} GB of a device's {room / 1e9:.1f} GB"
 
 
 def _up(held: float) -> str:

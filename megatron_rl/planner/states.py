@@ -79,6 +79,8 @@ class StateBytes:
         gradients: float32 buffers, padding included.
         optimizer: main weights and both moments on the device.
         host_optimizer: the same in host memory.
+        start: most of weights and gradients at once while the buffers are made: where a distributed optimizer has one
+            for the weights, those that it has not copied yet lie beside it.
     """
 
     parameters: int
@@ -86,6 +88,7 @@ class StateBytes:
     gradients: int
     optimizer: int
     host_optimizer: int
+    start: int
 
 
 def rank_parameters(
@@ -107,20 +110,26 @@ def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, 
     layout, size = trainer.layout, DTYPE_BYTES[dtype]
     at = layout.coordinates(rank)
     kinds = _replicas(layout, rank)
-    parameters = padded = owned = 0
-    for piece, held in enumerate(rank_parameters(dims, layout, head, rank)):
-        parameters += sum(p.elements for p in held)
+    pieces = rank_parameters(dims, layout, head, rank)
+    parameters = sum(p.elements for held in pieces for p in held)
+    padded = owned = start = 0
+    outside = parameters  # of the buffer for weights
+    for piece, held in enumerate(pieces):
         bucketed = trainer.overlap_communication and at.pipeline == 0 and piece == 0
         largest = max(40_000_000, 1_000_000 * kinds[False][0]) if bucketed else None
         for shared_out, (replicas, replica) in kinds.items():
             mine = [p for p in held if p.shared_out is shared_out]
+            elements = sum(p.elements for p in mine)
             if not trainer.distributed_optimizer:
-                padded += sum(p.elements for p in mine)
-                owned += sum(p.elements for p in mine)
+                padded += elements
+                owned += elements
+                start = (size + 4) * padded
                 continue
             buckets = _buckets(mine, replicas, largest)
             padded += buckets[-1].stop if buckets else 0
             owned += sum(bucket.owned(replicas, replica) for bucket in buckets)
+            start = max(start, size * outside + (size + 4) * padded)
+            outside -= elements
     kept = 12 if dtype == "bfloat16" or trainer.optimizer_on_host else 8
     return StateBytes(
         parameters=parameters,
@@ -128,6 +137,7 @@ def state_bytes(dims: ModelDims, trainer: TrainerConfig, head: Head, rank: int, 
         gradients=4 * padded,
         optimizer=0 if trainer.optimizer_on_host else kept * owned,
         host_optimizer=kept * owned if trainer.optimizer_on_host else 0,
+        start=start,
     )
 
 

@@ -215,9 +215,9 @@ def study_rows(study: Study) -> list[StudyRow]:
 
 
 def _predicted_bytes(machine: Machine, planned: Plan) -> float:
-    if machine.device.is_gpu:
-        return device_bytes(planned.memory)
-    return sum(cell.value for cell in planned.memory)
+    """Where there is no GPU, host and device are the same memory."""
+    on_host = 0.0 if machine.device.is_gpu else sum(cell.value for cell in planned.memory if "host" in cell.name)
+    return device_bytes(planned.memory) + on_host
 
 
 def _response_length(metrics: Path) -> float:

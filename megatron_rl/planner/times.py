@@ -57,10 +57,18 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a model is to compute: ``rows`` of ``row_tokens`` each."""
+    """What a model is to compute.
+
+    Attributes:
+        rows: how many.
+        row_tokens: of a row, on the average over rows.
+        token_row: of the row that a token is in, on the average over tokens: more, since long rows have more of them,
+            and what attention's scores go by. None: all rows are alike.
+    """
 
     rows: float
     row_tokens: float
+    token_row: float | None = None
 
     @property
     def tokens(self) -> float:
@@ -120,8 +128,9 @@ def pass_time(
     micro = min(max(trainer.tokens_per_microbatch, work.row_tokens / layout.context), per_rank)
     batches = max(1.0, per_rank / micro)
     ways = 1 if not backward else 2
+    met = work.row_tokens if work.token_row is None else work.token_row
     times = [
-        _stage_time(dims, trainer, machine, stage, micro, work.row_tokens, dtype, backward=backward, head=head)
+        _stage_time(dims, trainer, machine, stage, micro, met, dtype, backward=backward, head=head)
         for stage in unlike_stages(dims, layout)
     ]
     arithmetic, exchanged = max(times, key=sum)
@@ -151,8 +160,8 @@ def _stage_time(
     backward: bool,
     head: Head,
 ) -> tuple[float, float]:
-    """Seconds of arithmetic and of exchanges of a stage with one micro-batch of ``micro`` tokens a rank, in rows of
-    ``row``.
+    """Seconds of arithmetic and of exchanges of a stage with one micro-batch of ``micro`` tokens a rank, each in a
+    row of ``row``.
     """
     layout, device = trainer.layout, machine.device
     held, length = layout.layers_of_stage(stage, dims.layers), round(row)
@@ -166,9 +175,12 @@ def _stage_time(
     if stage == layout.pipeline - 1 and head is Head.TOKEN:
         flops += dims.output_flops(length)
     flops *= micro / row / layout.tensor
-    moved = 2 * device.unfused * micro * layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held)
+    kept = layers_activation_bytes(dims, replace(trainer, recompute="none"), dtype, held, ring=device.rings(dtype))
+    moved = 2 * device.unfused * micro * kept
     passes = 1.0 if not backward else 4.0 if trainer.recompute == "full" else 3.0
-    arithmetic = passes * (flops / (MATMUL_SHARE * device.flops) + moved / (MEMORY_SHARE * device.bandwidth))
+    arithmetic = passes * (
+        flops / (MATMUL_SHARE * device.product_flops(dtype)) + moved / (MEMORY_SHARE * device.bandwidth)
+    )
     exchanged = sum(
         len(layers) * _layer_exchange(dims, layout, machine, micro, length, dtype, sparse=kind)
         for kind, layers in kinds.items()
@@ -206,7 +218,7 @@ def _layer_exchange(
         seconds = bytes_each / machine.link(layout.tensor * layout.context)
         if machine.device.is_gpu:
             scores = dims.score_flops(length) * micro / length / layout.tensor
-            seconds = max(0.0, seconds - scores / (MATMUL_SHARE * machine.device.flops))
+            seconds = max(0.0, seconds - scores / (MATMUL_SHARE * machine.device.product_flops(dtype)))
         found += seconds + (layout.context - 1) * LAUNCH_S
     if sparse and experts is not None:
         routed = size * micro / layout.tensor * experts.per_token * dims.hidden
@@ -320,9 +332,9 @@ def rollout_time(
         )
         tail += width * responses.any_alive(tokens, together * engine.count) * step
     length = max(1, round(prompt_tokens))
-    last = _product_time(dims.output_flops(1), engine, machine)
-    layers = _token_time(dims, engine, machine, length) - _product_time(
-        dims.output_flops(length) / length, engine, machine
+    last = _product_time(dims.output_flops(1), engine, machine, dtype)
+    layers = _token_time(dims, engine, machine, length, dtype) - _product_time(
+        dims.output_flops(length) / length, engine, machine, dtype
     )
     prefill = mine * (max(1.0, prompt_tokens) / samples_per_prompt * layers + last)
     return RolloutTime(prefill=prefill, full=full, tail=tail)
@@ -341,7 +353,7 @@ def decode_step_time(
     kv = kv_bytes_per_token(dims, engine.tensor, engine.cache_dtype(dtype))
     weights = worker_weight_bytes(dims, engine, dtype) - size * _idle_experts(dims, sequences) / engine.tensor
     read = weights + sequences * context * kv
-    products = sequences * _token_time(dims, engine, machine, 1)
+    products = sequences * _token_time(dims, engine, machine, 1, dtype)
     exchanged = 0.0
     if engine.tensor > 1:
         bytes_each = 2 * size * sequences * dims.hidden * (engine.tensor - 1) / engine.tensor
@@ -349,18 +361,18 @@ def decode_step_time(
     return max(read / (MEMORY_SHARE * machine.device.bandwidth), products) + exchanged + DECODE_STEP_S
 
 
-def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length: int) -> float:
+def _token_time(dims: ModelDims, engine: EngineConfig, machine: Machine, length: int, dtype: str) -> float:
     """Seconds of the products of one token, in rows of ``length``, on a worker of an engine."""
     sparse = len(dims.sparse_layers)
     linear = (dims.layers - sparse) * dims.linear_flops(length, sparse=False)
     linear += sparse * dims.linear_flops(length, sparse=True) if sparse else 0.0
     saved = linear * (1 - 1 / machine.device.engine_gain(engine.quantization))
-    return _product_time((dims.row_flops(length) - saved) / length, engine, machine)
+    return _product_time((dims.row_flops(length) - saved) / length, engine, machine, dtype)
 
 
-def _product_time(flops: float, engine: EngineConfig, machine: Machine) -> float:
-    """Seconds of products that the workers of an engine share."""
-    return flops / engine.tensor / (MATMUL_SHARE * machine.device.flops)
+def _product_time(flops: float, engine: EngineConfig, machine: Machine, dtype: str) -> float:
+    """Seconds of products that the workers of an engine share; ``dtype``: of the model."""
+    return flops / engine.tensor / (MATMUL_SHARE * machine.device.product_flops(engine.dtype(dtype)))
 
 
 def _idle_experts(dims: ModelDims, tokens: float) -> float:
