@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_rl.config.load import ConfigError, annotated, dump, load, load_any, origins, parse_any
 from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.lifetime import run_command
-from megatron_rl.model_dims import ModelDims, read_model_dims
+from megatron_rl.model_dims import ModelDims, read_model_dims, weight_problems
 from megatron_rl.rewards.rules import load_rule
 
 if TYPE_CHECKING:
@@ -243,9 +243,12 @@ def _plan(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> int:
 def _sizes(config: RunConfig | SFTConfig) -> ModelDims:
     """Of the model, whose folder needs no weights for this."""
     try:
-        return read_model_dims(config.model.path)
+        dims, problems = read_model_dims(config.model.path), weight_problems(config.model.path)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError([f"model.path: {error}"]) from error
+    if problems:
+        raise ConfigError([f"model.path: {problem}" for problem in problems])
+    return dims
 
 
 def _dry_run(config: RunConfig | SFTConfig, asked: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_rl.batches import PackedTokens
+from megatron_rl.config.precision import token_multiple
 from megatron_rl.config.schema import TrainerConfig
 from megatron_rl.device import dtype
 from megatron_rl.layout import ParallelLayout
@@ -84,7 +86,7 @@ def dry_run(
             "fp8.parameters must be false in a dry run: weights in FP8 are made by kernels of a GPU, and fake tensors "
             "have neither their bytes nor their scales; set fp8.parameters=false to see the same model in bfloat16"
         )
-    if problems := dims.layout_problems(layout):
+    if problems := [*dims.layout_problems(layout), *trainer.problems()]:
         raise ValueError("; ".join(problems))
     layout.coordinates(rank)
     with _alone(layout, rank), FakeTensorMode(allow_non_fake_inputs=True):
@@ -219,19 +221,21 @@ def count_activations(training: Training, trainer: TrainerConfig, head: Head, ro
         row_tokens: length of each row.
     """
     rows = max(1, trainer.tokens_per_microbatch // row_tokens)
-    count = rows * row_tokens
+    padding = -rows * row_tokens % token_multiple(trainer.layout, trainer.fp8)  # a row of its own, as in training
+    lengths = [row_tokens] * rows + [padding] * (padding > 0)
+    count = sum(lengths)
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         # attention is planned from values: row bounds and positions must be real
-        bounds = torch.arange(0, count + 1, row_tokens, dtype=torch.int32)
-        positions = torch.arange(row_tokens).repeat(rows)
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths])
         tokens = torch.zeros(count, dtype=torch.int64)
         batch = PackedTokens(
             inputs=tokens,
             targets=tokens,
             positions=positions,
             cu_seqlens=bounds,
-            max_length=row_tokens,
-            loss_mask=torch.ones(count, dtype=torch.bool),
+            max_length=max(lengths),
+            loss_mask=torch.arange(count) < rows * row_tokens,
             loss_weight=torch.ones(count),
         )
         plan = packed_rows(batch)

@@ -261,6 +261,23 @@ def test_experts_activations_are_not_counted_and_the_dry_run_says_why(process: R
     assert found.uncounted.startswith("how many tokens each expert gets depends on values")
 
 
+def test_rows_that_tensor_ranks_do_not_divide_are_padded_as_in_training(process: Ranks) -> None:
+    layout = ParallelLayout(tensor=2, sequence_parallel=True)
+    trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), layout=layout, tokens_per_microbatch=33)
+    odd, even = dry_runs(
+        process, [(dims("Qwen2ForCausalLM"), trainer, Head.TOKEN, 0, "bfloat16", tokens) for tokens in (33, 32)]
+    )
+    assert odd.activations is not None
+    assert even.activations is not None
+    assert odd.activations > even.activations
+
+
+def test_a_trainer_that_contradicts_itself_is_refused(process: Ranks) -> None:
+    trainer = TrainerConfig(optimizer=OptimizerConfig(lr=1e-6), optimizer_on_host=True)
+    with pytest.raises(RankFailed, match="optimizer_on_host needs distributed_optimizer=true"):
+        dry_runs(process, [(dims("Qwen2ForCausalLM"), trainer, Head.TOKEN, 0, "bfloat16")])
+
+
 def test_weights_in_fp8_are_refused_with_the_reason(process: Ranks) -> None:
     trainer = TrainerConfig(
         optimizer=OptimizerConfig(lr=1e-6), distributed_optimizer=True, fp8=FP8Config(parameters=True)

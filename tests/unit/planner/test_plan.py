@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -1197,6 +1198,16 @@ def test_a_model_that_is_not_there_is_named_by_its_key(command, capsys):
     recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
     assert main([command, recipe, "model.path=/nowhere"]) == 2
     assert "model.path: a model folder needs a config.json, found none in /nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "dry-run"])
+def test_weights_that_training_refuses_are_refused(command, tmp_path, capsys):
+    recipe = str(ROOT / "examples" / "beyond_7b" / "qwen2.5_14b.toml")
+    model = ROOT / "examples" / "beyond_7b" / "models" / "qwen2.5_14b"
+    sizes = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"quantization_config": {"quant_method": "fp8"}}))
+    assert main([command, recipe, f"model.path={tmp_path}"]) == 2
+    assert "model.path: config.json must have no quantization_config" in capsys.readouterr().err
 
 
 def test_legal_minibatches_divide_the_samples_and_feed_every_replica():
