@@ -104,6 +104,20 @@ def test_over_the_seeds_recipe_a_larger_one_gets_what_it_does_not_set_and_keeps_
     )
 
 
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_with_experts_drop_tokens_that_trainer_and_engine_rate_too_differently(file):
+    _, dims = recipe(file.stem)
+    icepop, none = ("icepop", 0.5, 5.0), (None, 0.0, 2.0)
+    for files, wanted in (
+        ([file], none if dims.experts is None else icepop),
+        ([SEEDS, file], none if dims.experts is None else icepop),
+        ([file, FP8], icepop),
+    ):
+        ppo = parse(RunConfig, files).ppo
+        assert (ppo.engine_correction, ppo.engine_ratio_low, ppo.engine_ratio_high) == wanted
+        assert list(ppo.problems()) == []
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_every_recipe_fits_the_devices_it_asks_for(file):
     config, dims = recipe(file.stem)
