@@ -47,6 +47,10 @@ and of the fullest node, seconds of each phase, other layouts of the same device
 where a recipe cannot run or does not fit. `megatron-rl dry-run FILE.toml --rank R` builds the real model of that rank,
 of any world, without memory, and reads its bytes off; tests hold the prediction against it.
 
+`plan` also holds `cluster.call_deadline_s`, which ends a run, against the longest single call: an engine's share of a
+rollout or of an evaluation, a pass over a rollout, an update. A recipe with a longer call cannot run. Where one could
+take more than half of the limit if all responses were as long as they may be, `plan` says what to raise it to.
+
 ## Against measurement on a CPU
 
 `python benchmarks/planner.py` (5 rounds) on two shared cores without AVX-512, one thread a rank: an update of the

@@ -23,7 +23,7 @@ from megatron_rl.assemble.roles import (
 )
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity, SavedRun, check_same_run, check_whole, find_checkpoint
 from megatron_rl.config.load import defaults, dotted, dump
-from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, PPOConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
@@ -34,7 +34,7 @@ from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
 from megatron_rl.maths.losses import SupervisedLoss, ValueLoss
 from megatron_rl.metrics import MetricLog, Source
-from megatron_rl.model_dims import read_ending_tokens, read_model_dims
+from megatron_rl.model_dims import ModelDims, read_ending_tokens, read_model_dims
 from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
@@ -142,6 +142,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         metrics.note(capability_line(roles.groups["policy"]))
         metrics.note(roles.linears)
         _note_start(metrics, unwritten_start(tokenizer, prompts.prompts[0].token_ids), "data.template")
+        if (text := uncorrected_experts(dims, config.ppo)) is not None:
+            metrics.note(text)
         _note_resumed(metrics, saved, changes, config.steps)
         for name, found in (("train", prompts), ("heldout", heldout)):
             if found.dropped:
@@ -343,6 +345,17 @@ def _note_start(metrics: MetricLog, token: str | None, where: str) -> None:
             f"prompts do not begin with {token}, which this tokenizer puts before a text, so that the model may have "
             f"been pretrained with it: if it was, write {token} at the beginning of {where}"
         )
+
+
+def uncorrected_experts(dims: ModelDims, ppo: PPOConfig) -> str | None:
+    """That a model with experts learns as if trainer and engine chose the same ones; None where it is not so."""
+    if dims.experts is None or ppo.engine_correction is not None:
+        return None
+    return (
+        f"{dims.architecture} has experts, of which trainer and engine choose some differently, and "
+        "ppo.engine_correction is not set: such runs have collapsed; take 'icepop' with ppo.engine_ratio_low=0.5 and "
+        "ppo.engine_ratio_high=5, or watch experience/engine_gap_mean (docs/models.md)"
+    )
 
 
 def _leave_settings(config: RunConfig | SFTConfig) -> None:

@@ -648,7 +648,7 @@ class ClusterConfig:
     """For nodes to join, and for a worker to start and load its model."""
     call_deadline_s: PositiveFloat = 1800.0
     """For any single piece of work: generating a rollout, log-probs, one update, a save. It counts from the end of the
-    work before it."""
+    work before it. ``plan`` holds it against what is predicted; one that takes more than half of it is told."""
 
     @property
     def start_limit(self) -> Limit:

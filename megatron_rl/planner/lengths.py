@@ -14,6 +14,11 @@ class Lengths:
     prompt: float
     response: float
 
+    @property
+    def row(self) -> float:
+        """Of both together."""
+        return self.prompt + self.response
+
 
 @dataclass(frozen=True)
 class Responses:

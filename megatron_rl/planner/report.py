@@ -79,6 +79,7 @@ def report(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
     lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
+    lines += _may_be_late(found, config)
     lines += _memory(found, roles_of(config))
     if found.memory and isinstance(config, RunConfig) and config.cluster.colocate:
         lines += ["", f"{'at once on a shared device':60}{'GB':>8}"]
@@ -90,6 +91,7 @@ def report(
         hours = found.step_seconds * config.steps / 3600
         spent = f"{config.steps} steps: {hours:.1f} h, {hours * found.devices:,.0f} device-hours"
         lines.append(f"{spent}, without {_left_out(config)}")
+        lines.append(_longest_call(found, config))
     lines.append(_legal_sizes(config))
     spare = 0 if nodes is None else max(0, nodes * per_node - found.devices)
     for role, trainer in config.trainers.items():
@@ -100,6 +102,26 @@ def report(
         wider = "a role's layout.data" if isinstance(config, SFTConfig) else "engine.count or a role's layout.data"
         lines.append(f"{spare} devices are left over: give them to {wider}")
     return Report(text="\n".join(lines) + "\n", can_run=not (found.problems or too_few))
+
+
+def _longest_call(found: Plan, config: Recipe) -> str:
+    call, limit = found.calls[0], config.cluster.call_deadline_s
+    longer = f" ({call.longest:,.0f} s with the longest responses)" if call.longest > call.seconds else ""
+    return f"longest call: {call.name}, {call.seconds:,.0f} s{longer}; its limit: cluster.call_deadline_s={limit:g}"
+
+
+def _may_be_late(found: Plan, config: Recipe) -> Iterator[str]:
+    """A limit that is less than twice what a call may take: times are rough, and responses grow. One that a call takes
+    longer than already is among the problems.
+    """
+    if not found.calls:
+        return
+    call, limit = found.calls[0], config.cluster.call_deadline_s
+    if max(each.seconds for each in found.calls) <= limit < 2 * call.longest:
+        yield (
+            f"MAY BE LATE: cluster.call_deadline_s: should be twice the longest call or more, {call.name} of "
+            f"{call.longest:,.0f} s with the longest responses, got {limit:g}: raise it to {call.roomy_limit}"
+        )
 
 
 def _legal_sizes(config: Recipe) -> str:

@@ -14,7 +14,16 @@ from megatron_rl.planner.host import HostUse, host_problem, host_uses
 from megatron_rl.planner.lengths import Lengths, Responses
 from megatron_rl.planner.memory import Cell, device_bytes, engine_cells, start_bytes, trainer_cells, unlike_stages
 from megatron_rl.planner.states import least_bytes
-from megatron_rl.planner.times import Machine, Work, pass_time, push_time, rollout_time, update_time
+from megatron_rl.planner.times import (
+    Machine,
+    PassTime,
+    RolloutTime,
+    Work,
+    pass_time,
+    push_time,
+    rollout_time,
+    update_time,
+)
 from megatron_rl.weights.rules import Head
 
 Recipe = RunConfig | SFTConfig
@@ -31,6 +40,26 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call to a role's ranks, which ``cluster.call_deadline_s`` bounds.
+
+    Attributes:
+        name: what they do.
+        seconds: that it takes.
+        longest: the same where each response is as long as it may be.
+    """
+
+    name: str
+    seconds: float
+    longest: float
+
+    @property
+    def roomy_limit(self) -> int:
+        """Seconds of a limit that leaves it twice the longest time, since all times are rough."""
+        return math.ceil(2 * self.longest / 100) * 100
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a recipe needs and how long a step takes.
 
@@ -38,6 +67,7 @@ class Plan:
         memory: what the fullest device of each role holds.
         host: what the fullest node's own memory holds; None where it is the devices', and where nothing is planned.
         times: seconds of each phase; those that run side by side stand in ``step`` once.
+        calls: single calls of a step or an evaluation, the longest first.
         problems: why ``train`` refuses the recipe, or what does not fit; empty when it can run.
         devices: that it takes.
     """
@@ -47,6 +77,7 @@ class Plan:
     problems: tuple[str, ...]
     devices: int
     host: HostUse | None = None
+    calls: tuple[Call, ...] = ()
 
     @property
     def step_seconds(self) -> float:
@@ -80,12 +111,20 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     nodes = host_uses(config, dims, machine)
     if problem := host_problem(nodes, machine):
         problems.append(problem)
+    calls = longest_calls(config, dims, machine, lengths)
+    slowest, limit = max(calls, key=lambda call: call.seconds), config.cluster.call_deadline_s
+    if slowest.seconds > limit:
+        problems.append(
+            f"cluster.call_deadline_s: must be longer than {slowest.name}, which is one call of about "
+            f"{slowest.seconds:,.0f} s, got {limit:g}: raise it to {calls[0].roomy_limit}"
+        )
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
         problems=tuple(problems),
         devices=config.devices,
         host=nodes[0] if nodes else None,
+        calls=calls,
     )
 
 
@@ -167,19 +206,54 @@ def _times(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) 
     yield Cell(name="time.step", value=update.value, unit="s", formula="an update")
 
 
+def longest_calls(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) -> tuple[Call, ...]:
+    """What ``cluster.call_deadline_s`` bounds, but for saves; the longest first. An engine draws its share of a
+    rollout, or of an evaluation, in one call; policy, reference and critic score a rollout in one call each.
+    """
+    full = lengths
+    if isinstance(config, RunConfig):
+        full = replace(lengths, response=config.rollout.max_response_tokens)
+    found, longest = (_call_seconds(config, dims, machine, each) for each in (lengths, full))
+    calls = (Call(name=name, seconds=seconds, longest=longest[name]) for name, seconds in found.items())
+    return tuple(sorted(calls, key=lambda call: -call.longest))
+
+
+def _call_seconds(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) -> dict[str, float]:
+    found = {}
+    for role, trainer in config.trainers.items():
+        found[f"an update of the {role}"] = _update_time(config, dims, machine, lengths, role, trainer).total
+        if isinstance(config, RunConfig):
+            scoring = _scoring_time(config, dims, machine, lengths, role, trainer)
+            found[f"a pass of the {role} over a rollout"] = scoring.total
+    if isinstance(config, RunConfig):
+        rollout, evaluation = config.rollout.samples_per_prompt, config.evaluation
+        for name, prompts, each in (
+            ("an engine's share of a rollout", config.prompts_per_step, rollout),
+            ("an engine's share of an evaluation", evaluation.prompts, evaluation.samples),
+        ):
+            found[name] = _drawing_time(config, dims, machine, lengths, prompts, each).total
+    return found
+
+
+def _drawing_time(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, prompts: int, samples_per_prompt: int
+) -> RolloutTime:
+    return rollout_time(
+        dims,
+        config.engine,
+        machine,
+        config.model.dtype,
+        samples=prompts * samples_per_prompt,
+        prompt_tokens=lengths.prompt,
+        responses=_responses(config, lengths),
+        samples_per_prompt=samples_per_prompt,
+    )
+
+
 def _run_times(config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths) -> Iterator[Cell]:
     dtype, engine = config.model.dtype, config.engine
     responses = _responses(config, lengths)
-    rollout = rollout_time(
-        dims,
-        engine,
-        machine,
-        dtype,
-        samples=config.samples_per_step,
-        prompt_tokens=lengths.prompt,
-        responses=responses,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-    )
+    rollout = _drawing_time(config, dims, machine, lengths, config.prompts_per_step, config.rollout.samples_per_prompt)
     yield Cell(
         name="time.rollout",
         value=rollout.total,
@@ -219,8 +293,7 @@ def role_seconds(
     config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> tuple[Cell, Cell]:
     """A model's part of a step: passes over the rollout (twice where a reference is kept), and its updates."""
-    whole = _work(config, lengths, config.samples_per_step)
-    forward = pass_time(dims, trainer, machine, whole, config.model.dtype, backward=False, head=head_of(role))
+    forward = _scoring_time(config, dims, machine, lengths, role, trainer)
     times = 2 if _keeps(config, role) else 1
     return (
         Cell(
@@ -228,17 +301,32 @@ def role_seconds(
             value=times * forward.total,
             unit="s",
             formula=f"{times} passes x (arithmetic {forward.arithmetic:.2f} + exchanges {forward.tensor:.2f} + bubble "
-            f"{forward.bubble:.2f} s) over {whole.tokens:,.0f} tokens",
+            f"{forward.bubble:.2f} s) over {config.samples_per_step * lengths.row:,.0f} tokens",
         ),
         _update_seconds(config, dims, machine, lengths, role, trainer),
     )
 
 
+def _scoring_time(
+    config: RunConfig, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
+) -> PassTime:
+    """Of one pass over the rollout."""
+    whole = _work(config, lengths, config.samples_per_step)
+    return pass_time(dims, trainer, machine, whole, config.model.dtype, backward=False, head=head_of(role))
+
+
+def _update_time(
+    config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
+) -> PassTime:
+    """Of one update."""
+    part = _work(config, lengths, _samples_per_update(config))
+    return update_time(dims, trainer, head_of(role), machine, part, config.model.dtype)
+
+
 def _update_seconds(
     config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths, role: str, trainer: TrainerConfig
 ) -> Cell:
-    part = _work(config, lengths, _samples_per_update(config))
-    update = update_time(dims, trainer, head_of(role), machine, part, config.model.dtype)
+    update = _update_time(config, dims, machine, lengths, role, trainer)
     count = config.updates_per_step if isinstance(config, RunConfig) else 1
     return Cell(
         name=f"time.{role}.updates",
@@ -246,14 +334,14 @@ def _update_seconds(
         unit="s",
         formula=f"{count} updates x (arithmetic {update.arithmetic:.3f} + exchanges {update.tensor:.3f} + bubble "
         f"{update.bubble:.3f} + replicas {update.replicas:.3f} + optimizer {update.optimizer:.3f} s) of "
-        f"{part.tokens:,.0f} tokens",
+        f"{_samples_per_update(config) * lengths.row:,.0f} tokens",
     )
 
 
 def _work(config: Recipe, lengths: Lengths, rows: int) -> Work:
     """Nothing says how lengths of a supervised stage vary."""
     met = None if isinstance(config, SFTConfig) else _responses(config, lengths).token_row(lengths.prompt)
-    return Work(rows=rows, row_tokens=lengths.prompt + lengths.response, token_row=met)
+    return Work(rows=rows, row_tokens=lengths.row, token_row=met)
 
 
 def _responses(config: RunConfig, lengths: Lengths) -> Responses:

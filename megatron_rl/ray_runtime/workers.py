@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import pickle
 import threading
 import time
@@ -24,6 +25,9 @@ _HELD = 3
 """Batches that workers keep: a rollout, its experience, and the probe of the weight push."""
 _LARGE_BYTES = 100_000
 _GRACE_S = 2.0
+_NEAR_LIMIT = 0.5
+"""Share of its limit from which on a call is told: responses grow, and the next one may be cut off."""
+_LOG = logging.getLogger(__name__)
 
 
 class WorkerDied(RuntimeError):
@@ -191,7 +195,7 @@ class GroupCall(Generic[T]):
                 raise WorkerFailed(f"{whose} ({reply.place}) failed in {self._verb}:\n{reply.error}")
             answers[reference] = reply
         replies = [answers[reference] for reference in self._references]
-        self._group.note(self._verb, dict(zip(self._references.values(), replies, strict=True)))
+        self._group.note(self._verb, dict(zip(self._references.values(), replies, strict=True)), self._limit)
         return self._finish([pickle.loads(reply.value) for reply in replies])
 
     def _arrivals(self) -> Iterator[Any]:
@@ -262,6 +266,7 @@ class WorkerGroup:
         self._numbers = [itertools.count() for _ in self._supervisors]
         self._last: list[GroupCall[Any] | None] = [None] * workers
         self._statistics = Statistics()
+        self._told_near_limit: set[str] = set()
         self._counting = threading.Lock()
         self._restartable = restartable
         if not restartable:
@@ -410,9 +415,14 @@ class WorkerGroup:
         hold.append((key, data))
         return key
 
-    def note(self, verb: str, replies: Mapping[str, Reply]) -> None:
-        """Count what the ranks, by name, said of one call."""
+    def note(self, verb: str, replies: Mapping[str, Reply], limit: Limit) -> None:
+        """Count what the ranks, by name, said of one call; tell the first of each verb that came near its ``limit``."""
+        slowest = max(replies, key=lambda name: replies[name].busy_s)
+        spent = replies[slowest].busy_s
         with self._counting:  # a save is waited for by a thread of its own
+            if spent > _NEAR_LIMIT * limit.seconds and verb not in self._told_near_limit:
+                self._told_near_limit.add(verb)
+                _LOG.warning("%s: %s took %.0f s, more than half of its limit of %s", slowest, verb, spent, limit)
             for name, reply in replies.items():
                 self._statistics.busy_of[verb][name] += reply.busy_s
             peak = max(reply.peak_rss_bytes for reply in replies.values())

@@ -13,10 +13,11 @@ import pytest
 
 from megatron_rl.assemble import runs
 from megatron_rl.assemble.roles import reward_service, start_trainer
-from megatron_rl.assemble.runs import _saved
+from megatron_rl.assemble.runs import _saved, uncorrected_experts
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity
-from megatron_rl.config.schema import RewardConfig
+from megatron_rl.config.schema import PPOConfig, RewardConfig
 from megatron_rl.dataflow import Finish
+from megatron_rl.model_dims import read_model_dims
 from megatron_rl.weights.weight_map import Head
 from tests.fakes import FileModel, fake_config, fake_supervised
 
@@ -65,6 +66,16 @@ def test_a_rule_of_which_workers_have_too_little_memory_is_told_with_the_setting
     for enough in (0, 5):
         with reward_service(replace(reward, memory_gib=enough))() as service:
             assert service.score([("1", "1", Finish.STOP)])[0].value == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("qwen3_30b_a3b", "Qwen3MoeForCausalLM has experts, of which "), ("qwen2.5_14b", None)]
+)
+def test_a_model_with_experts_and_no_correction_is_told(name: str, told: str | None) -> None:
+    dims = read_model_dims(Path(__file__).parents[2] / "examples/beyond_7b/models" / name)
+    text = uncorrected_experts(dims, PPOConfig())
+    assert (text if text is None else text[: len(told or "")]) == told
+    assert uncorrected_experts(dims, PPOConfig(engine_correction="tis")) is None
 
 
 @pytest.mark.parametrize("fake", [fake_config, fake_supervised])

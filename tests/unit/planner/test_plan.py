@@ -22,9 +22,11 @@ from megatron_rl.config.precision import FP8Config
 from megatron_rl.config.schema import (
     ClusterConfig,
     EngineConfig,
+    EvaluationConfig,
     OptimizerConfig,
     ParityConfig,
     RunConfig,
+    SFTConfig,
     TrainerConfig,
 )
 from megatron_rl.layout import ParallelLayout
@@ -104,6 +106,20 @@ def test_over_the_seeds_recipe_a_larger_one_gets_what_it_does_not_set_and_keeps_
     )
 
 
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_with_experts_drop_tokens_that_trainer_and_engine_rate_too_differently(file):
+    _, dims = recipe(file.stem)
+    icepop, none = ("icepop", 0.5, 5.0), (None, 0.0, 2.0)
+    for files, wanted in (
+        ([file], none if dims.experts is None else icepop),
+        ([SEEDS, file], none if dims.experts is None else icepop),
+        ([file, FP8], icepop),
+    ):
+        ppo = parse(RunConfig, files).ppo
+        assert (ppo.engine_correction, ppo.engine_ratio_low, ppo.engine_ratio_high) == wanted
+        assert list(ppo.problems()) == []
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
 def test_every_recipe_fits_the_devices_it_asks_for(file):
     config, dims = recipe(file.stem)
@@ -111,6 +127,7 @@ def test_every_recipe_fits_the_devices_it_asks_for(file):
     found = plan(config, dims, machine, LENGTHS)
     assert found.problems == ()
     assert found.step_seconds > 0
+    assert found.calls[0].longest <= config.cluster.call_deadline_s / 2
     in_fp8 = parse(RunConfig, [file, FP8])
     assert plan(in_fp8, dims, machine, LENGTHS).problems == ()
     a100 = replace(H100, device=DEVICES["a100-80g"])
@@ -1183,6 +1200,69 @@ def test_the_hours_of_a_run_say_what_they_leave_out():
     assert told(sampled, dims) == (
         "starting, evaluations, saves, moves to the host and back, rollout rounds 2 to 3 of dynamic sampling"
     )
+
+
+def timed(config, dims, seconds):
+    """The plan's text with this ``cluster.call_deadline_s``, and whether it can run."""
+    limited = replace(config, cluster=replace(config.cluster, call_deadline_s=seconds))
+    found = report(limited, dims, device="h100", per_node=8, nodes=None, lengths=LENGTHS, explain=None)
+    return found.text.splitlines(), found.can_run
+
+
+def test_single_calls_are_those_that_the_driver_waits_for():
+    config, dims = recipe("qwen2.5_14b")
+    found = plan(config, dims, H100, LENGTHS)
+    at = {cell.name: cell.value for cell in found.times}
+    calls = {call.name: call.seconds for call in found.calls}
+    assert calls["an engine's share of a rollout"] == pytest.approx(at["time.rollout"])
+    assert calls["a pass of the policy over a rollout"] == pytest.approx(at["time.policy.scoring"] / 2)  # and reference
+    assert calls["a pass of the critic over a rollout"] == pytest.approx(at["time.critic.scoring"])
+    for role in ("policy", "critic"):
+        assert calls[f"an update of the {role}"] == pytest.approx(at[f"time.{role}.updates"] / config.updates_per_step)
+    rollout = replace(config.rollout, samples_per_prompt=4)
+    evaluation = EvaluationConfig(prompts=512, samples=4, temperature=1.0)
+    half = replace(config, prompts_per_step=512, rollout=rollout, evaluation=evaluation)
+    calls = {call.name: call.seconds for call in plan(half, dims, H100, LENGTHS).calls}
+    assert calls["an engine's share of an evaluation"] == calls["an engine's share of a rollout"]
+    full = replace(LENGTHS, response=config.rollout.max_response_tokens)
+    longest = {call.name: call.seconds for call in plan(config, dims, H100, full).calls}
+    assert {call.name: call.longest for call in found.calls} == longest
+    assert found.calls[0].longest == max(longest.values()) > found.calls[0].seconds
+
+
+def test_a_recipe_whose_longest_call_takes_longer_than_its_limit_cannot_run_and_is_told_what_to_raise():
+    config, dims = recipe("qwen2.5_14b")
+    call = plan(config, dims, H100, LENGTHS).calls[0]
+    lines, can_run = timed(config, dims, call.seconds - 1)
+    assert not can_run
+    assert lines[1] == (
+        "CANNOT RUN: cluster.call_deadline_s: must be longer than an engine's share of a rollout, which is one call of "
+        f"about {call.seconds:,.0f} s, got {call.seconds - 1:g}: raise it to {call.roomy_limit}"
+    )
+    assert not any("MAY BE LATE" in line for line in lines)
+    for limit in (call.seconds + 1, 2 * call.longest - 1):
+        lines, can_run = timed(config, dims, limit)
+        assert can_run
+        assert lines[1] == (
+            "MAY BE LATE: cluster.call_deadline_s: should be twice the longest call or more, an engine's share of a "
+            f"rollout of {call.longest:,.0f} s with the longest responses, got {limit:g}: raise it to "
+            f"{call.roomy_limit}"
+        )
+    lines, can_run = timed(config, dims, call.roomy_limit)
+    assert can_run
+    assert not any("MAY BE LATE" in line or "CANNOT RUN" in line for line in lines)
+    assert (
+        f"longest call: an engine's share of a rollout, {call.seconds:,.0f} s ({call.longest:,.0f} s with the longest "
+        f"responses); its limit: cluster.call_deadline_s={call.roomy_limit}"
+    ) in lines
+
+
+def test_a_supervised_stage_waits_for_updates_alone():
+    file = SEEDS.with_name("sft_math_8k.toml")
+    found = plan(parse(SFTConfig, [file]), model("qwen2.5_math_7b"), H100, LENGTHS)
+    assert [(call.name, call.seconds, call.longest) for call in found.calls] == [
+        ("an update of the trainer", found.step_seconds, found.step_seconds)
+    ]
 
 
 @pytest.mark.parametrize("tokens", ["0", "-5"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,6 +128,21 @@ def test_whether_a_call_behind_others_is_overdue_is_known_without_waiting() -> N
     behind = line.call("nap", 0.0, finish=sum, limit=Limit(2.0, "a.key"))
     assert not behind.ready(within_s=2.3), "its own time may not have begun"
     assert behind.ready(within_s=2.0)
+
+
+def test_the_first_call_of_a_verb_that_took_more_than_half_of_its_limit_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    line, limit = built(ranks=2), Limit(4.0, "a.key")
+    naps = [line.call("nap", seconds, finish=sum, ranks=[1], limit=limit) for seconds in (0.0, 2.2, 2.3)]
+    queued = line.call("nap", 0.0, finish=sum, ranks=[1], limit=limit, label="behind them")
+    assert queued.result() == 0.0
+    assert caplog.messages == [], "it waited for long, and took no time"
+    assert [nap.result() for nap in naps] == [0.0, 2.2, 2.3]
+    [told] = caplog.messages
+    assert re.sub("took [23] s", "took 2 s", told) == (
+        "engine rank 1: nap took 2 s, more than half of its limit of 4 s (a.key, to be raised if it may take longer)"
+    )
 
 
 def test_replies_are_not_kept_once_they_are_taken() -> None:

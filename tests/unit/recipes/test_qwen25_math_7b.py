@@ -146,6 +146,7 @@ def test_the_recipe_fits_the_gpus_it_is_for(place: str) -> None:
     found = plan(config, read_model_dims(MODEL.parent), machine, LENGTHS)
     assert found.problems == ()
     assert 0 < 120 * found.step_seconds < 5 * 86_400
+    assert found.calls[0].longest <= config.cluster.call_deadline_s / 2
 
 
 def test_without_the_overlay_the_seeds_accidents_are_mended(inputs: Path) -> None:
