@@ -137,6 +137,18 @@ def test_a_run_goes_on_to_the_same_bits_with_whichever_optimizer(
         torch.testing.assert_close(tensor, weights[key], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "dist-opt"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_main_weights_of_rows_that_are_padding_at_one_layout_alone_are_those_of_the_weights(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, sharded: bool, before: int, after: int
+) -> None:
+    its = setup(dtype="bfloat16", tensor=before)
+    mine = setup(dtype="bfloat16", tensor=after, sharded=sharded)
+    ranks.run(before, saved, models["llama-odd"], its, POLICY, tmp_path / "its", tmp_path / "export")
+    found = ranks.run(after, resaved, models["llama-odd"], mine, tmp_path / "its", tmp_path / "mine")
+    assert found == [True] * after  # neither the load nor the save was refused
+
+
 @pytest.mark.parametrize(
     "after",
     [
