@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
 from megatron_rl.mcore.optimizer import Training, optimizer_parts
-from megatron_rl.mcore.quantised import by_transformer_engine, store
+from megatron_rl.mcore.quantised import by_transformer_engine, plain_values, store
 from megatron_rl.mcore.sharded_names import kept_key
 
 _OPTIMIZER, _FORMAT = "optimizer_tensors", "metadata.json"
@@ -149,6 +149,7 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
 
     Raises:
         FileExistsError: the folder exists and is not empty.
+        ValueError: main weights are described that are not those of the weights.
     """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,14 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
     models = _models(_modules(training))
     # tensors alone, under global names: the settings beside them are nested by how many optimizers there are, and name
     # the optimizer's class; those of the run that loads take their place
-    tensors, _ = extract_matching_values(_optimizer(training, models, loading=False), _is_saved)
+    optimizer = _optimizer(training, models, loading=False)
+    if wrong := _wrong_main_weights(training, optimizer):
+        raise ValueError(
+            f"the main weights to be saved must round to the weights, those of {len(wrong)} parameter(s) do not, "
+            f"{wrong[0]} first: megatron-core cut them from the wrong place, and moments with them. Nothing was saved; "
+            "turn distributed_optimizer off, or take a release of megatron-core that is supported"
+        )
+    tensors, _ = extract_matching_values(optimizer, _is_saved)
     state = {**models, _OPTIMIZER: tensors, "scheduler": training.scheduler.state_dict()}
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     files = {path.name: buffer.getbuffer() for path, buffer in strategy.memory.files.items()}
@@ -171,6 +179,7 @@ def load_checkpoint(folder: Path, training: Training) -> None:
 
     Raises:
         FileNotFoundError: the folder is not a complete checkpoint.
+        ValueError: its main weights are not those of its weights.
     """
     modules = _modules(training)
     models = _models(modules)
@@ -179,9 +188,15 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     state = _load_models(folder, modules, models)
     # by itself: the main weights of a float32 model are its weights, which nobody may ask for twice
     optimizer = merge(dist_checkpointing.load({_OPTIMIZER: wanted}, str(folder))[_OPTIMIZER], settings)
-    parts = [optimizer] if len(optimizer_parts(training.optimizer)) == 1 else optimizer.values()
-    for group in (group for part in parts for group in part.get("optimizer", part)["param_groups"]):
-        group["step"] = state["scheduler"]["num_steps"]  # both count updates
+    if wrong := _wrong_main_weights(training, optimizer):
+        raise ValueError(
+            f"{folder}: main weights must round to the weights, those of {len(wrong)} parameter(s) do not, {wrong[0]} "
+            "first. It was saved before that was checked, by a distributed optimizer with padding between its buckets. "
+            "Its weights are right, the optimizer's states are not: start a new run with model.path at the hf folder"
+        )
+    for _, part in _by_part(training, optimizer):
+        for group in part.get("optimizer", part)["param_groups"]:
+            group["step"] = state["scheduler"]["num_steps"]  # both count updates
     training.optimizer.load_state_dict(optimizer)
     training.scheduler.load_state_dict(state["scheduler"])
 
@@ -247,12 +262,71 @@ def _modules(training: Training) -> list[Any]:
 
 def _optimizer(training: Training, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     """megatron-core's description of moments and main weights, the latter by one name whatever the optimizer."""
-    found: dict[str, Any] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
+    with _ranges_without_padding(training):
+        found: dict[str, Any] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
     main = "" if training.chunks[0].module.config.params_dtype == torch.float32 else "optimizer.state.fp32_param."
     for value in nested_values(found):
         if isinstance(value, ShardedBase) and value.key.startswith("optimizer.state.param."):
             value.key = main + value.key.removeprefix("optimizer.state.param.")
     return found
+
+
+@contextmanager
+def _ranges_without_padding(training: Training) -> Iterator[None]:
+    """Let gradient buffers say where parameters lie in the states that megatron-core gathers, which are without the
+    padding that buckets end in.
+
+    Its releases up to 0.19.2 cut them by ranges that count that padding: whatever lies behind a padded bucket would be
+    saved from the wrong place. Later ones take it off first, by the number of the bucket; here all are in the first,
+    before which there is none.
+    """
+    buffers = [buffer for chunk in training.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer, ranges in zip(buffers, padded, strict=True):
+        before, packed = [], 0  # padding before each bucket; numbers up to it
+        for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+            before.append(start - packed)
+            packed += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - before[index], end - before[index], 0)
+            for parameter, (start, end, index) in ranges.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, ranges in zip(buffers, padded, strict=True):
+            buffer.param_index_map = ranges
+
+
+def _wrong_main_weights(training: Training, optimizer: Mapping[Any, Any]) -> list[str]:
+    """Parameters whose main weights, as described or loaded, are not those that the weights were rounded from. Moments
+    are cut by the same ranges.
+    """
+    names = {parameter: name for model in _modules(training) for name, parameter in model.named_parameters()}
+    return [names[parameter] for parameter, main in _mains(training, optimizer) if not _rounds_to(main.data, parameter)]
+
+
+def _mains(training: Training, optimizer: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Parameters with their main weights, where an optimizer has any and this rank has them whole."""
+    for part, state in _by_part(training, optimizer):
+        if states := state.get("param_state"):
+            parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+            yield from ((parameter, states[index]["param"]) for index, parameter in enumerate(parameters))
+        for group, mains in enumerate(state.get("fp32_from_fp16_params", ())):
+            yield from zip(part.float16_groups[group], mains, strict=True)
+
+
+def _rounds_to(main: torch.Tensor, parameter: Any) -> bool:
+    weights = plain_values(parameter).detach().to(main.device)
+    if by_transformer_engine(parameter):  # FP8 keeps three bits after the first: each number to a sixteenth
+        return bool((main - weights).norm() <= main.norm() / 8)
+    return torch.equal(main.to(weights.dtype), weights)
+
+
+def _by_part(training: Training, optimizer: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """megatron-core's optimizers, each with what a description or state of all has of it."""
+    parts = optimizer_parts(training.optimizer)
+    return zip(parts, [optimizer] if len(parts) == 1 else optimizer.values(), strict=True)
 
 
 def _metadata() -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -133,6 +135,7 @@ class Setup:
     layout: ParallelLayout = ParallelLayout()  # noqa: RUF009 - frozen
     distributed_optimizer: bool = False
     overlap_communication: bool = False
+    bucket_size: int | None = None
     on_host: bool = False
     recompute: Any = "none"
     padded: bool = False
@@ -153,6 +156,7 @@ class Setup:
     def __str__(self) -> str:
         """For the names of tests."""
         switches = " dist-opt" * self.distributed_optimizer + " overlap" * self.overlap_communication
+        switches += "" if self.bucket_size is None else f" buckets-{self.bucket_size}"
         switches += " host" * self.on_host
         switches += " padded" * self.padded
         recompute = "" if self.recompute == "none" else f" recompute-{self.recompute}"
@@ -163,6 +167,8 @@ class Setup:
 
 def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, fp8: FP8Config | None = None) -> Any:
     """A worker. Megatron-core is imported here and not above, so that the test process itself never loads it."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
     from megatron_rl.mcore.worker import Worker, WorkerSpec
     from megatron_rl.weights.weight_map import Head
 
@@ -198,7 +204,10 @@ def start(rank: int, port: int, model: Path, setup: Setup, role: str = POLICY, f
         seed=0,
         keep_reference=setup.keep_reference,
     )
-    return Worker(spec, rank=rank, host="127.0.0.1", port=port, timeout_s=30.0)
+    # megatron-core's own buckets are larger than all of a tiny model
+    ddp = partial(DistributedDataParallelConfig, bucket_size=setup.bucket_size)
+    with patch("megatron_rl.mcore.optimizer.DistributedDataParallelConfig", ddp):
+        return Worker(spec, rank=rank, host="127.0.0.1", port=port, timeout_s=30.0)
 
 
 def scores(rank: int, port: int, model: Path, setup: Setup) -> Any:
@@ -444,6 +453,43 @@ def resaved(rank: int, port: int, model: Path, setup: Setup, folder: Path, again
     unmoved = torch.equal(before, torch.get_rng_state())
     worker.close()
     return unmoved
+
+
+def spoilt(rank: int, port: int, model: Path, before: Setup, after: Setup, folder: Path) -> list[str]:
+    """What a save says of states that were cut from another parameter's place, and a load of what it wrote unchecked;
+    empty where it went through.
+    """
+    checkpoint = "megatron_rl.mcore.checkpoint"
+
+    @contextmanager
+    def exchanged(training: Any) -> Iterator[None]:
+        (buffer,) = training.chunks[0].buffers
+        kept = buffer.param_index_map
+        first, second, *_ = [parameter for parameter in kept if parameter.shape == (32,)]
+        buffer.param_index_map = {**kept, first: kept[second], second: kept[first]}
+        yield
+        buffer.param_index_map = kept
+
+    worker = start(rank, port, model, before)
+    worker.update(minibatch(), Reinforce())
+    with patch(f"{checkpoint}._ranges_without_padding", exchanged):
+        said = [refusal(lambda: worker.save(folder))]
+        with patch(f"{checkpoint}._wrong_main_weights", return_value=[]):
+            worker.save(folder)
+            worker.written()
+    worker.close()
+    worker = start(rank, port, model, after)
+    said.append(refusal(lambda: worker.load(folder)))
+    worker.close()
+    return said
+
+
+def refusal(verb: Callable[[], None]) -> str:
+    try:
+        verb()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def unwritable(rank: int, port: int, model: Path, folder: Path) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tests.distributed.cases import (
     resaved,
     resumed,
     saved,
+    spoilt,
     three_updates,
     unwritable,
 )
@@ -27,8 +29,21 @@ from tests.distributed.ranks import RankFailed, Ranks
 from tests.distributed.test_update import tensors
 
 
-def setup(*, sharded: bool = False, on_host: bool = False, dtype: str = "float32", **axes: Any) -> Setup:
-    return Setup(layout=ParallelLayout(**axes), distributed_optimizer=sharded, on_host=on_host, dtype=dtype)
+def setup(
+    *, sharded: bool = False, on_host: bool = False, dtype: str = "float32", buckets: int | None = None, **axes: Any
+) -> Setup:
+    """With ``buckets`` communication is overlapped, bucket by bucket of so many numbers and their padding. A critic's
+    head begins with noise: of zeros it would give the layers no gradients, and moments of zero.
+    """
+    return Setup(
+        layout=ParallelLayout(**axes),
+        distributed_optimizer=sharded,
+        overlap_communication=buckets is not None,
+        bucket_size=buckets,
+        on_host=on_host,
+        dtype=dtype,
+        value_head_std=0.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,6 +75,11 @@ def setup(*, sharded: bool = False, on_host: bool = False, dtype: str = "float32
         (POLICY, "qwen2", setup(tensor=2, sharded=True, on_host=True), setup(data=2, sharded=True, on_host=True)),
         (CRITIC, "qwen2-tied", setup(tensor=2), setup(data=2, sharded=True, on_host=True)),
         (POLICY, "qwen2-moe", setup(data=2, expert=2, sharded=True, on_host=True), setup(pipeline=2)),
+        # buffers of several buckets that end in padding: the embedding that two stages share has one of its own
+        (POLICY, "qwen2-odd", setup(pipeline=2, sharded=True), setup(tensor=2, data=2, sharded=True)),
+        (POLICY, "qwen2", setup(data=3, sharded=True, buckets=2000), setup(data=2, sharded=True, buckets=3000)),
+        (CRITIC, "qwen2-tied", setup(pipeline=2, sharded=True, buckets=1000), setup(tensor=2)),
+        (POLICY, "qwen2-moe", setup(data=2, expert=2, sharded=True, buckets=1000), setup(pipeline=2)),
     ],
     ids=str,
 )
@@ -92,6 +112,10 @@ def test_a_run_goes_on_from_a_checkpoint_at_another_layout(
         (setup(dtype="bfloat16", sharded=True, on_host=True), setup(dtype="bfloat16")),
         (setup(sharded=True), setup(sharded=True, on_host=True)),
         (setup(sharded=True, on_host=True), setup(sharded=True, on_host=True)),
+        # a critic's first bucket ends in padding
+        (setup(dtype="bfloat16", sharded=True, buckets=1000), setup(dtype="bfloat16")),
+        (setup(dtype="bfloat16", sharded=True, on_host=True, buckets=1000), setup(dtype="bfloat16", sharded=True)),
+        (setup(sharded=True, buckets=1000), setup(sharded=True, buckets=1000)),
     ],
     ids=str,
 )
@@ -111,6 +135,44 @@ def test_a_run_goes_on_to_the_same_bits_with_whichever_optimizer(
     assert goes_on.keys() == weights.keys()
     for key, tensor in goes_on.items():
         torch.testing.assert_close(tensor, weights[key], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "dist-opt"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_main_weights_of_rows_that_are_padding_at_one_layout_alone_are_those_of_the_weights(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, sharded: bool, before: int, after: int
+) -> None:
+    its = setup(dtype="bfloat16", tensor=before)
+    mine = setup(dtype="bfloat16", tensor=after, sharded=sharded)
+    ranks.run(before, saved, models["llama-odd"], its, POLICY, tmp_path / "its", tmp_path / "export")
+    found = ranks.run(after, resaved, models["llama-odd"], mine, tmp_path / "its", tmp_path / "mine")
+    assert found == [True] * after  # neither the load nor the save was refused
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        setup(dtype="bfloat16"),
+        setup(dtype="bfloat16", sharded=True),
+        setup(dtype="bfloat16", sharded=True, on_host=True),
+    ],
+    ids=str,
+)
+def test_states_that_are_another_parameters_are_refused_by_save_and_load(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path, after: Setup
+) -> None:
+    before = replace(after, distributed_optimizer=True)
+    [(saving, loading)] = ranks.run(1, spoilt, models["qwen2"], before, after, tmp_path / "state")
+    layer = r"those of 2 parameter\(s\) do not, \S*norm\S* first"
+    assert re.search(f"main weights to be saved must round to the weights, {layer}", saving)
+    assert re.search(f"state: main weights must round to the weights, {layer}.* model.path at the hf folder", loading)
+
+
+def test_states_of_a_float32_model_that_are_another_parameters_are_not_saved(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    [(saving, _)] = ranks.run(1, spoilt, models["qwen2"], setup(sharded=True), setup(), tmp_path / "state")
+    assert re.search(r"those of 2 parameter\(s\) do not, \S*norm\S* first", saving)
 
 
 @pytest.mark.parametrize("case", [setup(), setup(sharded=True), setup(sharded=True, on_host=True)], ids=str)
