@@ -59,7 +59,8 @@ class Sample:
     Attributes:
         token_ids: the response's tokens, the end-of-sequence token included when the model emitted it.
         logprobs: natural log-probability of each token under the distribution it was drawn from.
-        text: the response as text, special tokens left out.
+        text: the response as text, without special tokens and without the string of ``rollout.stop`` that ended it, of
+            which ``token_ids`` have the tokens.
         finish: why it ended.
     """
 

@@ -12,7 +12,7 @@ import torch
 from megatron_rl import device
 from megatron_rl.assemble.audit import audit_engines, keep_formats
 from megatron_rl.batches import TokenRows
-from megatron_rl.config.schema import ClusterConfig, RewardConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.interfaces import Pending, PushPhase, PushReceipt, results
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
@@ -22,7 +22,7 @@ from megatron_rl.ray_runtime.cluster import Cluster, Role
 from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteCritic, RemoteEngine, RemotePolicy, RemoteTrainer, connect
 from megatron_rl.ray_runtime.workers import WorkerGroup
-from megatron_rl.rewards.service import RewardService
+from megatron_rl.rewards.service import reward_service
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.sync import CheckedSync
 from megatron_rl.weights.transports import Transport
@@ -150,19 +150,6 @@ def capability_line(trainer: WorkerGroup) -> str:
     asked = trainer.call("capabilities", finish=lambda answers: answers[0], ranks=[0])
     parts = "; ".join(f"{row.part} by {row.used} ({row.why})" for row in asked.result())
     return f"{trainer.name}: {parts}"
-
-
-def reward_service(reward: RewardConfig) -> Callable[[], RewardService]:
-    """A pool of reward workers, to be started where this is called."""
-    return partial(
-        RewardService,
-        reward.rule,
-        workers=reward.workers,
-        timeout_s=reward.timeout_s,
-        wall_timeout_s=reward.wall_timeout_s,
-        start_timeout_s=reward.start_timeout_s,
-        memory_gib=reward.memory_gib,
-    )
 
 
 def start_trainer(

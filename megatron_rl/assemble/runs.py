@@ -16,7 +16,6 @@ from megatron_rl.assemble.roles import (
     engine_role,
     engine_spec,
     push_line,
-    reward_service,
     start_roles,
     start_trainer,
     take_turns,
@@ -29,6 +28,7 @@ from megatron_rl.durable import locked, replace_text
 from megatron_rl.experience.algorithm import advantage_estimator, loss_mean, policy_loss
 from megatron_rl.experience.collect import DynamicSampling, FreshRollouts
 from megatron_rl.experience.prompts import PromptStream, load_prompts, load_tokenizer, unwritten_start
+from megatron_rl.experience.references import check_answers
 from megatron_rl.experience.supervised import load_pairs
 from megatron_rl.interfaces import StopRequest, results
 from megatron_rl.maths.kl import KlControl
@@ -43,7 +43,7 @@ from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
 from megatron_rl.rewards.overlong import OverlongPenalty
-from megatron_rl.rewards.service import RewardService
+from megatron_rl.rewards.service import RewardService, reward_service
 from megatron_rl.sft import SupervisedRun
 from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
 from megatron_rl.weights.weight_map import Head
@@ -60,7 +60,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         BlockingIOError: another process runs in the same folder.
         CheckpointProblem: the run's checkpoint is damaged, or was saved by another run.
         ClusterProblem: the machine or the cluster is too small.
-        ValueError: a data file is unusable.
+        ValueError: a data file is unusable, or none of its answers can be right.
         WorkerFailed, WorkerDied, DeadlineExceeded: a worker did not come up.
     """
     gpus = device.gpu_count()
@@ -68,18 +68,20 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     check_engine(config.engine, gpus)
     dims, ending = read_model_dims(config.model.path), read_ending_tokens(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    prompts = load_prompts(config.data.train, tokenizer, config.data)
-    heldout = load_prompts(config.data.heldout, tokenizer, config.data)
-    evaluated = replace(heldout, prompts=heldout.prompts[: config.evaluation.prompts])
-    identity = RunIdentity(
-        model=asdict(dims), prompts=prompts.digest(), settings=dotted(config), heldout=evaluated.digest()
-    )
     with ExitStack() as stack:
+        # before the prompts are read, so that its workers load while they are
+        own_rewards = None if config.reward.pools else stack.enter_context(reward_service(config.reward)())
+        prompts = load_prompts(config.data.train, tokenizer, config.data)
+        heldout = load_prompts(config.data.heldout, tokenizer, config.data)
+        wrong_answers = check_answers(config, {"train": prompts, "heldout": heldout}, own_rewards)
+        evaluated = replace(heldout, prompts=heldout.prompts[: config.evaluation.prompts])
+        identity = RunIdentity(
+            model=asdict(dims), prompts=prompts.digest(), settings=dotted(config), heldout=evaluated.digest()
+        )
         stack.enter_context(_held(config.run_dir))
         saved, changes = _saved(config, identity)
         _leave_settings(config)
         gated = config.parity.enabled and (saved is None or config.parity.on_resume)
-        own_rewards = None if config.reward.pools else stack.enter_context(reward_service(config.reward)())
         references = References()
         if gated:  # before the workers, so that it loads while they start
             references = start_references(
@@ -145,6 +147,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         if (text := uncorrected_experts(dims, config.ppo)) is not None:
             metrics.note(text)
         _note_resumed(metrics, saved, changes, config.steps)
+        for told in wrong_answers:
+            metrics.note(told)
         for name, found in (("train", prompts), ("heldout", heldout)):
             if found.dropped:
                 metrics.note(

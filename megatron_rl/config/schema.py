@@ -64,7 +64,8 @@ class DataConfig:
 
     train: Path
     """JSON lines with ``question`` and ``answer``; ``id``, where given, is unlike any other; other keys are ignored.
-    An answer that is not text reaches the reward rule as JSON."""
+    An answer is what a right response gives and nothing more (docs/rewards.md); one that is not text reaches the reward
+    rule as JSON."""
     heldout: Path
     """The same, for evaluation."""
     template: str = "{question}"
@@ -102,7 +103,7 @@ class RolloutConfig:
     """Where a response is cut. Prompt and response together must fit the model's positions."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the model's end-of-sequence tokens; a special token of the tokenizer may be
-    one of them."""
+    one of them. Reward rules do not see the one that ended a response: it is cut off its text."""
     force_eos: bool = False
     """Put an end-of-sequence token where a response has none, and train on it (as the seed recipe does)."""
     sampling_rounds: Count = 0
@@ -144,6 +145,11 @@ class RewardConfig:
     overlong_buffer: Count = 0
     """Soft over-long penalty (DAPO): over the last so many tokens below ``rollout.max_response_tokens`` the score falls
     by up to 1; evaluation scores without it. 0: none."""
+
+    @property
+    def rule_may_be_elsewhere(self) -> bool:
+        """Whether the rule is a file which this machine need not have: it runs in pools on nodes that may have it."""
+        return self.pools > 0 and ":" in self.rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,14 @@ from megatron_rl.doctor.checks import (
 )
 from megatron_rl.doctor.facts import Listener, NodeFacts, look, look_at_port
 from megatron_rl.doctor.findings import Finding, Report, Severity, merged
-from megatron_rl.experience.prompts import load_prompts, load_tokenizer
+from megatron_rl.experience.prompts import PromptSet, load_prompts, load_tokenizer
+from megatron_rl.experience.references import check_answers
 from megatron_rl.model_dims import ModelDims, read_model_dims
 
 _DASHBOARD = ("127.0.0.1", 8265, "--dashboard-port")
 """As examples/launch/ray_head.sh starts it."""
+_OTHER_FILE = "correct the file, or name another"
+_OTHER_ANSWERS = "correct the file, or choose another reward.rule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class _Survey:
 
 
 def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster: ClusterConfig) -> Report:
-    """Everything that can be told before a run; starts nothing.
+    """Everything that can be told before a run; starts nothing but a worker that tries some reference answers.
 
     Args:
         config: of the run, its types checked alone (:func:`megatron_rl.config.load.parse`); None: no recipe is given.
@@ -157,8 +160,12 @@ def _contents(
         found.append(_unusable("tokenizer", str(error), "copy the model's folder anew"))
         left_out.append("data: there is no tokenizer for it")
     else:
-        if without_torch is None or isinstance(config, RunConfig):
-            found += _data(config, tokenizer, dims)
+        if isinstance(config, RunConfig):
+            found += _prompts(config, tokenizer)
+            if config.reward.rule_may_be_elsewhere:
+                left_out.append("answers: reward.rule is a file that the nodes of reward.pools alone may have")
+        elif without_torch is None:
+            found += _pairs(config, tokenizer, dims)
         else:
             left_out.append(f"data: needs torch, {without_torch}")
     if without_torch is not None:
@@ -175,19 +182,33 @@ def _contents(
     return found, left_out
 
 
-def _data(config: RunConfig | SFTConfig, tokenizer: Tokenizer, dims: ModelDims) -> Iterator[Finding]:
-    for file in (config.data.train, config.data.heldout) if isinstance(config, RunConfig) else (config.data,):
+def _prompts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[Finding]:
+    sets = dict[str, PromptSet]()
+    for name, file in (("train", config.data.train), ("heldout", config.data.heldout)):
         if not file.is_file():
             continue  # among the configuration's own problems
         try:
-            if isinstance(config, RunConfig):
-                load_prompts(file, tokenizer, config.data)
-            else:
-                from megatron_rl.experience.supervised import load_pairs  # loads torch
-
-                load_pairs(file, tokenizer, dims.eos_ids[0], dims.max_positions)
+            sets[name] = load_prompts(file, tokenizer, config.data)
         except (OSError, ValueError) as error:
-            yield _unusable("data", str(error), "correct the file, or name another")
+            yield _unusable("data", str(error), _OTHER_FILE)
+    try:
+        told = check_answers(config, sets) if sets else []
+    except (RuntimeError, ValueError) as error:
+        yield _unusable("answers", str(error), _OTHER_ANSWERS)
+    else:
+        for found in told:
+            yield Finding(severity=Severity.WARNING, what="answers", found=found, do=_OTHER_ANSWERS)
+
+
+def _pairs(config: SFTConfig, tokenizer: Tokenizer, dims: ModelDims) -> Iterator[Finding]:
+    from megatron_rl.experience.supervised import load_pairs  # loads torch
+
+    if not config.data.is_file():
+        return  # as above
+    try:
+        load_pairs(config.data, tokenizer, dims.eos_ids[0], dims.max_positions)
+    except (OSError, ValueError) as error:
+        yield _unusable("data", str(error), _OTHER_FILE)
 
 
 def _survey(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFacts], needs: Needs) -> _Survey:

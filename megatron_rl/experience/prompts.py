@@ -110,9 +110,15 @@ def load_prompts(file: Path, tokenizer: Tokenizer, config: DataConfig) -> Prompt
     """Template and tokenise the questions of ``file``; over-long prompts are left out and counted.
 
     Raises:
-        ValueError: a line is not a question with an answer, an id occurs twice, or no prompt fits.
+        ValueError: a line is not a question with an answer, an answer is empty, an id occurs twice, or no prompt fits.
     """
     rows = read_rows(file, ("question", "answer"))
+    for number, row in rows.items():
+        if not answer_text(row["answer"]).strip():
+            raise ValueError(
+                f"{file}:{number}: an answer must not be empty, got {row['answer']!r}: write what a right response "
+                "gives, or any text where a reward rule of your own needs none"
+            )
     ids = [str(index if row.get("id") is None else row["id"]) for index, row in enumerate(rows.values())]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise ValueError(

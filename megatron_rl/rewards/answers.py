@@ -19,7 +19,7 @@ from megatron_rl.rewards.parsing import parse
 from megatron_rl.rewards.second_opinion import second_opinion
 from megatron_rl.rewards.structure import EXACT, Leniency, same
 
-_MAX_LENGTH = 1000
+MAX_LENGTH = 1000
 """Characters. Longer answers are compared as they stand."""
 
 # ---------------------------------------------------------------------------------------------------- extraction
@@ -132,7 +132,7 @@ def equal(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:
         return False
     if pred == gold:
         return True
-    return max(len(pred), len(gold)) <= _MAX_LENGTH and _remembered(pred, gold, leniency)
+    return max(len(pred), len(gold)) <= MAX_LENGTH and _remembered(pred, gold, leniency)
 
 
 def compare(pred: str, gold: str, leniency: Leniency = EXACT) -> bool:

@@ -61,12 +61,12 @@ def final_answer(text: str, stops: Sequence[str] = STOPS) -> str | None:
     tail = answer[-_MAX_TAIL:]
     markers = list(_MARKER.finditer(tail))
     if not markers:
-        if tagged and tail == answer and _is_answer(answer):
+        if tagged and tail == answer and is_answer(answer):
             return answer.strip()
         return _last_candidate(_PARAGRAPH.split(tail.strip())[-1])
     said = tail[markers[-1].end() :].strip()
     sentence = _first_sentence(said).strip(" *").rstrip(" *.")
-    return sentence if _is_answer(sentence) else _last_candidate(sentence)
+    return sentence if is_answer(sentence) else _last_candidate(sentence)
 
 
 def _first_sentence(text: str) -> str:
@@ -78,7 +78,8 @@ def _first_sentence(text: str) -> str:
     return text
 
 
-def _is_answer(text: str) -> bool:
+def is_answer(text: str) -> bool:
+    """Whether our grammar reads the text."""
     try:
         parse(plain(text))
     except Undecided:

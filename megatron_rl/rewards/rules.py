@@ -33,7 +33,8 @@ class RewardRule(Protocol):
         """Score one response.
 
         Args:
-            text: the response, without the prompt.
+            text: the response, without the prompt, special tokens and the stop string that ended it: with
+                ``</answer>`` in ``rollout.stop`` there is ``<answer>`` alone.
             answer: the reference answer of the prompt.
             finish: why the response ended.
         """

@@ -21,13 +21,15 @@ import sysconfig
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from megatron_rl.config.schema import RewardConfig
 from megatron_rl.dataflow import Finish, Outcome, Score
 from megatron_rl.rewards import wire
 from megatron_rl.rewards.rules import RewardRule, load_rule
@@ -171,6 +173,19 @@ class RewardService:
     def _replace_busy_workers(self) -> None:
         for worker in [worker for worker in self._workers if worker.pending or worker.ended]:
             self._replace(worker)
+
+
+def reward_service(reward: RewardConfig) -> Callable[[], RewardService]:
+    """A pool of reward workers, to be started where this is called."""
+    return partial(
+        RewardService,
+        reward.rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        wall_timeout_s=reward.wall_timeout_s,
+        start_timeout_s=reward.start_timeout_s,
+        memory_gib=reward.memory_gib,
+    )
 
 
 class _Worker:

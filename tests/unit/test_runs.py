@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_rl.assemble import runs
-from megatron_rl.assemble.roles import reward_service, start_trainer
+from megatron_rl.assemble.roles import start_trainer
 from megatron_rl.assemble.runs import _saved, uncorrected_experts
 from megatron_rl.checkpoints import RunCheckpoints, RunIdentity
-from megatron_rl.config.schema import PPOConfig, RewardConfig
+from megatron_rl.config.schema import DataConfig, PPOConfig, RewardConfig
 from megatron_rl.dataflow import Finish
 from megatron_rl.model_dims import read_model_dims
+from megatron_rl.rewards.service import reward_service
 from megatron_rl.weights.weight_map import Head
 from tests.fakes import FileModel, fake_config, fake_supervised
 
@@ -132,3 +137,45 @@ def test_metrics_that_go_elsewhere_are_ended_when_no_worker_is_left(
     with pytest.raises(ValueError, match="cause"), runs.open_supervised(config, SimpleNamespace(asked=False)):
         raise ValueError("cause")
     assert ended == ["checkpoints after cause", "cluster after cause", "metrics after cause"]
+
+
+@contextmanager
+def a_run_on_no_machine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: str, pools: int = 0
+) -> Iterator[MagicMock]:
+    """``runs.open_run`` on data with these answers; every part of it that starts or needs a model is a stand-in."""
+    rows = "".join(json.dumps({"question": "one", "answer": answer}) + "\n" for answer in answers)
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl").write_text(rows)
+    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    for name in (
+        *("Cluster", "Engines", "RunCheckpoints", "MetricLog", "start_roles", "start_references", "take_turns"),
+        *("checked_sync", "push_line", "capability_line", "check_machine", "check_engine"),
+        *("read_model_dims", "read_ending_tokens"),
+    ):
+        monkeypatch.setattr(runs, name, MagicMock())
+    monkeypatch.setattr(runs, "asdict", lambda dims: {})
+    config = fake_config(folder / "run", reward=RewardConfig(rule="seed", pools=pools))
+    data = DataConfig(train=folder / "train.jsonl", heldout=folder / "heldout.jsonl")
+    config = replace(config, model=replace(config.model, path=folder), data=data)
+    with runs.open_run(replace(config, parity=replace(config.parity, enabled=False)), SimpleNamespace(asked=False)):
+        yield runs.MetricLog.return_value.__enter__.return_value
+
+
+@pytest.mark.parametrize("pools", [0, 1])
+def test_answers_that_can_never_be_right_end_a_run_before_it_leaves_or_starts_anything(
+    pools: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solutions = [f"It is {number}.\n#### {number}" for number in range(3)]
+    refused = pytest.raises(ValueError, match=r"data\.train: .*nothing more, such as 72.*\n.*data\.heldout: .*####$")
+    with refused, a_run_on_no_machine(tmp_path, monkeypatch, *solutions, pools=pools):
+        pass
+    assert not (tmp_path / "run").exists()
+    assert [part.mock_calls for part in (runs.start_references, runs.Cluster, runs.start_roles)] == [[], [], []]
+
+
+def test_a_run_notes_the_answers_that_its_rule_calls_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_run_on_no_machine(tmp_path, monkeypatch, "1", "It is 2.\n#### 2") as metrics:
+        told = [str(call.args[0]) for call in metrics.note.call_args_list]
+    found = [text for text in told if "different answers that were tried rule seed calls 1 wrong" in text]
+    assert [text.split(":")[0] for text in found] == ["data.train", "data.heldout"]

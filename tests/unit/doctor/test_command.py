@@ -93,6 +93,27 @@ def test_a_run_whose_files_cannot_be_read_or_that_has_no_room_is_told(tmp_path: 
     assert "not checked: weights: need torch, which is not installed" in unread
 
 
+def test_answers_that_no_response_can_give_are_told(tmp_path: Path) -> None:
+    asked = settings_of(model_folder(tmp_path), *SMALL, "cluster.cpus_per_worker=0.01")
+    rows = [{"question": "1+1=", "answer": f"It is {number}.\n#### {number}"} for number in (2, 3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "heldout.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (rows[0], {**rows[1], "answer": 3}))
+    )
+    done = doctor(*asked, program=("-c", WITHOUT_TORCH))
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = f"error    answers: data.train: {tmp_path / 'train.jsonl'}: an answer must be what a right response gives"
+    assert told in done.stdout
+    assert "keep only what stands behind #### -> correct the file, or choose another reward.rule" in done.stdout
+    rows[0]["answer"] = "2"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = doctor(*asked, program=("-c", WITHOUT_TORCH)).stdout
+    assert f"warning  answers: data.train: {tmp_path / 'train.jsonl'}: of 2 different answers that were tried" in told
+    assert "error    answers" not in told
+    told = doctor(*asked, "reward.rule=absent.py:f", "reward.pools=1", program=("-c", WITHOUT_TORCH)).stdout
+    assert "not checked: answers: reward.rule is a file that the nodes of reward.pools alone may have" in told
+
+
 def test_gpus_that_a_run_does_not_see_are_not_counted(tmp_path: Path) -> None:
     tell = tmp_path / "nvidia-smi"
     tell.write_text('#!/bin/sh\ncase "$1" in *name) echo NVIDIA A100;; *driver*) echo 580.82;; *) echo 8.0;; esac\n')

@@ -74,6 +74,10 @@ def test_questions_are_templated_and_long_ones_dropped_and_counted(tmp_path: Pat
         ({"question": "one"}, r"q.jsonl:1: .*lacks \['answer'\]"),
         ({"question": "one", "answer": None}, r"q.jsonl:1: .*lacks \['answer'\]"),
         ({"question": [{"role": "user"}], "answer": "1"}, r"q.jsonl:1: every question must be text, got \[\{'role'"),
+        (
+            {"question": "one", "answer": " \n"},
+            r"q.jsonl:1: an answer must not be empty, got ' \\n': write what a right",
+        ),
         ("", r"q.jsonl: needs at least one line with the keys \['question', 'answer'\], has none"),
     ],
 )
@@ -118,7 +122,7 @@ def test_rows_without_an_id_are_numbered(tmp_path: Path, tokenizer: Tokenizer) -
 
 
 def test_a_file_without_a_prompt_that_fits_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": ""})
+    file = write(tmp_path / "q.jsonl", {"question": "one two", "answer": "3"})
     with pytest.raises(ValueError, match=r"no prompt has between 1 and data.max_prompt_tokens=2"):
         load_prompts(file, tokenizer, config(file))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.dataflow import Finish, Outcome, Score
-from megatron_rl.rewards.answers import _MAX_LENGTH, extract
+from megatron_rl.rewards.answers import MAX_LENGTH, extract
 from megatron_rl.rewards.rules import SeedRule
 from megatron_rl.rewards.service import Request, RewardService
 
@@ -200,7 +200,7 @@ TOO_LONG = ("(" * 5000, "7" * 1_000_000)
 
 
 def test_bombs_for_the_grader_are_wrong_and_cost_no_worker() -> None:
-    assert all(len(bomb) <= _MAX_LENGTH and extract(rf"\boxed{{{bomb}}}") == bomb for bomb in BOMBS)
+    assert all(len(bomb) <= MAX_LENGTH and extract(rf"\boxed{{{bomb}}}") == bomb for bomb in BOMBS)
     with RewardService("boxed", timeout_s=5.0) as service:
         texts = [rf"\boxed{{{bomb}}}" for bomb in (*BOMBS, *TOO_LONG)]
         requests = [(text, gold, Finish.STOP) for text in texts for gold in ("5", r"\sqrt{2}", "x+1")]
