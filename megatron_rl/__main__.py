@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from megatron_rl.planner.study import Study, StudyRow
 
 _USAGE_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+_MANY_STEPS = 50
+"""To lose; a shorter run is a trial."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,6 +132,7 @@ def _train(config: RunConfig, *, fresh: bool) -> None:
     workers = {role: trainer.layout.world_size for role, trainer in config.trainers.items()}
     _say_starting(workers | {"engine": config.engine.count * config.engine.tensor}, config.run_dir)
     _say_room(config)
+    _say_unsaved(config)
     from megatron_rl.assemble import open_run  # loads torch and Ray: only once the configuration is right
     from megatron_rl.ppo import train
     from megatron_rl.report import plot_curve, summary_table
@@ -188,6 +191,14 @@ def _say_room(config: RunConfig | SFTConfig) -> None:
     say(disk_line(needed, there))
 
 
+def _say_unsaved(config: RunConfig | SFTConfig) -> None:
+    if config.checkpoint.every == 0 and config.steps >= _MANY_STEPS:
+        _print(
+            f"checkpoint.every is 0: nothing is saved before the last of {config.steps} steps, or a SIGTERM, and a run "
+            "that fails before that is lost; checkpoint.every=N saves after every N steps"
+        )
+
+
 def _sft(config: SFTConfig, *, fresh: bool) -> None:
     started = time.monotonic()
     _refuse_files(config.run_dir, fresh=fresh)
@@ -195,6 +206,7 @@ def _sft(config: SFTConfig, *, fresh: bool) -> None:
     signal.signal(signal.SIGTERM, stop)
     _say_starting({"trainer": config.trainer.layout.world_size}, config.run_dir)
     _say_room(config)
+    _say_unsaved(config)
     from megatron_rl.assemble import open_supervised
     from megatron_rl.sft import supervise
 

@@ -1,4 +1,5 @@
-"""A run's checkpoints: complete or not there, checked before they are trusted, the last few kept, and weights of more.
+"""A run's checkpoints: complete or not there, checked before they are trusted, the last few kept, and of more of them
+the weights, the best ones always.
 
 ``docs/checkpoints.md`` describes the folder and what is promised of it.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import socket
@@ -61,6 +63,8 @@ _MACHINE = (
     *(f"{role}.{setting}" for role in ("policy", "critic", "trainer") for setting in _LAYING_OUT),
 )
 """Settings that do not change what is computed, beyond rounding."""
+_MEASURED_BY = ("evaluation.temperature", "reward.rule", "rollout.max_response_tokens", "rollout.stop")
+"""Settings without which two accuracies on the same held-out prompts cannot be compared."""
 
 _LATER_PARTS: Mapping[str, Any] = {"engines": []}
 """Parts that older checkpoints lack, in the state that a run begins with."""
@@ -148,6 +152,11 @@ class RunIdentity:
         if saved.heldout not in ("", self.heldout):
             yield "other held-out prompts (or another template or limit): accuracy before and after is not of the same"
 
+    def measures_as(self, saved: RunIdentity) -> bool:
+        """Whether held-out accuracies of both can be compared."""
+        old, new = _as_saved(saved), _as_saved(self)
+        return old.heldout == new.heldout and all(old.settings.get(k) == new.settings.get(k) for k in _MEASURED_BY)
+
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
     for name in sorted({*old, *new}):
@@ -168,12 +177,14 @@ class SavedRun:
         step: steps done.
         parts: states of the driver's parts, by name.
         identity: of the run that saved it.
+        accuracies: on the held-out prompts, by step, of this checkpoint and those before it, where there was one.
     """
 
     folder: Path
     step: int
     parts: Mapping[str, Any]
     identity: RunIdentity
+    accuracies: Mapping[int, float]
 
 
 def find_checkpoint(folder: Path) -> SavedRun | None:
@@ -199,7 +210,11 @@ def find_checkpoint(folder: Path) -> SavedRun | None:
     _refuse_damage(folder / name, [_STATE])
     state = json.loads((folder / name / _STATE).read_text())
     return SavedRun(
-        folder=folder / name, step=state["step"], parts=state["parts"], identity=RunIdentity(**state["identity"])
+        folder=folder / name,
+        step=state["step"],
+        parts=state["parts"],
+        identity=RunIdentity(**state["identity"]),
+        accuracies={int(step): found for step, found in state.get("accuracies", {}).items()},  # older ones have none
     )
 
 
@@ -372,7 +387,7 @@ class RunCheckpoints:
         Args:
             folder: of all checkpoints.
             keep: how many; older ones are deleted,
-            keep_weights: but for the Hugging Face folders of so many of them.
+            keep_weights: but for the Hugging Face folders of so many of them, the best by accuracy and the newest.
             asynchronous: training goes on while files are written.
             models: ``policy``, also written as a Hugging Face folder, and ``critic`` where there is one.
             parts: of the driver, by name.
@@ -387,6 +402,7 @@ class RunCheckpoints:
         self._parts = parts
         self._like = like
         self._identity = identity
+        self._accuracies: dict[int, float] = {}
         self._under_way: Future[dict[str, float]] | None = None
         self._abandoned = threading.Event()
         self._told: set[int] = set()
@@ -432,6 +448,8 @@ class RunCheckpoints:
         if saved is None:
             return 0
         results({role: model.load(saved.folder / role) for role, model in self._models.items()})
+        if self._identity.measures_as(saved.identity):
+            self._accuracies.update(saved.accuracies)
         states = {**_LATER_PARTS, **saved.parts}
         for name, part in self._parts.items():
             part.restore(states[name])
@@ -448,9 +466,9 @@ class RunCheckpoints:
                 "run_dir on a file system that all nodes share"
             )
 
-    def save(self, step: int, *, wait: bool) -> dict[str, float]:
+    def save(self, step: int, accuracy: float | None = None, *, wait: bool) -> dict[str, float]:
         """Copy all state and write it under a temporary name; it gets its own, and ``latest`` names it, once the disk
-        has every file.
+        has every file. The ``accuracy``, if it was measured, decides how long its weights are kept.
 
         Returns:
             ``pause_s``, for which training stood still; and of the save that came to its end in this call, if any,
@@ -470,7 +488,10 @@ class RunCheckpoints:
             writing = {role: model.written() for role, model in self._models.items()}
             self._models["policy"].export_hf(partial / "hf", self._like).result()
             parts = {name: part.state() for name, part in self._parts.items()}
-            state = json.dumps({"step": step, "parts": parts, "identity": asdict(self._identity)}, indent=1)
+            if accuracy is not None:
+                self._accuracies[step] = accuracy
+            told = {"step": step, "parts": parts, "identity": asdict(self._identity), "accuracies": self._accuracies}
+            state = json.dumps(told, indent=1)
         self._under_way = Future()
         arguments = (self._under_way, step, writing, state, started)
         threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True).start()
@@ -506,11 +527,13 @@ class RunCheckpoints:
                 files = {f"{role}/{name}": r for role, part in writing.items() for name, r in part.result().items()}
                 size = self._commit(step, files, state)
             self._remove_leftovers(step)
-            of_run = [path for number, path in _numbered(self._folder, _COMMITTED).items() if number <= step]
-            older = of_run[: -self._keep]
-            kept = older[max(0, len(older) - self._keep_weights) :]
-            self._remove(older[: len(older) - len(kept)])
-            self._remove_all_but_weights(kept)
+            of_run = {number: path for number, path in _numbered(self._folder, _COMMITTED).items() if number <= step}
+            older = sorted(of_run, reverse=True)[self._keep :]
+            # of equals the first, which is the newest
+            best = max(older, key=lambda number: self._accuracies.get(number, -math.inf), default=None)
+            older.sort(key=lambda number: number != best)
+            self._remove(of_run[number] for number in older[self._keep_weights :])
+            self._remove_all_but_weights(of_run[number] for number in older[: self._keep_weights])
             done.set_result({"write_s": time.perf_counter() - started, "size_mib": size / 2**20})
         except BaseException as error:
             done.set_exception(error)

@@ -308,11 +308,12 @@ class Phases(Protocol):
 class Checkpoints(Protocol):
     """Where a run is saved."""
 
-    def save(self, step: int, *, wait: bool) -> Mapping[str, float]:
+    def save(self, step: int, accuracy: float | None = None, *, wait: bool) -> Mapping[str, float]:
         """Save all that is needed to go on from ``step``; complete or not there at all.
 
         Args:
             step: steps done.
+            accuracy: of the policy that is saved, on the held-out prompts, where it was evaluated.
             wait: return only once it is on the disk; else it may be written while training goes on.
 
         Returns:

@@ -107,7 +107,7 @@ class MetricLog:
             start_step: the first step to come.
 
         Raises:
-            RuntimeError: ``wandb_project`` is set and W&B is not installed.
+            RuntimeError: ``wandb_project`` is set and W&B is not installed. One that cannot be opened is told.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
@@ -116,12 +116,17 @@ class MetricLog:
         self._sources = tuple(sources)
         self._file = run_dir / "metrics.jsonl"
         files = {run_dir / name: _take_up(run_dir / name, start_step) for name in ("metrics.jsonl", "samples.jsonl")}
+        self._console = _ConsoleTable(Console() if console is None else console, total_steps)
         self._sinks: list[_Sink] = []
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
         if wandb_project is not None:
-            self._sinks.append(_WandB(run_dir, wandb_project, start_step, settings or {}))
-        self._console = _ConsoleTable(Console() if console is None else console, total_steps)
+            _refuse_missing_wandb(wandb_project)
+            try:
+                self._sinks.append(_WandB(run_dir, wandb_project, start_step, settings or {}))
+            except Exception as error:
+                self.note(f"{_WandB.setting}: W&B could not be opened and gets nothing of this run: {_told(error)}")
+        self._fed = list(self._sinks)
         for file, found in files.items():
             if found.unreadable:
                 self.note(f"{file}: what cannot be read is left out, line {', '.join(map(str, found.unreadable))}")
@@ -163,8 +168,12 @@ class MetricLog:
         """Flush and close everything, and tell what could not be; a second call does nothing."""
         self._console.close()
         while self._sinks:
-            if lost := self._sinks.pop().close(failed=failed):
-                self.note(lost)
+            sink = self._sinks.pop()
+            try:
+                if lost := sink.close(failed=failed):
+                    self.note(lost)
+            except Exception as error:
+                self.note(f"{sink.setting}: it did not end well: {_told(error)}")
 
     @contextmanager
     def _record(self, kind: str, step: int, *, steps_done: int) -> Iterator[StepLog]:
@@ -191,8 +200,12 @@ class MetricLog:
         except OSError as error:
             error.add_note(f"at step {step}, all of which is done: {self._file} could not be written")
             raise
-        for sink in self._sinks:
-            sink.write(metrics, steps_done)
+        for sink in tuple(self._fed):
+            try:
+                sink.write(metrics, steps_done)
+            except Exception as error:  # metrics.jsonl has them, and nothing that only shows them ends a run
+                self._fed.remove(sink)
+                self.note(f"{sink.setting}: after {steps_done} steps it gets nothing any more: {_told(error)}")
         self._console.row(metrics, steps_done, is_step=kind == "step")
 
     def _seconds_left(self, step_seconds: float, steps_done: int) -> float:
@@ -251,8 +264,14 @@ def _take_up(file: Path, start_step: int) -> _TakenUp:
     return _TakenUp(dropped, tuple(unreadable))
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 class _Sink(Protocol):
-    """Another place that scalars go to."""
+    """Another place that scalars go to, by ``setting``. One that raises is given up, and closed with the others."""
+
+    setting: str
 
     def write(self, metrics: Mapping[str, float], steps_done: int) -> None: ...
 
@@ -262,6 +281,8 @@ class _Sink(Protocol):
 
 class _TensorBoard:
     """Event files, by tensorboard's own writer: torch's would load torch."""
+
+    setting = "logging.tensorboard"
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -291,14 +312,11 @@ class _WandB:
     keeps what it got first.
     """
 
+    setting = "logging.wandb_project"
+
     def __init__(self, run_dir: Path, project: str, start_step: int, settings: Mapping[str, object]) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise RuntimeError(
-                f"logging.wandb_project is set to {project!r}, which needs the package wandb, and it is not installed: "
-                "install wandb, or leave logging.wandb_project unset"
-            ) from error
+        import wandb
+
         id_file = run_dir / "wandb_run_id"
         if start_step == 0 or not id_file.is_file():
             id_file.write_text(secrets.token_hex(8))
@@ -342,6 +360,16 @@ class _WandB:
                 "what lies in the run's wandb/"
             )
         return f"logging.wandb_project: W&B did not end well: {raised[0]}" if raised else ""
+
+
+def _refuse_missing_wandb(project: str) -> None:
+    try:
+        import wandb  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"logging.wandb_project is set to {project!r}, which needs the package wandb, and it is not installed: "
+            "install wandb, or leave logging.wandb_project unset"
+        ) from error
 
 
 def _kill_wandb() -> None:

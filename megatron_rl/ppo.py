@@ -99,11 +99,11 @@ def train(run: Run) -> int:
                         log.update(model, done.as_metrics())
             with log.phase("push"), run.phases.pushing():
                 log.update("push", run.weights.push(version=step + 1))
-            if due(step, cfg.evaluation.every, cfg.steps):
-                evaluate(run, log)
+            accuracy = evaluate(run, log) if due(step, cfg.evaluation.every, cfg.steps) else None
             if (stopping := run.stop.asked) or due(step, cfg.checkpoint.every, cfg.steps):
                 with log.phase("checkpoint"), run.phases.saving():
-                    log.update("checkpoint", run.checkpoints.save(step + 1, wait=stopping or step + 1 == cfg.steps))
+                    last = stopping or step + 1 == cfg.steps
+                    log.update("checkpoint", run.checkpoints.save(step + 1, accuracy, wait=last))
         if stopping:
             return step + 1
     return max(run.start_step, steps.stop)
@@ -123,14 +123,19 @@ def heldout_sampling(config: RunConfig) -> Sampling:
     return Sampling(temperature=temperature, max_tokens=rollout.max_response_tokens, stop=rollout.stop)
 
 
-def evaluate(run: Run, log: StepLog) -> None:
+def evaluate(run: Run, log: StepLog) -> float | None:
     """Log accuracy, mean length (tokens) and format rate on the held-out prompts, with the weights last pushed; the
     seeds are the same each time.
+
+    Returns:
+        the accuracy, where the rule tells it.
     """
     seed, numbers = run.config.seed, range(run.config.evaluation.samples)
     seeds = [[sample_seed(seed, _NO_STEP, prompt.id, number) for number in numbers] for prompt in run.heldout]
     sampling = heldout_sampling(run.config)
     with log.phase("evaluate"), run.phases.generating():
         scored = score_rollouts(run.engine.generate(run.heldout, sampling, seeds), run.rewards)
-    log.update("heldout", {**rollout_metrics(scored), "temperature": sampling.temperature})
+    found = rollout_metrics(scored)
+    log.update("heldout", {**found, "temperature": sampling.temperature})
     check_errors(scored, run.config.reward.max_error_rate)
+    return found.get("accuracy")

@@ -201,9 +201,11 @@ class RecordingCheckpoints:
 
     steps: list[int] = field(default_factory=list)
     awaited: list[int] = field(default_factory=list)
+    accuracies: list[float | None] = field(default_factory=list)
 
-    def save(self, step: int, *, wait: bool) -> dict[str, float]:
+    def save(self, step: int, accuracy: float | None = None, *, wait: bool) -> dict[str, float]:
         self.steps.append(step)
+        self.accuracies.append(accuracy)
         if wait:
             self.awaited.append(step)
         return {"pause_s": 0.25}

@@ -624,8 +624,9 @@ class CheckpointConfig:
     keep: Positive = 2
     """Newest checkpoints that are kept; of older ones, what ``keep_weights`` says, and no more."""
     keep_weights: Count = 0
-    """Of so many older ones the Hugging Face folder stays, for evaluation; no run goes on from there. In bfloat16 it is
-    an eighth of a checkpoint, or with a critic a fifteenth. 0: none."""
+    """Of so many older ones the Hugging Face folder stays, for evaluation; no run goes on from there. The one with the
+    best held-out accuracy is among them, where it was evaluated in the step that saved it; the others are the newest.
+    In bfloat16 a folder is an eighth of a checkpoint, or with a critic a fifteenth. 0: none."""
     asynchronous: bool = True
     """Training goes on while files are written, at the price of a copy of the training state in host memory."""
 

@@ -62,7 +62,14 @@ class Saver:
     """A run's checkpoints with what they save."""
 
     def __init__(
-        self, folder: Path, *, asynchronous: bool = True, keep: int = 2, keep_weights: int = 0, has_critic: bool = True
+        self,
+        folder: Path,
+        *,
+        asynchronous: bool = True,
+        keep: int = 2,
+        keep_weights: int = 0,
+        has_critic: bool = True,
+        identity: RunIdentity = IDENTITY,
     ) -> None:
         self.policy, self.critic, self.cursor = FileModel(), FileModel(), Cursor()
         self.checkpoints = RunCheckpoints(
@@ -73,12 +80,12 @@ class Saver:
             models={"policy": self.policy} | ({"critic": self.critic} if has_critic else {}),
             parts={"prompts": self.cursor},
             like=folder,
-            identity=IDENTITY,
+            identity=identity,
         )
 
-    def save(self, step: int, *, wait: bool = True) -> dict[str, float]:
+    def save(self, step: int, accuracy: float | None = None, *, wait: bool = True) -> dict[str, float]:
         self.policy.value, self.critic.value, self.cursor.taken = step, 10 * step, 100 * step
-        return self.checkpoints.save(step, wait=wait)
+        return self.checkpoints.save(step, accuracy, wait=wait)
 
 
 @pytest.fixture
@@ -106,8 +113,8 @@ WHOLE = ["critic/weights.txt", "hf/model.safetensors", "manifest.json", "policy/
 WEIGHTS = ["hf/model.safetensors", "manifest.json", "state.json"]
 
 
-def weights_keeper(folder: Path) -> Saver:
-    saver = Saver(folder, keep=2, keep_weights=2)
+def weights_keeper(folder: Path, identity: RunIdentity = IDENTITY) -> Saver:
+    saver = Saver(folder, keep=2, keep_weights=2, identity=identity)
     saver.checkpoints.start(find_checkpoint(folder))
     return saver
 
@@ -132,6 +139,54 @@ def test_of_older_checkpoints_the_weights_are_kept(folder: Path) -> None:
     assert saved is not None
     check_whole(saved)
     assert Saver(folder).checkpoints.start(saved) == 6
+
+
+def kept(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
+
+
+def test_the_weights_that_are_kept_are_the_best_and_the_newest_also_after_a_resume(folder: Path) -> None:
+    saver = weights_keeper(folder)
+    for step, accuracy in enumerate((0.2, 0.6, 0.4, None, 0.5, 0.3), start=1):
+        saver.save(step, accuracy)
+    assert kept(folder) == [2, 4, 5, 6]
+    assert [files(folder / f"step_00000{step}") for step in (2, 4, 5, 6)] == [WEIGHTS, WEIGHTS, WHOLE, WHOLE]
+    saver = weights_keeper(folder)
+    saver.save(7, 0.6)
+    assert kept(folder) == [2, 5, 6, 7]
+    for step in (8, 9):
+        saver.save(step)
+    assert kept(folder) == [6, 7, 8, 9], "of equals the newest is the best"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"heldout": "other"}, {"settings": {**IDENTITY.settings, "evaluation.temperature": 0.6}}]
+)
+def test_an_accuracy_of_something_else_keeps_no_weights(changed: Any, folder: Path) -> None:
+    saver = weights_keeper(folder)
+    for step, accuracy in enumerate((0.9, 0.1, 0.1, 0.1), start=1):
+        saver.save(step, accuracy)
+    assert kept(folder) == [1, 2, 3, 4]
+    saver = weights_keeper(folder, dataclasses.replace(IDENTITY, **changed))
+    saver.save(5, 0.2)
+    assert kept(folder) == [2, 3, 4, 5]
+    for step in (6, 7, 8):
+        saver.save(step, 0.1)
+    assert kept(folder) == [5, 6, 7, 8]
+
+
+def test_a_checkpoint_that_is_older_than_accuracies_is_taken_up(folder: Path) -> None:
+    weights_keeper(folder).save(1)
+    state = json.loads((folder / "step_000001/state.json").read_text())
+    assert state.pop("accuracies") == {}
+    (folder / "step_000001/state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "step_000001/manifest.json").read_text())
+    manifest["state.json"] = dataclasses.asdict(read_record(folder / "step_000001/state.json"))
+    (folder / "step_000001/manifest.json").write_text(json.dumps(manifest))
+    saver = weights_keeper(folder)
+    for step in (2, 3, 4, 5):
+        saver.save(step, 0.5)
+    assert kept(folder) == [2, 3, 4, 5]
 
 
 def test_weights_alone_are_kept_also_of_what_a_run_saved_when_it_had_a_critic(folder: Path) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.__main__ import _say_room, _sft, _Termination, _train, main
+from megatron_rl.__main__ import _say_room, _say_unsaved, _sft, _Termination, _train, main
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.model_dims import dims_from_config
@@ -81,6 +81,17 @@ def test_a_run_says_what_checkpoints_take_and_what_is_free(
     enough, few = capsys.readouterr()
     assert few == f"megatron-rl: checkpoints take up to {takes:.1f} GiB, run_dir has room for 1.0 GiB\n"
     assert enough == f"checkpoints take up to {takes:.1f} GiB, run_dir has room for 1048576.0 GiB\n"
+
+
+def test_a_long_run_that_saves_nothing_before_its_end_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config in (fake_config(tmp_path, steps=50), fake_supervised(tmp_path, steps=50)):
+        _say_unsaved(config)
+        assert capsys.readouterr().out.startswith("checkpoint.every is 0: nothing is saved before the last of 50 steps")
+        _say_unsaved(replace(config, steps=49))
+        _say_unsaved(replace(config, checkpoint=replace(config.checkpoint, every=10)))
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("early", "done"), [(True, 0), (False, 4), (False, 9)])

@@ -395,6 +395,55 @@ def test_wandb_that_cannot_end_is_given_up_and_hides_nothing(tmp_path, monkeypat
     assert "logging.wandb_project: W&B did not end well: no such project" in screen.getvalue()
 
 
+def test_wandb_that_cannot_be_opened_is_told_and_ends_no_run(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise ConnectionError("no answer from W&B")
+
+    fake_wandb(monkeypatch, None)
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    log, screen = open_log(tmp_path, wandb_project="reasoning")
+    with log, log.step(0) as step:
+        step.update("rollout", {"score": 0.5})
+    told = "logging.wandb_project: W&B could not be opened and gets nothing of this run: ConnectionError: no answer"
+    assert screen.getvalue().count(told) == 1
+    assert records(tmp_path)[0]["rollout/score"] == 0.5
+
+
+def test_what_only_shows_metrics_ends_no_run_and_the_others_get_theirs(tmp_path, monkeypatch):
+    """W&B's process is gone, and TensorBoard's writer cannot be closed."""
+    got, finished = [], []
+
+    def lose(metrics, step):
+        got.append(step)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def cannot_close():
+        raise OSError(5, "Input/output error")
+
+    run = types.SimpleNamespace(log=lose, finish=lambda exit_code: finished.append(exit_code))
+    fake_wandb(monkeypatch, None)
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **settings: run)
+    log, screen = open_log(tmp_path, tensorboard=True, wandb_project="reasoning")
+    written = []
+    log._sinks.reverse()
+    log._fed.reverse()
+    tensorboard = log._sinks[1]
+    monkeypatch.setattr(tensorboard, "write", lambda metrics, steps_done: written.append(steps_done))
+    monkeypatch.setattr(tensorboard._writer, "close", cannot_close)
+    with log:
+        for number in range(2):
+            with log.step(number):
+                pass
+    assert got == [1]
+    assert written == [1, 2]
+    assert finished == [0]
+    assert [record["step"] for record in records(tmp_path)] == [0, 1]
+    lines = screen.getvalue()
+    told = "logging.wandb_project: after 1 steps it gets nothing any more: BrokenPipeError: [Errno 32] Broken pipe"
+    assert lines.count(told) == 1
+    assert "logging.tensorboard: it did not end well: OSError: [Errno 5] Input/output error" in lines
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_wandb_that_is_given_up_does_not_hold_up_the_exit(tmp_path, interrupted):
     """As W&B does: a process of its own, for whose end a hook waits when Python exits."""

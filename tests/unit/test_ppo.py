@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -224,6 +226,18 @@ def test_checkpoints_and_evaluations_are_made_when_due(tmp_path: Path) -> None:
         record["step"] + (record["kind"] == "step") for record in records(tmp_path) if "heldout/accuracy" in record
     ]
     assert evaluated == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize(("parts", "accuracy"), [({"correct": 0.25}, 0.25), ({}, None)])
+def test_a_checkpoint_is_told_the_accuracy_of_what_it_saves(
+    parts: dict[str, float], accuracy: float | None, tmp_path: Path
+) -> None:
+    evaluation = EvaluationConfig(every=3, prompts=4)
+    run = fake_run(fake_config(tmp_path, steps=7, checkpoint=CheckpointConfig(every=2), evaluation=evaluation))
+    rewards: Any = SimpleNamespace(score=lambda requests: [Score(value=0.5, parts=parts) for _ in requests])
+    train(dataclasses.replace(run, rewards=rewards))
+    assert run.checkpoints.steps == [2, 4, 6, 7]
+    assert run.checkpoints.accuracies == [None, None, accuracy, accuracy]
 
 
 def test_the_evaluation_at_the_start_can_be_left_out(tmp_path: Path) -> None:
