@@ -2,6 +2,8 @@
 # Start Ray on the first node:  ray_head.sh --ip ADDRESS [--port 6379] [--dashboard-port 8265] [--gpus N] [--cpus N]
 # ADDRESS is one that the other nodes reach. With DRY_RUN=1 the command is printed and nothing starts; with
 # BLOCK=1 it stays in the foreground, and ending it ends Ray there.
+# RAY_OBJECT_STORE_BYTES: of memory for the batches that go to workers, here and of ray_worker.sh, 4 GiB unless it is set;
+# megatron-rl doctor says where a recipe needs more. RAY_TMPDIR: where Ray's files go on every node, else TMPDIR, else /tmp.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=examples/launch/token.sh
@@ -20,6 +22,15 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$ip" ]; then
   echo >&2 "ray_head.sh: --ip is needed: an address of this node that the others reach (one of: $(hostname -I 2>/dev/null))"
+  exit 2
+fi
+
+# the kernel's 107 bytes for a socket, less /ray/session_2026-01-31_23-59-59_999999_4194304/sockets/dash_TaskEventsHead
+room=32
+temporary=${RAY_TMPDIR-${TMPDIR-/tmp}}
+if [ "$(printf %s "$temporary" | wc -c)" -gt "$room" ]; then
+  echo >&2 "ray_head.sh: Ray's sockets lie below RAY_TMPDIR, or else TMPDIR, which must have at most $room bytes, found" \
+    "$temporary: export RAY_TMPDIR=/tmp, or another short folder with room for Ray's files"
   exit 2
 fi
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Join the cluster from another node:  ray_worker.sh --head ADDRESS:PORT [--ip ADDRESS] [--gpus N] [--cpus N]
 # With DRY_RUN=1 the command is printed and nothing starts; with BLOCK=1 it stays in the foreground, and
-# ending it ends Ray there.
+# ending it ends Ray there. RAY_OBJECT_STORE_BYTES: as for ray_head.sh, of whose node the temporary folder counts here too.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=examples/launch/token.sh

@@ -39,6 +39,7 @@ from megatron_rl.phases import TakingTurns
 from megatron_rl.ppo import Run
 from megatron_rl.ray_runtime.cluster import Cluster, Role, check_machine
 from megatron_rl.ray_runtime.engines import Engines, Evaluated
+from megatron_rl.ray_runtime.object_store import step_bytes
 from megatron_rl.ray_runtime.rewards import RemoteRewards
 from megatron_rl.ray_runtime.roles import HELD_TYPES, RemoteEngine, RemotePolicy, RemoteReference
 from megatron_rl.ray_runtime.workers import WorkerGroup
@@ -88,7 +89,9 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 stack, config, config.run_dir, resumed=None if saved is None else saved.folder / "hf"
             )
         log = stack.enter_context(ExitStack())  # closed when no worker is left: what it sends elsewhere may take long
-        cluster = stack.enter_context(Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir))
+        cluster = stack.enter_context(
+            Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir, objects=step_bytes(config))
+        )
         roles = start_roles(cluster, config, dims)
         policy, critic, rewards = roles.policy, roles.critic, roles.rewards or own_rewards
         assert rewards is not None
@@ -257,7 +260,7 @@ def open_engine(config: RunConfig, model: Path) -> Iterator[tuple[RemoteEngine, 
     heldout = load_prompts(config.data.heldout, tokenizer, config.data)
     with (
         reward_service(config.reward)() as rewards,
-        Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir) as cluster,
+        Cluster(config.cluster, gpus=gpus, run_dir=config.run_dir, objects=step_bytes(config)) as cluster,
     ):
         group = cluster.start([engine_role(config)], device.worker_environment())["engine"]
         group.build(start_engine, [(engine_spec(config, model, version=0),)] * config.engine.count).result()

@@ -15,8 +15,9 @@ from megatron_rl.model_dims import ModelDims
 from megatron_rl.planner.devices import DEVICES
 from megatron_rl.planner.search import head_of
 from megatron_rl.planner.states import DTYPE_BYTES, total_parameters
-from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.object_store import object_store_bytes, small_store, step_bytes
 from megatron_rl.ray_runtime.room import missing_room
+from megatron_rl.ray_runtime.sockets import long_folder
 from megatron_rl.version_matrix import CAVEATS, OLDEST_DRIVER, SETS, Hardware, VersionSet, names, nearest
 
 CLOCK_TOLERANCE_S = 1.0
@@ -38,6 +39,7 @@ class Needs:
     Attributes:
         buckets: and the store: bytes in shared memory.
         buckets_with_gpus: pushes go through it between GPUs, too.
+        objects: bytes that a step has in Ray's object store.
         disk: bytes for checkpoints.
         gpu_problems: what it cannot do on a GPU.
         cpu_problems: what it cannot do without one, on a CPU with wide vectors or without.
@@ -46,6 +48,7 @@ class Needs:
 
     buckets: int
     buckets_with_gpus: bool = False
+    objects: int = 0
     disk: int = 0
     gpu_problems: Callable[[Gpu], Iterable[str]] = field(default=lambda gpu: (), compare=False)
     cpu_problems: Callable[[bool], Iterable[str]] = field(default=lambda wide_vectors: (), compare=False)
@@ -67,6 +70,7 @@ def needs_of(config: RunConfig | SFTConfig | None, dims: ModelDims | None) -> Ne
     return replace(
         needs,
         buckets_with_gpus=config.cluster.colocate and config.engine.count > 1,
+        objects=step_bytes(config),
         cpu_problems=config.engine.cpu_problems,
     )
 
@@ -264,7 +268,7 @@ def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
     """Room for the buckets of a push, which need it where weights go through host memory, and for Ray's objects, which
     are slow elsewhere.
     """
-    free, store = node.shared_memory or 0, object_store_bytes(node.memory)
+    free, store = node.shared_memory or 0, _own_store(node, needs)
     wanted = needs.buckets + store
     if free >= wanted:
         return
@@ -278,6 +282,28 @@ def check_shared_memory(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
         found=f"{parts} must fit, {there}",
         do=f"start the container with --shm-size {size}, or as root: mount -o remount,size={size} /dev/shm",
     )
+
+
+def check_own_ray(node: NodeFacts, needs: Needs) -> Iterator[Finding]:
+    """Of a node on which a run starts Ray itself: a folder for its sockets, and room for a step's objects."""
+    problems = (
+        ("temporary folder", Severity.ERROR, long_folder(node.temporary)),
+        ("object store", Severity.WARNING, small_store(needs.objects, _own_store(node, needs), joined=False)),
+    )
+    for what, severity, problem in problems:
+        if problem is not None:
+            yield Finding(severity=severity, what=what, found=problem[0], do=problem[1], hosts=(node.host,))
+
+
+def check_joined_store(host: str, store: float, needs: Needs) -> Iterator[Finding]:
+    """Of a node of a cluster that runs, where Ray has ``store`` bytes for objects."""
+    small = small_store(needs.objects, int(store), joined=True)
+    if small is not None:
+        yield replace(_warning("object store", *small), hosts=(host,))
+
+
+def _own_store(node: NodeFacts, needs: Needs) -> int:
+    return object_store_bytes(needs.objects, node.memory, node.shared_memory or 0)
 
 
 def check_disk(node: NodeFacts, needs: Needs) -> Iterator[Finding]:

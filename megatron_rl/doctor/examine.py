@@ -21,7 +21,9 @@ from megatron_rl.doctor.checks import (
     check_configuration,
     check_devices,
     check_driver_node,
+    check_joined_store,
     check_node,
+    check_own_ray,
     check_port,
     check_same,
     fitting_set,
@@ -94,6 +96,7 @@ def examine(config: RunConfig | SFTConfig | None, files: Sequence[Path], cluster
             [
                 *check_configuration(problems),
                 *check_node(here, needs, joins=survey.joins, reached=survey.reached),
+                *(check_own_ray(here, needs) if cluster.address is None else ()),
                 *survey.findings,
                 *unusable,
             ]
@@ -251,6 +254,7 @@ def _ask(cluster: ClusterConfig, here: NodeFacts, question: Callable[[], NodeFac
             continue
         findings += check_node(answer.value, needs, joins=joins, reached=len(answers) > 1)
         findings += check_same(here, answer.value)
+        findings += check_joined_store(answer.host, answer.resources.get("object_store_memory", 0.0), needs)
         findings += check_clock(answer.host, answer.asked, answer.clock, answer.answered)
     given = [answer.resources for answer in answers if not isinstance(answer, NoAnswer)]
     together = {kind: sum(each.get(kind, 0.0) for each in given) for kind in ("GPU", "CPU")}

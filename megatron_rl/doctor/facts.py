@@ -23,8 +23,9 @@ from pathlib import Path
 import psutil
 
 import megatron_rl
+from megatron_rl.ray_runtime.object_store import free_shared_memory
+from megatron_rl.ray_runtime.sockets import temporary_folder
 
-_SHARED_MEMORY = Path("/dev/shm")
 _IMPORT_DEADLINE_S = 120
 _ANSWER_DEADLINE_S = 5.0
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -73,6 +74,7 @@ class NodeFacts:
         apex: what is installed under that name.
         engine_fault: why Transformer Engine cannot be imported; None where it can, or is not there at all.
         shared_memory: bytes free in ``/dev/shm``; None where there is none.
+        temporary: where a Ray that starts there puts its files.
         memory: bytes available.
         disk: bytes free where the run writes, those of its own checkpoints counted as free; None without a run.
         open_files: how many a process may open at most.
@@ -95,6 +97,7 @@ class NodeFacts:
     apex: Apex | None
     engine_fault: str | None
     shared_memory: int | None
+    temporary: str
     memory: int
     disk: int | None
     open_files: int
@@ -152,7 +155,8 @@ def look(run_dir: Path | None, files: Sequence[Path], large: Sequence[Path] = ()
         sizes={str(file): file.stat().st_size if file.is_file() else None for file in large},
         apex=_apex(),
         engine_fault=_engine_fault(packages),
-        shared_memory=shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
+        shared_memory=free_shared_memory(),
+        temporary=temporary_folder(),
         memory=psutil.virtual_memory().available,
         disk=None if run_dir is None else room(run_dir),
         open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,

@@ -25,13 +25,15 @@ import ray
 from ray._common.tls_utils import load_certs_from_env
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined] # compiled
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.config.schema import ClusterConfig
 from megatron_rl.ray_runtime.guardian import Guardian
-from megatron_rl.ray_runtime.object_store import object_store_bytes
+from megatron_rl.ray_runtime.object_store import free_shared_memory, object_store_bytes, small_store
 from megatron_rl.ray_runtime.room import missing_room
+from megatron_rl.ray_runtime.sockets import long_folder, temporary_folder
 from megatron_rl.ray_runtime.supervisor import Supervisor
 from megatron_rl.ray_runtime.workers import Watch, WorkerGroup
 
@@ -147,30 +149,34 @@ def check_machine(workers: int, gpus: int, config: ClusterConfig) -> None:
     """Refuse, before anything starts, what this machine cannot hold. A joined cluster is asked once it is joined.
 
     Raises:
-        ClusterProblem: too few GPUs, or too few CPUs where there is no GPU; nobody answers at the cluster's address.
+        ClusterProblem: too few GPUs, or too few CPUs where there is no GPU; a temporary folder too long for Ray; nobody
+            answers at the cluster's address.
     """
     if config.address is not None:
         _knock(config.address)
         return
     cpus = len(os.sched_getaffinity(0))
     missing = missing_room(workers, gpus=gpus, cpus=cpus, cpus_per_worker=config.cpus_per_worker, where="this machine")
-    if missing is not None:
-        raise ClusterProblem("; ".join(missing))
+    for problem in (missing, long_folder(temporary_folder())):
+        if problem is not None:
+            raise ClusterProblem("; ".join(problem))
 
 
 class Cluster:
     """A Ray cluster for the length of a ``with`` block; leaving it ends every worker, whatever happened inside."""
 
-    def __init__(self, config: ClusterConfig, *, gpus: int, run_dir: Path) -> None:
+    def __init__(self, config: ClusterConfig, *, gpus: int, run_dir: Path, objects: int = 0) -> None:
         """Take note; nothing starts yet.
 
         Args:
             config: which cluster, and the deadlines.
             gpus: on this machine, by which workers get GPUs or CPUs.
             run_dir: gets ``logs/`` and ``scratch/``, what the workers' libraries cache.
+            objects: most bytes that will be in Ray's object store at a time, see :func:`.step_bytes`.
         """
         self._config = config
         self._gpus = gpus
+        self._objects = objects
         self.log_dir = run_dir.resolve() / "logs"
         self._scratch = run_dir.resolve() / "scratch"
         self._group: PlacementGroup | None = None
@@ -190,15 +196,17 @@ class Cluster:
 
         Raises:
             ClusterProblem: the cluster cannot be reached, or asks for no token, or Ray in this process uses none; or it
-                has GPUs and this machine has not.
+                has GPUs and this machine has not; or Ray fails.
         """
         terminate = signal.getsignal(signal.SIGTERM)
         if self.local:
             self._guardian = Guardian()
         try:
             self._join()
-        except BaseException:
+        except BaseException as error:
             self._dismiss()
+            if isinstance(error, RayError):
+                raise _problem_of(error) from error
             raise
         signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts the process, and leaves the rest to luck
         return self
@@ -219,7 +227,9 @@ class Cluster:
                 num_cpus=len(os.sched_getaffinity(0)),
                 num_gpus=self._gpus,
                 _node_ip_address=_LOOPBACK,
-                object_store_memory=object_store_bytes(psutil.virtual_memory().available),
+                object_store_memory=object_store_bytes(
+                    self._objects, psutil.virtual_memory().available, free_shared_memory() or 0
+                ),
                 **common,
             )
         else:
@@ -231,7 +241,7 @@ class Cluster:
             common.pop("include_dashboard")
             try:
                 ray.init(address=self._config.address, **common)
-            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            except (ConnectionError, RuntimeError, RayError) as error:
                 raise ClusterProblem(f"cannot join the Ray cluster at {self._config.address}: {error}") from error
             there = ray.cluster_resources().get("GPU", 0)
             if there and not self._gpus and self._config.device != "cpu":
@@ -251,6 +261,7 @@ class Cluster:
         device = {"GPU": 1.0, "CPU": 1.0} if self._gpus else {"CPU": self._config.cpus_per_worker}
         placement = place([role for role in roles if not role.spread], device, shared=self._config.colocate)
         node_of = self._place([dict(bundle) for bundle in placement.bundles])
+        self._tell_small_store()
         placement = dealt(placement, node_of)
         sharing = neighbours(roles, placement, node_of) if self._gpus else {}
         environment = {**self._loopback(), **self._hidden(), **environment}
@@ -351,6 +362,11 @@ class Cluster:
         node_of: Mapping[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
         return node_of
 
+    def _tell_small_store(self) -> None:
+        stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        if small := small_store(self._objects, int(min(stores)), joined=not self.local):
+            _LOG.warning("; ".join(small))
+
     def _wait_for_nodes(self, started: float, what: str) -> None:
         waited = self._waited(started, what)
         time.sleep(min(_LOOK_S, max(0.1, self._config.start_deadline_s - waited)))
@@ -369,7 +385,11 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End every worker (politely where nothing went wrong), the placement group, and Ray if it was started here."""
+        """End every worker (politely where nothing went wrong), the placement group, and Ray if it was started here.
+
+        Raises:
+            ClusterProblem: in place of what Ray itself raised in the block.
+        """
         try:
             self.watch.clear()
             stopping = [reference for group in self._groups for reference in group.stop()] if kind is None else []
@@ -384,10 +404,26 @@ class Cluster:
         finally:
             ray.shutdown()
             self._dismiss()
+        if isinstance(error, RayError):
+            raise _problem_of(error) from error
 
     def _dismiss(self) -> None:
         if self._guardian is not None:
             self._guardian.dismiss()
+
+
+def _problem_of(error: RayError) -> ClusterProblem:
+    """The same as an error of ours, which commands tell in a few lines; Ray's are known to this package alone."""
+    text = f"Ray failed with {type(error).__name__}: {str(error).strip()}"
+    if isinstance(error, ObjectStoreFullError | OutOfDiskError):
+        text += (
+            "\nboth Ray's object store and the disk that it goes on to were full: free some in Ray's temporary folder "
+            "(RAY_TMPDIR names another), or give the store more memory; megatron-rl doctor says how much a step needs"
+        )
+    problem = ClusterProblem(text)
+    for note in getattr(error, "__notes__", ()):
+        problem.add_note(note)
+    return problem
 
 
 def _lacking_node(bundles: Sequence[Mapping[str, float]]) -> str:

@@ -10,8 +10,10 @@ import os
 import pickle
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from megatron_rl.ray_runtime.cores import usable_cores
 LOG_LINES = 12
 _GPU_IS_FULL = "CUDA out of memory"
 _SEARCHED_BYTES = 1 << 20
+_TRITON_PLACES = {"TRITON_CACHE_DIR", "TRITON_HOME"}
+"""Each says where Triton keeps what it compiles."""
 _CHILD = "from megatron_rl.ray_runtime.child import main; main()"
 
 
@@ -84,17 +88,19 @@ class Supervisor:
             worker: its name.
             log_file: gets what it prints.
             scratch: see :func:`_writing_to`.
-            environment: of the process, besides this one's.
+            environment: of the process, besides this one's; with an empty CUDA_VISIBLE_DEVICES it sees no GPU.
             sharing: workers that compute on this node's cores, this one included; it gets an equal share of those that
                 may be used (:func:`.usable_cores`) as threads, unless OMP_NUM_THREADS was set for this node. None: it
                 does not compute there.
 
         Raises:
-            OSError: it cannot be started, or its log cannot be written.
+            OSError: it cannot be started, or its log or caches cannot be written, see :func:`_own_folder`.
         """
         self._worker = worker
         self._log = Path(log_file)
         self._environment = _writing_to(Path(scratch)) | dict(environment)
+        if environment.get("CUDA_VISIBLE_DEVICES") != "" and _TRITON_PLACES.isdisjoint(os.environ):
+            self._environment["TRITON_CACHE_DIR"] = str(_own_folder() / "triton")
         if sharing is not None and not _threads_are_set():
             self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // sharing))
         self._phase = "starting"
@@ -238,10 +244,31 @@ def port_kept() -> socket.socket:
 
 
 def _writing_to(scratch: Path) -> dict[str, str]:
-    """Where libraries put caches and temporary files: in the run's folder, where the user names no other place."""
+    """Where most libraries put caches and temporary files, where the user names no other place: in the run's folder."""
     scratch.mkdir(parents=True, exist_ok=True)
     names = ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
     return {name: os.environ.get(name, str(scratch)) for name in names}
+
+
+def _own_folder() -> Path:
+    """Of this user on this node, made where it is not there yet.
+
+    Triton keeps there what it compiles. On a file system that nodes share, ranks that compile the same at the same time
+    take files away from each other. It also loads what it finds, so that nobody else may write there.
+
+    Raises:
+        PermissionError: others may, or might have made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"megatron_rl_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            f"{folder} must be a folder that its owner, user {os.getuid()}, alone may write to, since compiled code is "
+            f"loaded from there; found {stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or export "
+            "TRITON_CACHE_DIR, a folder of yours on each node"
+        )
+    return folder
 
 
 def _threads_are_set() -> bool:

@@ -7,8 +7,10 @@ rank nor a second engine can live there.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +59,8 @@ the size of the cache is given. The default, 0.92, would refuse a GPU that other
 """
 _SLEEP_TAGS = ("weights", "kv_cache")
 """What vLLM wakes by itself, in that order."""
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_EXPANDABLE = re.compile(r"expandable_segments\s*:\s*(True|1)", re.IGNORECASE)
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
@@ -546,6 +550,7 @@ def _prepare_process(spec: EngineSpec) -> None:
     os.environ.update(_ENVIRONMENT)
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    _keep_memory_exportable()
     if spec.tensor > 1:
         # its sockets lie there, and the names of sockets are short: that of a run's scratch folder need not be
         folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
@@ -556,6 +561,17 @@ def _prepare_process(spec: EngineSpec) -> None:
         limit_threads()
     else:
         os.environ.update(scales.environment(spec.quantization, compute_capability()))
+
+
+def _keep_memory_exportable() -> None:
+    """Turn expandable segments off, which trainers may have: the engine's workers open each other's buffers, and
+    cudaIpcGetMemHandle refuses such memory. torch takes a text of settings whole, so the others stay in it.
+    """
+    for name in _ALLOCATOR_SETTINGS:
+        asked = os.environ.get(name, "")
+        if (kept := _EXPANDABLE.sub("expandable_segments:False", asked)) != asked:
+            os.environ[name] = kept
+            logging.getLogger(__name__).warning("an engine goes without expandable segments: %s=%s", name, kept)
 
 
 @contextmanager

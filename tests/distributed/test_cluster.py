@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_rl.ray_runtime.sockets import long_folder
 from tests.ray_nodes import free_ports, ray_node
 
 RAY = Path(sys.executable).with_name("ray")
@@ -46,6 +49,41 @@ def test_ray_that_was_imported_too_early_to_ask_for_a_token_is_refused(tmp_path:
         [sys.executable, "-c", program], env=environment, timeout=60, capture_output=True, text=True, check=False
     )
     assert "Ray must ask for a token" in done.stderr
+
+
+STORE = """
+import sys
+from pathlib import Path
+from megatron_rl.config.schema import ClusterConfig
+from megatron_rl.ray_runtime.cluster import Cluster
+import psutil, ray
+with Cluster(ClusterConfig(), gpus=0, run_dir=Path(sys.argv[1])):
+    store, memory = ray.cluster_resources()["object_store_memory"], psutil.virtual_memory().available
+    print("store", 0 < store <= 4 << 30, store / memory < 0.5)
+"""
+
+
+def test_ray_starts_in_the_longest_folder_that_is_not_refused(tmp_path: Path) -> None:
+    """With a pid of seven digits its sockets would have not one byte to spare."""
+    below = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder = below / ("a" * (38 - len(str(below))))
+    folder.mkdir()
+    assert len(str(folder)) == 39
+    assert long_folder(str(folder)) is None
+    assert long_folder(f"{folder}a") is not None
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STORE, str(tmp_path)],
+            env=environment | {"TMPDIR": str(folder)},
+            timeout=120,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(below)
+    assert done.stdout == "store True True\n", done.stderr
 
 
 @pytest.fixture(params=["token", "disabled"])

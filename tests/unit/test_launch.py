@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.dashboard.subprocesses.utils import get_socket_path
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
@@ -43,6 +44,24 @@ def test_addresses_ports_and_gpus_are_arguments() -> None:
     ]
     submit = dry("submit.sh", "--", "megatron-rl", "train", "my recipe.toml")
     assert "megatron-rl train my\\ recipe.toml cluster.address=auto" in submit.stdout
+
+
+def test_a_folder_for_rays_sockets_is_as_long_as_ray_lets_it_be_or_the_head_names_another() -> None:
+    longest = 107 - len(get_socket_path("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets", "TaskEventsHead"))
+    fits, long = "/" + "a" * (longest - 1), "/" + "é" * (longest // 2)
+    assert dry("ray_head.sh", "--ip", "10.0.0.1", TMPDIR=long, RAY_TMPDIR=fits).returncode == 0
+    for given in ({"TMPDIR": long}, {"TMPDIR": fits, "RAY_TMPDIR": long}):
+        kept = {name: value for name, value in os.environ.items() if name not in ("TMPDIR", "RAY_TMPDIR")}
+        done = subprocess.run(
+            [LAUNCH / "ray_head.sh", "--ip", "10.0.0.1"],
+            env=kept | {"DRY_RUN": "1"} | given,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"must have at most {longest} bytes, found {long}: export RAY_TMPDIR=/tmp" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "single_node.sh"])

@@ -20,6 +20,7 @@ _HEALTHY = NodeFacts(
     apex=None,
     engine_fault=None,
     shared_memory=16 * GIB,
+    temporary="/tmp",
     memory=64 * GIB,
     disk=100 * GIB,
     open_files=65536,

@@ -15,7 +15,9 @@ from megatron_rl.doctor.checks import (
     check_configuration,
     check_devices,
     check_driver_node,
+    check_joined_store,
     check_node,
+    check_own_ray,
     check_port,
     check_same,
     check_shared_memory,
@@ -25,6 +27,7 @@ from megatron_rl.doctor.checks import (
 from megatron_rl.doctor.facts import Apex, Listener, NodeFacts, Port, Token
 from megatron_rl.doctor.findings import Finding, Report, Severity, merged
 from megatron_rl.model_dims import dims_from_config
+from megatron_rl.ray_runtime.object_store import step_bytes
 from megatron_rl.version_matrix import SETS
 from tests.unit.doctor.builders import GIB, GPU_SET, MIB, gpu_node, healthy
 
@@ -253,7 +256,50 @@ def test_several_colocated_engines_take_buckets_from_shared_memory(settings: lis
 
 def test_buckets_are_those_of_the_recipe() -> None:
     assert needs_of(None, None).buckets == 64 * MIB
-    assert needs_of(recipe("sync.bucket_mib=100"), None) == Needs(buckets=200 * MIB, disk=0, device="cpu")
+    config = recipe("sync.bucket_mib=100")
+    assert needs_of(config, None) == Needs(buckets=200 * MIB, objects=step_bytes(config), disk=0, device="cpu")
+
+
+def test_a_folder_that_is_too_long_for_rays_sockets_is_an_error_where_a_run_starts_ray() -> None:
+    assert list(check_own_ray(healthy(temporary="/" + "a" * 38), NEEDS)) == []
+    finding = only(list(check_own_ray(healthy(temporary="/" + "a" * 39), NEEDS)))
+    assert (finding.severity, finding.what, finding.hosts) == (Severity.ERROR, "temporary folder", ("first",))
+    assert finding.found.endswith(f"must have at most 39 bytes, found /{'a' * 39} of 40")
+    assert finding.do.startswith("export RAY_TMPDIR=/tmp")
+
+
+LONG = ("rollout.max_response_tokens=20480", "prompts_per_step=512", "rollout.samples_per_prompt=16")
+
+
+@pytest.mark.parametrize(
+    ("node", "found"),
+    [
+        (healthy(memory=256 * GIB, shared_memory=256 * GIB), None),
+        (healthy(memory=64 * GIB, shared_memory=12 * GIB), "6.0 GiB"),
+        (healthy(memory=20 * GIB, shared_memory=64 * GIB), "5.0 GiB"),
+        (healthy(memory=64 * GIB, shared_memory=None), "4.0 GiB"),
+    ],
+)
+def test_a_step_that_rays_store_has_no_room_for_is_a_warning_where_a_run_starts_ray(
+    node: NodeFacts, found: str | None
+) -> None:
+    needs = needs_of(recipe(*LONG), None)
+    assert 7 * GIB < needs.objects < 8 * GIB
+    told = list(check_own_ray(node, needs))
+    assert [finding.severity for finding in told] == ([] if found is None else [Severity.WARNING])
+    for finding in told:
+        assert (finding.what, finding.hosts) == ("object store", ("first",))
+        assert f"in Ray's object store, which has {found}: Ray puts the rest into files" in finding.found
+        assert "of /dev/shm free (--shm-size of a container), or lower prompts_per_step" in finding.do
+
+
+def test_of_a_cluster_each_node_must_have_a_store_for_the_step() -> None:
+    needs = replace(NEEDS, objects=6 * GIB)
+    assert list(check_joined_store("second", 6.0 * GIB, needs)) == []
+    finding = only(list(check_joined_store("second", 4.0 * GIB, needs)))
+    assert (finding.severity, finding.what, finding.hosts) == (Severity.WARNING, "object store", ("second",))
+    assert finding.found.startswith("a step has up to 6.0 GiB in Ray's object store, which has 4.0 GiB")
+    assert finding.do.startswith(f"export RAY_OBJECT_STORE_BYTES={6 * GIB} before ray_head.sh and ray_worker.sh, or")
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_an_error() -> None:

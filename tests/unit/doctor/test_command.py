@@ -54,6 +54,16 @@ def test_without_torch_the_rest_is_still_told() -> None:
     assert "torch is not installed: plan, show-config and doctor do without" in done.stdout
 
 
+def test_a_long_folder_for_temporary_files_is_told_where_a_run_starts_ray() -> None:
+    long = {"TMPDIR": "/" + "a" * 48}
+    said = "error    temporary folder on "
+    done = doctor(**long)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert said in done.stdout
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # where a cluster is named its own head counts
+        assert said not in doctor("--cluster", f"127.0.0.1:{listening.getsockname()[1]}", **long).stdout
+
+
 def test_a_batch_that_does_not_divide_ends_with_status_2() -> None:
     done = doctor(RECIPE, "ppo.minibatch_samples=7")
     assert done.returncode == 2

@@ -6,8 +6,10 @@ import os
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +22,12 @@ import pytest
 from megatron_rl.ray_runtime.child import Call
 from megatron_rl.ray_runtime.supervisor import Death, Supervisor
 
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+
 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
-    found = Supervisor("worker", str(tmp_path / "worker.log"), str(tmp_path / "scratch"), {})
+    found = Supervisor("worker", str(tmp_path / "worker.log"), str(tmp_path / "scratch"), ON_CPU)
     yield found
     found.stop()
 
@@ -47,7 +51,7 @@ def test_a_worker_that_cannot_be_started_is_told_with_the_cause(tmp_path: Path) 
 
     def make() -> None:
         try:
-            Supervisor("worker", str(tmp_path / "logs" / "worker.log"), str(tmp_path / "scratch"), {})
+            Supervisor("worker", str(tmp_path / "logs" / "worker.log"), str(tmp_path / "scratch"), ON_CPU)
         except OSError as error:
             raised.append(error)
 
@@ -105,7 +109,7 @@ def test_a_line_more_than_a_mib_before_the_end_is_not_searched_for(supervisor: S
 def test_what_an_earlier_process_wrote_to_the_same_log_is_not_its_successors(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     log.write_text(f"{FULL}\n")
-    found = ended(Supervisor("worker", str(log), str(tmp_path / "scratch"), {}), log, "step\n")
+    found = ended(Supervisor("worker", str(log), str(tmp_path / "scratch"), ON_CPU), log, "step\n")
     assert (found.gpu_full, found.log) == ("", "step\n")
 
 
@@ -122,7 +126,7 @@ def test_a_worker_may_open_more_files_than_the_limit_that_its_supervisor_has(tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        low = Supervisor("worker", str(tmp_path / "worker.log"), str(tmp_path / "scratch"), {})
+        low = Supervisor("worker", str(tmp_path / "worker.log"), str(tmp_path / "scratch"), ON_CPU)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     limits = Path(f"/proc/{low._process.pid}/limits")
@@ -151,7 +155,7 @@ from megatron_rl.ray_runtime.supervisor import Supervisor
 os.sched_getaffinity = lambda _: set(range(8))
 cores._GROUPS = Path(sys.argv[3])
 sharing = None if sys.argv[2] == "None" else int(sys.argv[2])
-found = Supervisor("worker", sys.argv[1] + "/worker.log", sys.argv[1], {}, sharing)
+found = Supervisor("worker", sys.argv[1] + "/worker.log", sys.argv[1], {"CUDA_VISIBLE_DEVICES": ""}, sharing)
 while not (environment := psutil.Process(found._process.pid).environ()):
     pass  # it has begun, and the kernel has yet to show its environment
 print(environment["OMP_NUM_THREADS"])
@@ -182,3 +186,57 @@ def test_who_computes_on_the_host_shares_its_cores_unless_threads_are_set(
         check=True,
     )
     assert done.stdout == f"{threads}\n"
+
+
+def cache_of(environment: dict[str, str], folder: Path) -> str | None:
+    """Where a worker's Triton is told to keep what it compiles."""
+    started = Supervisor("worker", str(folder / "worker.log"), str(folder / "scratch"), environment)
+    started.stop()
+    return started._environment.get("TRITON_CACHE_DIR")
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files of a node on which nobody says where Triton keeps what it compiles."""
+    folder = tmp_path / "of_the_node"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def test_triton_compiles_into_a_folder_of_this_node_and_user_alone(node: Path, tmp_path: Path) -> None:
+    assert cache_of(ON_CPU, tmp_path) is None
+    assert list(node.iterdir()) == [], "where nothing is compiled nothing is left"
+    own = node / f"megatron_rl_{os.getuid()}"
+    for _ in range(2):  # a rank, and its neighbour
+        assert cache_of({}, tmp_path) == str(own / "triton")
+        assert stat.S_IMODE(own.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TRITON_HOME"])
+def test_where_triton_compiles_to_is_the_users_to_say(
+    name: str, node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "/mine")
+    assert cache_of({}, tmp_path) is None
+    assert list(node.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["writable", "link", "of another"])
+def test_nothing_is_compiled_into_a_folder_that_others_may_write_to(
+    fault: str, node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = os.getuid()
+    if fault == "of another":
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    own = node / f"megatron_rl_{os.getuid()}"
+    if fault == "link":
+        (node / "elsewhere").mkdir(mode=0o700)
+        own.symlink_to(node / "elsewhere")
+    else:
+        own.mkdir()
+        own.chmod(0o777 if fault == "writable" else 0o700)
+    with pytest.raises(PermissionError, match=r"must be a folder that its owner.* alone.*or export TRITON_CACHE_DIR"):
+        cache_of({}, tmp_path)

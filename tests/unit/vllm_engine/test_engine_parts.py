@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -163,3 +164,37 @@ def test_a_rollout_begins_without_what_was_scored_or_drawn_before() -> None:
     engine._engine = Idle(emptied=False)
     with pytest.raises(RuntimeError, match="the cache of prefixes must be emptied, it is still in use"):
         engine.generate([], Sampling(temperature=1.0, max_tokens=1), [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:False"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "roundup_power2_divisions:[256:1,512:2], expandable_segments: true ,a:1"},
+            "roundup_power2_divisions:[256:1,512:2], expandable_segments:False ,a:1",
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512,expandable_segments:1"},
+            "max_split_size_mb:512,expandable_segments:False",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, None),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+    ],
+)
+def test_an_engine_goes_without_expandable_segments_and_says_so(
+    asked: dict[str, str],
+    kept: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ((name, before),) = asked.items()
+    monkeypatch.setattr(os, "environ", {name: before})
+    monkeypatch.setattr(engine, "compute_capability", lambda: (9, 0))
+    engine._prepare_process(
+        EngineSpec(model=tmp_path, dtype="bfloat16", max_model_len=8, kv_cache_mib=1, max_concurrent=1, on_cpu=False)
+    )
+    assert os.environ[name] == (before if kept is None else kept)
+    told = [] if kept is None else [f"an engine goes without expandable segments: {name}={kept}"]
+    assert caplog.messages == told
