@@ -232,6 +232,26 @@ def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_
             assert "elements differ" in err
 
 
+def test_a_folder_of_another_type_is_verified_in_the_type_that_is_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many older models are published: in float16."""
+    source = write_model(tmp_path / "hf", dtype=torch.float16)
+    assert run(hf_to_megatron, source, tmp_path / "megatron", "--dtype", "bfloat16")[0] == 0
+    taken: list[ModelConfig] = []
+    monkeypatch.setattr("megatron_rl.assemble.verify_folder", lambda model, **_: taken.append(model))
+    status, _, err = run(verify, source)
+    assert status == 1
+    assert "must be float32 or bfloat16, is torch.float16; give --dtype" in err
+    asked = ("--dtype", "bfloat16")
+    for options in ((source, *asked), (source, "--level", "logits", *asked)):
+        assert run(verify, *options)[0] == 0
+    against = (tmp_path / "megatron", "--against", source, *asked, "--level")
+    assert f"values: ok, {len(tensors(source))} tensors are the same" in run(verify, *against, "values")[1]
+    assert run(verify, *against, "logits")[0] == 0
+    assert taken == [ModelConfig(path=folder, dtype="bfloat16") for folder in (source, tmp_path / "megatron")]
+
+
 def test_code_that_a_model_folder_names_goes_with_it_or_is_not_named(run: Run, tmp_path: Path) -> None:
     code = {"AutoConfig": "configuration_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
     source = write_model(tmp_path / "hf", auto_map=code)
