@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.rope_scaling import RopeScaling, YarnScaling, read_rope, read_theta
+from megatron_rl.rope_scaling import RopeScaling, latent_rope_problems, read_rope, read_theta
 
 
 class UnknownArchitecture(ValueError):
@@ -319,14 +319,15 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tupl
         eos_ids, pad_id = token_ids(config)
     except ValueError as error:
         problems.append(str(error))
-    scaling = None
+    latent, scaling = _latent(config), None
+    if latent is not None and config["rms_norm_eps"] != 1e-6:
+        problems.append(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms")
     try:
         scaling = read_rope(config)[1]
+        if latent is not None:
+            problems += latent_rope_problems(config)
     except ValueError as error:
         problems.append(f"{error}; got {config.get('rope_scaling') or config.get('rope_parameters')}")
-    latent = _latent(config)
-    if latent is not None:
-        problems += _latent_problems(config, scaling)
     heads = int(config["num_attention_heads"])
     dims = ModelDims(
         architecture=architecture,
@@ -457,6 +458,10 @@ def _deepseek_v2_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("norm_topk_prob"):
         yield "norm_topk_prob=true is not supported with softmax scores: transformers leaves it out and vLLM does not"
     groups, best = _deepseek_v2_groups(config)
+    if _expert_groups(config)[0] > groups:
+        yield (
+            f"n_group must be 1 with topk_method=greedy, got {config['n_group']}: vLLM chooses from groups all the same"
+        )
     if groups > 1 and int(config["num_experts_per_tok"]) // best != 1:
         yield (
             f"num_experts_per_tok must be less than 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
@@ -474,6 +479,9 @@ def _deepseek_v3_experts(config: Mapping[str, Any]) -> ExpertDims:
 
 
 def _deepseek_v3_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        if config.get(key) != value:
+            yield f"config.json must say {key}={value}, got {config.get(key)}: else vLLM chooses experts in another way"
     groups, best = _expert_groups(config)
     if groups > 1 and int(config["num_experts_per_tok"]) != 2 * best:
         yield (
@@ -524,13 +532,6 @@ def _latent(config: Mapping[str, Any]) -> LatentDims | None:
         rotary_head_dim=int(config["qk_rope_head_dim"]),
         value_head_dim=int(config["v_head_dim"]),
     )
-
-
-def _latent_problems(config: Mapping[str, Any], scaling: RopeScaling | None) -> Iterator[str]:
-    if config["rms_norm_eps"] != 1e-6:
-        yield f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms"
-    if scaling is not None and not isinstance(scaling, YarnScaling):
-        yield f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn"
 
 
 _FAMILIES: Mapping[str, _Family] = {

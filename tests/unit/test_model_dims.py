@@ -153,8 +153,12 @@ DEEPSEEK = {
 }
 
 
+CHOICE = {"V2": {}, "V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+DEEPSEEK_YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 128}
+
+
 def deepseek(version, **changes):
-    return dims(architectures=[f"Deepseek{version}ForCausalLM"], **DEEPSEEK | changes)
+    return dims(architectures=[f"Deepseek{version}ForCausalLM"], **DEEPSEEK | CHOICE[version] | changes)
 
 
 def test_deepseek_chooses_experts_by_its_version():
@@ -171,11 +175,19 @@ def test_deepseek_chooses_experts_by_its_version():
     [
         ("V2", {"topk_method": "noaux_tc"}, "topk_method must be greedy or group_limited_greedy, got noaux_tc"),
         ("V2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "less than 2 x topk_group"),
+        (
+            "V2",
+            {"topk_method": "greedy", "n_group": 4, "topk_group": 2},
+            "n_group must be 1 with topk_method=greedy, got 4",
+        ),
+        ("V2", {"n_group": 4}, "n_group must be 1 with topk_method=greedy, got 4"),
         ("V2", {"norm_topk_prob": True}, "norm_topk_prob=true is not supported with softmax"),
         ("V2", {"scoring_func": "sigmoid"}, "scoring_func must be softmax, got sigmoid"),
         ("V2", {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
         ("V2", {"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-6, got 1e-05"),
         ("V2", {"attention_bias": True}, "attention_bias=true puts biases"),
+        ("V3", {"topk_method": None}, "must say topk_method=noaux_tc, got None"),
+        ("V3", {"topk_method": "greedy"}, "must say topk_method=noaux_tc, got greedy"),
         ("V3", {"n_group": 4, "topk_group": 3}, "must be 2 x topk_group, got 4 and 3"),
         ("V3", {"norm_topk_prob": False}, "norm_topk_prob=false is not supported with sigmoid"),
         ("V3", {"rope_interleave": False}, "rope_interleave=false is not supported"),
@@ -185,6 +197,36 @@ def test_deepseek_chooses_experts_by_its_version():
 def test_variants_of_deepseek_that_would_change_the_numbers_are_refused(version, change, message):
     with pytest.raises(ValueError, match=f"^Deepseek{version}ForCausalLM: .*{message}"):
         deepseek(version, **change)
+
+
+def test_deepseek_v3_must_say_how_it_scores_experts_as_transformers_alone_does_not():
+    config = CONFIG | DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}
+    with pytest.raises(ValueError, match="must say scoring_func=sigmoid, got None"):
+        dims_from_config(config)
+    assert dims_from_config(config | {"scoring_func": "sigmoid"}) == deepseek("V3")
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"attention_factor": 1.0}, "have no attention_factor, got 1.0"),
+        ({"truncate": False}, "not have truncate=false"),
+        ({"mscale": 0.707}, "both mscale and mscale_all_dim or neither, got 0.707 and None"),
+        ({"mscale_all_dim": 0.5}, "both mscale and mscale_all_dim or neither, got None and 0.5"),
+        ({}, None),
+        ({"mscale": 1.0}, None),
+        ({"mscale": 0.707, "mscale_all_dim": 0.5, "truncate": True}, None),
+    ],
+)
+@pytest.mark.parametrize("version", ["V2", "V3"])
+def test_yarn_that_vllm_computes_otherwise_in_latent_attention_is_refused(version, rope, message):
+    scaled = {"rope_scaling": DEEPSEEK_YARN | rope}
+    if message is None:
+        assert deepseek(version, **scaled).rope_scaling.factor == 40
+        return
+    with pytest.raises(ValueError, match=f"^Deepseek{version}ForCausalLM: latent attention's yarn .*{message}"):
+        deepseek(version, **scaled)
+    assert dims(**scaled).rope_scaling.factor == 40  # other attention takes it
 
 
 def test_a_layout_that_fits_has_no_problems():
