@@ -329,14 +329,19 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tupl
     except ValueError as error:
         problems.append(f"{error}; got {config.get('rope_scaling') or config.get('rope_parameters')}")
     heads = int(config["num_attention_heads"])
+    if latent is None:
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    else:  # it has sizes of its own: what is said of these, as transformers does, makes no other model
+        kv_heads, head_dim = heads, latent.rotary_head_dim
     dims = ModelDims(
         architecture=architecture,
         layers=int(config["num_hidden_layers"]),
         hidden=int(config["hidden_size"]),
         ffn_hidden=int(config["intermediate_size"]),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=int(config["vocab_size"]),
         max_positions=_longest_row(family, config),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -229,6 +229,13 @@ def test_yarn_that_vllm_computes_otherwise_in_latent_attention_is_refused(versio
     assert dims(**scaled).rope_scaling.factor == 40  # other attention takes it
 
 
+def test_latent_attention_has_no_other_heads():
+    """Published folders have no head_dim, those that transformers saves have that of the rotary part."""
+    published = {"qk_rope_head_dim": 16, "num_key_value_heads": 8}
+    assert deepseek("V3", **published) == deepseek("V3", head_dim=16, **published)
+    assert deepseek("V3", **published) == deepseek("V3", **published | {"num_key_value_heads": None})
+
+
 def test_a_layout_that_fits_has_no_problems():
     assert dims().layout_problems(ParallelLayout(tensor=4, pipeline=3, data=5, sequence_parallel=True)) == []
 
