@@ -269,8 +269,10 @@ class _Family:
     slides: bool = False
     """Whether ``sliding_window`` counts where there is no ``use_sliding_window``."""
     experts: Callable[[Mapping[str, Any]], ExpertDims] | None = None
-    defaults: Mapping[str, Any] = field(default_factory=lambda: {"sliding_window": 4096})
-    """What transformers takes where the configuration does not name a setting."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes where the configuration does not name a setting, and we neither ask for it nor do the
+    same without.
+    """
     problems: Callable[[Mapping[str, Any]], Iterator[str]] = lambda _: iter(())
     """Why experts are not computed as the configuration says, one sentence each."""
 
@@ -539,14 +541,30 @@ def _latent(config: Mapping[str, Any]) -> LatentDims | None:
     )
 
 
+_WINDOW = {"sliding_window": 4096}
+_LATENT_RANKS = {"kv_lora_rank": 512, "q_lora_rank": 1536}
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias="attention_bias", projection_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": _Family(slides=True, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True),
-    "Qwen2MoeForCausalLM": _Family(qkv_bias=True, experts=_qwen2_experts),
-    "Qwen3ForCausalLM": _Family(qk_norm=True),
-    "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts),
-    "DeepseekV2ForCausalLM": _Family(experts=_deepseek_v2_experts, problems=_deepseek_v2_problems),
-    "DeepseekV3ForCausalLM": _Family(experts=_deepseek_v3_experts, problems=_deepseek_v3_problems),
+    "MistralForCausalLM": _Family(slides=True, defaults=_WINDOW | {"num_key_value_heads": 8}),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, defaults=_WINDOW | {"num_key_value_heads": 32}),
+    "Qwen2MoeForCausalLM": _Family(
+        qkv_bias=True,
+        experts=_qwen2_experts,
+        defaults=_WINDOW | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632},
+    ),
+    "Qwen3ForCausalLM": _Family(qk_norm=True, defaults=_WINDOW | {"num_key_value_heads": 32, "head_dim": 128}),
+    "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts, defaults=_WINDOW | {"num_key_value_heads": 4}),
+    "DeepseekV2ForCausalLM": _Family(
+        experts=_deepseek_v2_experts,
+        problems=_deepseek_v2_problems,
+        defaults=_LATENT_RANKS | {"n_shared_experts": 2},
+    ),
+    "DeepseekV3ForCausalLM": _Family(
+        experts=_deepseek_v3_experts,
+        problems=_deepseek_v3_problems,
+        defaults=_LATENT_RANKS
+        | {"n_shared_experts": 1, "n_group": 8, "topk_group": 4}
+        | {"routed_scaling_factor": 2.5, "first_k_dense_replace": 3},
+    ),
 }
 """By architecture: the sizes' part of a family, whose tensors :mod:`megatron_rl.weights.families` has."""

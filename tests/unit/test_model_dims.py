@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.model_dims import UnknownArchitecture, dims_from_config, read_model_dims, weight_problems
+from megatron_rl.model_dims import (
+    UnknownArchitecture,
+    dims_from_config,
+    read_model_dims,
+    weight_problems,
+)
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -66,7 +73,7 @@ def test_each_family_has_its_switches(architecture, qkv_bias, qk_norm):
 
 def test_what_a_config_leaves_out_is_derived():
     short = {key: value for key, value in CONFIG.items() if key not in {"num_key_value_heads", "rope_theta"}}
-    found = dims_from_config(short | {"eos_token_id": [5, 7]})
+    found = dims_from_config(short | {"architectures": ["LlamaForCausalLM"], "eos_token_id": [5, 7]})
     assert (found.kv_heads, found.rope_theta, found.eos_ids, found.pad_id) == (8, 10000.0, (5, 7), 5)
     found = dims_from_config(short | {"architectures": ["MistralForCausalLM"], "num_attention_heads": 16})
     assert found.kv_heads == 8  # transformers' default
@@ -153,7 +160,10 @@ DEEPSEEK = {
 }
 
 
-CHOICE = {"V2": {}, "V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+CHOICE = {
+    "V2": {},
+    "V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
+}
 DEEPSEEK_YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 128}
 
 
@@ -200,10 +210,11 @@ def test_variants_of_deepseek_that_would_change_the_numbers_are_refused(version,
 
 
 def test_deepseek_v3_must_say_how_it_scores_experts_as_transformers_alone_does_not():
-    config = CONFIG | DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}
+    config = CONFIG | DEEPSEEK | CHOICE["V3"] | {"architectures": ["DeepseekV3ForCausalLM"]}
+    assert dims_from_config(config) == deepseek("V3")
+    del config["scoring_func"]
     with pytest.raises(ValueError, match="must say scoring_func=sigmoid, got None"):
         dims_from_config(config)
-    assert dims_from_config(config | {"scoring_func": "sigmoid"}) == deepseek("V3")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +245,55 @@ def test_latent_attention_has_no_other_heads():
     published = {"qk_rope_head_dim": 16, "num_key_value_heads": 8}
     assert deepseek("V3", **published) == deepseek("V3", head_dim=16, **published)
     assert deepseek("V3", **published) == deepseek("V3", **published | {"num_key_value_heads": None})
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 100}
+ALL_NAMED = {
+    "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "Mistral": {"sliding_window": 100, "head_dim": 16},
+    "Qwen2": WINDOWED,
+    "Qwen2Moe": WINDOWED | EXPERTS,
+    "Qwen3": WINDOWED | {"head_dim": 16},
+    "Qwen3Moe": WINDOWED | EXPERTS | {"head_dim": 16},
+    "DeepseekV2": DEEPSEEK | {"q_lora_rank": 8, "routed_scaling_factor": 1.5, "topk_method": "greedy"},
+    "DeepseekV3": DEEPSEEK
+    | CHOICE["V3"]
+    | {"q_lora_rank": 8, "routed_scaling_factor": 1.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+}
+
+
+def found_in(config):
+    try:
+        return dims_from_config(config)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", ALL_NAMED)
+def test_a_setting_that_is_not_there_is_asked_for_or_is_what_transformers_takes(family):
+    import transformers
+
+    named = CONFIG | ALL_NAMED[family]
+    for left in named:
+        config = {key: value for key, value in named.items() if key != left}
+        read = getattr(transformers, f"{family}Config")(**config).to_dict()
+        found = found_in(config | {"architectures": [f"{family}ForCausalLM"]})
+        expected = found_in(read | {"architectures": [f"{family}ForCausalLM"]})
+        if isinstance(found, str):
+            asked = "num_local_experts" if left in ("num_experts", "n_routed_experts") else left
+            assert found == expected or re.search(f"must (name|say) {asked}", found), left
+        else:
+            # how many layers predict further tokens is of interest in files alone
+            assert found == replace(expected, further_layers=0), left
 
 
 def test_a_layout_that_fits_has_no_problems():
