@@ -32,7 +32,7 @@ from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.convert.verify import Different, check_folder, check_values, open_source
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.weights.coverage import head_of
+from megatron_rl.weights.coverage import critic_architecture, head_of
 from megatron_rl.weights.rules import Head
 
 LEVELS = ("files", "values", "logits", "engine")
@@ -142,6 +142,8 @@ def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
             f"{other} has 8-bit weights, which transformers and vLLM run on GPUs alone: convert it to Megatron's "
             "format, and verify that at this level by itself"
         )
+    if isinstance(reference, MegatronSource) and reference.head is Head.VALUE:
+        critic_architecture(reference.dims.architecture)  # transformers loads an export of it
     layout = ParallelLayout(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(ParallelLayout)})
     if problems := source.dims.layout_problems(layout):
         raise ValueError("; ".join(problems))

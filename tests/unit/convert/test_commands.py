@@ -935,6 +935,19 @@ def test_what_cannot_be_scored_gets_one_clear_error(
     assert told in line
 
 
+def test_a_critic_that_transformers_cannot_score_is_refused_before_it_is_read(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "DeepseekV2")
+    named = changed_config(architectures=["DeepseekV2ForTokenClassification"], num_labels=1)
+    with_tensors(lambda held: held.update({"score.weight": torch.ones(1, 16), "score.bias": torch.ones(1)}))(source)
+    with_tensors(lambda held: held.pop("lm_head.weight"))(source)
+    named(source)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(verify, tmp_path / "megatron")[0] == 0
+    status, out, err = run(verify, tmp_path / "megatron", "--level", "logits")
+    assert (status, out) == (1, "")
+    assert "a critic of DeepseekV2ForCausalLM cannot be a Hugging Face folder" in err
+
+
 @pytest.mark.parametrize(
     ("folder", "against", "ranks", "reference"),
     [
