@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.rope_scaling import RopeScaling, YarnScaling, read_rope, read_theta
+from megatron_rl.rope_scaling import RopeScaling, latent_rope_problems, read_rope, read_theta
 
 
 class UnknownArchitecture(ValueError):
@@ -269,8 +269,10 @@ class _Family:
     slides: bool = False
     """Whether ``sliding_window`` counts where there is no ``use_sliding_window``."""
     experts: Callable[[Mapping[str, Any]], ExpertDims] | None = None
-    defaults: Mapping[str, Any] = field(default_factory=lambda: {"sliding_window": 4096})
-    """What transformers takes where the configuration does not name a setting."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes where the configuration does not name a setting, and we neither ask for it nor do the
+    same without.
+    """
     problems: Callable[[Mapping[str, Any]], Iterator[str]] = lambda _: iter(())
     """Why experts are not computed as the configuration says, one sentence each."""
 
@@ -319,23 +321,29 @@ def _dims(architecture: str, family: _Family, config: Mapping[str, Any]) -> tupl
         eos_ids, pad_id = token_ids(config)
     except ValueError as error:
         problems.append(str(error))
-    scaling = None
+    latent, scaling = _latent(config), None
+    if latent is not None and config["rms_norm_eps"] != 1e-6:
+        problems.append(f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms")
     try:
         scaling = read_rope(config)[1]
+        if latent is not None:
+            problems += latent_rope_problems(config)
     except ValueError as error:
         problems.append(f"{error}; got {config.get('rope_scaling') or config.get('rope_parameters')}")
-    latent = _latent(config)
-    if latent is not None:
-        problems += _latent_problems(config, scaling)
     heads = int(config["num_attention_heads"])
+    if latent is None:
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    else:  # it has sizes of its own: what is said of these, as transformers does, makes no other model
+        kv_heads, head_dim = heads, latent.rotary_head_dim
     dims = ModelDims(
         architecture=architecture,
         layers=int(config["num_hidden_layers"]),
         hidden=int(config["hidden_size"]),
         ffn_hidden=int(config["intermediate_size"]),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=int(config["vocab_size"]),
         max_positions=_longest_row(family, config),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -457,6 +465,10 @@ def _deepseek_v2_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("norm_topk_prob"):
         yield "norm_topk_prob=true is not supported with softmax scores: transformers leaves it out and vLLM does not"
     groups, best = _deepseek_v2_groups(config)
+    if _expert_groups(config)[0] > groups:
+        yield (
+            f"n_group must be 1 with topk_method=greedy, got {config['n_group']}: vLLM chooses from groups all the same"
+        )
     if groups > 1 and int(config["num_experts_per_tok"]) // best != 1:
         yield (
             f"num_experts_per_tok must be less than 2 x topk_group, got {config['num_experts_per_tok']} and {best}: "
@@ -474,6 +486,9 @@ def _deepseek_v3_experts(config: Mapping[str, Any]) -> ExpertDims:
 
 
 def _deepseek_v3_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        if config.get(key) != value:
+            yield f"config.json must say {key}={value}, got {config.get(key)}: else vLLM chooses experts in another way"
     groups, best = _expert_groups(config)
     if groups > 1 and int(config["num_experts_per_tok"]) != 2 * best:
         yield (
@@ -526,21 +541,30 @@ def _latent(config: Mapping[str, Any]) -> LatentDims | None:
     )
 
 
-def _latent_problems(config: Mapping[str, Any], scaling: RopeScaling | None) -> Iterator[str]:
-    if config["rms_norm_eps"] != 1e-6:
-        yield f"rms_norm_eps must be 1e-6, got {config['rms_norm_eps']}: that of transformers' latent norms"
-    if scaling is not None and not isinstance(scaling, YarnScaling):
-        yield f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn"
-
-
+_WINDOW = {"sliding_window": 4096}
+_LATENT_RANKS = {"kv_lora_rank": 512, "q_lora_rank": 1536}
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias="attention_bias", projection_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": _Family(slides=True, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True),
-    "Qwen2MoeForCausalLM": _Family(qkv_bias=True, experts=_qwen2_experts),
-    "Qwen3ForCausalLM": _Family(qk_norm=True),
-    "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts),
-    "DeepseekV2ForCausalLM": _Family(experts=_deepseek_v2_experts, problems=_deepseek_v2_problems),
-    "DeepseekV3ForCausalLM": _Family(experts=_deepseek_v3_experts, problems=_deepseek_v3_problems),
+    "MistralForCausalLM": _Family(slides=True, defaults=_WINDOW | {"num_key_value_heads": 8}),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, defaults=_WINDOW | {"num_key_value_heads": 32}),
+    "Qwen2MoeForCausalLM": _Family(
+        qkv_bias=True,
+        experts=_qwen2_experts,
+        defaults=_WINDOW | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632},
+    ),
+    "Qwen3ForCausalLM": _Family(qk_norm=True, defaults=_WINDOW | {"num_key_value_heads": 32, "head_dim": 128}),
+    "Qwen3MoeForCausalLM": _Family(qk_norm=True, experts=_qwen_experts, defaults=_WINDOW | {"num_key_value_heads": 4}),
+    "DeepseekV2ForCausalLM": _Family(
+        experts=_deepseek_v2_experts,
+        problems=_deepseek_v2_problems,
+        defaults=_LATENT_RANKS | {"n_shared_experts": 2},
+    ),
+    "DeepseekV3ForCausalLM": _Family(
+        experts=_deepseek_v3_experts,
+        problems=_deepseek_v3_problems,
+        defaults=_LATENT_RANKS
+        | {"n_shared_experts": 1, "n_group": 8, "topk_group": 4}
+        | {"routed_scaling_factor": 2.5, "first_k_dense_replace": 3},
+    ),
 }
 """By architecture: the sizes' part of a family, whose tensors :mod:`megatron_rl.weights.families` has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,34 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"missing: {missing}, not understood: {unknown}"
         )
     return read_theta(config), read(rope)
+
+
+def latent_rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Why vLLM scales the positions of latent attention otherwise than the model does, one sentence each.
+
+    Args:
+        config: as :func:`read_rope` has it, which reads it.
+
+    Source: ``DeepseekV2MLAAttention`` in vLLM's ``deepseek_v2.py``, and its ``DeepseekScalingRotaryEmbedding``.
+    """
+    rope, (_, scaling) = _given(config), read_rope(config)
+    if scaling is None:
+        return
+    if not isinstance(scaling, YarnScaling):
+        yield f"latent attention is scaled by yarn alone, got {scaling}: vLLM takes any scaling for yarn"
+        return
+    if not scaling.truncate:
+        yield "latent attention's yarn must not have truncate=false: vLLM leaves it out"
+    if (factor := rope.get("attention_factor")) is not None:
+        yield f"latent attention's yarn must have no attention_factor, got {factor}: vLLM leaves it out"
+        return
+    mscale = rope.get("mscale")
+    theirs = yarn_mscale(scaling.factor, 1.0 if mscale is None else mscale)
+    if not math.isclose(theirs / yarn_mscale(scaling.factor, scaling.mscale_all_dim), scaling.magnitude):
+        yield (
+            "latent attention's yarn must have both mscale and mscale_all_dim or neither, got "
+            f"{mscale} and {rope.get('mscale_all_dim')}: of one alone vLLM makes another factor than transformers"
+        )
 
 
 def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:

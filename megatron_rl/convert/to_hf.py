@@ -132,15 +132,16 @@ def plan_export(
         folder: a ``torch_dist`` checkpoint.
         like: where configuration and tokenizer come from, see :class:`.MegatronSource`.
         dtype: of the tensors; None: as they are.
-        fp8_blocks: linear layers in 8 bits with a scale per block of 128 x 128. Those that engines hold as one matrix
-            (queries, keys and values; gate and up) stay in ``dtype`` where blocks would reach from one into the next.
+        fp8_blocks: linear layers in 8 bits with a scale per block of 128 x 128. Those with inputs that are no multiple
+            of 128 stay in ``dtype``, and so do those that engines hold as one matrix (queries, keys and values; gate
+            and up) where blocks would reach from one into the next.
         shard_bytes: a file is closed before it grows beyond this; only larger tensors that are made together make a
             larger file.
         drop_padding_rows: rows behind the vocabulary need not be zero, see :class:`.MegatronSource`.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`.MegatronSource`; or transformers has no such critic, or engines could
-            not load the model in blocks.
+            not run the model in blocks, or none of its layers.
     """
     source = MegatronSource(folder, like, drop_padding_rows=drop_padding_rows)
     if source.head is Head.VALUE:
@@ -265,7 +266,8 @@ def _infos(source: MegatronSource, form: Form, entries: tuple[WeightEntry, ...])
 def _in_blocks(source: MegatronSource) -> frozenset[str]:
     """The Hugging Face tensors that are written in blocks.
 
-    Source: what vLLM can hold in blocks, ``validate_fp8_block_shape`` and ``validate_fp8_block_shape_moe`` in
+    Source: what vLLM can hold in blocks, ``validate_fp8_block_shape`` and ``validate_fp8_block_shape_moe``, and what it
+    can multiply with, ``per_token_group_quant_fp8``, in
     ``vllm/model_executor/layers/quantization/utils/fp8_utils.py``.
     """
     dims = source.dims
@@ -274,21 +276,31 @@ def _in_blocks(source: MegatronSource) -> frozenset[str]:
             f"--fp8-blocks needs a family that has a table here: {dims.architecture} is known through megatron-bridge, "
             "which does not say which of its layers loaders take in 8 bits"
         )
-    widths = {} if dims.experts is None else {"moe_intermediate_size": dims.experts.ffn_hidden}
-    widths |= {} if dims.latent is None else {"q_lora_rank": dims.latent.query_rank or 0}
+    widths = {} if dims.latent is None else {"q_lora_rank": dims.latent.query_rank or 0}
+    if dims.experts is not None:
+        widths |= {"moe_intermediate_size": dims.experts.ffn_hidden, "hidden_size": dims.hidden}
     for name, width in widths.items():
         if width % BLOCK:
             raise ValueError(
                 f"--fp8-blocks needs a {name} that is a multiple of {BLOCK}, {dims.architecture} has {width}: vLLM "
-                "loads such a model in no layout; leave the option out"
+                "runs such a model in no layout; leave the option out"
             )
-    written: set[str] = set()
-    for entry in source.weights.entries:
-        infos = source.hf_infos(entry)
-        *before, _ = (info.shape[0] for _, info in infos)  # of one matrix each but the last must end with a block
-        if all(_is_linear(name) for name in entry.hf) and not any(rows % BLOCK for rows in before):
-            written |= {*entry.hf}
+    written = {name for entry in source.weights.entries if _fits_blocks(source.hf_infos(entry)) for name in entry.hf}
+    if not written:
+        raise ValueError(
+            f"--fp8-blocks needs linear layers with inputs that are multiples of {BLOCK}, this {dims.architecture} has "
+            "none: nothing would be in 8 bits; leave the option out"
+        )
     return frozenset(written)
+
+
+def _fits_blocks(infos: list[tuple[str, TensorInfo]]) -> bool:
+    """Whether tensors that engines hold as one matrix are of a linear layer that they can hold and run in blocks."""
+    if not all(_is_linear(name) for name, _ in infos):
+        return False
+    *before, _ = (info.shape[0] for _, info in infos)  # of one matrix each but the last must end with a block
+    _, inputs = infos[0][1].shape  # of which engines quantise as many as a block has at a time
+    return inputs % BLOCK == 0 and not any(rows % BLOCK for rows in before)
 
 
 def _is_linear(name: str) -> bool:

@@ -51,9 +51,17 @@ def open_source(folder: Path, dtype: torch.dtype | None = None, *, drop_padding_
     return HfSource(folder, dtype)
 
 
-def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None]) -> Checked:
+def check_folder(
+    folder: Path, *, dtype: torch.dtype | None = None, processes: int, progress: Callable[[int], None]
+) -> Checked:
     """Level ``files``: index, names, shapes and types, and every byte against the manifest, where there is one (of a
     folder in a training checkpoint, that of the checkpoint).
+
+    Args:
+        folder: of the model.
+        dtype: see :class:`.HfSource`; with it, tensors may have any floating-point type.
+        processes: at most so many at a time.
+        progress: told the bytes that are read.
 
     Raises:
         FileNotFoundError, ValueError: the folder is incomplete or contradicts itself.
@@ -61,7 +69,7 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
     """
     sums = recorded(folder)
     if sums is None:
-        return Checked(summed=False, left_out=told_left(open_source(folder).left_out))
+        return Checked(summed=False, left_out=told_left(open_source(folder, dtype).left_out))
     manifest = sums.manifest
     checks = [
         *((name, partial(check_file, folder, name, record)) for name, record in manifest.files.items()),
@@ -80,7 +88,7 @@ def check_folder(folder: Path, *, processes: int, progress: Callable[[int], None
     damages = [text for text in for_each_file(len(checks), check, processes=processes, progress=progress) if text]
     if damages:
         raise Damaged(damages[0])
-    source = open_source(folder)
+    source = open_source(folder, dtype)
     _check_index(folder, manifest)
     return Checked(summed=True, left_out=told_left(source.left_out))
 

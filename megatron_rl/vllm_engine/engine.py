@@ -166,13 +166,12 @@ class Engine:
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         arguments = EngineArgs(
-            model=str(spec.model),
+            **_model_arguments(spec),
             dtype=spec.dtype,
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_concurrent,
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
             gpu_memory_utilization=_CHECKED_FRACTION,
-            **_weights_arguments(spec),
             kv_cache_dtype=spec.kv_cache_dtype,
             tensor_parallel_size=spec.tensor,
             distributed_executor_backend="uni" if spec.tensor == 1 else "mp",
@@ -498,15 +497,20 @@ class Engine:
         return [outputs[request_id] for request_id in ids]
 
 
-def _weights_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """What vLLM is told of the weights to start with, and of those to come."""
+def _model_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """What vLLM is told of the folder, of the weights to start with, and of those to come.
+
+    Configuration, tokenizer and weights are those that trainers read: by itself vLLM takes Mistral's own (params.json,
+    tekken.json, consolidated.safetensors) from a folder that has both.
+    """
+    folder = {"model": str(spec.model), "config_format": "hf", "tokenizer_mode": "hf"}
     if not spec.pushed_quantised:
-        return {"quantization": spec.quantization}
+        return folder | {"load_format": "safetensors", "quantization": spec.quantization}
     from megatron_rl.vllm_engine import unloaded
     from megatron_rl.weights.fp8_push import quantization_config
 
     assert spec.quantization is not None
-    return {
+    return folder | {
         "hf_overrides": {"quantization_config": quantization_config(spec.quantization)},
         "load_format": unloaded.LOAD_FORMAT,  # the folder's are not quantised
     }

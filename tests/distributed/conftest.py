@@ -36,7 +36,14 @@ DEEPSEEK_V2 = {
     "v_head_dim": 12,
     "routed_scaling_factor": 1.5,
 }
-DEEPSEEK_V3 = {**DEEPSEEK_V2, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0}
+DEEPSEEK_V3 = {
+    **DEEPSEEK_V2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "n_group": 4,
+    "topk_group": 2,
+    "num_mtp_layers": 0,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e2,

@@ -171,6 +171,8 @@ def test_an_fp8_engine_is_refused_for_experts(folder, architecture):
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         "routed_scaling_factor": 1.0,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,

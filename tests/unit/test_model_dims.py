@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.layout import ParallelLayout
-from megatron_rl.model_dims import UnknownArchitecture, dims_from_config, read_model_dims, weight_problems
+from megatron_rl.model_dims import (
+    UnknownArchitecture,
+    dims_from_config,
+    read_model_dims,
+    weight_problems,
+)
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -66,7 +73,7 @@ def test_each_family_has_its_switches(architecture, qkv_bias, qk_norm):
 
 def test_what_a_config_leaves_out_is_derived():
     short = {key: value for key, value in CONFIG.items() if key not in {"num_key_value_heads", "rope_theta"}}
-    found = dims_from_config(short | {"eos_token_id": [5, 7]})
+    found = dims_from_config(short | {"architectures": ["LlamaForCausalLM"], "eos_token_id": [5, 7]})
     assert (found.kv_heads, found.rope_theta, found.eos_ids, found.pad_id) == (8, 10000.0, (5, 7), 5)
     found = dims_from_config(short | {"architectures": ["MistralForCausalLM"], "num_attention_heads": 16})
     assert found.kv_heads == 8  # transformers' default
@@ -153,8 +160,15 @@ DEEPSEEK = {
 }
 
 
+CHOICE = {
+    "V2": {},
+    "V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
+}
+DEEPSEEK_YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 128}
+
+
 def deepseek(version, **changes):
-    return dims(architectures=[f"Deepseek{version}ForCausalLM"], **DEEPSEEK | changes)
+    return dims(architectures=[f"Deepseek{version}ForCausalLM"], **DEEPSEEK | CHOICE[version] | changes)
 
 
 def test_deepseek_chooses_experts_by_its_version():
@@ -171,11 +185,19 @@ def test_deepseek_chooses_experts_by_its_version():
     [
         ("V2", {"topk_method": "noaux_tc"}, "topk_method must be greedy or group_limited_greedy, got noaux_tc"),
         ("V2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "less than 2 x topk_group"),
+        (
+            "V2",
+            {"topk_method": "greedy", "n_group": 4, "topk_group": 2},
+            "n_group must be 1 with topk_method=greedy, got 4",
+        ),
+        ("V2", {"n_group": 4}, "n_group must be 1 with topk_method=greedy, got 4"),
         ("V2", {"norm_topk_prob": True}, "norm_topk_prob=true is not supported with softmax"),
         ("V2", {"scoring_func": "sigmoid"}, "scoring_func must be softmax, got sigmoid"),
         ("V2", {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
         ("V2", {"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-6, got 1e-05"),
         ("V2", {"attention_bias": True}, "attention_bias=true puts biases"),
+        ("V3", {"topk_method": None}, "must say topk_method=noaux_tc, got None"),
+        ("V3", {"topk_method": "greedy"}, "must say topk_method=noaux_tc, got greedy"),
         ("V3", {"n_group": 4, "topk_group": 3}, "must be 2 x topk_group, got 4 and 3"),
         ("V3", {"norm_topk_prob": False}, "norm_topk_prob=false is not supported with sigmoid"),
         ("V3", {"rope_interleave": False}, "rope_interleave=false is not supported"),
@@ -185,6 +207,93 @@ def test_deepseek_chooses_experts_by_its_version():
 def test_variants_of_deepseek_that_would_change_the_numbers_are_refused(version, change, message):
     with pytest.raises(ValueError, match=f"^Deepseek{version}ForCausalLM: .*{message}"):
         deepseek(version, **change)
+
+
+def test_deepseek_v3_must_say_how_it_scores_experts_as_transformers_alone_does_not():
+    config = CONFIG | DEEPSEEK | CHOICE["V3"] | {"architectures": ["DeepseekV3ForCausalLM"]}
+    assert dims_from_config(config) == deepseek("V3")
+    del config["scoring_func"]
+    with pytest.raises(ValueError, match="must say scoring_func=sigmoid, got None"):
+        dims_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"attention_factor": 1.0}, "have no attention_factor, got 1.0"),
+        ({"truncate": False}, "not have truncate=false"),
+        ({"mscale": 0.707}, "both mscale and mscale_all_dim or neither, got 0.707 and None"),
+        ({"mscale_all_dim": 0.5}, "both mscale and mscale_all_dim or neither, got None and 0.5"),
+        ({}, None),
+        ({"mscale": 1.0}, None),
+        ({"mscale": 0.707, "mscale_all_dim": 0.5, "truncate": True}, None),
+    ],
+)
+@pytest.mark.parametrize("version", ["V2", "V3"])
+def test_yarn_that_vllm_computes_otherwise_in_latent_attention_is_refused(version, rope, message):
+    scaled = {"rope_scaling": DEEPSEEK_YARN | rope}
+    if message is None:
+        assert deepseek(version, **scaled).rope_scaling.factor == 40
+        return
+    with pytest.raises(ValueError, match=f"^Deepseek{version}ForCausalLM: latent attention's yarn .*{message}"):
+        deepseek(version, **scaled)
+    assert dims(**scaled).rope_scaling.factor == 40  # other attention takes it
+
+
+def test_latent_attention_has_no_other_heads():
+    """Published folders have no head_dim, those that transformers saves have that of the rotary part."""
+    published = {"qk_rope_head_dim": 16, "num_key_value_heads": 8}
+    assert deepseek("V3", **published) == deepseek("V3", head_dim=16, **published)
+    assert deepseek("V3", **published) == deepseek("V3", **published | {"num_key_value_heads": None})
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 100}
+ALL_NAMED = {
+    "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "Mistral": {"sliding_window": 100, "head_dim": 16},
+    "Qwen2": WINDOWED,
+    "Qwen2Moe": WINDOWED | EXPERTS,
+    "Qwen3": WINDOWED | {"head_dim": 16},
+    "Qwen3Moe": WINDOWED | EXPERTS | {"head_dim": 16},
+    "DeepseekV2": DEEPSEEK | {"q_lora_rank": 8, "routed_scaling_factor": 1.5, "topk_method": "greedy"},
+    "DeepseekV3": DEEPSEEK
+    | CHOICE["V3"]
+    | {"q_lora_rank": 8, "routed_scaling_factor": 1.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+}
+
+
+def found_in(config):
+    try:
+        return dims_from_config(config)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", ALL_NAMED)
+def test_a_setting_that_is_not_there_is_asked_for_or_is_what_transformers_takes(family):
+    import transformers
+
+    named = CONFIG | ALL_NAMED[family]
+    for left in named:
+        config = {key: value for key, value in named.items() if key != left}
+        read = getattr(transformers, f"{family}Config")(**config).to_dict()
+        found = found_in(config | {"architectures": [f"{family}ForCausalLM"]})
+        expected = found_in(read | {"architectures": [f"{family}ForCausalLM"]})
+        if isinstance(found, str):
+            asked = "num_local_experts" if left in ("num_experts", "n_routed_experts") else left
+            assert found == expected or re.search(f"must (name|say) {asked}", found), left
+        else:
+            # how many layers predict further tokens is of interest in files alone
+            assert found == replace(expected, further_layers=0), left
 
 
 def test_a_layout_that_fits_has_no_problems():

@@ -32,7 +32,7 @@ from megatron_rl.convert.to_hf import plan_export, run_export
 from megatron_rl.convert.verify import Different, check_folder, check_values, open_source
 from megatron_rl.layout import ParallelLayout
 from megatron_rl.model_dims import ModelDims
-from megatron_rl.weights.coverage import head_of
+from megatron_rl.weights.coverage import critic_architecture, head_of
 from megatron_rl.weights.rules import Head
 
 LEVELS = ("files", "values", "logits", "engine")
@@ -67,18 +67,18 @@ def _verify(asked: argparse.Namespace) -> None:
     # first of all: what cannot be scored is refused before terabytes are read
     scoring = _plan_scoring(asked) if LEVELS.index(asked.level) >= LEVELS.index("logits") else None
     for folder in filter(None, (asked.folder, asked.against)):
-        _check_files(folder, asked.processes)
+        _check_files(folder, asked)
     if asked.against is not None and asked.level != "files":
         _check_values(asked, asked.against)
     if scoring is not None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ranks and engine end with this process
-        with _hugging_face(scoring.other, asked) as reference:
+        with _hugging_face(scoring, asked) as reference:
             _check_scores(scoring, reference)
 
 
-def _check_files(folder: Path, processes: int) -> None:
+def _check_files(folder: Path, asked: argparse.Namespace) -> None:
     with progress_bar("files", _size(folder)) as progress:
-        checked = check_folder(folder, processes=processes, progress=progress)
+        checked = check_folder(folder, dtype=DTYPES.get(asked.dtype), processes=asked.processes, progress=progress)
     print(f"files: ok, {folder}" + ("" if checked.summed else " (it has no manifest: names, shapes and sizes alone)"))
     if checked.left_out:
         print(f"files: nothing here reads {checked.left_out}")
@@ -103,7 +103,8 @@ class _Scoring:
 
     Attributes:
         mine: the folder that the ranks load.
-        other: that transformers and vLLM load, once it is exported if it is Megatron's.
+        other: that transformers and vLLM load.
+        exported: whether it is Megatron's, so that they load an export of it.
         dims: of ``mine``.
         head: of ``mine``.
         dtype: of ranks and vLLM.
@@ -113,6 +114,7 @@ class _Scoring:
 
     mine: Path
     other: Path
+    exported: bool
     dims: ModelDims
     head: Head
     dtype: Literal["bfloat16", "float32"]
@@ -124,7 +126,8 @@ def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
     """Of two folders the ranks load Megatron's (of two of one kind the first), transformers and vLLM the other one; a
     folder alone goes to all.
     """
-    opened = {folder: open_source(folder) for folder in (asked.folder, asked.against or asked.folder)}
+    folders = (asked.folder, asked.against or asked.folder)
+    opened = {folder: open_source(folder, DTYPES.get(asked.dtype)) for folder in folders}
     mine = min(opened, key=lambda folder: not isinstance(opened[folder], MegatronSource))
     other = next((folder for folder in opened if folder != mine), mine)
     source, reference = opened[mine], opened[other]
@@ -139,12 +142,21 @@ def _plan_scoring(asked: argparse.Namespace) -> _Scoring:
             f"{other} has 8-bit weights, which transformers and vLLM run on GPUs alone: convert it to Megatron's "
             "format, and verify that at this level by itself"
         )
+    if isinstance(reference, MegatronSource) and reference.head is Head.VALUE:
+        critic_architecture(reference.dims.architecture)  # transformers loads an export of it
     layout = ParallelLayout(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(ParallelLayout)})
     if problems := source.dims.layout_problems(layout):
         raise ValueError("; ".join(problems))
     dtype = _dtype(mine, source.info(source.weights.entries[0]).dtype, asked.dtype)
     return _Scoring(
-        mine=mine, other=other, dims=source.dims, head=head, dtype=dtype, layout=layout, with_engine=with_engine
+        mine=mine,
+        other=other,
+        exported=isinstance(reference, MegatronSource),
+        dims=source.dims,
+        head=head,
+        dtype=dtype,
+        layout=layout,
+        with_engine=with_engine,
     )
 
 
@@ -208,13 +220,13 @@ def _workplace() -> Iterator[Path]:
 
 
 @contextmanager
-def _hugging_face(folder: Path, asked: argparse.Namespace) -> Iterator[Path]:
-    """The folder, or where it is Megatron's an export of it, for the time being."""
-    if not isinstance(open_source(folder), MegatronSource):
-        yield folder
+def _hugging_face(scoring: _Scoring, asked: argparse.Namespace) -> Iterator[Path]:
+    """The folder that transformers and vLLM load: an export is there for the time being."""
+    if not scoring.exported:
+        yield scoring.other
         return
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        plan = plan_export(folder, shard_bytes=_SHARD_BYTES, drop_padding_rows=asked.drop_padding_rows)
+        plan = plan_export(scoring.other, shard_bytes=_SHARD_BYTES, drop_padding_rows=asked.drop_padding_rows)
         with progress_bar("export", plan.summary().moved_bytes) as progress:
             run_export(plan, Target(Path(scratch) / "hf"), resume=False, processes=asked.processes, progress=progress)
         yield Path(scratch) / "hf"

@@ -232,6 +232,26 @@ def test_values_are_compared_after_both_sides_are_converted_to_the_type_that_is_
             assert "elements differ" in err
 
 
+def test_a_folder_of_another_type_is_verified_in_the_type_that_is_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many older models are published: in float16."""
+    source = write_model(tmp_path / "hf", dtype=torch.float16)
+    assert run(hf_to_megatron, source, tmp_path / "megatron", "--dtype", "bfloat16")[0] == 0
+    taken: list[ModelConfig] = []
+    monkeypatch.setattr("megatron_rl.assemble.verify_folder", lambda model, **_: taken.append(model))
+    status, _, err = run(verify, source)
+    assert status == 1
+    assert "must be float32 or bfloat16, is torch.float16; give --dtype" in err
+    asked = ("--dtype", "bfloat16")
+    for options in ((source, *asked), (source, "--level", "logits", *asked)):
+        assert run(verify, *options)[0] == 0
+    against = (tmp_path / "megatron", "--against", source, *asked, "--level")
+    assert f"values: ok, {len(tensors(source))} tensors are the same" in run(verify, *against, "values")[1]
+    assert run(verify, *against, "logits")[0] == 0
+    assert taken == [ModelConfig(path=folder, dtype="bfloat16") for folder in (source, tmp_path / "megatron")]
+
+
 def test_code_that_a_model_folder_names_goes_with_it_or_is_not_named(run: Run, tmp_path: Path) -> None:
     code = {"AutoConfig": "configuration_mine.MyConfig", "AutoModel": "modeling_mine.MyModel"}
     source = write_model(tmp_path / "hf", auto_map=code)
@@ -479,12 +499,17 @@ def test_block_quantised_weights_come_in_and_go_out(run: Run, tmp_path: Path) ->
     [
         (
             "Qwen3Moe",
-            {"moe_intermediate_size": 192},
+            {"hidden_size": 128, "moe_intermediate_size": 192},
             "a moe_intermediate_size that is a multiple of 128, Qwen3Moe.* 192:",
         ),
         (
+            "Qwen3Moe",
+            {"hidden_size": 192, "moe_intermediate_size": 128},
+            "a hidden_size that is a multiple of 128, Qwen3Moe.* 192:",
+        ),
+        (
             "DeepseekV3",
-            {"moe_intermediate_size": 128, "q_lora_rank": 96},
+            {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 96},
             "a q_lora_rank that is a multiple of 128, DeepseekV3.* 96:",
         ),
     ],
@@ -495,20 +520,28 @@ def test_blocks_that_engines_can_load_in_no_layout_are_refused(
     run(hf_to_megatron, write_model(tmp_path / "hf", family, sizes=sizes), tmp_path / "megatron")
     status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks", "--dry-run")
     assert status == 1
-    assert re.search(f"^error: --fp8-blocks needs {told} vLLM loads such a model in no layout", err)
+    assert re.search(f"^error: --fp8-blocks needs {told} vLLM runs such a model in no layout", err)
+
+
+def test_blocks_in_which_no_layer_could_be_are_refused(run: Run, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 200}
+    run(hf_to_megatron, write_model(tmp_path / "hf", sizes=sizes), tmp_path / "megatron")
+    status, _, err = run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks", "--dry-run")
+    assert status == 1
+    assert "this Qwen2ForCausalLM has none: nothing would be in 8 bits" in err
 
 
 WIDE = {
-    "hidden_size": 160,
+    "hidden_size": 256,
     "intermediate_size": 384,
     "moe_intermediate_size": 256,
     "q_lora_rank": 256,
-    "kv_lora_rank": 136,
+    "kv_lora_rank": 256,
     "qk_nope_head_dim": 40,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 48,
+    "v_head_dim": 64,
 }
-"""Every linear layer has several blocks each way, the last ones cut off where engines hold nothing behind them."""
+"""Every linear layer has several blocks each way, the last rows cut off where engines hold nothing behind them."""
 
 
 def blocks_spread(scales: Tensor, shape: torch.Size) -> Tensor:
@@ -890,7 +923,8 @@ def test_verify_names_the_head_that_one_of_two_folders_has(run: Run, tmp_path: P
 def test_what_cannot_be_scored_gets_one_clear_error(
     run: Run, tmp_path: Path, spoil: str | None, options: list[str], told: str
 ) -> None:
-    folder = write_model(tmp_path / "hf", kind="CausalLM" if spoil else "TokenClassification")
+    sizes = {"hidden_size": 128}
+    folder = write_model(tmp_path / "hf", kind="CausalLM" if spoil else "TokenClassification", sizes=sizes)
     if spoil:
         run(hf_to_megatron, folder, tmp_path / "megatron")
         run(megatron_to_hf, tmp_path / "megatron", tmp_path / "fp8", "--fp8-blocks")
@@ -899,6 +933,19 @@ def test_what_cannot_be_scored_gets_one_clear_error(
     assert status == 1
     (line,) = err.splitlines()
     assert told in line
+
+
+def test_a_critic_that_transformers_cannot_score_is_refused_before_it_is_read(run: Run, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf", "DeepseekV2")
+    named = changed_config(architectures=["DeepseekV2ForTokenClassification"], num_labels=1)
+    with_tensors(lambda held: held.update({"score.weight": torch.ones(1, 16), "score.bias": torch.ones(1)}))(source)
+    with_tensors(lambda held: held.pop("lm_head.weight"))(source)
+    named(source)
+    assert run(hf_to_megatron, source, tmp_path / "megatron")[0] == 0
+    assert run(verify, tmp_path / "megatron")[0] == 0
+    status, out, err = run(verify, tmp_path / "megatron", "--level", "logits")
+    assert (status, out) == (1, "")
+    assert "a critic of DeepseekV2ForCausalLM cannot be a Hugging Face folder" in err
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
         "n_shared_experts": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,

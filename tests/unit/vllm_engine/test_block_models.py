@@ -58,21 +58,22 @@ def layers_of(infos: Mapping[str, TensorInfo]) -> dict[str, list[TensorInfo]]:
         (
             "Qwen2Moe",
             {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 192},
-            {"mlp.gate", "mlp.shared_expert_gate", "mlp.shared_expert.gate_up_proj", "mlp.gate_up_proj"},
+            {"mlp.gate", "mlp.shared_expert_gate", "mlp.shared_expert.gate_up_proj", "mlp.shared_expert.down_proj"}
+            | {"mlp.gate_up_proj", "mlp.down_proj"},
         ),
         (
             "Llama",
             {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 256},
-            {"self_attn.qkv_proj"},
+            {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj"},
         ),
         (
             "DeepseekV3",
-            {"moe_intermediate_size": 128, "q_lora_rank": 128},
-            {"mlp.gate", "mlp.gate_up_proj"},
+            {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128},
+            {"mlp.gate", "mlp.gate_up_proj", "mlp.down_proj", "self_attn.kv_b_proj", "self_attn.o_proj"},
         ),
     ],
 )
-def test_vllm_takes_for_blocks_what_is_written_so_and_can_hold_it(
+def test_vllm_takes_for_blocks_what_is_written_so_and_can_hold_and_run_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, sizes: dict[str, Any], whole: set[str]
 ) -> None:
     from vllm import distributed
@@ -89,6 +90,7 @@ def test_vllm_takes_for_blocks_what_is_written_so_and_can_hold_it(
         else:
             assert {part.dtype for part in parts} == {FP8}, name
             rows, width = [part.shape[0] for part in parts], parts[0].shape[1]
+            assert width % 128 == 0, name  # per_token_group_quant_fp8 of the same file, which needs Triton
             validate_fp8_block_shape(torch.nn.Module(), width, sum(rows), width, rows, [128, 128])
     assert left == whole
     assert "lm_head" in config.ignored_layers

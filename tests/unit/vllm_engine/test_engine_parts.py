@@ -12,13 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_rl.assemble.roles import engine_spec
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.dataflow import Sampling
-from megatron_rl.model_dims import EndingTokens, read_ending_tokens
+from megatron_rl.model_dims import EndingTokens, read_ending_tokens, read_model_dims
+from megatron_rl.rope_scaling import read_theta
 from megatron_rl.vllm_engine import engine
 from megatron_rl.vllm_engine.engine import Engine, EngineSpec, _chosen
+from tests.unit.convert.folders import write_model
 
 
 @dataclass
@@ -102,6 +106,35 @@ def test_an_engine_that_is_pushed_fp8_names_the_format_and_has_nothing_to_sample
     }
     with pytest.raises(ValueError, match="pushed_quantised needs a quantization, and no version"):
         EngineSpec(model=tmp_path, dtype="bfloat16", quantization=quantization, version=version, **asked)
+
+
+def test_an_engine_reads_what_trainers_read_of_a_folder_that_has_mistrals_own_files_too(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from vllm import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    folder = write_model(tmp_path / "mistral", "Mistral", rope_theta=5e6)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = load_file(folder / "model-00001-of-00001.safetensors").keys()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    sizes = {"dim": 16, "n_layers": 2, "head_dim": 4, "hidden_dim": 24, "n_heads": 4, "n_kv_heads": 2}
+    theirs = sizes | {"norm_eps": 1e-6, "vocab_size": 32, "rope_theta": 1e6}
+    (folder / "params.json").write_text(json.dumps(theirs))
+    (folder / "tekken.json").write_text("{}")
+    save_file({"norm.weight": torch.ones(16)}, folder / "consolidated.safetensors")
+    spec = EngineSpec(model=folder, dtype="float32", max_model_len=64, kv_cache_mib=16, max_concurrent=8, on_cpu=True)
+
+    arguments = EngineArgs(**engine._model_arguments(spec))
+    model = arguments.create_model_config()
+    assert read_theta(model.hf_config.to_dict()) == read_model_dims(folder).rope_theta == 5e6
+    assert cached_tokenizer_from_config(model).convert_ids_to_tokens([0, 1]) == ["a", "b"]
+    loader = get_model_loader(arguments.create_load_config())
+    read = loader._get_weights_iterator(loader.Source(str(folder), revision=None))
+    assert {name for name, _ in read} == {*names}
 
 
 @pytest.mark.parametrize(

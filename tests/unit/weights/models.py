@@ -62,6 +62,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 6,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
