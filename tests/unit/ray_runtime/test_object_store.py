@@ -86,6 +86,7 @@ def test_a_step_is_what_groups_are_sent_and_what_they_answer(
         rollout_logprobs=torch.rand(shape),
         sampled_mask=mask.clone(),
         scores=torch.zeros(8),
+        truncated=torch.zeros(8, dtype=torch.bool),
         group=torch.zeros(8, dtype=torch.int64),
         policy_version=0,
     )
