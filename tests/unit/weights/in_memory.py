@@ -113,6 +113,7 @@ def models(draw: st.DrawFn) -> WeightMap:
 
     architecture = draw(st.sampled_from(sorted(FAMILIES)))
     latent = architecture.startswith("Deepseek")
+    chosen = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1}
     groups, per_group = draw(st.sampled_from((1, 2, 4))), draw(st.sampled_from((1, 2)))
     layers = number(1, 6)
     return weight_map(
@@ -140,6 +141,7 @@ def models(draw: st.DrawFn) -> WeightMap:
             qk_nope_head_dim=number(1, 3),
             qk_rope_head_dim=number(1, 2),
             v_head_dim=number(1, 3),
+            **(chosen if architecture.startswith("DeepseekV3") else {}),
         ),
         draw(st.sampled_from(Head)),
     )
