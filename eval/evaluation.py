@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -259,19 +260,33 @@ class Evaluation:
             on_cpu=not device.has_cuda(),
             version=0,
         )
-        self._check_cache(spec.max_model_len, on_cpu=spec.on_cpu)
+        self._check_engine(spec.max_model_len, device.gpu_count())
         cluster = _Cluster(call_deadline_s=self.settings.call_deadline_s)
         with open_engines(spec, min(engine.count, len(asked)), cluster, self.output) as engines:
             yield engines
 
-    def _check_cache(self, tokens: int, *, on_cpu: bool) -> None:
-        """Why: vLLM says so only once it has loaded the model."""
+    def _check_engine(self, tokens: int, gpus: int) -> None:
+        """Why: vLLM says so only once it has loaded the model, or computes in another format than was asked for."""
+        from megatron_rl.assemble import check_engine
+
+        engine = self.settings.engine
+        if gpus and engine.count * engine.tensor > gpus:
+            raise BadInput(
+                f"--engines {engine.count} x --tensor {engine.tensor} need {engine.count * engine.tensor} GPUs, this "
+                f"machine has {gpus}"
+            )
+        problems = []
         try:
+            check_engine(engine, gpus)
+        except RuntimeError as error:
+            problems.append(str(error))
+        with suppress(ValueError):  # a model that is not trained here, whose sizes vLLM alone knows
             dims = read_model_dims(self.model.folder)
-        except ValueError:
-            return  # a model that is not trained here, whose sizes vLLM alone knows
-        if problems := list(self.settings.engine.cache_problems(dims, self.model.dtype, tokens, on_cpu=on_cpu)):
-            raise BadInput("; ".join(problems).replace("engine.kv_cache_mib", "--kv-cache-mib"))
+            problems += engine.block_problems(dims)
+            if tokens <= dims.max_positions:  # of longer rows, which slide over a window, not all tokens are kept
+                problems += engine.cache_problems(dims, self.model.dtype, tokens, on_cpu=not gpus)
+        if problems:
+            raise BadInput(re.sub(r"engine\.(\w+)", lambda key: "--" + key[1].replace("_", "-"), "; ".join(problems)))
 
 
 class _Cluster(ClusterConfig):

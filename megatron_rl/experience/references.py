@@ -21,6 +21,7 @@ _TRIED = 64
 _TRIED_BY_OWN_RULE = 4
 """A rule of the user's own may take long: it may run code, or ask a model."""
 _FORMS = ("\\boxed{{{}}}", "<answer>{}</answer>")
+_AROUND = " []\"'"
 _NAMED = 3
 _SHOWN = 40
 """Characters of either end of an answer."""
@@ -30,8 +31,9 @@ def check_answers(config: RunConfig, sets: Mapping[str, PromptSet], rewards: Rew
     r"""See that responses which give reference answers are right, on some answers from all over each file.
 
     A response gives :func:`short_form` of the answer in ``\boxed{}``, and, where that is wrong, between ``<answer>``
-    tags. At most 64 answers of a file are tried, the same ones each time; by a rule of the user's own 4. Such a rule
-    may look for another form: it is never refused, and nothing is said where it does not report ``correct``.
+    tags; one short line that our grammar does not read it also gives word for word. At most 64 answers of a file are
+    tried, the same ones each time; by a rule of the user's own 4. Such a rule may look for another form: it is never
+    refused, and nothing is said where it does not report ``correct``.
 
     Args:
         config: of the run.
@@ -48,7 +50,8 @@ def check_answers(config: RunConfig, sets: Mapping[str, PromptSet], rewards: Rew
     if config.reward.rule_may_be_elsewhere:
         return []
     refused, told = list[str](), list[str]()
-    with reward_service(replace(config.reward, workers=1))() if rewards is None else nullcontext(rewards) as scorer:
+    few = replace(config.reward, workers=min(config.reward.workers, _TRIED_BY_OWN_RULE))
+    with reward_service(few)() if rewards is None else nullcontext(rewards) as scorer:
         for name, prompts in sets.items():
             answers = [prompt.answer for prompt in prompts.prompts]
             try:
@@ -65,10 +68,14 @@ def _check(where: str, answers: Sequence[str], rule: str, scorer: RewardScorer) 
     distinct = list(dict.fromkeys(answers))
     tried = distinct[:: -(-len(distinct) // (_TRIED if rule in RULES else _TRIED_BY_OWN_RULE))]
     wrong = dict.fromkeys(tried, "")
-    for form in _FORMS:
-        requests = [(form.format(short_form(answer)), answer, Finish.STOP) for answer in wrong]
-        scores = zip(wrong, scorer.score(requests), strict=True)
-        wrong = {answer: _told(answer, score) for answer, score in scores if _is_wrong(score)}
+    left = {answer: _responses(answer) for answer in tried}
+    while asked := [answer for answer in wrong if left[answer]]:
+        requests = [(left[answer].pop(0), answer, Finish.STOP) for answer in asked]
+        for answer, score in zip(asked, scorer.score(requests), strict=True):
+            if _is_wrong(score):
+                wrong[answer] = _told(answer, score)
+            else:
+                del wrong[answer]
     if not wrong:
         return ""
     named = [*wrong.values()][:_NAMED]
@@ -93,12 +100,23 @@ def _check(where: str, answers: Sequence[str], rule: str, scorer: RewardScorer) 
     )
 
 
+def _responses(answer: str) -> list[str]:
+    """What gives the answer, the likeliest first."""
+    given = [short_form(answer)]
+    short = len(answer) <= 2 * _SHOWN and len(answer.splitlines()) == 1
+    solution = any(mark in answer for mark in ("####", "\\boxed", "answer is"))
+    listed = is_answer(answer.strip(_AROUND))
+    if given[0] != answer and short and not solution and not listed:
+        given.append(answer)
+    return [form.format(text) for text in given for form in _FORMS]
+
+
 def short_form(answer: str) -> str:
     r"""What a response would give for a reference answer: the answer itself, where our grammar reads it, or what stands
     in a list of one (``["36"]``). Else the answer is taken for a solution, of which the end counts (``#### 72``,
     ``\boxed{72}``, ``The answer is 72.``), if one is found there.
     """
-    for text in (answer, answer.strip(" []\"'")):
+    for text in (answer, answer.strip(_AROUND)):
         if len(text) <= MAX_LENGTH and is_answer(text):
             return text
     return final_answer(answer) or answer

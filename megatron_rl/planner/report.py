@@ -78,7 +78,8 @@ def report(
         lines.append(
             f"DOES NOT FIT: the recipe's layouts take {found.devices} devices, {nodes} nodes have {nodes * per_node}"
         )
-    lines += [f"CANNOT RUN: {problem}" for problem in found.problems]
+    problems = [*found.problems, *([found.late] if found.late else ())]
+    lines += [f"CANNOT RUN: {problem}" for problem in problems]
     lines += _may_be_late(found, config)
     lines += _memory(found, roles_of(config))
     if found.memory and isinstance(config, RunConfig) and config.cluster.colocate:
@@ -101,7 +102,7 @@ def report(
     if spare:
         wider = "a role's layout.data" if isinstance(config, SFTConfig) else "engine.count or a role's layout.data"
         lines.append(f"{spare} devices are left over: give them to {wider}")
-    return Report(text="\n".join(lines) + "\n", can_run=not (found.problems or too_few))
+    return Report(text="\n".join(lines) + "\n", can_run=not (problems or too_few))
 
 
 def _longest_call(found: Plan, config: Recipe) -> str:
@@ -111,13 +112,11 @@ def _longest_call(found: Plan, config: Recipe) -> str:
 
 
 def _may_be_late(found: Plan, config: Recipe) -> Iterator[str]:
-    """A limit that is less than twice what a call may take: times are rough, and responses grow. One that a call takes
-    longer than already is among the problems.
-    """
-    if not found.calls:
+    """A limit that is less than twice what a call may take: times are rough, and responses grow."""
+    if not found.calls or found.late:
         return
     call, limit = found.calls[0], config.cluster.call_deadline_s
-    if max(each.seconds for each in found.calls) <= limit < 2 * call.longest:
+    if limit < 2 * call.longest:
         yield (
             f"MAY BE LATE: cluster.call_deadline_s: should be twice the longest call or more, {call.name} of "
             f"{call.longest:,.0f} s with the longest responses, got {limit:g}: raise it to {call.roomy_limit}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megatron_rl.config.precision import Gpu, fp8_problems
 from megatron_rl.config.schema import RunConfig, SFTConfig, TrainerConfig, fake_quantization_problems
@@ -69,6 +70,7 @@ class Plan:
         times: seconds of each phase; those that run side by side stand in ``step`` once.
         calls: single calls of a step or an evaluation, the longest first.
         problems: why ``train`` refuses the recipe, or what does not fit; empty when it can run.
+        late: the call that by the times, which are rough, takes longer than its limit, if one does.
         devices: that it takes.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     devices: int
     host: HostUse | None = None
     calls: tuple[Call, ...] = ()
+    late: str = ""
 
     @property
     def step_seconds(self) -> float:
@@ -112,12 +115,6 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
     if problem := host_problem(nodes, machine):
         problems.append(problem)
     calls = longest_calls(config, dims, machine, lengths)
-    slowest, limit = max(calls, key=lambda call: call.seconds), config.cluster.call_deadline_s
-    if slowest.seconds > limit:
-        problems.append(
-            f"cluster.call_deadline_s: must be longer than {slowest.name}, which is one call of about "
-            f"{slowest.seconds:,.0f} s, got {limit:g}: raise it to {calls[0].roomy_limit}"
-        )
     return Plan(
         memory=tuple(memory),
         times=tuple(_times(config, dims, machine, lengths)),
@@ -125,6 +122,17 @@ def plan(config: Recipe, dims: ModelDims, machine: Machine, lengths: Lengths) ->
         devices=config.devices,
         host=nodes[0] if nodes else None,
         calls=calls,
+        late=_late(calls, config.cluster.call_deadline_s),
+    )
+
+
+def _late(calls: Sequence[Call], limit: float) -> str:
+    slowest = max(calls, key=lambda call: call.seconds)
+    if slowest.seconds <= limit:
+        return ""
+    return (
+        f"cluster.call_deadline_s: must be longer than {slowest.name}, which is one call of about "
+        f"{slowest.seconds:,.0f} s, got {limit:g}: raise it to {calls[0].roomy_limit}"
     )
 
 
@@ -229,10 +237,19 @@ def _call_seconds(config: Recipe, dims: ModelDims, machine: Machine, lengths: Le
         rollout, evaluation = config.rollout.samples_per_prompt, config.evaluation
         for name, prompts, each in (
             ("an engine's share of a rollout", config.prompts_per_step, rollout),
-            ("an engine's share of an evaluation", evaluation.prompts, evaluation.samples),
+            ("an engine's share of an evaluation", _evaluated_prompts(config), evaluation.samples),
         ):
             found[name] = _drawing_time(config, dims, machine, lengths, prompts, each).total
     return found
+
+
+def _evaluated_prompts(config: RunConfig) -> int:
+    """As many as asked for, or the lines of a file that is there and has fewer."""
+    most, file = config.evaluation.prompts, config.data.heldout
+    if not file.is_file():
+        return most
+    with file.open("rb") as lines:
+        return max(1, sum(1 for _ in islice(lines, most)))
 
 
 def _drawing_time(

@@ -251,15 +251,15 @@ def _writing_to(scratch: Path) -> dict[str, str]:
 
 
 def _own_folder() -> Path:
-    """Of this user on this node, made where it is not there yet.
+    """Of this user on this node, made where it is not there yet; temporary folders may be shared too.
 
     Triton keeps there what it compiles. On a file system that nodes share, ranks that compile the same at the same time
     take files away from each other. It also loads what it finds, so that nobody else may write there.
 
     Raises:
-        PermissionError: others may, or might have made it.
+        PermissionError: others may, or might have made it; or nothing can be loaded from there.
     """
-    folder = Path(tempfile.gettempdir()) / f"megatron_rl_{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"megatron_rl_{os.getuid()}_{socket.gethostname()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
@@ -267,6 +267,11 @@ def _own_folder() -> Path:
             f"{folder} must be a folder that its owner, user {os.getuid()}, alone may write to, since compiled code is "
             f"loaded from there; found {stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or export "
             "TRITON_CACHE_DIR, a folder of yours on each node"
+        )
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise PermissionError(
+            f"{folder} must be where compiled code can be loaded from, its file system is mounted noexec: export "
+            "TRITON_CACHE_DIR, a folder of yours on each node that is not"
         )
     return folder
 

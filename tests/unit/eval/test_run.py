@@ -219,7 +219,8 @@ def test_more_samples_and_problems_are_added_to_those_that_are_there(tmp_path, m
     assert len(engine.opened) == 2  # nothing was missing the third time
 
 
-def test_engines_are_as_large_and_as_rounded_as_asked(tmp_path, model, task, engine, capsys):
+def test_engines_are_as_large_and_as_rounded_as_asked(tmp_path, model, task, engine, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_rl.device.has_wide_vectors", lambda: True)
     asked = ("--tensor", "2", "--quantization", "fp8_per_channel", "--kv-cache-dtype", "fp8")
     assert main(command(tmp_path, model, task, *asked)) == 0
     ((spec, _),) = engine.opened
@@ -233,6 +234,28 @@ def test_engines_are_as_large_and_as_rounded_as_asked(tmp_path, model, task, eng
     assert (told["quantization"], told["kv_cache_dtype"]) == ("fp8_per_channel", "fp8")
     assert main(command(tmp_path, model, task, "--tensor", "1")) == 2
     assert "(other quantization, kv_cache_dtype)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--kv-cache-dtype", "fp8"), "--kv-cache-dtype: "),
+        (("--quantization", "fp8_per_tensor"), "--quantization: without a GPU vLLM has no kernel for 'fp8_per_tensor'"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused_by_its_option(
+    tmp_path, model, task, engine, capsys, monkeypatch, asked, said
+):
+    monkeypatch.setattr("megatron_rl.device.has_wide_vectors", lambda: False)
+    assert main(command(tmp_path, model, task, *asked)) == 2
+    assert said in capsys.readouterr().err
+    assert engine.opened == []
+
+
+def test_more_engines_than_gpus_are_refused_by_their_options(tmp_path, model, task, engine, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_rl.device.gpu_count", lambda: 8)
+    assert main(command(tmp_path, model, task, "--engines", "8", "--tensor", "2")) == 2
+    assert "--engines 8 x --tensor 2 need 16 GPUs, this machine has 8" in capsys.readouterr().err
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused_before_an_engine_starts(tmp_path, task, engine, capsys):

@@ -87,6 +87,11 @@ def test_answers_of_which_none_can_be_right_are_refused_by_every_rule(rule: str,
         check(rule, answers)
 
 
+@pytest.mark.parametrize("rule", ["seed", "boxed", "correctness", "final_answer"])
+def test_a_short_line_that_the_grammar_does_not_read_may_be_given_word_for_word(rule: str) -> None:
+    assert check(rule, ["March 5, 2019", "April 7, 2020"]) == []
+
+
 def test_a_refusal_says_what_an_answer_must_be_and_how_gsm8k_has_it() -> None:
     with pytest.raises(ValueError, match=r"^data\.") as refused:
         check("seed", GSM8K, GSM8K[1:])

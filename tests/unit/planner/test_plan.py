@@ -1230,6 +1230,26 @@ def test_single_calls_are_those_that_the_driver_waits_for():
     assert found.calls[0].longest == max(longest.values()) > found.calls[0].seconds
 
 
+def test_an_evaluation_draws_no_more_prompts_than_the_file_has(tmp_path):
+    config, dims = recipe("qwen2.5_14b")
+    file = tmp_path / "heldout.jsonl"
+    file.write_text("{}\n" * 50)
+    fifty = replace(config, evaluation=replace(config.evaluation, prompts=50))
+    there = replace(config, data=replace(config.data, heldout=file))
+    one, two, more = (
+        next(call.seconds for call in plan(each, dims, H100, LENGTHS).calls if "evaluation" in call.name)
+        for each in (fifty, there, config)
+    )
+    assert one == two < more
+
+
+def test_a_study_runs_what_may_only_be_late():
+    config, dims = recipe("qwen2.5_14b")
+    found = plan(replace(config, cluster=replace(config.cluster, call_deadline_s=1.0)), dims, H100, LENGTHS)
+    assert found.problems == ()
+    assert found.late.startswith("cluster.call_deadline_s: must be longer than an engine's share of a rollout")
+
+
 def test_a_recipe_whose_longest_call_takes_longer_than_its_limit_cannot_run_and_is_told_what_to_raise():
     config, dims = recipe("qwen2.5_14b")
     call = plan(config, dims, H100, LENGTHS).calls[0]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -209,7 +210,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_triton_compiles_into_a_folder_of_this_node_and_user_alone(node: Path, tmp_path: Path) -> None:
     assert cache_of(ON_CPU, tmp_path) is None
     assert list(node.iterdir()) == [], "where nothing is compiled nothing is left"
-    own = node / f"megatron_rl_{os.getuid()}"
+    own = node / f"megatron_rl_{os.getuid()}_{socket.gethostname()}"
     for _ in range(2):  # a rank, and its neighbour
         assert cache_of({}, tmp_path) == str(own / "triton")
         assert stat.S_IMODE(own.stat().st_mode) == 0o700
@@ -231,7 +232,7 @@ def test_nothing_is_compiled_into_a_folder_that_others_may_write_to(
     user = os.getuid()
     if fault == "of another":
         monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    own = node / f"megatron_rl_{os.getuid()}"
+    own = node / f"megatron_rl_{os.getuid()}_{socket.gethostname()}"
     if fault == "link":
         (node / "elsewhere").mkdir(mode=0o700)
         own.symlink_to(node / "elsewhere")
@@ -239,4 +240,12 @@ def test_nothing_is_compiled_into_a_folder_that_others_may_write_to(
         own.mkdir()
         own.chmod(0o777 if fault == "writable" else 0o700)
     with pytest.raises(PermissionError, match=r"must be a folder that its owner.* alone.*or export TRITON_CACHE_DIR"):
+        cache_of({}, tmp_path)
+
+
+def test_nothing_is_compiled_where_it_cannot_be_loaded(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    with pytest.raises(PermissionError, match=r"mounted noexec: export TRITON_CACHE_DIR"):
         cache_of({}, tmp_path)
