@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,7 @@ def stage_checkpoint(folder: Path, training: Training) -> StagedCheckpoint:
     # tensors alone, under global names: the settings beside them are nested by how many optimizers there are, and name
     # the optimizer's class; those of the run that loads take their place
     optimizer = _optimizer(training, models, loading=False)
-    if wrong := _wrong_main_weights(training, optimizer):
+    if wrong := _wrong_main_weights(training, optimizer, by_transformer_engine):
         raise ValueError(
             f"the main weights to be saved must round to the weights, those of {len(wrong)} parameter(s) do not, "
             f"{wrong[0]} first: megatron-core cut them from the wrong place, and moments with them. Nothing was saved; "
@@ -188,11 +188,13 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     state = _load_models(folder, modules, models)
     # by itself: the main weights of a float32 model are its weights, which nobody may ask for twice
     optimizer = merge(dist_checkpointing.load({_OPTIMIZER: wanted}, str(folder))[_OPTIMIZER], settings)
-    if wrong := _wrong_main_weights(training, optimizer):
+    # the run that saved may have kept matrices in FP8, and their weights are what that left of them
+    if wrong := _wrong_main_weights(training, optimizer, lambda parameter: parameter.dim() > 1):
         raise ValueError(
             f"{folder}: main weights must round to the weights, those of {len(wrong)} parameter(s) do not, {wrong[0]} "
             "first. It was saved before that was checked, by a distributed optimizer with padding between its buckets. "
-            "Its weights are right, the optimizer's states are not: start a new run with model.path at the hf folder"
+            "Its weights are right, the optimizer's states are not: start a new run with model.path at the hf folder "
+            "beside it; a critic begins anew there (ppo.critic_warmup_steps)"
         )
     for _, part in _by_part(training, optimizer):
         for group in part.get("optimizer", part)["param_groups"]:
@@ -298,12 +300,18 @@ def _ranges_without_padding(training: Training) -> Iterator[None]:
             buffer.param_index_map = ranges
 
 
-def _wrong_main_weights(training: Training, optimizer: Mapping[Any, Any]) -> list[str]:
-    """Parameters whose main weights, as described or loaded, are not those that the weights were rounded from. Moments
-    are cut by the same ranges.
+def _wrong_main_weights(
+    training: Training, optimizer: Mapping[Any, Any], in_fp8: Callable[[torch.Tensor], bool]
+) -> list[str]:
+    """Parameters whose main weights, as described or loaded, are not those that the weights were rounded from, to FP8
+    where they may be ``in_fp8``. Moments are cut by the same ranges.
     """
     names = {parameter: name for model in _modules(training) for name, parameter in model.named_parameters()}
-    return [names[parameter] for parameter, main in _mains(training, optimizer) if not _rounds_to(main.data, parameter)]
+    return [
+        names[parameter]
+        for parameter, main in _mains(training, optimizer)
+        if not _rounds_to(main.data, parameter, in_fp8=in_fp8(parameter))
+    ]
 
 
 def _mains(training: Training, optimizer: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
@@ -316,9 +324,9 @@ def _mains(training: Training, optimizer: Mapping[Any, Any]) -> Iterator[tuple[A
             yield from zip(part.float16_groups[group], mains, strict=True)
 
 
-def _rounds_to(main: torch.Tensor, parameter: Any) -> bool:
+def _rounds_to(main: torch.Tensor, parameter: Any, *, in_fp8: bool) -> bool:
     weights = plain_values(parameter).detach().to(main.device)
-    if by_transformer_engine(parameter):  # FP8 keeps three bits after the first: each number to a sixteenth
+    if in_fp8:  # which keeps three bits after the first: each number to a sixteenth
         return bool((main - weights).norm() <= main.norm() / 8)
     return torch.equal(main.to(weights.dtype), weights)
 

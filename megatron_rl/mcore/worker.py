@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -166,16 +166,8 @@ class Worker:
     def _forward(
         self, chunks: Sequence[Any], batch: TokenRows, read: Any, packed: bool = True
     ) -> tuple[Tensor, Tensor] | None:
-        with self._scoring(chunks, batch):
-            return forward_rows(chunks, batch, read, **self._placement(packed))
-
-    @contextmanager
-    def _scoring(self, chunks: Sequence[Any], batch: TokenRows) -> Iterator[None]:
-        if self._training is not None and batch.rows < self._layout.data:
-            # a replica without rows runs no forward pass, whose hooks would take part in the gather of the others
-            gather_parameters(self._training)
         with scoring_precision(chunks, self._spec.trainer.fp8):
-            yield
+            return forward_rows(chunks, batch, read, **self._placement(packed))
 
     def _placement(self, packed: bool = True) -> dict[str, Any]:
         return {
@@ -189,7 +181,7 @@ class Worker:
     def activations(self, batch: TokenRows, packed: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """What leaves the modules of this rank's pieces of the model, see :func:`layer_outputs`."""
         self._require(TrainerPart.WEIGHTS)
-        with self._scoring(self._chunks, batch):
+        with scoring_precision(self._chunks, self._spec.trainer.fp8):
             return layer_outputs(self._chunks, batch, **self._placement(packed))
 
     def tensors(self, prefixes: Sequence[str]) -> dict[str, Tensor] | None:

@@ -77,8 +77,9 @@ def test_an_fp8_parameter_may_differ_from_its_main_weight_by_its_rounding_and_no
     parameter = Quantised(torch.zeros(8, 64, dtype=torch.bfloat16))
     main = parameter.dequantize().float()
     rounding = 1 + torch.tensor([1 / 16, -1 / 16]).repeat(8, 32)
-    assert _rounds_to(main * rounding, parameter)
-    assert not _rounds_to(main.flatten().roll(64).view(8, 64), parameter)
-    plain = parameter.dequantize()
-    assert _rounds_to(main * (1 + 2**-10), plain)
-    assert not _rounds_to(main * rounding, plain)
+    plain = parameter.dequantize()  # as a run without FP8 parameters loads it
+    for weights in (parameter, plain):
+        assert _rounds_to(main * rounding, weights, in_fp8=True)
+        assert not _rounds_to(main.flatten().roll(64).view(8, 64), weights, in_fp8=True)
+    assert _rounds_to(main * (1 + 2**-10), plain, in_fp8=False)
+    assert not _rounds_to(main * rounding, plain, in_fp8=False)
