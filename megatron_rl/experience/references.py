@@ -105,8 +105,7 @@ def _responses(answer: str) -> list[str]:
     given = [short_form(answer)]
     short = len(answer) <= 2 * _SHOWN and len(answer.splitlines()) == 1
     solution = any(mark in answer for mark in ("####", "\\boxed", "answer is"))
-    listed = is_answer(answer.strip(_AROUND))
-    if given[0] != answer and short and not solution and not listed:
+    if given[0] != answer and short and not solution and _read(answer) is None:
         given.append(answer)
     return [form.format(text) for text in given for form in _FORMS]
 
@@ -116,10 +115,13 @@ def short_form(answer: str) -> str:
     in a list of one (``["36"]``). Else the answer is taken for a solution, of which the end counts (``#### 72``,
     ``\boxed{72}``, ``The answer is 72.``), if one is found there.
     """
-    for text in (answer, answer.strip(_AROUND)):
-        if len(text) <= MAX_LENGTH and is_answer(text):
-            return text
-    return final_answer(answer) or answer
+    return _read(answer) or final_answer(answer) or answer
+
+
+def _read(answer: str) -> str | None:
+    """What our grammar reads of it: the whole, or the item of a list of one."""
+    texts = (answer, answer.strip(_AROUND))
+    return next((text for text in texts if len(text) <= MAX_LENGTH and is_answer(text)), None)
 
 
 def _is_wrong(score: Score) -> bool:
