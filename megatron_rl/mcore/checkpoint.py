@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from megatron_rl.durable import FileRecord, flush, read_record, write_file
-from megatron_rl.mcore.optimizer import Training, optimizer_parts
+from megatron_rl.mcore.optimizer import Training, gradient_buffers, optimizer_parts
 from megatron_rl.mcore.quantised import by_transformer_engine, plain_values, store
 from megatron_rl.mcore.sharded_names import kept_key
 
@@ -282,7 +282,7 @@ def _ranges_without_padding(training: Training) -> Iterator[None]:
     saved from the wrong place. Later ones take it off first, by the number of the bucket; here all are in the first,
     before which there is none.
     """
-    buffers = [buffer for chunk in training.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    buffers = gradient_buffers(training)
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer, ranges in zip(buffers, padded, strict=True):
         before, packed = [], 0  # padding before each bucket; numbers up to it

@@ -31,7 +31,14 @@ from megatron_rl.layout import ParallelLayout
 from megatron_rl.mcore.attention import packed_rows
 from megatron_rl.mcore.groups import build_parallel_groups, stop_groups
 from megatron_rl.mcore.model import build_chunks, read_tokens, read_values, run_model
-from megatron_rl.mcore.optimizer import Training, add_gradients, add_optimizer, optimizer_parts, prepare_training
+from megatron_rl.mcore.optimizer import (
+    Training,
+    add_gradients,
+    add_optimizer,
+    gradient_buffers,
+    optimizer_parts,
+    prepare_training,
+)
 from megatron_rl.model_dims import ModelDims
 from megatron_rl.weights.weight_map import Head
 
@@ -97,7 +104,7 @@ def dry_run(
         with _Live(p.untyped_storage() for p in parameters) as live:
             wrapped = add_gradients(chunks, trainer)
         training = add_optimizer(wrapped, trainer, total_updates=1)
-        buffers = [b for chunk in training.chunks for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+        buffers = gradient_buffers(training)
         on_host = trainer.optimizer_on_host
         states = _optimizer_bytes(training)
         activations, reason = None, "not asked for"
@@ -145,12 +152,7 @@ def _echo(answers: list[Any], mine: Any, group: Any = None) -> None:
 def _optimizer_bytes(training: Training) -> int:
     """Of main weights that are not the model's own weights, and of moments."""
     own = {_storage(p) for chunk in training.chunks for p in chunk.parameters()}
-    own |= {
-        _storage(b.param_data)
-        for c in training.chunks
-        for b in c.buffers + c.expert_parallel_buffers
-        if b.param_data is not None
-    }
+    own |= {_storage(b.param_data) for b in gradient_buffers(training) if b.param_data is not None}
     found: dict[int, int] = {}
     for part in optimizer_parts(training.optimizer):
         if part.is_stub_optimizer:

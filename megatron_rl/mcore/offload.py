@@ -17,7 +17,7 @@ from megatron_rl.device import host_buffer, memory_used, release_cached
 from megatron_rl.interfaces import MemoryUse, TrainerPart
 from megatron_rl.mcore.fp8 import clear_cached_weights
 from megatron_rl.mcore.host_optimizer import HostOptimizer
-from megatron_rl.mcore.optimizer import Training, gather_parameters, optimizer_parts
+from megatron_rl.mcore.optimizer import Training, gather_parameters, gradient_buffers, optimizer_parts
 
 
 class Offloaded(RuntimeError):
@@ -82,7 +82,7 @@ class Offload:
             storage.resize_(len(copy))
             _bytes(storage).copy_(copy)
         if part is TrainerPart.STATE:
-            for buffer in self._buffers():
+            for buffer in gradient_buffers(self._training):
                 buffer.grad_data.untyped_storage().resize_(buffer.grad_data.nbytes)
                 buffer.grad_data.zero_()
 
@@ -114,11 +114,7 @@ class Offload:
             yield from chunk.parameters()
 
     def _gradients(self) -> Iterator[Tensor]:
-        return (buffer.grad_data for buffer in self._buffers())
-
-    def _buffers(self) -> Iterator[Any]:
-        for chunk in self._training.chunks:
-            yield from (*chunk.buffers, *chunk.expert_parallel_buffers)
+        return (buffer.grad_data for buffer in gradient_buffers(self._training))
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[Any]:

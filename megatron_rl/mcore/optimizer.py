@@ -130,6 +130,11 @@ def optimizer_parts(optimizer: Any) -> Sequence[Any]:
     return chained
 
 
+def gradient_buffers(training: Training) -> list[Any]:
+    """Of all pieces of the model, those of shared-out experts behind the others of their piece."""
+    return [buffer for chunk in training.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
 def release(training: Training) -> None:
     """End a training for good: backward hooks hold what wraps the model, and are held through autograd by parameters'
     main weights and by tensors that layers keep. Python's collector does not see these circles: nothing in them, the
