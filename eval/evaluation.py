@@ -244,23 +244,15 @@ class Evaluation:
             return
 
         from megatron_rl import device
-        from megatron_rl.assemble import open_engines  # loads torch and Ray: only where there is something to draw
-        from megatron_rl.vllm_engine.engine import EngineSpec
+        from megatron_rl.assemble import (  # loads torch and Ray: only where there is something to draw
+            open_engines,
+            spec_of,
+        )
 
         engine = self.settings.engine
-        spec = EngineSpec(
-            model=self.model.folder,
-            dtype=engine.dtype(self.model.dtype),
-            max_model_len=max(len(item.prompt.token_ids) + item.max_tokens for part in asked for item in part),
-            kv_cache_mib=engine.kv_cache_mib,
-            max_concurrent=engine.max_concurrent,
-            tensor=engine.tensor,
-            quantization=engine.quantization if engine.quantised else None,
-            kv_cache_dtype=engine.kv_cache_dtype,
-            on_cpu=not device.has_cuda(),
-            version=0,
-        )
-        self._check_engine(spec.max_model_len, device.gpu_count())
+        longest = max(len(item.prompt.token_ids) + item.max_tokens for part in asked for item in part)
+        spec = spec_of(engine, self.model.folder, self.model.dtype, longest, version=0)
+        self._check_engine(longest, device.gpu_count())
         cluster = _Cluster(call_deadline_s=self.settings.call_deadline_s)
         with open_engines(spec, min(engine.count, len(asked)), cluster, self.output) as engines:
             yield engines

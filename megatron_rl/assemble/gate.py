@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.assemble.audit import check_engine
-from megatron_rl.assemble.roles import Roles, checked_sync, start_ranks, start_roles, take_turns
+from megatron_rl.assemble.roles import Roles, checked_sync, spec_of, start_ranks, start_roles, take_turns
 from megatron_rl.config.schema import (
     ClusterConfig,
     EngineConfig,
@@ -42,7 +42,7 @@ from megatron_rl.ray_runtime.roles import (
     RemoteEngine,
     RemotePolicy,
 )
-from megatron_rl.vllm_engine.engine import EngineSpec, start_engine
+from megatron_rl.vllm_engine.engine import start_engine
 from megatron_rl.weights.safetensors_io import HfFolder
 from megatron_rl.weights.weight_map import Head
 
@@ -235,16 +235,7 @@ def verify_folder(
         groups = running.start(asked, device.worker_environment())
         starting = {role: start_ranks(groups[role], spec, cluster)}
         if engine is not None:
-            engine_spec = EngineSpec(
-                model=reference.resolve(),
-                dtype=model.dtype,
-                max_model_len=longest + 1,
-                kv_cache_mib=engine.kv_cache_mib,
-                max_concurrent=engine.max_concurrent,
-                on_cpu=not device.has_cuda(),
-                eager=engine.eager,
-                version=0,
-            )
+            engine_spec = spec_of(engine, reference, model.dtype, longest + 1, version=0)
             starting["engine"] = groups["engine"].build(start_engine, [(engine_spec,)])
         results(starting)
         ranks = RemotePolicy(groups[role]) if head is Head.TOKEN else RemoteCritic(groups[role])

@@ -12,7 +12,7 @@ import torch
 from megatron_rl import device
 from megatron_rl.assemble.audit import audit_engines, keep_formats
 from megatron_rl.batches import TokenRows
-from megatron_rl.config.schema import ClusterConfig, RunConfig, SFTConfig
+from megatron_rl.config.schema import ClusterConfig, EngineConfig, RunConfig, SFTConfig
 from megatron_rl.dataflow import Prompt
 from megatron_rl.interfaces import Pending, PushPhase, PushReceipt, results
 from megatron_rl.mcore.spec import WorkerSpec, start_worker
@@ -245,18 +245,36 @@ def engine_role(config: RunConfig) -> Role:
 
 def engine_spec(config: RunConfig, model: Path, version: int | None = None) -> EngineSpec:
     """An engine for this run; with a ``version`` it may generate from the weights it loads."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return replace(
+        spec_of(config.engine, model, config.model.dtype, longest, version),
+        sleeps=config.cluster.colocate,
+        pushed_quantised=version is None and config.pushed_format is not None,
+    )
+
+
+def spec_of(
+    engine: EngineConfig, model: Path, model_dtype: str, longest: int, version: int | None = None
+) -> EngineSpec:
+    """An engine with these settings, by itself.
+
+    Args:
+        engine: the settings.
+        model: a Hugging Face folder.
+        model_dtype: type of the weights where they are not quantised.
+        longest: tokens of a prompt and its response together.
+        version: of the weights in ``model``; None where they are not to be sampled from before a push.
+    """
     return EngineSpec(
         model=model.resolve(),
-        dtype=config.engine.dtype(config.model.dtype),
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        kv_cache_mib=config.engine.kv_cache_mib,
-        max_concurrent=config.engine.max_concurrent,
-        tensor=config.engine.tensor,
-        sleeps=config.cluster.colocate,
+        dtype=engine.dtype(model_dtype),
+        max_model_len=longest,
+        kv_cache_mib=engine.kv_cache_mib,
+        max_concurrent=engine.max_concurrent,
+        tensor=engine.tensor,
         on_cpu=not device.has_cuda(),
-        eager=config.engine.eager,
+        eager=engine.eager,
         version=version,
-        quantization=config.engine.quantization if config.engine.quantised else None,
-        pushed_quantised=version is None and config.pushed_format is not None,
-        kv_cache_dtype=config.engine.kv_cache_dtype,
+        quantization=engine.quantization if engine.quantised else None,
+        kv_cache_dtype=engine.kv_cache_dtype,
     )
