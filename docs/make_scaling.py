@@ -48,9 +48,9 @@ where a recipe cannot run or does not fit. `megatron-rl dry-run FILE.toml --rank
 of any world, without memory, and reads its bytes off; tests hold the prediction against it.
 
 `plan` also holds `cluster.call_deadline_s`, which ends a run, against the longest single call: an engine's share of a
-rollout or of an evaluation, a pass over a rollout, an update. `plan` ends with status 1 where one takes longer,
-and `scale` tries such a run all the same. Where one could take more than half of the limit if all responses were as long
-as they may be, `plan` says what to raise it to.
+rollout or of an evaluation, a pass over a rollout, an update. `plan` ends with status 1 where one takes longer, and
+`scale` tries such a run all the same. Where one could take more than half of the limit if all responses were as long as
+they may be, `plan` says what to raise it to.
 
 ## Against measurement on a CPU
 
